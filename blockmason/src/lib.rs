@@ -1,0 +1,11 @@
+//! Block Mason's framework: requests, elements, the graph language and the scheduler.
+//!
+//! This crate knows no element by name; `blockmason-elements` is the library of them.
+
+pub mod describe;
+pub mod element;
+pub mod error;
+pub mod lang;
+
+pub use element::Element;
+pub use error::{Errno, Error, Kind, Result};

@@ -1,0 +1,1 @@
+//! The element library: one visible table of types.
