@@ -2,10 +2,22 @@
 //!
 //! This crate knows no element by name; `blockmason-elements` is the library of them.
 
+pub mod data;
 pub mod describe;
 pub mod element;
 pub mod error;
+pub mod geometry;
+pub mod graph;
+pub mod io;
 pub mod lang;
+pub mod request;
+pub mod rt;
+pub mod sched;
 
-pub use element::Element;
+pub use data::{Data, PoolBuf, Segment};
+pub use element::{Children, Element, Flow, LocalBoxFuture, Open, Prepared};
 pub use error::{Errno, Error, Kind, Result};
+pub use geometry::{Geometry, Ops};
+pub use graph::{Connection, Graph, Instance};
+pub use request::{Answer, Class, Extent, ExtentState, Extra, Flags, Op, Origin, Reply, Request};
+pub use sched::{Cx, Disk, Host, Shard};
