@@ -13,6 +13,8 @@ pub mod lang;
 pub mod request;
 pub mod rt;
 pub mod sched;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use data::{Data, PoolBuf, Segment};
 pub use element::{Children, Element, Flow, LocalBoxFuture, Open, Prepared};

@@ -1,5 +1,6 @@
 //! A graph of elements, assembled and ready to carry requests. Immutable: a change is a new graph.
 
+pub mod build;
 pub(crate) mod edge;
 pub(crate) mod tally;
 
