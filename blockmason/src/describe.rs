@@ -183,5 +183,6 @@ pub type Catalogue = &'static [&'static ElementType];
 /// The type of that name.
 pub fn find(catalogue: Catalogue, name: &str) -> Option<&'static ElementType> {
     // The paper writes `debug.log` for the type `debug_log`.
-    catalogue.iter().copied().find(|ty| ty.name == name || ty.name == name.replace('.', "_"))
+    let plain = name.replace('.', "_");
+    catalogue.iter().copied().find(|ty| ty.name == plain)
 }

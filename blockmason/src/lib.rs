@@ -2,6 +2,9 @@
 //!
 //! This crate knows no element by name; `blockmason-elements` is the library of them.
 
+// The macros of `lang` name this crate by its path, also when they are used inside it.
+extern crate self as blockmason;
+
 pub mod data;
 pub mod describe;
 pub mod element;

@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn a_request_is_one_cache_line() {
         assert!(size_of::<Request>() <= 64, "{}", size_of::<Request>());
-        assert!(size_of::<Reply>() <= 24, "{}", size_of::<Reply>());
+        assert!(size_of::<Reply>() <= 32, "{}", size_of::<Reply>());
     }
 
     #[test]

@@ -62,8 +62,7 @@ static CLIENT: ElementType = ElementType {
 pub fn graph(host: &Host, catalogue: Catalogue, text: &str, top: &str) -> crate::Result<Arc<Graph>> {
     let spec = parse_str("test.mason", text, Path::new("."), &Defines::new())
         .map_err(|errors| Error::invalid(errors.first_line()))?;
-    let builder =
-        Builder { catalogue, name: "test", state_dir: host.state_dir(), shards: host.shards() };
+    let builder = Builder { catalogue, name: "test", state_dir: host.state_dir(), shards: host.shards() };
     let mut instances: Vec<_> = builder.build(&spec)?.instances().cloned().collect();
     let mut edges = connections(&spec);
     let to = spec.find(top).ok_or_else(|| Error::invalid(format!("no element {top}")))?;
@@ -109,7 +108,12 @@ impl Stream for Rc<Queue> {
 
 impl TestDisk {
     /// Serves the graph of `text` to a client at `top`.
-    pub async fn new(host: &Arc<Host>, catalogue: Catalogue, text: &str, top: &str) -> crate::Result<TestDisk> {
+    pub async fn new(
+        host: &Arc<Host>,
+        catalogue: Catalogue,
+        text: &str,
+        top: &str,
+    ) -> crate::Result<TestDisk> {
         Ok(TestDisk::serve(host, graph(host, catalogue, text, top)?).await)
     }
 

@@ -215,10 +215,26 @@ impl Data {
         buf.freeze()
     }
 
+    /// The bytes, to change: in place if nobody shares them, else in a copy that replaces them.
+    pub fn make_mut(&mut self) -> &mut [u8] {
+        let range = self.off as usize..(self.off + self.len) as usize;
+        let unique = matches!(self.chunk.as_mut().and_then(Arc::get_mut), Some(Chunk::Pool(_)));
+        if !unique {
+            let mut buf = PoolBuf::new(self.len());
+            self.copy_to(&mut buf);
+            *self = buf.freeze();
+            return self.make_mut();
+        }
+        match self.chunk.as_mut().and_then(Arc::get_mut) {
+            Some(Chunk::Pool(block)) => &mut block.bytes_mut()[range],
+            _ => unreachable!("it was made sure above"),
+        }
+    }
+
     /// True if somebody else may change the bytes at any time.
     pub fn is_foreign(&self) -> bool {
         match self.chunk.as_deref() {
-            Some(Chunk::Foreign(_)) => true,
+            Some(Chunk::Foreign(_)) => self.len > 0,
             Some(Chunk::Parts(parts)) => parts.iter().any(|(_, piece)| piece.is_foreign()),
             _ => false,
         }
@@ -376,7 +392,8 @@ mod tests {
             let (data, bytes) = make(&recipe);
             prop_assert_eq!(data.len(), bytes.len());
             prop_assert_eq!(&data.to_vec(), &bytes);
-            prop_assert_eq!(data.flatten().as_slice().unwrap(), &bytes[..]);
+            let flat = data.flatten();
+            prop_assert_eq!(flat.as_slice().unwrap(), &bytes[..]);
             prop_assert_eq!(&data.stable().to_vec(), &bytes);
             prop_assert!(!data.stable().is_foreign());
             prop_assert_eq!(data.is_zero(), bytes.iter().all(|b| *b == 0));
@@ -393,6 +410,20 @@ mod tests {
             prop_assert!(target.fill_from(&data));
             prop_assert_eq!(target.to_vec(), bytes);
         }
+    }
+
+    #[test]
+    fn what_is_shared_is_copied_when_it_is_changed() {
+        let mut data = Data::copy_of(b"abc");
+        let at = data.as_slice().unwrap().as_ptr();
+        data.make_mut()[0] = b'x';
+        assert_eq!(data.as_slice().unwrap().as_ptr(), at, "alone: in place");
+        let shared = data.slice(1..3);
+        data.make_mut()[1] = b'y';
+        assert_eq!((data.to_vec().as_slice(), shared.to_vec().as_slice()), (&b"xyc"[..], &b"bc"[..]));
+        let mut zeros = Data::zeros(2);
+        zeros.make_mut()[1] = 1;
+        assert_eq!(zeros.to_vec(), [0, 1]);
     }
 
     #[test]

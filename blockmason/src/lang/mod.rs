@@ -1,7 +1,174 @@
-//! The graph language.
+//! The graph language: from the text of a graph file to a checked, flat [`Spec`].
+//!
+//! [`load`] and [`parse_str`] read, expand parameters, includes and compounds, and open nothing but
+//! graph files; [`check`] compares the result with the table of element types. All that is wrong is
+//! reported in one go, each error with its place. Every limit (bytes, depth, number of elements) is a
+//! constant beside the code that keeps it, so that no text can use unbounded memory or time.
 
-/// The parameters of one element as written, with their places.
-pub struct Params {}
+mod ast;
+mod check;
+mod de;
+mod diag;
+mod expand;
+mod files;
+mod kind;
+mod load;
+mod params;
+mod parse;
+mod print;
+mod source;
+mod spec;
+mod suggest;
+#[cfg(test)]
+mod tests;
+pub mod value;
 
-/// What is wrong with a parameter, and where.
-pub struct ParamError {}
+pub use check::check;
+pub use diag::{Diagnostic, Diagnostics, Label, Style};
+pub use files::{Disk, Files, NoFiles};
+pub use kind::ParamKind;
+pub use params::{Entry, ParamError, Params, Value};
+pub use print::print;
+pub use source::{Place, Source, Sources, Span};
+pub use spec::{EdgeSpec, ElementSpec, Spec};
+
+/// What the macros of this module expand to; not for direct use.
+#[doc(hidden)]
+pub mod macros {
+    pub use super::kind::{TextVisitor, WordVisitor, find_word};
+    pub use serde::{self, Deserialize, Deserializer, Serialize, Serializer};
+}
+
+use diag::Bag;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// One `-D KEY=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Define {
+    /// The parameter.
+    pub key: String,
+    /// Its value, taken as it is.
+    pub value: String,
+    /// The folder that the value starts in if it is a relative path.
+    pub folder: PathBuf,
+}
+
+/// The parameters of a command line, in their order; a later one of the same key wins.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Defines(Vec<Define>);
+
+impl Defines {
+    /// None.
+    pub fn new() -> Self {
+        Defines::default()
+    }
+
+    /// Sets a parameter; relative paths start in `folder`.
+    pub fn set(&mut self, key: impl Into<String>, value: impl Into<String>, folder: impl Into<PathBuf>) {
+        let define = Define { key: key.into(), value: value.into(), folder: folder.into() };
+        self.0.retain(|known| known.key != define.key);
+        self.0.push(define);
+    }
+
+    /// Sets a parameter from `KEY=VALUE`.
+    ///
+    /// # Errors
+    /// One sentence if it is not of that form.
+    pub fn set_from(&mut self, text: &str, folder: impl Into<PathBuf>) -> Result<(), String> {
+        match text.split_once('=') {
+            Some((key, value)) if parse::is_name(key) => {
+                self.set(key, value, folder);
+                Ok(())
+            }
+            _ => Err(format!("expected KEY=VALUE, found `{}`", parse::shorten(text))),
+        }
+    }
+
+    /// These, and for keys that they lack those of `defaults`.
+    pub fn or(mut self, defaults: &Defines) -> Defines {
+        let absent = |define: &&Define| self.0.iter().all(|known| known.key != define.key);
+        let more: Vec<Define> = defaults.0.iter().filter(absent).cloned().collect();
+        self.0.extend(more);
+        self
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Define> {
+        self.0.iter()
+    }
+}
+
+/// Reads a graph file and all that it includes.
+///
+/// # Errors
+/// Everything that is wrong, unreadable files included.
+pub fn load(path: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
+    load_from(&Disk, path, defines)
+}
+
+/// As [`load`], with the texts from elsewhere.
+///
+/// # Errors
+/// Everything that is wrong, unreadable files included.
+pub fn load_from(files: &dyn Files, path: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let text = match files.read(path) {
+        Ok(text) => text,
+        Err(error) => return Err(unreadable(path, &error)),
+    };
+    let folder = absolute.parent().unwrap_or(Path::new("/"));
+    parse_with(files, path, text, folder, defines)
+}
+
+/// Reads a graph from a text that is called `name` in messages. Relative paths in it start in
+/// `folder`, includes are read from the file system.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn parse_str(name: &str, text: &str, folder: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
+    parse_with(&Disk, Path::new(name), text.to_owned(), folder, defines)
+}
+
+/// As [`parse_str`], with the included texts from elsewhere.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn parse_with(
+    files: &dyn Files,
+    path: &Path,
+    text: String,
+    folder: &Path,
+    defines: &Defines,
+) -> Result<Spec, Diagnostics> {
+    let (mut sources, mut bag) = (Sources::default(), Bag::default());
+    let loaded = load::Loader::new(files, &mut sources, &mut bag).root(path, text, folder);
+    let defined = defines.iter().map(|define| {
+        let text = format!("{}={}", define.key, define.value);
+        let start = define.key.len() as u32 + 1;
+        let span = Span { source: 0, start, len: define.value.len() as u32 };
+        (define.clone(), Span { source: sources.add("-D", text), ..span })
+    });
+    let defined = defined.collect();
+    // After an error in the syntax nothing is expanded: what was not understood would be reported as
+    // missing.
+    let mut expander = expand::Expander::new(&loaded, &mut bag);
+    if !expander.failed() {
+        expander.run(defined);
+    }
+    let (elements, edges) = (expander.elements, expander.edges);
+    let sources = Arc::new(sources);
+    bag.finish(sources.clone())?;
+    Ok(Spec { elements, edges, sources })
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Diagnostics {
+    let mut sources = Sources::default();
+    let source = sources.add(path, "");
+    let message = format!("cannot read `{}`: {}", path.display(), load::reason(error));
+    Diagnostics::one(
+        sources,
+        Diagnostic::new("mason::unreadable", Span { source, start: 0, len: 0 }, message),
+    )
+}

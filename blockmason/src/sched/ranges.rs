@@ -150,44 +150,49 @@ mod tests {
         assert!(lock.state().entries.is_empty());
     }
 
+    type Waiters<'a> = Vec<(usize, Range<u64>, Waiting<'a>)>;
+    type Holders<'a> = Vec<(usize, Range<u64>, RangeGuard<'a>)>;
+
+    /// Moves whoever is granted now to the holders, and checks that exactly those are who should be.
+    fn settle<'a>(waiting: &mut Waiters<'a>, held: &mut Holders<'a>) -> usize {
+        let (mut ix, mut served) = (0, 0);
+        while ix < waiting.len() {
+            let range = waiting[ix].1.clone();
+            let expected = waiting[..ix].iter().all(|other| !overlap(&other.1, &range))
+                && held.iter().all(|other| !overlap(&other.1, &range));
+            let granted = poll(&mut waiting[ix].2);
+            assert_eq!(granted.is_some(), expected);
+            match granted {
+                Some(guard) => {
+                    let (id, range, _) = waiting.remove(ix);
+                    held.push((id, range, guard));
+                    served += 1;
+                }
+                None => ix += 1,
+            }
+        }
+        served
+    }
+
     proptest! {
         /// Holders never overlap, grants keep the order of arrival, and everybody is served.
         #[test]
         fn against_a_model(steps in proptest::collection::vec((0u64..40, 1u64..20, any::<prop::sample::Index>()), 1..60)) {
             let lock = RangeLock::default();
-            let mut waiting: Vec<(u64, Range<u64>, Waiting<'_>)> = Vec::new();
-            let mut held: Vec<(u64, Range<u64>, RangeGuard<'_>)> = Vec::new();
+            let mut waiting = Waiters::new();
+            let mut held = Holders::new();
             let mut served = 0;
-            let mut settle = |waiting: &mut Vec<(u64, Range<u64>, Waiting<'_>)>, held: &mut Vec<(u64, Range<u64>, RangeGuard<'_>)>| {
-                let mut ix = 0;
-                while ix < waiting.len() {
-                    let expected = waiting[..ix].iter().all(|w| !overlap(&w.1, &waiting[ix].1))
-                        && held.iter().all(|h| h.0 > waiting[ix].0 || !overlap(&h.1, &waiting[ix].1));
-                    // SAFETY of the borrow: guards live no longer than the lock above.
-                    let got = (&mut waiting[ix].2).now_or_never();
-                    assert_eq!(got.is_some(), expected);
-                    match got {
-                        Some(guard) => {
-                            let (id, range, _) = waiting.remove(ix);
-                            assert!(held.iter().all(|h| !overlap(&h.1, &range)));
-                            held.push((id, range, guard));
-                            served += 1;
-                        }
-                        None => ix += 1,
-                    }
-                }
-            };
             for (id, (start, len, release)) in steps.iter().enumerate() {
-                waiting.push((id as u64, *start..start + len, lock.lock(*start..start + len)));
-                settle(&mut waiting, &mut held);
+                waiting.push((id, *start..start + len, lock.lock(*start..start + len)));
+                served += settle(&mut waiting, &mut held);
                 if id % 2 == 1 && !held.is_empty() {
                     held.remove(release.index(held.len()));
-                    settle(&mut waiting, &mut held);
+                    served += settle(&mut waiting, &mut held);
                 }
             }
             while !held.is_empty() {
                 held.remove(0);
-                settle(&mut waiting, &mut held);
+                served += settle(&mut waiting, &mut held);
             }
             prop_assert!(waiting.is_empty());
             prop_assert_eq!(served, steps.len());

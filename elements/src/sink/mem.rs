@@ -8,7 +8,7 @@ use blockmason::lang::value::Size;
 use blockmason::request::join_extents;
 use blockmason::{
     Answer, Children, Cx, Data, Element, Error, Extent, ExtentState, Flow, Geometry, Op, Ops, Prepared,
-    Request, Result, Segment,
+    Request, Result,
 };
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -49,19 +49,8 @@ const PAGE: usize = 4096;
 /// Pages of one lock: 2 MiB, so that shards rarely meet at one.
 const PAGES: usize = 512;
 
-type Page = Arc<[u8; PAGE]>;
-
 /// The pages of one stretch of the disk. Absent pages are zeros.
-struct Stretch(Vec<Option<Page>>);
-
-/// A page as part of a reply.
-struct Shared(Page);
-
-impl AsRef<[u8]> for Shared {
-    fn as_ref(&self) -> &[u8] {
-        &self.0[..]
-    }
-}
+struct Stretch(Vec<Option<Data>>);
 
 struct Mem {
     size: u64,
@@ -75,7 +64,7 @@ impl Mem {
     }
 
     /// Calls `visit` with every page that a range touches, in order: its place, and which of its bytes.
-    fn pages(&self, req: &Request, mut visit: impl FnMut(&mut Option<Page>, std::ops::Range<usize>)) {
+    fn pages(&self, req: &Request, mut visit: impl FnMut(&mut Option<Data>, std::ops::Range<usize>)) {
         let mut at = req.offset;
         while at < req.end() {
             let page = (at / PAGE as u64) as usize;
@@ -101,7 +90,7 @@ impl Mem {
         self.pages(req, |place, part| {
             pieces.push(match place {
                 None => Data::zeros(part.len()),
-                Some(page) => Data::shared(Shared(page.clone())).slice(part),
+                Some(page) => page.slice(part),
             });
         });
         if pieces.len() == 1 { pieces.swap_remove(0) } else { Data::concat(pieces) }
@@ -122,8 +111,8 @@ impl Mem {
         self.pages(req, |place, part| {
             let bytes = &data[done..done + part.len()];
             done += part.len();
-            let page = place.get_or_insert_with(|| Arc::new([0; PAGE]));
-            Arc::make_mut(page)[part].copy_from_slice(bytes);
+            let page = place.get_or_insert_with(|| Data::zeros(PAGE));
+            page.make_mut()[part].copy_from_slice(bytes);
         });
         drop(rest);
     }
@@ -133,7 +122,7 @@ impl Mem {
             if part.len() == PAGE {
                 *place = None;
             } else if let Some(page) = place {
-                Arc::make_mut(page)[part].fill(0);
+                page.make_mut()[part].fill(0);
             }
         });
     }
@@ -173,6 +162,7 @@ impl Element for Mem {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use blockmason::Segment;
     use blockmason::testing::{TestDisk, play_against_model, run};
 
     const GRAPH: &str = "element M (type mem) (size 300k)";

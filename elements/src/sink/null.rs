@@ -47,10 +47,9 @@ impl Element for Null {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         match req.op {
             Op::Read => Flow::Now(Ok(Answer::Data(Data::zeros(req.len as usize)))),
-            Op::Extents => Flow::Now(Ok(Answer::Extents(vec![Extent {
-                len: req.len,
-                state: ExtentState::HOLE,
-            }]))),
+            Op::Extents => {
+                Flow::Now(Ok(Answer::Extents(vec![Extent { len: req.len, state: ExtentState::HOLE }])))
+            }
             Op::Write | Op::Flush | Op::Discard | Op::WriteZeroes | Op::Cache => Flow::done(),
             Op::Control => cx.fail(&req, Error::unsupported("there is nothing to control here")),
         }

@@ -1,0 +1,87 @@
+//! Writes a graph as a graph file.
+
+use super::params::{Entry, Value};
+use super::parse::is_word_char;
+use super::spec::{ElementSpec, Spec};
+use crate::describe::{self, Catalogue, Param};
+use std::fmt::Write;
+use std::path::Path;
+
+/// Writes a graph as a graph file that reads back as the same graph when it stands in `folder`.
+///
+/// The graph is flat, as it was expanded: no parameters, includes or compounds. The table of types says
+/// which values are paths (those of other folders are written with their folder) and which are
+/// element references (written with their full name).
+pub fn print(spec: &Spec, catalogue: Catalogue, folder: &Path) -> String {
+    let mut out = String::new();
+    for element in &spec.elements {
+        print_element(&mut out, element, catalogue, folder);
+    }
+    for edge in &spec.edges {
+        let (from, to) = (&spec.elements[edge.from].name, &spec.elements[edge.to].name);
+        let from = end(from, &edge.from_port, "out");
+        let to = end(to, &edge.to_port, "in");
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{from} -> {to}");
+    }
+    out
+}
+
+fn end(name: &str, port: &str, default: &str) -> String {
+    if port == default { name.to_owned() } else { format!("({name}, {port})") }
+}
+
+fn print_element(out: &mut String, element: &ElementSpec, catalogue: Catalogue, folder: &Path) {
+    let table = describe::find(catalogue, &element.ty).map_or(&[][..], |ty| ty.params);
+    let _ = write!(out, "element {}\n    (type {})\n", element.name, quote(&element.ty));
+    for entry in element.params.entries() {
+        let param = table.iter().find(|param| param.name == entry.key());
+        print_entry(out, entry, param, folder);
+    }
+    out.push('\n');
+}
+
+fn print_entry(out: &mut String, entry: &Entry, param: Option<&Param>, folder: &Path) {
+    let _ = write!(out, "    ({}", entry.key());
+    for value in entry.values() {
+        out.push(' ');
+        out.push_str(&quote(&meaning(value, param, folder)));
+    }
+    out.push_str(")\n");
+}
+
+/// The text that means the same in `folder` and outside of compounds.
+fn meaning(value: &Value, param: Option<&Param>, folder: &Path) -> String {
+    match param {
+        Some(param) if param.refers.is_some() => value.target().to_owned(),
+        Some(param) if param.kind == "path" && value.folder() != folder => {
+            value.folder().join(value.text()).display().to_string()
+        }
+        Some(param) if param.kind == "URI" && value.folder() != folder => {
+            super::value::resolve_unix(value.text(), value.folder())
+        }
+        _ => value.text().to_owned(),
+    }
+}
+
+/// A word if it can be one, else a string.
+fn quote(text: &str) -> String {
+    let word =
+        !text.is_empty() && !text.starts_with('#') && !text.contains("${") && text.chars().all(is_word_char);
+    if word {
+        return text.to_owned();
+    }
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '$' => out.push_str("\\$"),
+            '\n' => out.push_str("\\n"),
+            '\t' => out.push_str("\\t"),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}

@@ -1,0 +1,80 @@
+//! A graph file after expansion: elements and edges, nothing else.
+
+use super::params::Params;
+use super::source::{Place, Sources, Span};
+use std::sync::Arc;
+
+/// A graph as written, flat: parameters are replaced, files included, compounds expanded.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// In the order of their statements.
+    pub elements: Vec<ElementSpec>,
+    /// In the order of their statements, which matters for the edges that leave one variadic element.
+    pub edges: Vec<EdgeSpec>,
+    /// The texts.
+    pub sources: Arc<Sources>,
+}
+
+/// One element.
+#[derive(Clone, Debug)]
+pub struct ElementSpec {
+    /// Its name; inside a compound with the names of the compounds around it, `Move.Copy`.
+    pub name: String,
+    /// The name of its type, `debug_log`.
+    pub ty: String,
+    /// Where its type stands.
+    pub ty_span: Span,
+    /// Where its name stands.
+    pub span: Span,
+    /// The compound that it belongs to was instantiated here.
+    pub via: Option<Span>,
+    /// Its parameters, without the type.
+    pub params: Params,
+}
+
+/// One edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EdgeSpec {
+    /// Index of the upper element.
+    pub from: usize,
+    /// Its out port.
+    pub from_port: String,
+    /// Index of the lower element.
+    pub to: usize,
+    /// Its in port.
+    pub to_port: String,
+    /// Where the edge stands.
+    pub span: Span,
+}
+
+impl Spec {
+    /// The place where an element stands: `vm1.mason:12:9`.
+    pub fn place(&self, element: &ElementSpec) -> Place {
+        self.sources.place(element.span)
+    }
+
+    /// The index of the element with that full name.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.elements.iter().position(|element| element.name == name)
+    }
+
+    /// The out ports that edges give an element, in the order of the edges.
+    pub fn outs(&self, element: usize) -> impl Iterator<Item = &str> {
+        self.edges.iter().filter(move |edge| edge.from == element).map(|edge| edge.from_port.as_str())
+    }
+}
+
+/// Equal if elements and edges are, wherever they stand.
+impl PartialEq for Spec {
+    fn eq(&self, other: &Self) -> bool {
+        let key = |edge: &EdgeSpec| (edge.from, edge.from_port.clone(), edge.to, edge.to_port.clone());
+        self.elements == other.elements && self.edges.iter().map(key).eq(other.edges.iter().map(key))
+    }
+}
+
+/// Equal if name, type and parameters are, wherever they stand.
+impl PartialEq for ElementSpec {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.ty == other.ty && self.params == other.params
+    }
+}
