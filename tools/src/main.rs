@@ -1,1 +1,43 @@
-fn main() {}
+//! `mason`: serves disks from graphs of block elements, and checks, shows and measures such graphs.
+//! One file for each command.
+
+mod check;
+mod control;
+mod failure;
+mod folders;
+mod graphs;
+mod logs;
+mod output;
+mod run;
+mod socket;
+mod view;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// Serve virtual disks from graphs of block elements.
+#[derive(Parser)]
+#[command(name = "mason", version, max_term_width = 100, subcommand_required = true)]
+struct Cli {
+    #[command(flatten)]
+    logs: logs::LogArgs,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Run(run::Args),
+    Check(check::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.logs.start();
+    let outcome = match &cli.command {
+        Command::Run(args) => run::main(args),
+        Command::Check(args) => check::main(args),
+    };
+    outcome.map_or_else(failure::Failure::report, |()| ExitCode::SUCCESS)
+}
