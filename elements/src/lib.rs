@@ -1,1 +1,3 @@
 //! The element library: one visible table of types.
+
+pub mod nbd;
