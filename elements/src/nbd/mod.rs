@@ -15,4 +15,8 @@
 // A test may unwrap: what it unwraps is its own.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod handshake;
+pub mod meta;
+pub mod server;
+pub mod stream;
 pub mod wire;
