@@ -1,13 +1,13 @@
 //! An NBD export: serves what lies below it to NBD clients.
 
-use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights};
+use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, Terms};
 use crate::nbd::server::TlsPolicy;
+use crate::nbd::uri;
 use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
 use blockmason::lang::value::{FilePath, Uri};
 use blockmason::{Cx, Element, Error, Flow, Host, Open, Request, Result};
 use std::fmt;
 use std::net::ToSocketAddrs;
-use std::path::Path;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -115,8 +115,7 @@ pub const TYPE: ElementType = ElementType {
 struct Nbd {
     params: Params,
     address: Option<Address>,
-    rights: SocketRights,
-    tls: TlsPolicy,
+    terms: Terms,
     listening: Mutex<Option<Listening>>,
 }
 
@@ -132,24 +131,29 @@ pub fn use_stdio(host: &Host) {
 
 impl Nbd {
     fn new(params: Params) -> Result<Nbd> {
-        let address = params.listen.as_ref().map(address).transpose()?;
+        let address = params.listen.as_ref().map(address_of).transpose()?;
         let rights = SocketRights {
             mode: params.mode.map(|mode| mode.0),
             owner: params.owner.as_deref().map(|name| id("/etc/passwd", name)).transpose()?,
             group: params.group.as_deref().map(|name| id("/etc/group", name)).transpose()?,
         };
-        let tls = tls_policy(&params)?;
-        Ok(Nbd { params, address, rights, tls, listening: Mutex::new(None) })
+        let terms = Terms {
+            rights,
+            tls: tls_policy(&params)?,
+            written: format!("{:?}", (&rights, params.tls, &params.tls_certificates, params.tls_clients)),
+        };
+        Ok(Nbd { params, address, terms, listening: Mutex::new(None) })
     }
 }
 
-fn address(uri: &Uri) -> Result<Address> {
+fn address_of(uri: &Uri) -> Result<Address> {
     match uri.scheme() {
         "unix" => Ok(Address::Unix(uri.rest().into())),
         "tcp" => {
-            let mut found = uri.rest().to_socket_addrs().map_err(|error| {
-                Error::io(error, format!("{} is no address and port", uri.rest()))
-            })?;
+            let mut found = uri
+                .rest()
+                .to_socket_addrs()
+                .map_err(|error| Error::io(error, format!("{} is no address and port", uri.rest())))?;
             let none = || Error::invalid(format!("{} is no address", uri.rest()));
             found.next().map(Address::Tcp).ok_or_else(none)
         }
@@ -219,8 +223,8 @@ impl Element for Nbd {
             source: open.name.to_owned(),
         };
         let listeners = open.host.service(Listeners::default);
-        let listening = listeners.add(open.host, address, self.rights, self.tls.clone(), entry)?;
-        let uri = uri(&listening.address, &self.params.name, !matches!(self.tls, TlsPolicy::Off));
+        let listening = listeners.add(open.host, address, self.terms.clone(), entry)?;
+        let uri = uri(&listening.address, &self.params.name, self.params.tls != Tls::Off);
         *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(listening);
         Ok(Some(uri))
     }
@@ -232,19 +236,38 @@ impl Element for Nbd {
 
 /// What a client is given to connect.
 fn uri(address: &Address, name: &str, tls: bool) -> String {
-    let scheme = if tls { "nbds" } else { "nbd" };
-    let escape = crate::nbd::uri::escape;
-    match address {
-        Address::Unix(path) => {
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            format!("{scheme}+unix:///{}?socket={}", escape(name), escape_path(&path))
-        }
-        Address::Tcp(address) => format!("{scheme}://{address}/{}", escape(name)),
-        Address::Inherited => format!("{scheme}+inherited:///{}", escape(name)),
-        Address::Stdio => format!("{scheme}+stdio:///{}", escape(name)),
-    }
+    let address = match address {
+        Address::Unix(path) => uri::Address::Unix(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+        Address::Tcp(address) => uri::Address::Tcp { host: address.ip().to_string(), port: address.port() },
+        Address::Inherited => return "inherited".to_owned(),
+        Address::Stdio => return "stdio".to_owned(),
+    };
+    uri::Uri { tls, address, export: name.to_owned(), certificates: None, hostname: None }.to_string()
 }
 
-fn escape_path(path: &Path) -> String {
-    crate::nbd::uri::escape(&path.to_string_lossy())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_are_given() {
+        let unix = |name| uri(&Address::Unix("/run/a b.sock".into()), name, false);
+        assert_eq!(unix("vm 1"), "nbd+unix:///vm%201?socket=/run/a%20b.sock");
+        let tcp = Address::Tcp("127.0.0.1:10809".parse().unwrap());
+        assert_eq!(uri(&tcp, "", true), "nbds://127.0.0.1");
+    }
+
+    #[test]
+    fn owners_by_name_and_number() {
+        assert_eq!(id("/etc/passwd", "root").unwrap(), 0);
+        assert_eq!(id("/etc/group", "1234").unwrap(), 1234);
+        assert!(id("/etc/passwd", "no such user").is_err());
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        assert_eq!("0660".parse(), Ok(Mode(0o660)));
+        assert_eq!(Mode(0o600).to_string(), "0600");
+        assert!("0888".parse::<Mode>().is_err() && "1777".parse::<Mode>().is_err());
+    }
 }

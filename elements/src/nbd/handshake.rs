@@ -130,6 +130,16 @@ mod tests {
         );
     }
 
+    #[tokio::test]
+    async fn memory_grows_with_what_arrives() {
+        let mut buffer = Vec::new();
+        let result = read_data(&mut [7_u8; 10].as_slice(), &mut buffer, MAX_OPTION).await;
+        assert_eq!(result.unwrap_err().kind(), std::io::ErrorKind::UnexpectedEof);
+        assert!(buffer.capacity() < 1024, "{}", buffer.capacity());
+        read_data(&mut [7_u8; 10].as_slice(), &mut buffer, 4).await.unwrap();
+        assert_eq!(buffer, [7; 4]);
+    }
+
     #[test]
     fn a_refusal_reads_well_and_has_a_kind() {
         let refused = |message: &str| HandshakeError::Refused {

@@ -40,6 +40,17 @@ pub struct SocketRights {
     pub group: Option<u32>,
 }
 
+/// What all exports of a listener agree on.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// Who may use the socket.
+    pub rights: SocketRights,
+    /// Whether there is TLS.
+    pub tls: TlsPolicy,
+    /// Everything that decides the terms, as the administrator wrote it, to compare.
+    pub written: String,
+}
+
 /// An export of a listener.
 pub struct Entry {
     /// Its name; may be empty.
@@ -67,7 +78,7 @@ impl Entry {
             size: below.size,
             flags: flags_of(&below),
             blocks,
-            contexts: vec![super::meta::BASE_ALLOCATION.to_owned()],
+            contexts: vec![super::meta::ALLOCATION.to_owned()],
         })
     }
 }
@@ -81,8 +92,7 @@ pub struct Listeners {
 /// A socket with its exports.
 pub struct Listener {
     address: Address,
-    tls: TlsPolicy,
-    rights: SocketRights,
+    terms: Terms,
     exports: Mutex<Vec<Arc<Entry>>>,
     closing: watch::Sender<bool>,
     /// Device and inode of a socket in the file system, by which it is known to be ours still.
@@ -113,15 +123,16 @@ impl Listeners {
         self: &Arc<Self>,
         host: &Arc<Host>,
         address: Address,
-        rights: SocketRights,
-        tls: TlsPolicy,
+        terms: Terms,
         entry: Entry,
     ) -> Result<Listening> {
         let mut open = lock(&self.open);
         let entry = Arc::new(entry);
         if let Some(listener) = open.get(&address) {
-            if listener.rights != rights || !listener.tls.is_same(&tls) {
-                return Err(Error::invalid("exports of one listener must agree about TLS, mode, owner and group"));
+            if listener.terms.written != terms.written {
+                return Err(Error::invalid(
+                    "exports of one listener must agree about TLS, mode, owner and group",
+                ));
             }
             let mut exports = lock(&listener.exports);
             if exports.iter().any(|other| other.name == entry.name) {
@@ -129,11 +140,10 @@ impl Listeners {
                 return Err(Error::new(Kind::Busy, message));
             }
             exports.push(entry.clone());
-            let listening =
-                Listening { listeners: self.clone(), listener: listener.clone(), entry, address };
+            let listening = Listening { listeners: self.clone(), listener: listener.clone(), entry, address };
             return Ok(listening);
         }
-        let socket = Socket::open(&address, &rights)?;
+        let socket = Socket::open(&address, &terms.rights)?;
         let actual = socket.address(&address);
         let inode = match &actual {
             Address::Unix(path) => std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino())),
@@ -142,8 +152,7 @@ impl Listeners {
         let (closing, watch) = watch::channel(false);
         let listener = Arc::new(Listener {
             address: address.clone(),
-            tls,
-            rights,
+            terms,
             exports: Mutex::new(vec![entry.clone()]),
             closing,
             inode,
@@ -211,9 +220,8 @@ impl Socket {
         match address {
             Address::Unix(path) => open_unix(path, rights).map(Socket::Unix),
             Address::Tcp(address) => {
-                let listener = std::net::TcpListener::bind(address).map_err(|error| {
-                    Error::io(error, format!("cannot listen on {address}"))
-                })?;
+                let listener = std::net::TcpListener::bind(address)
+                    .map_err(|error| Error::io(error, format!("cannot listen on {address}")))?;
                 nonblocking(listener.set_nonblocking(true))?;
                 Ok(Socket::Tcp(listener))
             }
@@ -344,11 +352,7 @@ async fn accept_unix(
     }
 }
 
-async fn accept_tcp(
-    socket: std::net::TcpListener,
-    host: &Arc<Host>,
-    listener: &Arc<Listener>,
-) -> Result<()> {
+async fn accept_tcp(socket: std::net::TcpListener, host: &Arc<Host>, listener: &Arc<Listener>) -> Result<()> {
     let broken = |error| Error::io(error, "the listener failed");
     let socket = tokio::net::TcpListener::from_std(socket).map_err(broken)?;
     loop {
@@ -388,7 +392,7 @@ where
 
 async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &Arc<Listener>) {
     let mut closing = listener.closing.subscribe();
-    let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &listener.tls));
+    let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &listener.terms.tls));
     let negotiated = tokio::select! {
         negotiated = handshake => negotiated,
         _ = closing.wait_for(|closing| *closing) => return,

@@ -15,10 +15,18 @@
 // A test may unwrap: what it unwraps is its own.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod client;
 pub mod handshake;
+#[cfg(test)]
+mod interop;
 pub mod listen;
 pub mod meta;
 pub mod serve;
 pub mod server;
 pub mod stream;
+#[cfg(feature = "tls")]
+pub mod tls;
+#[cfg(all(test, feature = "tls"))]
+mod tls_tests;
+pub mod uri;
 pub mod wire;

@@ -9,7 +9,7 @@ use super::stream::Stream as Socket;
 use super::wire::{Command, CommandFlags, ErrorCode, ReplyStyle, ReplyTo, RequestHeader, Rules};
 use blockmason::geometry::Geometry;
 use blockmason::sched::{Admit, Budget, Permit, Stream};
-use blockmason::{Answer, Data, Error, Errno, ExtentState, Flags, Op, Reply, Request};
+use blockmason::{Answer, Data, Errno, Error, ExtentState, Flags, Op, Reply, Request};
 use receive::{Received, Receiver};
 use send::Sender;
 use std::cell::{Cell, RefCell};
@@ -131,7 +131,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             *stalled = None;
             return;
         }
-        let state = stalled.get_or_insert_with(|| Stalled { moved, sleep: Box::pin(tokio::time::sleep(PATIENCE)) });
+        let state =
+            stalled.get_or_insert_with(|| Stalled { moved, sleep: Box::pin(tokio::time::sleep(PATIENCE)) });
         if state.moved != moved {
             state.moved = moved;
             state.sleep.as_mut().reset(Instant::now() + PATIENCE);
@@ -232,11 +233,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return sender.push(data, tag.permit);
         }
         let to = self.reply_to(header);
-        let pieces = if header.flags.contains(CommandFlags::DF) {
-            vec![(0, data.len(), false)]
-        } else {
-            holes(&data)
-        };
+        let pieces =
+            if header.flags.contains(CommandFlags::DF) { vec![(0, data.len(), false)] } else { holes(&data) };
         let last = pieces.len() - 1;
         for (ix, (start, end, hole)) in pieces.into_iter().enumerate() {
             let offset = header.offset + start as u64;

@@ -1,9 +1,7 @@
 //! Receiving requests: parsed out of one buffer, payloads into memory of their own.
 
 use super::super::stream::Stream as Socket;
-use super::super::wire::{
-    Command, ErrorCode, RequestHeader, Rules, decode_request, decode_request_extended,
-};
+use super::super::wire::{Command, ErrorCode, RequestHeader, Rules, decode_request, decode_request_extended};
 use blockmason::sched::{Budget, Permit};
 use blockmason::{Data, PoolBuf};
 use std::pin::Pin;

@@ -9,7 +9,7 @@
 
 mod haggle;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::handshake::{BlockSizes, HandshakeError, read_array};
 use super::meta::Selected;

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, DuplexStream, duplex};
 
 /// Two exports that are listed and one that is hidden; counts look-ups.
 #[derive(Default)]
-struct Shelf {
+pub(in crate::nbd) struct Shelf {
     finds: Cell<u32>,
     closing: bool,
 }
