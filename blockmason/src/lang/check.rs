@@ -39,13 +39,8 @@ struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     fn new(spec: &'a Spec, catalogue: Catalogue) -> Self {
-        let count = spec.elements.len();
-        let mut outs = vec![Vec::new(); count];
-        for edge in &spec.edges {
-            outs[edge.from].push(edge);
-        }
         let types = spec.elements.iter().map(|element| describe::find(catalogue, &element.ty)).collect();
-        Checker { spec, catalogue, types, outs, refs: vec![Vec::new(); count] }
+        Checker { spec, catalogue, types, outs: spec.outs(), refs: vec![Vec::new(); spec.elements.len()] }
     }
 
     fn element(&self, index: usize) -> &'a ElementSpec {
@@ -188,6 +183,7 @@ impl<'a> Checker<'a> {
                 };
                 for value in values {
                     let message = match names.get(value.target()) {
+                        None if !bag.wants("mason::unknown-element", value.span) => continue,
                         None => unknown_reference(element, value, names.keys().copied()),
                         Some(target) => {
                             self.refs[index].push((*target, value.span));

@@ -88,6 +88,13 @@ impl Bag {
         }
     }
 
+    /// False if an error of this kind at this place would not be kept: it need not be worded then.
+    pub(super) fn wants(&mut self, code: &'static str, span: Span) -> bool {
+        let full = self.is_full();
+        self.dropped += usize::from(full);
+        !full && !self.seen.contains(&(code, span))
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
@@ -252,7 +259,11 @@ impl Drawn {
         let home = diagnostic.span().source;
         let labeled = |label: &Label| {
             let text = (!label.text.is_empty()).then(|| label.text.clone());
-            LabeledSpan::new(text, label.span.start as usize, label.span.len as usize)
+            let range = label.span.start as usize..label.span.end() as usize;
+            match label.span == diagnostic.span() {
+                true => LabeledSpan::new_primary_with_span(text, range),
+                false => LabeledSpan::new_with_span(text, range),
+            }
         };
         let (here, there): (Vec<&Label>, Vec<&Label>) =
             diagnostic.labels.iter().partition(|label| label.span.source == home);

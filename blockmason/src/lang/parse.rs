@@ -192,7 +192,7 @@ impl<'a> Cursor<'a> {
             let keyword =
                 |k: &&str| line.strip_prefix(*k).is_some_and(|l| l.starts_with(char::is_whitespace));
             let closes = self.depth > 0 && line.starts_with('}');
-            if KEYWORDS.iter().any(|k| keyword(k)) || closes || starts_edge(line) {
+            if KEYWORDS.iter().any(keyword) || closes || starts_edge(line) {
                 self.at = self.text.len() - line.len();
                 return;
             }
@@ -202,6 +202,10 @@ impl<'a> Cursor<'a> {
     fn statement(&mut self, ports: &mut Vec<Port>) -> Result<Option<Statement>> {
         if self.rest().starts_with('(') {
             return self.chain().map(Some);
+        }
+        if self.rest().starts_with("->") {
+            let help = String::from("an end of an edge is written `NAME` or `(NAME, PORT)`, with a comma");
+            return Err(Box::new(self.expected("the upper end of an edge before its `->`").help(help)));
         }
         let start = self.at;
         let word = self.name("a statement", dotted)?;
@@ -253,6 +257,10 @@ impl<'a> Cursor<'a> {
             let open = self.at;
             self.need("(")?;
             let key = self.name("a parameter's name", segment)?;
+            if self.rest().starts_with('=') {
+                let help = format!("write `({} VALUE)`, without `=`", key.text);
+                return Err(Box::new(self.expected("a value or `)`").help(help)));
+            }
             let values = self.values()?;
             if !self.mark(")") {
                 return Err(self.unclosed(open));
@@ -264,7 +272,10 @@ impl<'a> Cursor<'a> {
 
     #[cold]
     fn unclosed(&self, open: usize) -> Box<Diagnostic> {
-        let error = self.expected("a value or `)`");
+        let mut error = *self.expected("a value or `)`");
+        if self.rest().starts_with(',') {
+            error = error.help(String::from("values are separated by white space"));
+        }
         Box::new(error.label(self.span(open, open + 1), "this `(` is not closed"))
     }
 

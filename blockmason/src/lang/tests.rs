@@ -11,7 +11,7 @@ mod table;
 use table::CATALOGUE;
 
 fn parse(text: &str) -> Result<Spec, Diagnostics> {
-    parse_with(&NoFiles, Path::new("vm.mason"), text.to_owned(), Path::new("/srv"), &Defines::new())
+    parse_with(&NoFiles, Path::new("vm.mason"), "/srv/vm.mason".into(), text.to_owned(), &Defines::new())
 }
 
 /// The errors of a graph, drawn as plain text; or "fine".
