@@ -85,8 +85,8 @@ impl<'a> Checker<'a> {
                 Some(ty) if !ty.ports.input => {
                     let message = format!("an edge enters `{}`, where requests begin", to.name);
                     let error = Diagnostic::new("mason::orientation", edge.span, message);
-                    let help = format!("a {} has no in port; is the edge the wrong way round?", ty.name);
-                    bag.push(error.label(to.span, format!("a {}", ty.name)).help(help));
+                    let help = format!("`{}` has no in port; is the edge the wrong way round?", ty.name);
+                    bag.push(error.label(to.span, format!("of the type `{}`", ty.name)).help(help));
                 }
                 Some(ty) if edge.to_port != "in" => {
                     let message =
@@ -106,8 +106,8 @@ impl<'a> Checker<'a> {
             Outs::None => {
                 let message = format!("an edge leaves `{name}`, where requests end");
                 Diagnostic::new("mason::orientation", edge.span, message)
-                    .label(from.span, format!("a {}", ty.name))
-                    .help(format!("a {} has no out port; is the edge the wrong way round?", ty.name))
+                    .label(from.span, format!("of the type `{}`", ty.name))
+                    .help(format!("`{}` has no out port; is the edge the wrong way round?", ty.name))
             }
             Outs::Named(ports) if !ports.contains(&port.as_str()) => {
                 let message = format!("element `{name}` ({}) has no out port `{port}`", ty.name);
@@ -141,6 +141,8 @@ impl<'a> Checker<'a> {
             }
             match ty.ports.out {
                 Outs::None => {}
+                // Where an edge names an unknown port, that is the mistake.
+                Outs::Named(ports) if taken.keys().any(|port| !ports.contains(port)) => {}
                 Outs::Named(ports) => {
                     for port in ports.iter().filter(|port| !taken.contains_key(**port)) {
                         let message =
@@ -153,7 +155,7 @@ impl<'a> Checker<'a> {
                         bag.push(within(element, error.help(edge)));
                     }
                 }
-                Outs::Variadic { min } if taken.len() < min => {
+                Outs::Variadic { min } if self.outs[index].len() < min => {
                     let count = taken.len();
                     let message = format!(
                         "element `{}` ({}) needs {min} out edges or more, it has {count}",
@@ -252,7 +254,7 @@ impl<'a> Checker<'a> {
             let exports = self.catalogue.iter().filter(|ty| ty.family == Family::Export).map(|ty| ty.name);
             let message = "the graph has no export: no client could use it";
             let error = Diagnostic::new("mason::no-export", self.beginning(), message);
-            bag.push(error.help(format!("add an element of one of the types {}", suggest::list(exports))));
+            bag.push(error.help(format!("these types are exports: {}", suggest::list(exports))));
             // Nothing is reached then, which goes without saying.
             return;
         }

@@ -164,13 +164,15 @@ impl Diagnostics {
         })
     }
 
-    /// Draws every error with its source lines; `width` in columns.
+    /// Draws every error with its source lines. Long messages are wrapped at `width` columns if fancy,
+    /// and left whole if plain.
     pub fn render(&self, style: Style, width: usize) -> String {
         let theme = match style {
             Style::Plain => GraphicalTheme::none(),
             Style::Fancy => GraphicalTheme::unicode(),
         };
         let handler = GraphicalReportHandler::new_themed(theme)
+            .with_wrap_lines(style == Style::Fancy)
             .with_width(width)
             .with_links(false)
             .with_context_lines(1);
@@ -223,7 +225,7 @@ impl Diagnostics {
     }
 }
 
-/// As [`Style::Plain`] on 100 columns.
+/// As [`Style::Plain`].
 impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.render(Style::Plain, 100))

@@ -123,7 +123,8 @@ pub fn load(path: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
 /// # Errors
 /// Everything that is wrong.
 pub fn parse_str(name: &str, text: &str, folder: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
-    parse_with(&Disk, Path::new(name), folder.join(name), text.to_owned(), defines)
+    let file = Path::new(name).file_name().unwrap_or("graph".as_ref());
+    parse_with(&Disk, Path::new(name), folder.join(file), text.to_owned(), defines)
 }
 
 /// Reads a graph again from the texts that it was read from, without the file system.
