@@ -1,4 +1,180 @@
-//! The one trait that every element implements. See docs/elements.md for the author's guide.
+//! The one trait that every element implements. docs/elements.md is the author's guide.
+
+use crate::error::{Error, Result};
+use crate::geometry::Geometry;
+use crate::request::{Reply, Request};
+use crate::sched::Cx;
+use std::any::Any;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+pub use futures::future::LocalBoxFuture;
+
+/// A reply that is here, or one that will come.
+///
+/// A flow stays on the shard it was made on. Dropping one never cancels I/O that was submitted.
+#[must_use = "a flow that nobody polls does nothing"]
+pub enum Flow<'a> {
+    /// Answered at once.
+    Now(Reply),
+    /// Something has to be waited for.
+    Later(LocalBoxFuture<'a, Reply>),
+}
+
+impl<'a> Flow<'a> {
+    /// Answered: done.
+    pub fn done() -> Flow<'a> {
+        Flow::Now(Ok(crate::Answer::Done))
+    }
+
+    /// Answered with an error.
+    pub fn fail(error: Error) -> Flow<'a> {
+        Flow::Now(Err(error))
+    }
+
+    /// A flow from an async body. What wants to see completions or make several requests is written
+    /// so: `Flow::later(async move { ... })`.
+    pub fn later(body: impl Future<Output = Reply> + 'a) -> Flow<'a> {
+        Flow::Later(Box::pin(body))
+    }
+
+    /// Sees the reply, and may change it: inline if it is here, else in one boxed future.
+    pub fn then(self, f: impl FnOnce(Reply) -> Reply + 'a) -> Flow<'a> {
+        match self {
+            Flow::Now(reply) => Flow::Now(f(reply)),
+            Flow::Later(flow) => Flow::later(async move { f(flow.await) }),
+        }
+    }
+}
+
+impl Future for Flow<'_> {
+    type Output = Reply;
+
+    fn poll(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<Reply> {
+        match &mut *self {
+            Flow::Later(flow) => flow.as_mut().poll(task),
+            Flow::Now(reply) => {
+                let gone = Err(Error::internal("a flow was polled after its end"));
+                Poll::Ready(std::mem::replace(reply, gone))
+            }
+        }
+    }
+}
 
 /// A block element.
-pub trait Element: Send + Sync + 'static {}
+///
+/// One instance may serve two graphs at once while a reload goes on. So an instance holds only what
+/// follows from its own parameters and its stored state; what it derives from its neighbours is
+/// computed for each graph by [`prepare`](Element::prepare) and reached through
+/// [`Cx::prepared`].
+pub trait Element: Send + Sync + 'static {
+    /// Takes a request. Called on a shard, which it must not block.
+    ///
+    /// An element that only routes returns `cx.forward(port, req)` as it is. Order: requests in
+    /// flight at once may be done in any order; a flush covers what was answered before it came.
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a>;
+
+    /// What this element looks like from above, given what lies below, and what it wants to keep for
+    /// this graph. Called once for each graph, bottom up, before any request; changes nothing.
+    /// The default suits an element with one out port that changes neither size nor addresses.
+    fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
+        children.single().map(|geometry| Prepared::of(geometry.above()))
+    }
+
+    /// Work of its own: an export's listener, a copier. Started on a home shard after the graph is
+    /// open; it ends by itself when `cx.closing()` resolves.
+    fn run<'a>(&'a self, _cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
+        None
+    }
+
+    /// Called once when a graph that contains this instance has been built and handed over to,
+    /// before [`run`](Element::run): sockets appear, metadata may be written. Returns what is to be
+    /// announced (`nbd+unix:///...`), for an export.
+    fn open(&self, _cx: &Open<'_>) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// The other end of `open`: called once when the last graph with this instance closes. Paths
+    /// that only we serve go first; what is in flight has ended before.
+    fn close(&self) {}
+
+    /// The value of a handler that its type declares as readable.
+    fn get(&self, handler: &str) -> Result<String> {
+        Err(Error::invalid(format!("there is no handler {handler} to read")))
+    }
+
+    /// Sets a handler that its type declares as writable.
+    fn set(&self, handler: &str, _value: &str) -> Result<()> {
+        Err(Error::invalid(format!("there is no handler {handler} to set")))
+    }
+
+    /// Calls a handler that its type declares as callable.
+    fn call(&self, handler: &str, _argument: &str) -> Result<String> {
+        Err(Error::invalid(format!("there is no handler {handler} to call")))
+    }
+
+    /// Takes over what `old`, an element of the same name and type, has learnt; leaves it usable.
+    fn take_state(&self, _old: &dyn Element) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What lies below an element, by out port.
+#[derive(Clone, Copy)]
+pub struct Children<'a> {
+    /// Each port's name and what is behind it, in the order of the edges.
+    pub ports: &'a [(String, Geometry)],
+}
+
+impl<'a> Children<'a> {
+    /// The geometries, in the order of the edges.
+    pub fn iter(&self) -> impl Iterator<Item = Geometry> + 'a {
+        self.ports.iter().map(|(_, geometry)| *geometry)
+    }
+
+    /// What is behind the only out port.
+    pub fn single(&self) -> Result<Geometry> {
+        match self.ports {
+            [(_, geometry)] => Ok(*geometry),
+            ports => Err(Error::internal(format!("one out port was expected, not {}", ports.len()))),
+        }
+    }
+}
+
+/// What `prepare` computes.
+pub struct Prepared {
+    /// The disk that the element shows upwards.
+    pub geometry: Geometry,
+    /// What the element keeps for this graph; see [`Cx::prepared`].
+    pub state: Option<Box<dyn Any + Send + Sync>>,
+}
+
+impl Prepared {
+    /// Only a geometry.
+    pub fn of(geometry: Geometry) -> Prepared {
+        Prepared { geometry, state: None }
+    }
+
+    /// A geometry and something to keep.
+    pub fn with(geometry: Geometry, state: impl Any + Send + Sync) -> Prepared {
+        Prepared { geometry, state: Some(Box::new(state)) }
+    }
+}
+
+/// What [`Element::open`] is given.
+pub struct Open<'a> {
+    /// The process that serves.
+    pub host: &'a Arc<crate::sched::Host>,
+    /// The graph that was handed over to, for sources to admit requests into.
+    pub disk: &'a Arc<crate::sched::Disk>,
+    /// The element's name.
+    pub name: &'a str,
+}
+
+impl std::fmt::Debug for dyn Element {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an element")
+    }
+}

@@ -1,1 +1,22 @@
-//! The element library: one visible table of types.
+//! The element library of Block Mason: one file for each element, one visible table of them all.
+
+pub mod export;
+pub mod fault;
+pub mod route;
+pub mod sink;
+pub mod transform;
+
+use blockmason::describe::ElementType;
+use blockmason::lang::ParamError;
+use blockmason::{Error, Result};
+
+/// Every type of element, in the order of the reference.
+pub static ALL: &[&ElementType] = &[&sink::file::TYPE, &sink::mem::TYPE, &sink::null::TYPE];
+
+/// Parameters that the checker has been over: what is wrong with them all the same is one sentence.
+pub(crate) fn params<T>(read: Result<T, Vec<ParamError>>) -> Result<T> {
+    read.map_err(|errors| {
+        let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        Error::invalid(all.join("; "))
+    })
+}

@@ -1,0 +1,51 @@
+//! An edge, and what may travel it without help.
+
+use crate::geometry::{Geometry, NO_LIMIT};
+use crate::request::{Flags, Op, Request};
+
+/// Leads from an out port to the element below.
+pub(crate) struct Edge {
+    pub(crate) from: u32,
+    pub(crate) to: u32,
+    pub(crate) port: Box<str>,
+    /// Bits that offset and length of a request must not have: the block size below, less one.
+    pub(crate) mask: u64,
+    /// The longest request.
+    pub(crate) max_len: u64,
+    /// Bit `op` is set if requests of that operation may be handed on as they are.
+    ops: u8,
+    /// Size of the element below.
+    pub(crate) size: u64,
+}
+
+impl Edge {
+    pub(crate) fn new(from: u32, port: &str, to: u32, below: &Geometry) -> Edge {
+        let mut ops = 0;
+        for op in Op::ALL {
+            // Where blocks are read, modified and written, every change has to hold its range, whole
+            // blocks too: a write between the reading and the writing would be lost.
+            let ordered = below.min_block > 1 && op.changes_data();
+            if below.ops.has(op) && !ordered {
+                ops |= 1 << op as u8;
+            }
+        }
+        Edge {
+            from,
+            to,
+            port: port.into(),
+            mask: u64::from(below.min_block) - 1,
+            max_len: if below.max_len >= NO_LIMIT { u64::MAX } else { u64::from(below.max_len) },
+            ops,
+            size: below.size,
+        }
+    }
+
+    /// True if the element below can be handed `req` as it is.
+    #[inline]
+    pub(crate) fn takes(&self, req: &Request) -> bool {
+        self.ops >> req.op as u8 & 1 != 0
+            && (req.offset | req.len) & self.mask == 0
+            && req.len <= self.max_len
+            && !req.flags.has(Flags::SAMPLED)
+    }
+}

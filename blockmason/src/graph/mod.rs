@@ -1,0 +1,253 @@
+//! A graph of elements, assembled and ready to carry requests. Immutable: a change is a new graph.
+
+pub mod build;
+pub(crate) mod edge;
+pub(crate) mod tally;
+
+pub use tally::{EdgeReading, Histogram, OpReading, SourceReading};
+
+use crate::describe::{ElementType, Outs};
+use crate::element::{Children, Element};
+use crate::error::{Error, Result};
+use crate::geometry::Geometry;
+use crate::sched::RangeLock;
+use edge::Edge;
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tally::Tally;
+
+/// An element with its name. Two graphs share it where name, type and parameters are the same.
+pub struct Instance {
+    /// The full name in the graph, `Move.Copy`.
+    pub name: String,
+    /// Its type.
+    pub ty: &'static ElementType,
+    /// Where it stands in the graph file, `vm1.mason:3:1`.
+    pub place: String,
+    /// The element itself.
+    pub element: Arc<dyn Element>,
+    /// Orders overlapping changes where the framework reads, modifies and writes.
+    pub(crate) ranges: RangeLock,
+}
+
+impl Instance {
+    /// An instance.
+    pub fn new(
+        name: impl Into<String>,
+        ty: &'static ElementType,
+        place: impl Into<String>,
+        element: Arc<dyn Element>,
+    ) -> Arc<Instance> {
+        Arc::new(Instance {
+            name: name.into(),
+            ty,
+            place: place.into(),
+            element,
+            ranges: RangeLock::default(),
+        })
+    }
+}
+
+/// An edge to be, by the indices of its ends.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// The upper end.
+    pub from: usize,
+    /// Its out port.
+    pub port: String,
+    /// The lower end.
+    pub to: usize,
+}
+
+/// One element's place in a graph.
+pub(crate) struct Node {
+    pub(crate) instance: Arc<Instance>,
+    /// The same as `instance.element`, one pointer nearer.
+    pub(crate) element: Arc<dyn Element>,
+    /// Its out edges are `edges[first_edge..][..edge_count]`, in the order of its ports.
+    pub(crate) first_edge: u32,
+    pub(crate) edge_count: u32,
+    pub(crate) geometry: Geometry,
+    pub(crate) prepared: Option<Box<dyn Any + Send + Sync>>,
+}
+
+/// A graph. Requests enter at its sources and travel along its edges.
+pub struct Graph {
+    name: String,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) edges: Vec<Edge>,
+    pub(crate) tallies: Vec<Arc<Tally>>,
+    failed: AtomicBool,
+    closing: tokio::sync::watch::Sender<bool>,
+}
+
+impl Graph {
+    /// Assembles a graph whose requests will be carried by `shards` shards. The checker has been
+    /// over it: what is wrong here is a sentence about the graph all the same, never a panic.
+    pub fn assemble(
+        name: &str,
+        instances: &[Arc<Instance>],
+        connections: &[Connection],
+        shards: usize,
+    ) -> Result<Graph> {
+        let ports = sort_ports(instances, connections)?;
+        let order = children_first(instances, &ports)?;
+        let mut edges = Vec::with_capacity(connections.len());
+        let mut geometries: Vec<Option<Geometry>> = vec![None; instances.len()];
+        let mut nodes: Vec<Option<Node>> = instances.iter().map(|_| None).collect();
+        for ix in order {
+            let instance = &instances[ix];
+            let children: Vec<_> = ports[ix]
+                .iter()
+                .map(|(port, to)| geometries[*to].map(|geometry| (port.to_string(), geometry)))
+                .collect::<Option<_>>()
+                .ok_or_else(|| Error::internal("an element was reached before what lies below it"))?;
+            let prepared = instance
+                .element
+                .prepare(Children { ports: &children })
+                .map_err(|error| error.in_element(&instance.name))?;
+            geometries[ix] = Some(prepared.geometry);
+            let first_edge = edges.len() as u32;
+            for ((port, to), (_, geometry)) in ports[ix].iter().zip(&children) {
+                edges.push(Edge::new(ix as u32, port, *to as u32, geometry));
+            }
+            nodes[ix] = Some(Node {
+                instance: instance.clone(),
+                element: instance.element.clone(),
+                first_edge,
+                edge_count: edges.len() as u32 - first_edge,
+                geometry: prepared.geometry,
+                prepared: prepared.state,
+            });
+        }
+        let nodes: Vec<Node> = nodes.into_iter().flatten().collect();
+        let tallies = (0..shards).map(|_| Arc::new(Tally::new(&nodes, edges.len()))).collect();
+        let (closing, _) = tokio::sync::watch::channel(false);
+        Ok(Graph { name: name.to_owned(), nodes, edges, tallies, failed: AtomicBool::new(false), closing })
+    }
+
+    /// The graph's name: the stem of its file.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its instances, in the order of the graph file.
+    pub fn instances(&self) -> impl Iterator<Item = &Arc<Instance>> {
+        self.nodes.iter().map(|node| &node.instance)
+    }
+
+    /// The index of an element.
+    pub fn node(&self, name: &str) -> Option<usize> {
+        self.nodes.iter().position(|node| node.instance.name == name)
+    }
+
+    /// What an element looks like from above.
+    pub fn geometry(&self, node: usize) -> Geometry {
+        self.nodes[node].geometry
+    }
+
+    /// What lies below the only out port of an element, an export above all.
+    pub fn below(&self, node: usize) -> Result<Geometry> {
+        let node = &self.nodes[node];
+        match &self.edges[node.first_edge as usize..][..node.edge_count as usize] {
+            [edge] => Ok(self.nodes[edge.to as usize].geometry.above()),
+            edges => Err(Error::internal(format!("one out port was expected, not {}", edges.len()))),
+        }
+    }
+
+    /// True once an element of this graph has panicked: it answers nothing but errors until reloaded.
+    pub fn is_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn fail(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Tells the work of its own of every element to end.
+    pub(crate) fn announce_closing(&self) {
+        self.closing.send_replace(true);
+    }
+
+    pub(crate) fn closing(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// What every edge has carried so far, on all shards.
+    pub fn read_edges(&self) -> Vec<EdgeReading> {
+        let reading = |(ix, edge): (usize, &Edge)| {
+            let counts = self.tallies.iter().map(|tally| tally.edges[ix].read());
+            let (requests, bytes) =
+                counts.fold((0, 0), |(r, b), (requests, bytes)| (r + requests, b + bytes));
+            EdgeReading {
+                from: self.nodes[edge.from as usize].instance.name.clone(),
+                port: edge.port.to_string(),
+                to: self.nodes[edge.to as usize].instance.name.clone(),
+                requests,
+                bytes,
+            }
+        };
+        self.edges.iter().enumerate().map(reading).collect()
+    }
+
+    /// What has entered at an element, on all shards; nothing for one that is no source.
+    pub fn read_source(&self, node: usize) -> SourceReading {
+        let mut reading = SourceReading::default();
+        for tally in &self.tallies {
+            tally.read_source(node, &mut reading);
+        }
+        reading
+    }
+}
+
+/// Each element's out ports with what they lead to, in the type's order or that of the edges.
+fn sort_ports<'a>(
+    instances: &[Arc<Instance>],
+    connections: &'a [Connection],
+) -> Result<Vec<Vec<(&'a str, usize)>>> {
+    let mut ports: Vec<Vec<(&str, usize)>> = instances.iter().map(|_| Vec::new()).collect();
+    for Connection { from, port, to } in connections {
+        if *from >= instances.len() || *to >= instances.len() {
+            return Err(Error::internal("an edge leads out of the graph"));
+        }
+        ports[*from].push((port, *to));
+    }
+    for (instance, ports) in instances.iter().zip(&mut ports) {
+        if let Outs::Named(names) = instance.ty.ports.out {
+            let place = |port: &str| names.iter().position(|name| *name == port);
+            ports.sort_by_key(|(port, _)| place(port));
+            if ports.len() != names.len() || ports.iter().zip(names).any(|((port, _), name)| port != name) {
+                let message = format!("its out ports are {names:?}, each with one edge");
+                return Err(Error::invalid(message).in_element(&instance.name));
+            }
+        }
+    }
+    Ok(ports)
+}
+
+/// An order in which every element comes after all that lies below it.
+fn children_first(instances: &[Arc<Instance>], ports: &[Vec<(&str, usize)>]) -> Result<Vec<usize>> {
+    let mut waiting: Vec<usize> = ports.iter().map(Vec::len).collect();
+    let mut above: Vec<Vec<usize>> = vec![Vec::new(); instances.len()];
+    for (ix, ports) in ports.iter().enumerate() {
+        for (_, to) in ports {
+            above[*to].push(ix);
+        }
+    }
+    let mut order: Vec<usize> = (0..instances.len()).filter(|ix| waiting[*ix] == 0).collect();
+    let mut next = 0;
+    while let Some(&ix) = order.get(next) {
+        next += 1;
+        for &parent in &above[ix] {
+            waiting[parent] -= 1;
+            if waiting[parent] == 0 {
+                order.push(parent);
+            }
+        }
+    }
+    match waiting.iter().position(|left| *left > 0) {
+        None => Ok(order),
+        Some(ix) => Err(Error::invalid("it is part of a circle").in_element(&instances[ix].name)),
+    }
+}

@@ -1,0 +1,224 @@
+//! Counting what goes by. Each shard has its own counters, so that counting is a plain addition;
+//! readers add them up.
+
+use super::Node;
+use crate::request::Op;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A counter with one writer, its shard, and any number of readers.
+#[derive(Default)]
+struct Count(AtomicU64);
+
+impl Count {
+    #[inline]
+    fn add(&self, n: u64) {
+        // Not fetch_add: with a single writer a load and a store lose nothing and lock nothing.
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One shard's counters of one graph.
+pub(crate) struct Tally {
+    pub(crate) edges: Box<[EdgeCount]>,
+    /// By node; only elements without an in port have one.
+    sources: Box<[Option<Box<SourceTally>>]>,
+}
+
+/// What an edge has carried.
+#[derive(Default)]
+pub(crate) struct EdgeCount {
+    requests: Count,
+    bytes: Count,
+}
+
+impl EdgeCount {
+    #[inline]
+    pub(crate) fn add(&self, len: u64) {
+        self.requests.add(1);
+        self.bytes.add(len);
+    }
+
+    pub(crate) fn read(&self) -> (u64, u64) {
+        (self.requests.get(), self.bytes.get())
+    }
+}
+
+#[derive(Default)]
+struct SourceTally {
+    ops: [OpTally; Op::ALL.len()],
+}
+
+#[derive(Default)]
+struct OpTally {
+    bytes: Count,
+    errors: Count,
+    latency: Histogram,
+}
+
+/// What an edge has carried, summed over the shards.
+#[derive(Clone, Debug)]
+pub struct EdgeReading {
+    /// The element above.
+    pub from: String,
+    /// Its out port.
+    pub port: String,
+    /// The element below.
+    pub to: String,
+    /// Requests since the graph was built.
+    pub requests: u64,
+    /// Their lengths together, in bytes.
+    pub bytes: u64,
+}
+
+/// What has entered at a source, by operation in the order of [`Op::ALL`].
+#[derive(Clone, Debug, Default)]
+pub struct SourceReading {
+    /// One for each operation.
+    pub ops: [OpReading; Op::ALL.len()],
+}
+
+/// What has entered of one operation.
+#[derive(Clone, Debug, Default)]
+pub struct OpReading {
+    /// Requests answered.
+    pub requests: u64,
+    /// Their lengths together, in bytes.
+    pub bytes: u64,
+    /// How many of them with an error.
+    pub errors: u64,
+    /// Requests by latency bucket; see [`Histogram::upper_ns`].
+    pub latency: Vec<u64>,
+}
+
+impl OpReading {
+    /// The latency that a share `q` (0 to 1) of the requests stayed within, in nanoseconds.
+    pub fn quantile_ns(&self, q: f64) -> u64 {
+        let wanted = (self.requests as f64 * q).ceil().max(1.0) as u64;
+        let mut seen = 0;
+        for (bucket, count) in self.latency.iter().enumerate() {
+            seen += count;
+            if seen >= wanted {
+                return Histogram::upper_ns(bucket);
+            }
+        }
+        0
+    }
+}
+
+impl Tally {
+    pub(crate) fn new(nodes: &[Node], edges: usize) -> Tally {
+        let source = |node: &Node| (!node.instance.ty.ports.input).then(Box::default);
+        Tally {
+            edges: (0..edges).map(|_| EdgeCount::default()).collect(),
+            sources: nodes.iter().map(source).collect(),
+        }
+    }
+
+    /// Counts a root request that has been answered.
+    #[inline]
+    pub(crate) fn root(&self, node: usize, op: Op, len: u64, failed: bool, took: Duration) {
+        let Some(source) = &self.sources[node] else { return };
+        let tally = &source.ops[op as usize];
+        tally.bytes.add(len);
+        tally.errors.add(u64::from(failed));
+        tally.latency.record(took.as_nanos() as u64);
+    }
+
+    pub(crate) fn read_source(&self, node: usize, sum: &mut SourceReading) {
+        let Some(source) = &self.sources[node] else { return };
+        for (tally, sum) in source.ops.iter().zip(&mut sum.ops) {
+            sum.bytes += tally.bytes.get();
+            sum.errors += tally.errors.get();
+            sum.latency.resize(Histogram::BUCKETS, 0);
+            for (bucket, count) in sum.latency.iter_mut().enumerate() {
+                let n = tally.latency.buckets[bucket].get();
+                *count += n;
+                sum.requests += n;
+            }
+        }
+    }
+}
+
+/// A log-linear histogram of durations: eight buckets for each power of two of nanoseconds, so that
+/// a quantile is at most 12.5 % off. Durations past 18 minutes count as that.
+pub struct Histogram {
+    buckets: [Count; Histogram::BUCKETS],
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Histogram { buckets: [const { Count(AtomicU64::new(0)) }; Histogram::BUCKETS] }
+    }
+}
+
+impl Histogram {
+    /// How many buckets there are.
+    pub const BUCKETS: usize = 38 * 8;
+
+    /// The bucket of a duration.
+    pub fn bucket(ns: u64) -> usize {
+        if ns < 8 {
+            return ns as usize;
+        }
+        let power = 63 - ns.leading_zeros() as usize;
+        let eighth = (ns >> (power - 3) & 7) as usize;
+        ((power - 2) * 8 + eighth).min(Histogram::BUCKETS - 1)
+    }
+
+    /// The largest duration of a bucket, in nanoseconds.
+    pub fn upper_ns(bucket: usize) -> u64 {
+        if bucket < 8 {
+            return bucket as u64;
+        }
+        let (power, eighth) = (bucket / 8 + 2, bucket as u64 % 8);
+        ((9 + eighth) << (power - 3)) - 1
+    }
+
+    /// Counts one duration.
+    #[inline]
+    pub fn record(&self, ns: u64) {
+        self.buckets[Histogram::bucket(ns)].add(1);
+    }
+
+    /// The counts, by bucket.
+    pub fn read(&self) -> Vec<u64> {
+        self.buckets.iter().map(Count::get).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_duration_is_in_its_bucket(ns in 0u64..1 << 40) {
+            let bucket = Histogram::bucket(ns);
+            prop_assert!(ns <= Histogram::upper_ns(bucket));
+            prop_assert!(bucket == 0 || ns > Histogram::upper_ns(bucket - 1));
+            prop_assert!(ns < 64 || (Histogram::upper_ns(bucket) - ns) * 8 <= ns);
+        }
+    }
+
+    #[test]
+    fn the_longest_durations_share_the_last_bucket() {
+        assert_eq!(Histogram::bucket(u64::MAX), Histogram::BUCKETS - 1);
+    }
+
+    #[test]
+    fn quantiles() {
+        let histogram = Histogram::default();
+        (1..=100u64).for_each(|us| histogram.record(us * 1000));
+        let reading = OpReading { requests: 100, latency: histogram.read(), ..OpReading::default() };
+        for (q, us) in [(0.5, 50.0), (0.99, 99.0)] {
+            let found = reading.quantile_ns(q) as f64 / 1000.0;
+            assert!((found - us) / us < 0.13 && found >= us, "{q}: {found}");
+        }
+    }
+}

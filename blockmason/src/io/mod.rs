@@ -1,0 +1,10 @@
+//! File I/O for sinks: an engine chosen for each operation, and images that are opened once.
+
+mod file;
+mod pool;
+mod registry;
+mod ring;
+
+pub use file::{FileIo, FileOptions};
+pub use registry::{Access, Image, Registry};
+pub use ring::Ring;

@@ -1,0 +1,28 @@
+//! The scheduler: what moves requests between elements, and the threads they move on.
+//!
+//! A request belongs to one shard, an OS thread, from entering to leaving. A stream of requests (a
+//! connection, a queue) is served by [`serve`], which keeps one block of parked flows for each epoch
+//! of its disk: a new graph takes new requests while the old one finishes its own.
+
+mod budget;
+mod cx;
+mod detach;
+mod disk;
+mod fit;
+mod flows;
+mod host;
+mod ranges;
+mod recorder;
+mod serve;
+mod shard;
+
+pub use budget::{Budget, Permit};
+pub use cx::Cx;
+pub use detach::Detached;
+pub use disk::{Disk, Slot};
+pub use host::{Host, HostConfig};
+pub use ranges::{RangeGuard, RangeLock};
+pub use recorder::Hop;
+pub(crate) use serve::run_node;
+pub use serve::{Admit, Served, Stream, serve};
+pub use shard::Shard;

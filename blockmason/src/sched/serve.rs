@@ -1,0 +1,340 @@
+//! Serving a stream of requests: admission, parked flows, epochs, and what happens when an element
+//! panics.
+
+use super::cx::Lane;
+use super::detach::Done;
+use super::flows::Flows;
+use super::{Cx, Disk, Shard, Slot};
+use crate::element::{Flow, LocalBoxFuture};
+use crate::error::{Error, Kind, Result};
+use crate::geometry::{Geometry, MAX_REQUEST};
+use crate::graph::Graph;
+use crate::request::{Flags, Op, Reply, Request};
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use tokio::time::Instant;
+
+/// Requests from outside, in order of arrival: a connection, a virtqueue.
+///
+/// Everything takes `&self`: while a graph is replaced, two epochs answer to one stream.
+pub trait Stream {
+    /// What the stream needs to answer a request: a cookie, a descriptor's index.
+    type Tag;
+
+    /// The next request that is here in full. Pending registers the task, as ever.
+    fn poll_next(&self, task: &mut Context<'_>) -> Poll<Admit<Self::Tag>>;
+
+    /// The reply to a request, once for each, in any order. The stream may have ended meanwhile; the
+    /// reply is then dropped.
+    fn reply(&self, tag: Self::Tag, reply: Reply);
+
+    /// Called when everything that was ready has been submitted and answered: one write for a whole
+    /// turn. A stream that cannot send any more ends at the next `poll_next`.
+    fn poll_flush(&self, task: &mut Context<'_>) -> Poll<()>;
+}
+
+/// What a stream has next.
+pub enum Admit<T> {
+    /// A request.
+    Request(T, Request),
+    /// Nothing, ever.
+    End,
+}
+
+/// Why serving ended. Every admitted request has been answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// The stream said so.
+    Ended,
+    /// The disk closes.
+    Closing,
+    /// The graph that serves now has no such source.
+    Gone,
+}
+
+/// Requests that one poll admits at the most before other tasks of the shard have their turn.
+const BATCH: usize = 256;
+
+/// One request in so many is sampled: its way through the graph is recorded.
+const SAMPLE: u64 = 1024;
+
+/// Serves `stream` as requests that enter at the element `source`, until the stream ends, the disk
+/// closes or the source is gone. Must be called on a shard.
+pub async fn serve<S: Stream>(disk: &Disk, source: &str, stream: &S) -> Result<Served> {
+    let shard = Shard::current().ok_or_else(|| Error::internal("this thread is no shard"))?;
+    let slot = disk.slot()?;
+    let joined = Joined { slot: &slot, number: slot.join() };
+    let end = Cell::new(None);
+    let mut epochs: Vec<LocalBoxFuture<'_, ()>> = Vec::new();
+    let mut newest = None;
+    let mut known: Option<std::task::Waker> = None;
+    poll_fn(|task| {
+        if !known.as_ref().is_some_and(|waker| waker.will_wake(task.waker())) {
+            slot.watch(joined.number, task.waker());
+            known = Some(task.waker().clone());
+        }
+        if slot.closing.get() && end.get().is_none() {
+            end.set(Some(Served::Closing));
+        }
+        if newest != Some(slot.epoch.get()) && end.get().is_none() {
+            newest = Some(slot.epoch.get());
+            let graph = slot.graph.borrow().clone();
+            let serving = Serving { slot: &slot, source, stream, end: &end };
+            epochs.push(Box::pin(serving.epoch(shard.clone(), graph)));
+        }
+        epochs.retain_mut(|epoch| epoch.as_mut().poll(task).is_pending());
+        match end.get() {
+            Some(end) if epochs.is_empty() => Poll::Ready(Ok(end)),
+            _ => Poll::Pending,
+        }
+    })
+    .await
+}
+
+struct Joined<'a> {
+    slot: &'a Slot,
+    number: u64,
+}
+
+impl Drop for Joined<'_> {
+    fn drop(&mut self) {
+        self.slot.leave(self.number);
+    }
+}
+
+/// What all epochs of one stream share.
+struct Serving<'s, S> {
+    slot: &'s Rc<Slot>,
+    source: &'s str,
+    stream: &'s S,
+    end: &'s Cell<Option<Served>>,
+}
+
+/// Who waits for a flow.
+enum Owner<T> {
+    Root { tag: T, id: u64, op: Op, len: u64, since: Instant },
+    Detached(Done),
+}
+
+impl<'s, S: Stream> Serving<'s, S> {
+    /// One epoch: owns its graph, admits while it is the newest and the gate is open, and ends when
+    /// it is not and nothing is in flight.
+    async fn epoch(self, shard: Rc<Shard>, graph: Arc<Graph>) {
+        let number = self.slot.epoch.get();
+        let Some(node) = graph.node(self.source) else { return self.end.set(Some(Served::Gone)) };
+        let below = match graph.below(node) {
+            Ok(below) => below,
+            Err(_) => return self.end.set(Some(Served::Gone)),
+        };
+        let lane = Lane::new(graph, shard);
+        let mut turn = Turn { serving: self, cx: lane.cx(node), below, flows: Flows::new(), admitted: 0 };
+        poll_fn(|task| turn.poll(number, task)).await;
+    }
+}
+
+struct Turn<'s, 'a, S: Stream> {
+    serving: Serving<'s, S>,
+    cx: Cx<'a>,
+    below: Geometry,
+    flows: Flows<'a, Owner<S::Tag>>,
+    admitted: u64,
+}
+
+impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
+    fn poll(&mut self, number: u64, task: &mut Context<'_>) -> Poll<()> {
+        let slot = self.serving.slot;
+        let mut left = BATCH;
+        loop {
+            self.abandon_if_failed();
+            let mut progress = self.poll_flows(task);
+            let admits = slot.epoch.get() == number && !slot.gate.get();
+            if admits && left > 0 {
+                progress |= self.admit(task, &mut left);
+            }
+            progress |= self.take_up_detached();
+            if !progress || left == 0 {
+                break;
+            }
+        }
+        // Whether everything could be sent or not, nothing here waits for it.
+        let _ = self.serving.stream.poll_flush(task);
+        if left == 0 {
+            task.waker().wake_by_ref();
+        }
+        let over = slot.epoch.get() != number || self.serving.end.get().is_some();
+        if over && self.flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Submits what the stream has. True if there was anything.
+    fn admit(&mut self, task: &mut Context<'_>, left: &mut usize) -> bool {
+        let since = crate::rt::now();
+        let mut any = false;
+        while *left > 0 && self.serving.end.get().is_none() {
+            match self.serving.stream.poll_next(task) {
+                Poll::Pending => break,
+                Poll::Ready(Admit::End) => self.serving.end.set(Some(Served::Ended)),
+                Poll::Ready(Admit::Request(tag, req)) => {
+                    any = true;
+                    *left -= 1;
+                    self.start(tag, req, since);
+                }
+            }
+        }
+        any
+    }
+
+    fn start(&mut self, tag: S::Tag, mut req: Request, since: Instant) {
+        req.id = self.cx.lane.shard.next_id();
+        req.root = req.id;
+        self.admitted += 1;
+        if self.admitted % SAMPLE == 0 {
+            req.flags = req.flags.with(Flags::SAMPLED);
+        }
+        let slot = self.serving.slot;
+        slot.in_flight.set(slot.in_flight.get() + 1);
+        let owner = Owner::Root { tag, id: req.id, op: req.op, len: req.len, since };
+        if let Err(error) = self.refuse(&req) {
+            return self.finish(owner, Some(Err(error.at(req.op.name(), req.offset))));
+        }
+        self.submit(self.cx, 0, req, owner);
+    }
+
+    /// What no element need check: the framework hands down no range that lies outside.
+    fn refuse(&self, req: &Request) -> Result<()> {
+        if self.cx.lane.graph.is_failed() {
+            return Err(Error::internal("an element of this graph has panicked; reload it"));
+        }
+        if req.op.has_range() && req.offset.checked_add(req.len).is_none_or(|end| end > self.below.size) {
+            let kind = if req.op == Op::Write { Kind::NoSpace } else { Kind::Invalid };
+            let message = format!("{} bytes reach past the end, {}", req.len, self.below.size);
+            return Err(Error::new(kind, message));
+        }
+        if matches!(req.op, Op::Read | Op::Write) && req.len > u64::from(MAX_REQUEST) {
+            return Err(Error::invalid(format!("{} bytes are more than a request may have", req.len)));
+        }
+        if self.below.read_only && req.op.changes_data() {
+            return Err(Error::new(Kind::Denied, "the disk is read-only"));
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, cx: Cx<'a>, port: usize, req: Request, owner: Owner<S::Tag>) {
+        match catch_unwind(AssertUnwindSafe(|| cx.forward(port, req))) {
+            Ok(Flow::Now(reply)) => self.finish(owner, Some(reply)),
+            Ok(Flow::Later(flow)) => self.flows.insert(flow, owner),
+            Err(_) => self.finish(owner, None),
+        }
+    }
+
+    fn poll_flows(&mut self, task: &Context<'_>) -> bool {
+        if self.flows.len() == 0 {
+            return false;
+        }
+        let (cx, serving) = (self.cx, &self.serving);
+        self.flows.poll(task, |owner, reply| finish(cx, serving, owner, reply))
+    }
+
+    fn take_up_detached(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let Some(task) = self.cx.lane.detached.borrow_mut().pop_front() else { return any };
+            any = true;
+            let cx = Cx { lane: self.cx.lane, node: task.node };
+            self.submit(cx, task.port, task.req, Owner::Detached(task.done));
+        }
+    }
+
+    /// Once an element has panicked nobody knows who will ever wake the flows that wait for it.
+    fn abandon_if_failed(&mut self) {
+        if self.cx.lane.graph.is_failed() && self.flows.len() > 0 {
+            for owner in self.flows.abandon() {
+                let error = Error::internal("an element of this graph panicked while this was in flight");
+                self.finish(owner, Some(Err(error)));
+            }
+        }
+    }
+
+    fn finish(&self, owner: Owner<S::Tag>, reply: Option<Reply>) {
+        finish(self.cx, &self.serving, owner, reply);
+    }
+}
+
+fn finish<S: Stream>(cx: Cx<'_>, serving: &Serving<'_, S>, owner: Owner<S::Tag>, reply: Option<Reply>) {
+    let reply = reply.unwrap_or_else(|| {
+        cx.lane.graph.fail();
+        Err(Error::internal("an element panicked; the graph answers errors until it is reloaded"))
+    });
+    match owner {
+        Owner::Detached(done) => done.send(reply),
+        Owner::Root { tag, id, op, len, since } => {
+            let slot = serving.slot;
+            slot.in_flight.set(slot.in_flight.get() - 1);
+            if let Err(error) = &reply {
+                report(cx, serving.source, id, error);
+            }
+            let took = crate::rt::now() - since;
+            cx.lane.tally.root(cx.node as usize, op, len, reply.is_err(), took);
+            serving.stream.reply(tag, reply);
+        }
+    }
+}
+
+/// Says what a guest was told. A client's own misuse is its business; the rest is the operator's.
+#[cold]
+fn report(cx: Cx<'_>, source: &str, id: u64, error: &Error) {
+    let (graph, cause) = (cx.graph_name(), std::error::Error::source(error).map(ToString::to_string));
+    let cause = cause.unwrap_or_default();
+    match error.kind() {
+        Kind::Invalid | Kind::Unsupported | Kind::Denied => {
+            tracing::info!(graph, source, "{error}");
+        }
+        _ => {
+            tracing::warn!(graph, source, cause, "{error}");
+            for hop in cx.lane.shard.recorder.borrow().dump().iter().filter(|hop| hop.root == id) {
+                tracing::warn!(graph, "on its way: {hop:?}");
+            }
+        }
+    }
+}
+
+/// Runs an element's work of its own to its end, in one epoch.
+pub(crate) async fn run_node(graph: Arc<Graph>, shard: Rc<Shard>, node: usize) {
+    let element = graph.nodes[node].element.clone();
+    let lane = Lane::new(graph, shard);
+    let cx = lane.cx(node);
+    let mut flows: Flows<'_, Done> = Flows::new();
+    let Some(mut body) = element.run(cx) else { return };
+    let mut over = false;
+    poll_fn(|task| {
+        if !over {
+            match catch_unwind(AssertUnwindSafe(|| body.as_mut().poll(task))) {
+                Ok(poll) => over = poll.is_ready(),
+                Err(_) => {
+                    lane.graph.fail();
+                    over = true;
+                }
+            }
+        }
+        loop {
+            let Some(task) = lane.detached.borrow_mut().pop_front() else { break };
+            let cx = Cx { lane: &lane, node: task.node };
+            match catch_unwind(AssertUnwindSafe(|| cx.forward(task.port, task.req))) {
+                Ok(Flow::Now(reply)) => task.done.send(reply),
+                Ok(Flow::Later(flow)) => flows.insert(flow, task.done),
+                Err(_) => lane.graph.fail(),
+            }
+        }
+        flows.poll(task, |done, reply| {
+            done.send(reply.unwrap_or_else(|| {
+                lane.graph.fail();
+                Err(Error::internal("an element panicked"))
+            }));
+        });
+        if over && flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}

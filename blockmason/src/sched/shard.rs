@@ -1,0 +1,105 @@
+//! A shard: a named thread with a runtime and an io_uring of its own. What happens on it is touched
+//! by no other thread.
+
+use super::disk::Slot;
+use super::recorder::Recorder;
+use crate::io::Ring;
+use std::any::{Any, TypeId};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Shard>>> = const { RefCell::new(None) };
+}
+
+/// What belongs to one thread of the data plane.
+pub struct Shard {
+    id: usize,
+    next_id: Cell<u64>,
+    pub(crate) rng: RefCell<fastrand::Rng>,
+    pub(crate) slots: RefCell<HashMap<u64, Rc<Slot>>>,
+    pub(crate) recorder: RefCell<Recorder>,
+    locals: RefCell<HashMap<(TypeId, u64), Rc<dyn Any>>>,
+    ring: Option<Ring>,
+}
+
+impl Shard {
+    pub(crate) fn new(id: usize, seed: Option<u64>, ring: Option<Ring>) -> Rc<Shard> {
+        let rng = seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
+        Rc::new(Shard {
+            id,
+            next_id: Cell::new(1),
+            rng: RefCell::new(rng),
+            slots: RefCell::default(),
+            recorder: RefCell::default(),
+            locals: RefCell::default(),
+            ring,
+        })
+    }
+
+    /// Makes this the shard of the current thread until the guard goes.
+    pub(crate) fn enter(self: &Rc<Self>) -> Entered {
+        CURRENT.set(Some(self.clone()));
+        Entered(())
+    }
+
+    /// The shard of the current thread, if it is one.
+    pub fn current() -> Option<Rc<Shard>> {
+        CURRENT.try_with(|shard| shard.borrow().clone()).ok().flatten()
+    }
+
+    /// Called whenever the thread is about to wait: one system call submits a turn's I/O.
+    pub(crate) fn before_park() {
+        let _ = CURRENT.try_with(|shard| {
+            if let Some(ring) = shard.borrow().as_ref().and_then(|shard| shard.ring.as_ref()) {
+                ring.turn();
+            }
+        });
+    }
+
+    /// Its number, from 0.
+    pub fn id(&self) -> usize {
+        self.id
+    }
+
+    /// Its io_uring; None where the kernel refuses one.
+    pub fn ring(&self) -> Option<&Ring> {
+        self.ring.as_ref()
+    }
+
+    /// A request id, unique in the process.
+    #[inline]
+    pub(crate) fn next_id(&self) -> u64 {
+        let id = self.next_id.get();
+        self.next_id.set(id + 1);
+        (self.id as u64) << 48 | id
+    }
+
+    /// What `owner` keeps of type `T` on this shard, made when it is first asked for.
+    pub fn local<T: 'static>(&self, owner: u64, make: impl FnOnce() -> T) -> Rc<T> {
+        let key = (TypeId::of::<T>(), owner);
+        if let Some(found) = self.locals.borrow().get(&key) {
+            if let Ok(found) = found.clone().downcast() {
+                return found;
+            }
+        }
+        let made = Rc::new(make());
+        self.locals.borrow_mut().insert(key, made.clone());
+        made
+    }
+
+    /// Forgets what `owner` keeps of type `T` on this shard.
+    pub fn forget<T: 'static>(&self, owner: u64) {
+        self.locals.borrow_mut().remove(&(TypeId::of::<T>(), owner));
+    }
+}
+
+/// The current thread is a shard while this lives.
+pub(crate) struct Entered(());
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+    }
+}

@@ -1,0 +1,231 @@
+//! A file or a block device: the disk that most graphs end in.
+
+use blockmason::data::ALIGN;
+use blockmason::describe::{
+    Access as HandlerAccess, Build, ElementType, Family, Handler, Handover, Ports, Survives,
+};
+use blockmason::io::{Access, FileIo, FileOptions, Registry};
+use blockmason::lang::value::{FilePath, Size};
+use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Ops, Prepared, Request, Result};
+use rustix::fs::{FileType, OFlags};
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+blockmason::params! {
+    /// A file or a block device.
+    pub struct Params {
+        /// The image file or block device.
+        path: FilePath,
+        /// Creates a sparse file of this size when it is missing. An existing file keeps its own size.
+        size: Option<Size>,
+        /// Bypasses the page cache (O_DIRECT).
+        direct: bool = "no",
+        /// Opens for reading only; several processes may then share the image.
+        readonly: bool = "no",
+    }
+}
+
+/// See the module.
+pub const TYPE: ElementType = ElementType {
+    name: "file",
+    summary: "a file or a block device",
+    doc: "Reads and writes an image. The size is the file's own, to the byte. The image is locked: no \
+          second process that respects locks can write it meanwhile.\n\n\
+          A write is answered when the kernel has it, which outlives this process but not the power; a \
+          flush or FUA is answered after fdatasync. When an fdatasync fails, the kernel forgets what \
+          was not written: so every later flush and FUA fails too, until `reset` is called.\n\n\
+          Discarded and zeroed ranges become holes where the file system can make them.",
+    family: Family::Sink,
+    params: Params::PARAMS,
+    ports: Ports::SINK,
+    handlers: &[Handler {
+        name: "reset",
+        access: HandlerAccess::Call,
+        doc: "lets flushes succeed again after one has failed",
+    }],
+    provides: &[],
+    passes_through: false,
+    layout: false,
+    handover: Handover::Gate,
+    survives: Survives::Power,
+    example: "element Guest (type nbd) (listen unix:disk.sock)\n\
+              element Disk (type file) (path disk.img) (size 64M)\n\
+              Guest -> Disk\n",
+    check: Params::check,
+    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::open(&crate::params(Params::from(build.params))?)?)),
+};
+
+/// Every image of this process, so that successive graphs share lock and description.
+static IMAGES: LazyLock<Registry> = LazyLock::new(Registry::default);
+
+struct FileDisk {
+    io: FileIo,
+    geometry: Geometry,
+}
+
+impl FileDisk {
+    fn open(params: &Params) -> Result<FileDisk> {
+        let path = &params.path.0;
+        if let (Some(size), false) = (params.size, params.readonly) {
+            create(path, size.0)?;
+        }
+        let image = IMAGES.open(path, Access { write: !params.readonly, direct: params.direct })?;
+        let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
+        let stat = rustix::fs::fstat(image.file()).map_err(|e| refused(e, "it cannot be looked at"))?;
+        let (size, device) = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => (stat.st_size as u64, false),
+            FileType::BlockDevice => {
+                let end = rustix::fs::seek(image.file(), rustix::fs::SeekFrom::End(0));
+                (end.map_err(|e| refused(e, "its size cannot be found out"))?, true)
+            }
+            _ => return Err(Error::invalid("it is neither a file nor a block device").with_path(path)),
+        };
+        if params.direct && size % ALIGN as u64 != 0 {
+            let message = format!("its size, {size}, is no multiple of {ALIGN}, as (direct yes) needs");
+            return Err(Error::invalid(message).with_path(path));
+        }
+        let ops = Ops {
+            discard: true,
+            write_zeroes: true,
+            fast_zero: true,
+            cache: !params.direct,
+            extents: !device,
+        };
+        let geometry = Geometry {
+            min_block: if params.direct { ALIGN as u32 } else { 1 },
+            preferred_block: 4096.max(stat.st_blksize as u32).next_power_of_two().min(1 << 16),
+            ops,
+            needs_flush: true,
+            read_only: params.readonly,
+            ..Geometry::new(size)
+        };
+        let options = FileOptions { size, direct: params.direct, device };
+        Ok(FileDisk { io: FileIo::new(image, options), geometry })
+    }
+}
+
+/// Makes a sparse file unless there is something already. Complete when it appears under its name.
+fn create(path: &Path, size: u64) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
+    let file = rustix::fs::open(
+        path,
+        OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC,
+        rustix::fs::Mode::from_raw_mode(0o600),
+    )
+    .map_err(|errno| refused(errno, "it cannot be created"))?;
+    rustix::fs::ftruncate(&file, size).map_err(|errno| {
+        // Half made, it would pass for a disk of size 0 the next time.
+        let _ = rustix::fs::unlink(path);
+        refused(errno, "it cannot be made that large")
+    })
+}
+
+impl Element for FileDisk {
+    fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
+        Ok(Prepared::of(self.geometry))
+    }
+
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        match req.op {
+            op if op.changes_data() && self.geometry.read_only => {
+                cx.fail(&req, Error::new(Kind::Denied, "the disk is read-only"))
+            }
+            Op::Read => self.io.read(req, cx),
+            Op::Write => self.io.write(req, cx),
+            Op::Flush => cx.later(&req, self.io.sync(cx)),
+            Op::Discard => self.io.discard(req, cx),
+            Op::WriteZeroes => self.io.write_zeroes(req, cx),
+            Op::Cache => self.io.cache(req),
+            Op::Extents => self.io.extents(req, cx),
+            Op::Control => cx.fail(&req, Error::unsupported("there is nothing to control here")),
+        }
+    }
+
+    fn call(&self, handler: &str, _argument: &str) -> Result<String> {
+        match handler {
+            "reset" => {
+                self.io.image().reset();
+                Ok("flushes may succeed again".to_owned())
+            }
+            _ => Err(Error::invalid(format!("there is no handler {handler} to call"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockmason::testing::{TestDisk, play_against_model, run};
+    use blockmason::{Kind, Op};
+
+    fn disk_in(folder: &tempfile::TempDir, more: &str) -> String {
+        format!("element D (type file) (path {}) {more}", folder.path().join("disk.img").display())
+    }
+
+    #[test]
+    fn behaves_like_a_vector() {
+        for (seed, more) in ["(size 100001)", "(size 128k) (direct yes)"].iter().enumerate() {
+            // Not every file system of a temporary folder does O_DIRECT; the current folder's does.
+            let folder = tempfile::tempdir_in(".").unwrap();
+            run(seed as u64, async |host| {
+                let disk = TestDisk::new(&host, crate::ALL, &disk_in(&folder, more), "D").await.unwrap();
+                play_against_model(&disk, seed as u64, 400).await;
+            });
+        }
+    }
+
+    #[test]
+    fn a_second_opener_is_refused_and_a_second_graph_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        run(1, async |host| {
+            let graph = disk_in(&folder, "(size 1M)");
+            let first = TestDisk::new(&host, crate::ALL, &graph, "D").await.unwrap();
+            let second = TestDisk::new(&host, crate::ALL, &graph, "D").await.unwrap();
+            first.write(0, b"x").await.unwrap();
+            assert_eq!(second.read(0, 1).await.unwrap(), b"x");
+            let other = disk_in(&folder, "(readonly yes)");
+            let error = TestDisk::new(&host, crate::ALL, &other, "D").await.err().unwrap();
+            assert_eq!(error.kind(), Kind::Busy, "{error}");
+        });
+    }
+
+    #[test]
+    fn what_cannot_be_opened_is_one_sentence_with_the_place() {
+        let folder = tempfile::tempdir().unwrap();
+        run(1, async |host| {
+            let error = TestDisk::new(&host, crate::ALL, &disk_in(&folder, ""), "D").await.err().unwrap();
+            assert_eq!(error.kind(), Kind::Unavailable);
+            let text = error.to_string();
+            assert!(text.contains("D (") && text.contains("test.mason:1:9"), "{text}");
+            assert!(text.ends_with("disk.img: there is no such file"), "{text}");
+        });
+    }
+
+    #[test]
+    fn reading_only() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("disk.img"), [7; 1000]).unwrap();
+        run(1, async |host| {
+            let graph = disk_in(&folder, "(readonly yes)");
+            let disk = TestDisk::new(&host, crate::ALL, &graph, "D").await.unwrap();
+            assert_eq!(disk.read(990, 10).await.unwrap(), [7; 10]);
+            assert_eq!(disk.write(0, b"x").await.unwrap_err().kind(), Kind::Denied);
+        });
+    }
+
+    #[test]
+    fn holes_are_extents() {
+        let folder = tempfile::tempdir().unwrap();
+        run(1, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, &disk_in(&folder, "(size 1M)"), "D").await.unwrap();
+            disk.write(512 << 10, &[1; 4096]).await.unwrap();
+            let holes: Vec<_> =
+                disk.extents(0, 1 << 20).await.unwrap().iter().map(|e| (e.len, e.state.hole)).collect();
+            assert_eq!(holes, [(512 << 10, true), (4096, false), ((1 << 20) - (512 << 10) - 4096, true)]);
+            disk.op(Op::Discard, 512 << 10, 4096).await.unwrap();
+            assert_eq!(disk.extents(0, 1 << 20).await.unwrap().len(), 1);
+        });
+    }
+}

@@ -1,0 +1,5 @@
+//! Where requests end.
+
+pub mod file;
+pub mod mem;
+pub mod null;
