@@ -40,7 +40,13 @@ struct Checker<'a> {
 impl<'a> Checker<'a> {
     fn new(spec: &'a Spec, catalogue: Catalogue) -> Self {
         let types = spec.elements.iter().map(|element| describe::find(catalogue, &element.ty)).collect();
-        Checker { spec, catalogue, types, outs: spec.outs(), refs: vec![Vec::new(); spec.elements.len()] }
+        Checker {
+            spec,
+            catalogue,
+            types,
+            outs: spec.edges_by_element(),
+            refs: vec![Vec::new(); spec.elements.len()],
+        }
     }
 
     fn element(&self, index: usize) -> &'a ElementSpec {
