@@ -5,6 +5,7 @@ use super::*;
 use crate::describe::{Catalogue, ElementType, Family, Handover, Outs, Param, Ports, Survives};
 use std::io;
 
+mod docs;
 mod limits;
 mod random;
 mod right;
