@@ -88,6 +88,13 @@ impl Bag {
         }
     }
 
+    /// False if an error of this kind at this place would not be kept: it need not be worded then.
+    pub(super) fn wants(&mut self, code: &'static str, span: Span) -> bool {
+        let full = self.is_full();
+        self.dropped += usize::from(full);
+        !full && !self.seen.contains(&(code, span))
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
@@ -157,13 +164,15 @@ impl Diagnostics {
         })
     }
 
-    /// Draws every error with its source lines; `width` in columns.
+    /// Draws every error with its source lines. Long messages are wrapped at `width` columns if fancy,
+    /// and left whole if plain.
     pub fn render(&self, style: Style, width: usize) -> String {
         let theme = match style {
             Style::Plain => GraphicalTheme::none(),
             Style::Fancy => GraphicalTheme::unicode(),
         };
         let handler = GraphicalReportHandler::new_themed(theme)
+            .with_wrap_lines(style == Style::Fancy)
             .with_width(width)
             .with_links(false)
             .with_context_lines(1);
@@ -216,7 +225,7 @@ impl Diagnostics {
     }
 }
 
-/// As [`Style::Plain`] on 100 columns.
+/// As [`Style::Plain`].
 impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.render(Style::Plain, 100))
@@ -252,7 +261,11 @@ impl Drawn {
         let home = diagnostic.span().source;
         let labeled = |label: &Label| {
             let text = (!label.text.is_empty()).then(|| label.text.clone());
-            LabeledSpan::new(text, label.span.start as usize, label.span.len as usize)
+            let range = label.span.start as usize..label.span.end() as usize;
+            match label.span == diagnostic.span() {
+                true => LabeledSpan::new_primary_with_span(text, range),
+                false => LabeledSpan::new_with_span(text, range),
+            }
         };
         let (here, there): (Vec<&Label>, Vec<&Label>) =
             diagnostic.labels.iter().partition(|label| label.span.source == home);

@@ -18,6 +18,10 @@ use std::sync::Arc;
 const MOST_ITEMS: usize = 100_000;
 /// Bytes of all names and values of one graph.
 const MOST_BYTES: usize = 64 << 20;
+/// What a value or parameter costs beside its bytes.
+const OVERHEAD: usize = 128;
+/// Statements looked at, those of a compound once for each instance.
+const MOST_STEPS: usize = 10_000_000;
 /// Bytes of one value.
 const LONGEST_VALUE: usize = 64 << 10;
 /// Compounds within compounds, and parameters that need parameters.
@@ -87,6 +91,7 @@ pub(super) struct Expander<'a> {
     names: HashMap<String, (Named, Span)>,
     items: usize,
     bytes: usize,
+    steps: usize,
     /// A limit was exceeded: nothing more is made.
     stopped: bool,
 }
@@ -94,7 +99,7 @@ pub(super) struct Expander<'a> {
 impl<'a> Expander<'a> {
     pub(super) fn new(loaded: &'a Loaded, bag: &'a mut Bag) -> Self {
         let (elements, edges, names) = (Vec::new(), Vec::new(), HashMap::new());
-        Expander { loaded, bag, elements, edges, names, items: 0, bytes: 0, stopped: false }
+        Expander { loaded, bag, elements, edges, names, items: 0, bytes: 0, steps: 0, stopped: false }
     }
 
     /// True if errors have been found.
@@ -143,6 +148,8 @@ impl<'a> Expander<'a> {
             format!("the graph has more than {MOST_ITEMS} elements and edges")
         } else if self.bytes > MOST_BYTES {
             format!("the names and values of the graph are larger than {} MiB", MOST_BYTES >> 20)
+        } else if self.steps > MOST_STEPS {
+            String::from("the compounds of the graph are used too often")
         } else {
             return true;
         };
@@ -194,6 +201,7 @@ impl<'a> Expander<'a> {
         seen: &mut HashSet<usize>,
         items: &mut Vec<Item<'a>>,
     ) {
+        self.steps += body.len();
         for statement in body {
             let Statement::Include(name) = statement else {
                 items.push(Item { statement, context: context.clone(), depth });
@@ -291,7 +299,7 @@ impl<'a> Expander<'a> {
     fn value(&mut self, written: &'a Written, context: &Arc<Context>, scope: &Scope<'a, '_>) -> Vec<Value> {
         if let [Part::Param(key)] = written.parts.as_slice() {
             let Some(bound) = self.bound(key, scope) else { return Vec::new() };
-            let bytes = bound.values.iter().map(|value| value.text.len()).sum();
+            let bytes = bound.values.iter().map(|value| OVERHEAD + value.text.len()).sum();
             let moved =
                 |value: &Value| Value { span: written.span, origin: Some(bound.origin), ..value.clone() };
             let values = bound.values.iter().map(moved).collect();
@@ -318,7 +326,7 @@ impl<'a> Expander<'a> {
                 return Vec::new();
             }
         }
-        let bytes = value.text.len();
+        let bytes = OVERHEAD + value.text.len();
         if self.spend(0, bytes, written.span) { vec![value] } else { Vec::new() }
     }
 
@@ -345,7 +353,7 @@ impl<'a> Expander<'a> {
 
     fn bound<'b>(&mut self, key: &Name, scope: &'b Scope<'a, '_>) -> Option<&'b Bound> {
         let bound = scope.param(&key.text);
-        if bound.is_none() {
+        if bound.is_none() && self.bag.wants("mason::undefined", key.span) {
             let message = format!("parameter `{}` is not defined", key.text);
             let near = suggest::did_you_mean(&key.text, scope.param_names());
             let help = near.unwrap_or_else(|| {
@@ -358,6 +366,7 @@ impl<'a> Expander<'a> {
 
     fn entry(&mut self, setting: &'a Setting, context: &Arc<Context>, scope: &Scope<'a, '_>) -> Entry {
         let values = setting.values.iter().flat_map(|value| self.value(value, context, scope)).collect();
+        self.spend(0, OVERHEAD + setting.key.text.len(), setting.key.span);
         Entry { key: setting.key.text.clone(), span: setting.key.span, values }
     }
 
@@ -475,6 +484,7 @@ impl<'a> Expander<'a> {
         name: &str,
         params: Params,
     ) -> BTreeMap<String, Bound> {
+        self.steps += compound.keys.len();
         let mut bound = BTreeMap::new();
         for entry in params.entries {
             let known = || compound.keys.iter().map(|(key, _)| key.text.as_str());
@@ -567,6 +577,7 @@ impl<'a> Expander<'a> {
             Some((Named::Broken, _)) => return None,
             Some((Named::Instance { ty, ports }, _)) => match ports.get(port) {
                 Some(target) => return target.clone(),
+                None if !self.bag.wants("mason::unknown-port", port_span) => return None,
                 None => {
                     let message = format!("`{full}` (compound `{ty}`) has no port `{port}`");
                     let known = || ports.keys().map(String::as_str);
@@ -575,6 +586,7 @@ impl<'a> Expander<'a> {
                     Diagnostic::new("mason::unknown-port", port_span, message).help(help)
                 }
             },
+            None if !self.bag.wants("mason::unknown-element", name.span) => return None,
             None => {
                 let message = format!("there is no element `{full}`");
                 let near = self.names.keys().filter_map(|known| known.strip_prefix(prefix));

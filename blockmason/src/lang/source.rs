@@ -1,5 +1,6 @@
 //! The texts a graph was read from, and places in them.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -28,17 +29,24 @@ impl Span {
 }
 
 /// One text: a graph file, or a value of the command line.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Source {
     path: PathBuf,
+    opened: PathBuf,
     text: String,
+    #[serde(skip)]
     lines: OnceLock<Vec<u32>>,
 }
 
 impl Source {
-    /// The path as it was opened, which is also the name that messages give it.
+    /// What messages call it: the path as the administrator wrote it, or `-D`.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The path at which it was read; empty for a value of the command line.
+    pub fn opened(&self) -> &Path {
+        &self.opened
     }
 
     /// Its text.
@@ -60,13 +68,21 @@ impl Source {
 }
 
 /// The texts that one graph was read from, each file once; the graph file itself is the first.
-#[derive(Debug, Default)]
+///
+/// They can be serialised, so that a client may read files and a daemon parse them; see
+/// [`super::parse_sources`].
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Sources(Vec<Source>);
 
 impl Sources {
-    /// Adds a text and returns its index.
-    pub fn add(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) -> u32 {
-        self.0.push(Source { path: path.into(), text: text.into(), lines: OnceLock::new() });
+    /// Adds a text that is no file and returns its index.
+    pub(super) fn add(&mut self, name: &str, text: impl Into<String>) -> u32 {
+        self.add_file(Path::new(name), PathBuf::new(), text.into())
+    }
+
+    /// Adds the text of a file and returns its index.
+    pub(super) fn add_file(&mut self, path: &Path, opened: PathBuf, text: String) -> u32 {
+        self.0.push(Source { path: path.to_path_buf(), opened, text, lines: OnceLock::new() });
         (self.0.len() - 1) as u32
     }
 
