@@ -38,8 +38,9 @@ pub(crate) struct GraphFile {
 /// Reads graphs with one set of parameters.
 pub(crate) struct Reader {
     pub(crate) folders: Folders,
+    /// Where relative paths of the command line start.
+    pub(crate) here: PathBuf,
     given: Defines,
-    here: PathBuf,
 }
 
 impl GraphArgs {
@@ -51,7 +52,7 @@ impl GraphArgs {
         for define in &self.defines {
             given.set_from(define, &here).map_err(|error| Failure::Usage(format!("-D: {error}")))?;
         }
-        Ok(Reader { folders: Folders::find(self.state.as_deref()), given, here })
+        Ok(Reader { folders: Folders::find(self.state.as_deref()), here, given })
     }
 }
 

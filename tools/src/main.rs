@@ -9,7 +9,10 @@ mod graphs;
 mod logs;
 mod output;
 mod run;
+mod show;
 mod socket;
+mod status;
+mod units;
 mod view;
 
 use clap::Parser;
@@ -30,6 +33,8 @@ struct Cli {
 enum Command {
     Run(run::Args),
     Check(check::Args),
+    Show(show::Args),
+    Status(status::Args),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +43,8 @@ fn main() -> ExitCode {
     let outcome = match &cli.command {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
+        Command::Show(args) => show::main(args),
+        Command::Status(args) => status::main(args),
     };
     outcome.map_or_else(failure::Failure::report, |()| ExitCode::SUCCESS)
 }
