@@ -2,7 +2,9 @@
 //! One file for each command.
 
 mod check;
+mod completions;
 mod control;
+mod elements;
 mod failure;
 mod folders;
 mod graphs;
@@ -15,7 +17,7 @@ mod status;
 mod units;
 mod view;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use std::process::ExitCode;
 
 /// Serve virtual disks from graphs of block elements.
@@ -34,7 +36,11 @@ enum Command {
     Run(run::Args),
     Check(check::Args),
     Show(show::Args),
+    Elements(elements::Args),
     Status(status::Args),
+    Completions(completions::Args),
+    #[command(hide = true)]
+    Man(completions::ManArgs),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +50,9 @@ fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Show(args) => show::main(args),
+        Command::Elements(args) => elements::main(args),
+        Command::Completions(args) => completions::main(args, Cli::command()),
+        Command::Man(args) => completions::man(args, Cli::command()),
         Command::Status(args) => status::main(args),
     };
     outcome.map_or_else(failure::Failure::report, |()| ExitCode::SUCCESS)
