@@ -35,7 +35,9 @@ pub(crate) fn man(args: &ManArgs, mut cli: Command) -> Outcome {
         |path: &Path, error| Failure::new(format!("{}: it cannot be written: {error}", path.display()));
     std::fs::create_dir_all(&args.out).map_err(|error| refused(&args.out, error))?;
     cli.build();
-    for command in std::iter::once(&cli).chain(cli.get_subcommands().filter(|sub| !sub.is_hide_set() && sub.get_name() != "help")) {
+    for command in std::iter::once(&cli)
+        .chain(cli.get_subcommands().filter(|sub| !sub.is_hide_set() && sub.get_name() != "help"))
+    {
         let page = clap_mangen::Man::new(command.clone());
         let path = args.out.join(page.get_filename());
         let written = std::fs::File::create(&path).and_then(|mut file| page.render(&mut file));

@@ -1,6 +1,7 @@
 //! `mason`: serves disks from graphs of block elements, and checks, shows and measures such graphs.
 //! One file for each command.
 
+mod bench;
 mod check;
 mod completions;
 mod control;
@@ -36,6 +37,7 @@ enum Command {
     Run(run::Args),
     Check(check::Args),
     Show(show::Args),
+    Bench(bench::Args),
     Elements(elements::Args),
     Status(status::Args),
     Completions(completions::Args),
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Show(args) => show::main(args),
+        Command::Bench(args) => bench::main(args),
         Command::Elements(args) => elements::main(args),
         Command::Completions(args) => completions::main(args, Cli::command()),
         Command::Man(args) => completions::man(args, Cli::command()),
