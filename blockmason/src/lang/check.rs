@@ -26,6 +26,13 @@ pub fn check(spec: &Spec, catalogue: Catalogue) -> Result<(), Diagnostics> {
     bag.finish(spec.sources.clone())
 }
 
+/// What can be said of each element without the others.
+pub(super) fn each(spec: &Spec, catalogue: Catalogue, bag: &mut Bag) {
+    let checker = Checker::new(spec, catalogue);
+    checker.types(bag);
+    checker.parameters(bag);
+}
+
 struct Checker<'a> {
     spec: &'a Spec,
     catalogue: Catalogue,

@@ -4,6 +4,7 @@ use super::source::{Place, Sources, Span};
 use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteDiagnostic, NamedSource, Severity};
 use std::collections::HashSet;
 use std::fmt;
+use std::io::IsTerminal;
 use std::sync::Arc;
 
 /// Errors kept for one graph. Whoever mends these runs the check again anyway.
@@ -120,6 +121,16 @@ pub enum Style {
     Plain,
     /// Line drawing characters and colours, for a terminal.
     Fancy,
+}
+
+impl Style {
+    /// Fancy on a terminal, unless `NO_COLOR` is set; else plain.
+    pub fn detect(stream: &impl IsTerminal) -> Self {
+        match stream.is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+            true => Style::Fancy,
+            false => Style::Plain,
+        }
+    }
 }
 
 /// All the errors of one graph, never none of them.
