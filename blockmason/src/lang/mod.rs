@@ -5,6 +5,8 @@
 //! reported in one go, each error with its place. Every limit (bytes, depth, number of elements) is a
 //! constant beside the code that keeps it, so that no text can use unbounded memory or time.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests unwrap"))]
+
 mod ast;
 mod check;
 mod de;
