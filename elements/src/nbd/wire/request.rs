@@ -151,7 +151,7 @@ impl RequestHeader {
     }
 
     /// True if the request is the form of NBD_CMD_BLOCK_STATUS whose payload holds the length of the
-    /// range and the contexts wanted; see the `meta` module.
+    /// range and the contexts wanted; see [`crate::nbd::meta::StatusQuery`].
     #[inline]
     pub fn is_status_query(&self) -> bool {
         self.command == Command::BLOCK_STATUS && self.flags.contains(CommandFlags::PAYLOAD_LEN)
