@@ -2,6 +2,7 @@
 
 use super::diag::{Bag, Diagnostic, Diagnostics};
 use super::params::{ParamError, Value};
+use super::parse::shorten;
 use super::source::Span;
 use super::spec::{EdgeSpec, ElementSpec, Spec};
 use super::suggest;
@@ -24,6 +25,13 @@ pub fn check(spec: &Spec, catalogue: Catalogue) -> Result<(), Diagnostics> {
     checker.reference_cycles(&mut bag);
     checker.sources(&mut bag);
     bag.finish(spec.sources.clone())
+}
+
+/// What can be said of each element without the others.
+pub(super) fn each(spec: &Spec, catalogue: Catalogue, bag: &mut Bag) {
+    let checker = Checker::new(spec, catalogue);
+    checker.types(bag);
+    checker.parameters(bag);
 }
 
 struct Checker<'a> {
@@ -63,7 +71,8 @@ impl<'a> Checker<'a> {
     fn types(&self, bag: &mut Bag) {
         for (element, ty) in self.spec.elements.iter().zip(&self.types) {
             if ty.is_none() {
-                let message = format!("element `{}`: there is no type `{}`", element.name, element.ty);
+                let message =
+                    format!("element `{}`: there is no type `{}`", element.name, shorten(&element.ty));
                 let near = suggest::did_you_mean(&element.ty, self.catalogue.iter().map(|ty| ty.name));
                 let help = near.unwrap_or_else(|| String::from("`mason elements` lists the types"));
                 let error = Diagnostic::new("mason::unknown-type", element.ty_span, message).help(help);
@@ -312,7 +321,8 @@ fn unknown_reference<'a>(
     value: &Value,
     names: impl Iterator<Item = &'a str>,
 ) -> Diagnostic {
-    let message = format!("element `{}` refers to `{}`, which is no element", element.name, value.text());
+    let message =
+        format!("element `{}` refers to `{}`, which is no element", element.name, shorten(value.text()));
     Diagnostic::new("mason::unknown-element", value.span, message)
         .help(suggest::did_you_mean(value.text(), names))
 }

@@ -52,6 +52,8 @@ struct Bound {
     values: Vec<Value>,
     /// Where it was given.
     origin: Span,
+    /// It could not be evaluated, an error says so; what uses it is left out without another.
+    broken: bool,
 }
 
 struct Scope<'a, 's> {
@@ -94,12 +96,25 @@ pub(super) struct Expander<'a> {
     steps: usize,
     /// A limit was exceeded: nothing more is made.
     stopped: bool,
+    /// A value could not be evaluated since this was last cleared.
+    spoilt: bool,
 }
 
 impl<'a> Expander<'a> {
     pub(super) fn new(loaded: &'a Loaded, bag: &'a mut Bag) -> Self {
         let (elements, edges, names) = (Vec::new(), Vec::new(), HashMap::new());
-        Expander { loaded, bag, elements, edges, names, items: 0, bytes: 0, steps: 0, stopped: false }
+        Expander {
+            loaded,
+            bag,
+            elements,
+            edges,
+            names,
+            items: 0,
+            bytes: 0,
+            steps: 0,
+            stopped: false,
+            spoilt: false,
+        }
     }
 
     /// True if errors have been found.
@@ -113,7 +128,7 @@ impl<'a> Expander<'a> {
         let bound = defines.into_iter().map(|(define, span)| {
             let context = Arc::new(Context { folder: define.folder, scope: String::new() });
             let value = Value { text: define.value, span, origin: None, context, target: None };
-            (define.key, Bound { values: vec![value], origin: span })
+            (define.key, Bound { values: vec![value], origin: span, broken: false })
         });
         let scope = Scope {
             prefix: String::new(),
@@ -262,7 +277,7 @@ impl<'a> Expander<'a> {
             };
             let path = open.iter().copied().chain([key]).collect::<Vec<_>>().join(" -> ");
             self.bag.push(Diagnostic::new("mason::param-cycle", name.span, message).help(path));
-            let bound = Bound { values: Vec::new(), origin: name.span };
+            let bound = Bound { values: Vec::new(), origin: name.span, broken: true };
             scope.params.insert(key.to_owned(), bound);
             return;
         }
@@ -275,8 +290,8 @@ impl<'a> Expander<'a> {
         open.pop();
         // A cycle through this key has bound it by now.
         if !scope.params.contains_key(key) {
-            let values = self.value(value, &item.context, scope);
-            scope.params.insert(key.to_owned(), Bound { values, origin: value.span });
+            let bound = self.evaluate(value, &item.context, scope, value.span);
+            scope.params.insert(key.to_owned(), bound);
         }
     }
 
@@ -293,6 +308,19 @@ impl<'a> Expander<'a> {
             }
             scope.compounds.insert(name, (compound, item.context.clone()));
         }
+    }
+
+    /// The value of a parameter.
+    fn evaluate(
+        &mut self,
+        written: &'a Written,
+        context: &Arc<Context>,
+        scope: &Scope<'a, '_>,
+        origin: Span,
+    ) -> Bound {
+        let before = std::mem::replace(&mut self.spoilt, false);
+        let values = self.value(written, context, scope);
+        Bound { values, origin, broken: std::mem::replace(&mut self.spoilt, before) }
     }
 
     /// Replaces the parameters in a value. A bare `${KEY}` stands for all the values of KEY.
@@ -321,6 +349,7 @@ impl<'a> Expander<'a> {
                 }
             }
             if value.text.len() > LONGEST_VALUE {
+                self.spoilt = true;
                 let message = format!("a value longer than {} KiB", LONGEST_VALUE >> 10);
                 self.bag.push(Diagnostic::new("mason::too-large", written.span, message));
                 return Vec::new();
@@ -341,9 +370,9 @@ impl<'a> Expander<'a> {
                 value.text.push_str(&inner.text);
                 value.origin.get_or_insert(bound.origin);
             }
-            // Empty after an error only, which has been reported.
             [] => {}
             many => {
+                self.spoilt = true;
                 let message = format!("parameter `{}` has {} values, a text takes one", key.text, many.len());
                 let error = Diagnostic::new("mason::bad-value", key.span, message);
                 self.bag.push(error.label(bound.origin, "given here"));
@@ -353,6 +382,7 @@ impl<'a> Expander<'a> {
 
     fn bound<'b>(&mut self, key: &Name, scope: &'b Scope<'a, '_>) -> Option<&'b Bound> {
         let bound = scope.param(&key.text);
+        self.spoilt |= bound.is_none_or(|bound| bound.broken);
         if bound.is_none() && self.bag.wants("mason::undefined", key.span) {
             let message = format!("parameter `{}` is not defined", key.text);
             let near = suggest::did_you_mean(&key.text, scope.param_names());
@@ -387,8 +417,12 @@ impl<'a> Expander<'a> {
             return;
         }
         self.names.insert(name.clone(), (Named::Broken, element.name.span));
+        self.spoilt = false;
         let mut entries: Vec<Entry> =
             element.settings.iter().map(|setting| self.entry(setting, context, scope)).collect();
+        if self.spoilt {
+            return;
+        }
         let Some((ty, ty_span)) = self.take_type(element, &name, &mut entries) else { return };
         let params = Params { entries, span: element.name.span };
         if let Some((compound, home, outer)) = scope.compound(&ty) {
@@ -434,7 +468,6 @@ impl<'a> Expander<'a> {
                 Some((value.text.clone(), value.span))
             }
             values => {
-                // No value at all after an error in it, which has been reported, or by omission.
                 let message = format!("element `{name}`: `type` takes one value, found {}", values.len());
                 self.bag.push(Diagnostic::new("mason::missing-type", entry.span, message));
                 None
@@ -500,7 +533,7 @@ impl<'a> Expander<'a> {
             }
             let origin = entry.values.first().map_or(entry.span, |value| value.span);
             let message = format!("element `{name}`: parameter `{}` is given twice", entry.key);
-            if bound.insert(entry.key, Bound { values: entry.values, origin }).is_some() {
+            if bound.insert(entry.key, Bound { values: entry.values, origin, broken: false }).is_some() {
                 self.bag.push(Diagnostic::new("mason::duplicate-parameter", entry.span, message));
             }
         }
@@ -508,8 +541,8 @@ impl<'a> Expander<'a> {
             if bound.contains_key(&key.text) {
                 continue;
             }
-            let values = match default {
-                Some(default) => self.value(default, home, outer),
+            let value = match default {
+                Some(default) => self.evaluate(default, home, outer, key.span),
                 None => {
                     let message = format!(
                         "element `{name}`: compound `{}` needs the parameter `{}`",
@@ -518,10 +551,10 @@ impl<'a> Expander<'a> {
                     let error = Diagnostic::new("mason::missing-parameter", params.span, message);
                     let help = format!("add `({} ...)`", key.text);
                     self.bag.push(error.label(key.span, "it has no default").help(help));
-                    Vec::new()
+                    Bound { values: Vec::new(), origin: key.span, broken: true }
                 }
             };
-            bound.insert(key.text.clone(), Bound { values, origin: key.span });
+            bound.insert(key.text.clone(), value);
         }
         bound
     }

@@ -5,6 +5,8 @@
 //! reported in one go, each error with its place. Every limit (bytes, depth, number of elements) is a
 //! constant beside the code that keeps it, so that no text can use unbounded memory or time.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests unwrap"))]
+
 mod ast;
 mod check;
 mod de;
@@ -39,6 +41,7 @@ pub mod macros {
     pub use serde::{self, Deserialize, Deserializer, Serialize, Serializer};
 }
 
+use crate::describe::Catalogue;
 use diag::Bag;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -104,17 +107,30 @@ impl Defines {
 /// # Errors
 /// Everything that is wrong, unreadable files included.
 pub fn load(path: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
-    let read = Disk.read(path).and_then(|text| Ok((text, std::path::absolute(path)?)));
-    match read {
-        Ok((text, opened)) => parse_with(&Disk, path, opened, text, defines),
-        Err(error) => {
-            let mut sources = Sources::default();
-            let source = sources.add_file(path, path.to_path_buf(), String::new());
-            let message = format!("cannot read `{}`: {}", path.display(), load::reason(&error));
-            let span = Span { source, start: 0, len: 0 };
-            Err(Diagnostics::one(sources, Diagnostic::new("mason::unreadable", span, message)))
-        }
-    }
+    let (opened, text) = open(path)?;
+    parse_with(&Disk, path, opened, text, defines)
+}
+
+/// [`load`] and [`check`] in one: where names are wrong, wrong types and parameters are reported with
+/// them.
+///
+/// # Errors
+/// Everything that is wrong, unreadable files included.
+pub fn load_checked(path: &Path, defines: &Defines, catalogue: Catalogue) -> Result<Spec, Diagnostics> {
+    let (opened, text) = open(path)?;
+    parse_checked(&Disk, path, opened, text, defines, catalogue)
+}
+
+/// The absolute path and the text of a graph file.
+fn open(path: &Path) -> Result<(PathBuf, String), Diagnostics> {
+    let read = Disk.read(path).and_then(|text| Ok((std::path::absolute(path)?, text)));
+    read.map_err(|error| {
+        let mut sources = Sources::default();
+        let source = sources.add_file(path, path.to_path_buf(), String::new());
+        let message = format!("cannot read `{}`: {}", path.display(), load::reason(&error));
+        let span = Span { source, start: 0, len: 0 };
+        Diagnostics::one(sources, Diagnostic::new("mason::unreadable", span, message))
+    })
 }
 
 /// Reads a graph from a text that is called `name` in messages. Relative paths in it start in
@@ -150,6 +166,35 @@ pub fn parse_with(
     text: String,
     defines: &Defines,
 ) -> Result<Spec, Diagnostics> {
+    let (spec, bag) = read(files, path, opened, text, defines);
+    bag.finish(spec.sources.clone())?;
+    Ok(spec)
+}
+
+/// [`parse_with`] and [`check`] in one, as [`load_checked`].
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn parse_checked(
+    files: &dyn Files,
+    path: &Path,
+    opened: PathBuf,
+    text: String,
+    defines: &Defines,
+    catalogue: Catalogue,
+) -> Result<Spec, Diagnostics> {
+    let (spec, mut bag) = read(files, path, opened, text, defines);
+    if !bag.is_empty() {
+        // With names missing, only what concerns one element can be judged.
+        check::each(&spec, catalogue, &mut bag);
+    }
+    bag.finish(spec.sources.clone())?;
+    check(&spec, catalogue)?;
+    Ok(spec)
+}
+
+/// The graph as far as it could be understood, and the errors.
+fn read(files: &dyn Files, path: &Path, opened: PathBuf, text: String, defines: &Defines) -> (Spec, Bag) {
     let (mut sources, mut bag) = (Sources::default(), Bag::default());
     let loaded = load::Loader::new(files, &mut sources, &mut bag).root(path, opened, text);
     let defined = defines.iter().map(|define| {
@@ -165,7 +210,5 @@ pub fn parse_with(
         expander.run(defined);
     }
     let (elements, edges) = (expander.elements, expander.edges);
-    let sources = Arc::new(sources);
-    bag.finish(sources.clone())?;
-    Ok(Spec { elements, edges, sources })
+    (Spec { elements, edges, sources: Arc::new(sources) }, bag)
 }

@@ -15,6 +15,9 @@ use nom::{IResult, Parser};
 /// Compounds defined within compounds.
 const DEEPEST: usize = 16;
 
+/// Bytes of a name with its scopes.
+const LONGEST_NAME: usize = 255;
+
 /// What a name is, for messages.
 const NAMES: &str = "a name begins with an ASCII letter or `_`; letters, digits, `_` and `-` may follow";
 
@@ -143,6 +146,10 @@ impl<'a> Cursor<'a> {
             return Err(if self.letter() { Box::new(error.help(String::from(NAMES))) } else { error });
         };
         let span = self.span(start, self.at);
+        if text.len() > LONGEST_NAME {
+            let message = format!("a name of more than {LONGEST_NAME} bytes");
+            return Err(Box::new(Diagnostic::new("mason::too-large", span, message)));
+        }
         if self.letter() {
             let end = self.at + self.rest().find(|c: char| !c.is_alphanumeric()).unwrap_or(self.rest().len());
             let message = format!("`{}` is no name", shorten(&self.text[start..end]));

@@ -54,13 +54,29 @@ impl Source {
         &self.text
     }
 
-    /// Line and column of a byte, both from 1; the column counts characters.
-    fn line_column(&self, at: usize) -> (usize, usize) {
-        let lines = self.lines.get_or_init(|| {
+    /// Where each line starts.
+    fn lines(&self) -> &[u32] {
+        self.lines.get_or_init(|| {
             let ends = self.text.bytes().enumerate().filter(|(_, b)| *b == b'\n');
             std::iter::once(0).chain(ends.map(|(i, _)| i as u32 + 1)).collect()
-        });
-        let line = lines.partition_point(|start| *start as usize <= at);
+        })
+    }
+
+    /// The bytes of a line, with its end; lines count from 0.
+    pub(super) fn line(&self, line: usize) -> std::ops::Range<usize> {
+        let at = |line: usize| self.lines().get(line).map_or(self.text.len(), |start| *start as usize);
+        at(line)..at(line + 1)
+    }
+
+    /// The line of a byte, from 0.
+    pub(super) fn line_of(&self, at: usize) -> usize {
+        self.lines().partition_point(|start| *start as usize <= at).saturating_sub(1)
+    }
+
+    /// Line and column of a byte, both from 1; the column counts characters.
+    fn line_column(&self, at: usize) -> (usize, usize) {
+        let lines = self.lines();
+        let line = self.line_of(at) + 1;
         let start = lines.get(line.wrapping_sub(1)).map_or(0, |s| *s as usize);
         let before = self.text.get(start..at.min(self.text.len())).unwrap_or("");
         (line, before.chars().count() + 1)

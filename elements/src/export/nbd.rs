@@ -254,7 +254,7 @@ mod tests {
         let unix = |name| uri(&Address::Unix("/run/a b.sock".into()), name, false);
         assert_eq!(unix("vm 1"), "nbd+unix:///vm%201?socket=/run/a%20b.sock");
         let tcp = Address::Tcp("127.0.0.1:10809".parse().unwrap());
-        assert_eq!(uri(&tcp, "", true), "nbds://127.0.0.1");
+        assert_eq!(uri(&tcp, "", true), "nbds://127.0.0.1/");
     }
 
     #[test]

@@ -111,3 +111,34 @@ fn terminals_are_safe() {
     let shown = errors("element A (type \u{1b}]0;x\u{7} \u{9b}31m)\n");
     assert!(!shown.contains(|c: char| c.is_control() && c != '\n'), "{shown:?}");
 }
+
+/// Texts that make a careless parser, expander or drawing slow, deep or wide.
+#[test]
+fn large_nonsense_is_answered() {
+    let texts = [
+        "element a (b\n".repeat(40_000),
+        format!("element a (b\n{}", "element c\n".repeat(40_000)),
+        "x".repeat(500_000),
+        format!("element a (type {})", "x".repeat(500_000)),
+        format!("element {} (type y) a -> b", "x".repeat(500_000)),
+        format!("element {} (type y) a -> b", "x.".repeat(200_000)),
+        "\"".repeat(500_000),
+        format!("element a (v {})", "$".repeat(500_000)),
+        format!("element a (v {})", "${".repeat(200_000)),
+        format!("element a (v \"{}\")", "${a}".repeat(100_000)),
+        format!("element a (v {})", "a ".repeat(200_000)),
+        format!("element a {}", "(v)".repeat(200_000)),
+        format!("element a (type null) {}a", "a -> ".repeat(100_000)),
+        format!("element a (type tee) {}", "(a, b) -> a ".repeat(40_000)),
+        "element a (type null)\n".repeat(20_000),
+        (0..20_000).map(|i| format!("aaaaaa{i} -> b{i}\n")).collect(),
+        "include \"x\"\n".repeat(40_000),
+        (0..20_000).map(|i| format!("param p{i} = ${{p{}}}\n", i / 2 + 7)).collect(),
+        "element a (type null) a -> bbb ".repeat(20_000),
+        (0..20_000).map(|i| format!("element e{i} (type nuull)\n")).collect(),
+    ];
+    for text in texts {
+        let shown = errors(&text);
+        assert!(shown.starts_with("mason::") && shown.len() < 100_000, "{}", &text[..40]);
+    }
+}
