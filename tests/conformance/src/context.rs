@@ -157,7 +157,7 @@ impl<'a> Context<'a> {
     }
 
     /// Every mode the server has.
-    pub(crate) fn modes(&self) -> impl Iterator<Item = Mode> + '_ {
+    pub(crate) fn modes(&self) -> impl Iterator<Item = Mode> + Clone + '_ {
         crate::session::MODES.into_iter().filter(|&mode| self.facts.has(mode))
     }
 

@@ -31,6 +31,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use stop::Stop;
 use uri::{Place, Uri};
 
 /// Tests whether an NBD server does what the specification of the protocol demands.
@@ -117,8 +118,9 @@ fn run(args: &Args) -> Result<bool, String> {
     let facts = Facts::probe(&target).map_err(|stop| stop.to_string())?;
     let broken = |error: std::io::Error| format!("cannot print: {error}");
     let mut lines = Vec::new();
+    let mut alive = true;
     for case in chosen(&args.only) {
-        let line = one(case, &target, &facts);
+        let line = one(case, &target, &facts, &mut alive);
         if !args.json {
             writeln!(std::io::stdout(), "{line}").map_err(broken)?;
         }
@@ -134,13 +136,21 @@ fn run(args: &Args) -> Result<bool, String> {
     Ok(report.good())
 }
 
-fn one(case: &'static Case, target: &Target, facts: &Facts) -> Line {
+/// Runs one test. Clears `alive` when the server cannot be connected to after it.
+fn one(case: &'static Case, target: &Target, facts: &Facts, alive: &mut bool) -> Line {
     let context = Context::new(target, facts);
-    let result = match case.writes && !target.write {
-        true => stop::skip("it writes, and --write was not given"),
-        false => (case.run)(&context),
+    let mut result = match (*alive, case.writes && !target.write) {
+        (false, _) => stop::skip("the server is gone"),
+        (true, true) => stop::skip("it writes, and --write was not given"),
+        (true, false) => (case.run)(&context),
     };
-    let warnings = context.notes.take().into_iter().collect();
+    let warnings: Vec<_> = context.notes.take().into_iter().collect();
+    let clean = matches!(result, Ok(()) if warnings.is_empty()) || matches!(result, Err(Stop::Skip(_)));
+    if !clean && Context::new(target, facts).plain().is_err() {
+        *alive = false;
+        let said = result.err().map(|stop| format!(": {stop}")).unwrap_or_default();
+        result = stop::fail(format!("the server is gone after this test{said}"));
+    }
     Line::new(case, result, warnings)
 }
 

@@ -63,10 +63,11 @@ impl std::fmt::Display for Line {
     }
 }
 
-/// The deviations a server is known for, by test name, each with its reason.
-pub(crate) type Expected = BTreeMap<String, String>;
+/// The deviations a server is known for, by test name: whether the test fails every time.
+pub(crate) type Expected = BTreeMap<String, bool>;
 
-/// Parses an expectation file: lines of `NAME  # reason`, blank lines and lines of comment.
+/// Parses an expectation file: lines of `NAME  # reason`, blank lines and lines of comment. `?NAME` is a test
+/// that fails now and then.
 ///
 /// # Errors
 /// A line without reason, or a name that is no test.
@@ -75,6 +76,7 @@ pub(crate) fn parse_expected(text: &str) -> Result<Expected, String> {
     for (at, line) in text.lines().enumerate() {
         let (name, reason) = line.split_once('#').unwrap_or((line, ""));
         let (name, reason) = (name.trim(), reason.trim());
+        let (name, always) = name.strip_prefix('?').map_or((name, true), |name| (name, false));
         if name.is_empty() {
             continue;
         }
@@ -84,7 +86,7 @@ pub(crate) fn parse_expected(text: &str) -> Result<Expected, String> {
         if !crate::cases::all().any(|case| case.name == name) {
             return Err(format!("line {}: there is no test '{name}'", at + 1));
         }
-        expected.insert(name.to_owned(), reason.to_owned());
+        expected.insert(name.to_owned(), always);
     }
     Ok(expected)
 }
@@ -101,15 +103,12 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn new(tests: Vec<Line>, expected: &Expected) -> Self {
-        let pick = |wanted: fn(Verdict) -> bool, is_expected: bool| {
-            let chosen = tests.iter().filter(|line| wanted(line.verdict));
-            chosen
-                .filter(|line| expected.contains_key(line.name) == is_expected)
-                .map(|line| line.name)
-                .collect()
+        let pick = |wanted: &dyn Fn(&Line) -> bool| {
+            tests.iter().filter(|line| wanted(line)).map(|line| line.name).collect()
         };
-        let new = pick(|verdict| verdict == Verdict::Fail, false);
-        let vanished = pick(|verdict| matches!(verdict, Verdict::Pass | Verdict::Warn), true);
+        let new = pick(&|line| line.verdict == Verdict::Fail && !expected.contains_key(line.name));
+        let passed = |line: &Line| matches!(line.verdict, Verdict::Pass | Verdict::Warn);
+        let vanished = pick(&|line| passed(line) && expected.get(line.name) == Some(&true));
         Self { tests, new, vanished }
     }
 
@@ -148,14 +147,16 @@ mod tests {
 
     #[test]
     fn differences_from_the_expected_are_found() {
-        let expected =
-            parse_expected("# a comment\n\nread.simple # it cannot\nread.df  # nor that\ndisc.closes # x\n");
+        let expected = parse_expected(
+            "# a comment\n\nread.simple # it cannot\nread.df  # nor that\ndisc.closes # x\n?read.in-flight # luck\n",
+        );
         let expected = expected.expect("a good file");
         let tests = vec![
             line("read.simple", Ok(())),
             line("read.df", Err(Stop::Fail("no".into()))),
             line("read.cookies", Err(Stop::Silent("READ".into()))),
             line("disc.closes", Err(Stop::Skip("no".into()))),
+            line("read.in-flight", Ok(())),
         ];
         let report = Report::new(tests, &expected);
         assert_eq!(report.new, ["read.cookies"]);

@@ -194,8 +194,13 @@ fn same_as_info(context: &Context<'_>) -> Check {
         let (second, mut gone) = haggle.info(opt::GO, context.export(), &ALL)?;
         asked.kinds.sort_unstable();
         gone.kinds.sort_unstable();
-        let same = first == second && asked == gone;
-        ensure(same, || format!("in {mode:?} mode INFO says {asked:?} and GO {gone:?}"))?;
+        let said = |what: &str| format!("in {mode:?} mode INFO and GO differ in {what}");
+        ensure(first == second, || said("their end"))?;
+        ensure(asked.export == gone.export, || {
+            format!("{}: {:x?} and {:x?}", said("size or flags"), asked.export, gone.export)
+        })?;
+        ensure(asked.blocks == gone.blocks, || said("the block sizes"))?;
+        ensure(asked == gone, || said(&format!("items: {:?} and {:?}", asked.kinds, gone.kinds)))?;
     }
     Ok(())
 }

@@ -53,6 +53,8 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         status::CASES,
         order::CASES,
         extended::CASES,
+        zero::LAST,
+        extended::LAST,
     ]
     .into_iter()
     .flatten()

@@ -9,6 +9,9 @@ use crate::wire::{opt, rep};
 
 /// Data with an unknown option: longer than any string of the protocol, short enough to be no attack.
 const OVERSIZED: usize = 8 * 1024;
+/// Options sent in a row. A server may call many an attack, but not as many as a thorough client needs.
+const MANY: usize = 100;
+const MANY_ENOUGH: usize = 16;
 
 pub(super) const CASES: &[Case] = &[
     reads("option.unknown", "an unknown option gets ERR_UNSUP, echoing its number", unknown),
@@ -16,7 +19,7 @@ pub(super) const CASES: &[Case] = &[
     reads("option.withdrawn", "the withdrawn PEEK_EXPORT counts as unknown", withdrawn),
     reads("option.oversized", "8 KiB of data with an unknown option leave the stream in step", oversized),
     reads("option.huge-length", "an option that claims 4 GiB gets an error or the end", huge_length),
-    reads("option.many", "a hundred options in a row are answered one by one", many),
+    reads("option.many", "many options in a row are answered one by one", many),
     reads("option.split", "an option that arrives in pieces is understood", split),
     reads("option.tls-reqd-consistent", "without forced TLS only exports may want TLS", tls_reqd_consistent),
     reads("option.abort", "ABORT gets an ACK", abort),
@@ -78,7 +81,16 @@ fn huge_length(context: &Context<'_>) -> Check {
 
 fn many(context: &Context<'_>) -> Check {
     let mut haggle = context.haggle()?;
-    (0..100).try_for_each(|_| haggle.in_step("an unknown option"))
+    for sent in 0..MANY {
+        match haggle.in_step("an unknown option") {
+            Err(Stop::Closed(_)) if sent >= MANY_ENOUGH => {
+                context.note(format!("the connection closes after {sent} options"));
+                return Ok(());
+            }
+            answered => answered?,
+        }
+    }
+    Ok(())
 }
 
 fn split(context: &Context<'_>) -> Check {
@@ -131,7 +143,9 @@ fn list_twice(context: &Context<'_>) -> Check {
     let mut haggle = context.haggle()?;
     let first = haggle.ask(opt::LIST, &[])?;
     let second = haggle.ask(opt::LIST, &[])?;
-    context.should(first == second, || "LIST twice gives two answers".into());
+    context.should(first == second, || {
+        format!("a second LIST gets {} and other replies than the first", rep::name(second.last))
+    });
     haggle.in_step("LIST twice")
 }
 
