@@ -296,6 +296,7 @@ fn refused(session: &mut Session, request: Request, what: &str) -> Check {
 }
 
 fn filter_unoffered(context: &Context<'_>) -> Check {
+    needs(context)?;
     let mut session = session(context)?;
     if session.flags & tf::STATUS_PAYLOAD != 0 {
         return skip("the export advertises BLOCK_STATUS_PAYLOAD");

@@ -54,6 +54,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Case> {
         order::CASES,
         extended::CASES,
         zero::LAST,
+        order::LAST,
         extended::LAST,
     ]
     .into_iter()
