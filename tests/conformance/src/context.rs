@@ -51,7 +51,7 @@ impl<'a> Context<'a> {
 
     /// Leaves a note about a broken SHOULD.
     pub(crate) fn note(&self, text: impl Into<String>) {
-        self.notes.borrow_mut().insert(text.into());
+        self.notes.add(text);
     }
 
     /// Leaves the note unless `good`.

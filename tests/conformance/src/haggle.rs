@@ -9,8 +9,9 @@ use crate::wire::{self, In, Out, handshake, info, opt, rep};
 
 /// The longest option reply read: a name, a description and room for what the future adds.
 const REPLY_MAX: u32 = 1 << 16;
-/// The most replies to one option.
+/// The most replies to one option, and the most bytes of them together.
 const REPLIES_MAX: usize = 1 << 14;
+const REPLIES_BYTES_MAX: usize = 1 << 22;
 
 /// A connection in the handshake phase, after the client's flags were sent.
 pub(crate) struct Haggle {
@@ -104,8 +105,10 @@ impl Haggle {
     /// Receives all replies to an option that was sent.
     pub(crate) fn answer(&mut self, option: u32) -> Check<Answer> {
         let mut items = Vec::new();
-        while items.len() < REPLIES_MAX {
+        let mut bytes = 0;
+        while items.len() < REPLIES_MAX && bytes < REPLIES_BYTES_MAX {
             let (kind, data) = self.reply(option)?;
+            bytes += data.len();
             if kind == rep::ACK {
                 ensure(data.is_empty(), || {
                     format!("the ACK of option {option} carries {} bytes", data.len())
@@ -116,7 +119,7 @@ impl Haggle {
             }
             items.push((kind, data));
         }
-        fail(format!("more than {REPLIES_MAX} replies to option {option}"))
+        fail(format!("option {option} gets {} replies of {bytes} bytes and no end of them", items.len()))
     }
 
     /// Asks for information about an export with `NBD_OPT_INFO` or `NBD_OPT_GO`.

@@ -144,7 +144,7 @@ fn one(case: &'static Case, target: &Target, facts: &Facts, alive: &mut bool) ->
         (true, true) => stop::skip("it writes, and --write was not given"),
         (true, false) => (case.run)(&context),
     };
-    let warnings: Vec<_> = context.notes.take().into_iter().collect();
+    let warnings = context.notes.take();
     let clean = matches!(result, Ok(()) if warnings.is_empty()) || matches!(result, Err(Stop::Skip(_)));
     if !clean && Context::new(target, facts).plain().is_err() {
         *alive = false;

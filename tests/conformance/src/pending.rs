@@ -7,6 +7,10 @@ use crate::wire::{self, In, cf, chunk, cmd, errno};
 
 /// The most descriptors a server should put in one status chunk.
 const STATUS_SHOULD_MAX: usize = 1 << 20;
+/// The most chunks of one reply: enough for a read of `DATA_MAX` in pieces of 512 bytes.
+const CHUNKS_MAX: usize = 1 << 18;
+/// The most error chunks of one reply.
+const ERRORS_MAX: usize = 1 << 10;
 /// The longest read whose data is received and kept, in bytes; no test needs a longer one to succeed.
 pub(crate) const DATA_MAX: u64 = 1 << 26;
 
@@ -22,6 +26,8 @@ pub(crate) struct Pending {
     reply: Reply,
     coverage: Coverage,
     error_offsets: Vec<u64>,
+    chunks: usize,
+    errors: usize,
 }
 
 /// A finished reply.
@@ -51,7 +57,18 @@ impl Reply {
 impl Pending {
     pub(crate) fn new(command: u16, flags: u16, offset: u64, effect: u64, contexts: Vec<u32>) -> Self {
         let (reply, coverage) = (Reply::default(), Coverage::default());
-        Self { command, flags, offset, effect, contexts, reply, coverage, error_offsets: Vec::new() }
+        Self {
+            command,
+            flags,
+            offset,
+            effect,
+            contexts,
+            reply,
+            coverage,
+            error_offsets: Vec::new(),
+            chunks: 0,
+            errors: 0,
+        }
     }
 
     /// The longest payload a chunk of the reply may have.
@@ -82,9 +99,11 @@ impl Pending {
         notes: &Notes,
     ) -> Check<bool> {
         if flags & !chunk::DONE != 0 {
-            notes.borrow_mut().insert(format!("a chunk has unknown reply flags {flags:#x}"));
+            notes.add(format!("a chunk has unknown reply flags {flags:#x}"));
         }
         let done = flags & chunk::DONE != 0;
+        self.chunks += 1;
+        ensure(self.chunks <= CHUNKS_MAX, || self.say("chunks without end"))?;
         match kind {
             chunk::NONE => {
                 ensure(data.is_empty(), || self.say("a NONE chunk has a payload"))?;
@@ -170,7 +189,7 @@ impl Pending {
             })?;
         }
         if count > STATUS_SHOULD_MAX {
-            notes.borrow_mut().insert(format!("a status chunk has {count} descriptors, more than 2^20"));
+            notes.add(format!("a status chunk has {count} descriptors, more than 2^20"));
         }
         ensure(self.contexts.contains(&id), || {
             self.say(format_args!("status for context {id}, not asked for"))
@@ -204,6 +223,8 @@ impl Pending {
     }
 
     fn take_error(&mut self, kind: u16, data: &[u8], notes: &Notes) -> Check {
+        self.errors += 1;
+        ensure(self.errors <= ERRORS_MAX, || self.say("error chunks without end"))?;
         let mut input = In(data);
         let (error, len) = (input.u32(), input.u16().unwrap_or(0));
         let least = if kind == chunk::ERROR_OFFSET { 14 } else { 6 };
@@ -229,7 +250,7 @@ impl Pending {
     pub(crate) fn fails_with(&mut self, error: u32, notes: &Notes) -> Check {
         ensure(error != 0, || self.say("an error chunk with error 0"))?;
         if !errno::KNOWN.contains(&error) {
-            notes.borrow_mut().insert(format!("error value {error} is not one of the protocol"));
+            notes.add(format!("error value {error} is not one of the protocol"));
         }
         if self.reply.error == 0 {
             self.reply.error = error;

@@ -44,18 +44,24 @@ impl Facts {
         let mut facts = Facts::default();
         let blank = Facts::default();
         let context = Context::new(target, &blank);
-        let mut plain = context.plain()?;
-        facts.handshake = plain.server_flags;
-        if facts.handshake & handshake::FIXED_NEWSTYLE == 0 {
-            return fail("the server does not speak fixed newstyle; there is nothing more to test");
-        }
-        facts.tls = tls_mode(&mut plain)?;
+        facts.greeting(&context)?;
         if facts.tls == TlsMode::Forced && target.tls.is_none() {
             return fail("the server insists on TLS: give an nbds:// URI and --ca");
         }
         facts.options(&context);
         facts.export(&context)?;
         Ok(facts)
+    }
+
+    /// Asks what can be asked before TLS. The connection is closed again: some servers take one at a time.
+    fn greeting(&mut self, context: &Context<'_>) -> Check {
+        let mut plain = context.plain()?;
+        self.handshake = plain.server_flags;
+        if self.handshake & handshake::FIXED_NEWSTYLE == 0 {
+            return fail("the server does not speak fixed newstyle; there is nothing more to test");
+        }
+        self.tls = tls_mode(&mut plain)?;
+        Ok(())
     }
 
     /// Asks what is optional. A server that answers nonsense here counts as one that does not offer it; the

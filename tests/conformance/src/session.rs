@@ -255,7 +255,7 @@ impl Session {
             Err(Stop::Closed(_)) => (format!("{what} closes the connection, {wanted} is expected"), false),
             Err(stop) => return Err(stop),
         };
-        self.notes.borrow_mut().insert(note.0);
+        self.notes.add(note.0);
         Ok(note.1)
     }
 
@@ -274,7 +274,7 @@ impl Session {
         match self.call(request) {
             Ok(_) => self.in_step(&what),
             Err(Stop::Closed(_)) => {
-                self.notes.borrow_mut().insert(format!("{what} closes the connection"));
+                self.notes.add(format!("{what} closes the connection"));
                 Ok(())
             }
             Err(stop) => Err(stop),

@@ -1,6 +1,8 @@
 //! How a test ends early: it cannot run here, the server broke a rule, or the server went away.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 /// Why a test stopped before its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,8 +20,28 @@ pub(crate) enum Stop {
 /// The result of a test or of one of its steps.
 pub(crate) type Check<T = ()> = Result<T, Stop>;
 
-/// Notes on broken SHOULDs. A set, because one habit of a server shows in many replies.
-pub(crate) type Notes = std::rc::Rc<std::cell::RefCell<BTreeSet<String>>>;
+/// The most notes a test keeps; a server that breaks SHOULDs in more ways is known well enough.
+const NOTES_MAX: usize = 32;
+
+/// Notes on broken SHOULDs, shared by a test and its sessions. A set, because one habit of a server shows in
+/// many replies.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Notes(Rc<RefCell<BTreeSet<String>>>);
+
+impl Notes {
+    /// Adds a note.
+    pub(crate) fn add(&self, text: impl Into<String>) {
+        let mut notes = self.0.borrow_mut();
+        if notes.len() < NOTES_MAX {
+            notes.insert(text.into());
+        }
+    }
+
+    /// Takes all notes out.
+    pub(crate) fn take(&self) -> Vec<String> {
+        self.0.take().into_iter().collect()
+    }
+}
 
 /// Ends the test with a broken rule.
 pub(crate) fn fail<T>(text: impl Into<String>) -> Check<T> {

@@ -163,7 +163,7 @@ fn nbdkit_tls() {
 
 #[test]
 fn qemu_nbd_extended() {
-    let Some(server) = qemu_nbd("", 8 << 30) else { return };
+    let Some(server) = qemu_nbd("-A", 8 << 30) else { return };
     server.conforms("nbd+unix", "disk", "qemu-nbd.txt", 150);
 }
 

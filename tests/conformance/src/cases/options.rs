@@ -74,7 +74,10 @@ fn huge_length(context: &Context<'_>) -> Check {
         Ok(answer) => {
             ensure(answer.last & rep::ERROR_BIT != 0, || format!("it gets {}", rep::name(answer.last)))
         }
-        Err(Stop::Closed(_) | Stop::Silent(_)) => context.haggle()?.in_step("a new connection"),
+        Err(Stop::Closed(_) | Stop::Silent(_)) => {
+            drop(haggle);
+            context.haggle()?.in_step("a new connection")
+        }
         Err(stop) => Err(stop),
     }
 }

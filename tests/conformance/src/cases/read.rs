@@ -106,42 +106,41 @@ fn unaligned(context: &Context<'_>) -> Check {
     Ok(())
 }
 
-/// Sessions that may set DF.
-fn df_sessions(context: &Context<'_>) -> Check<Vec<Session>> {
-    let mut sessions = Vec::new();
+/// Runs `test` in each mode that may set DF; skips when there is none.
+fn each_df(context: &Context<'_>, test: impl Fn(&mut Session) -> Check) -> Check {
+    let mut any = false;
     for mode in context.modes().filter(|&mode| mode != Mode::Simple) {
-        let session = context.session(mode)?;
+        let mut session = context.session(mode)?;
         if session.flags & tf::DF != 0 {
-            sessions.push(session);
+            any = true;
+            test(&mut session)?;
         }
     }
-    if sessions.is_empty() { skip("the export does not advertise SEND_DF") } else { Ok(sessions) }
+    if any { Ok(()) } else { skip("the export does not advertise SEND_DF") }
 }
 
 fn df(context: &Context<'_>) -> Check {
-    for mut session in df_sessions(context)? {
-        let most =
-            DF_SUPPORTED.min(session.size).min(session.payload_max()) / session.unit() * session.unit();
-        for (offset, len) in [(0, session.unit().min(session.size)), (0, most), (session.size / 2, most / 2)]
-        {
-            let offset = offset / session.unit() * session.unit();
-            let reply = session.works(Request::read(offset, len).flags(cf::DF))?;
+    each_df(context, |session| {
+        let unit = session.unit();
+        let most = DF_SUPPORTED.min(session.size).min(session.payload_max()) / unit * unit;
+        for (offset, len) in [(0, unit.min(session.size)), (0, most), (session.size / 2, most / 2)] {
+            let reply =
+                session.works(Request::read(offset / unit * unit, len / unit * unit).flags(cf::DF))?;
             ensure(reply.contents <= 1, || format!("{} content chunks despite DF", reply.contents))?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn df_long(context: &Context<'_>) -> Check {
     context.needs_size(1 << 20)?;
-    for mut session in df_sessions(context)? {
+    each_df(context, |session| {
         let len = session.size.min(session.payload_max()).min(8 << 20) / session.unit() * session.unit();
         let reply = session.call(Request::read(0, len).flags(cf::DF))?;
         let fits = [0, errno::EOVERFLOW].contains(&reply.error);
         ensure(fits, || format!("READ of {len} bytes with DF gets {}", errno::name(reply.error)))?;
-        session.in_step("a long read with DF")?;
-    }
-    Ok(())
+        session.in_step("a long read with DF")
+    })
 }
 
 /// A read beyond the end fails; the session checks the form of the reply.

@@ -63,27 +63,37 @@ fn one_chunk_each(context: &Context<'_>) -> Check {
     ensure(got == wanted, || format!("{got} status chunks for {wanted} contexts"))
 }
 
-/// Calls `visit` for every extent from the start of the export, as far as `WALK_MAX`.
-fn walked(session: &mut Session, mut visit: impl FnMut(&mut Session, u64, u64, u64) -> Check) -> Check {
+/// Calls `visit` for every extent from the start of the export, as far as `WALK_MAX`. Returns how far it came
+/// and how far it should have come.
+fn walked(
+    session: &mut Session,
+    mut visit: impl FnMut(&mut Session, u64, u64, u64) -> Check,
+) -> Check<(u64, u64)> {
     let end = session.size.min(WALK_MAX) / session.unit() * session.unit();
+    // A server may answer with extents finer than its minimum block; requests may not be.
+    let minimum = session.blocks.map_or(1, |blocks| u64::from(blocks.minimum.max(1)));
     let mut offset = 0;
     for _ in 0..WALK_STEPS_MAX {
         if offset >= end {
             break;
         }
         let reply = session.works(status(offset, end - offset))?;
+        let mut next = offset;
         for &(len, flags) in extents(&reply) {
-            visit(session, offset, len, flags)?;
-            offset = offset.saturating_add(len);
+            visit(session, next, len, flags)?;
+            next = next.saturating_add(len);
         }
-        // A server may answer with extents finer than the minimum block; requests may not.
-        offset = offset / session.unit() * session.unit();
+        offset = next / minimum * minimum;
     }
-    Ok(())
+    Ok((offset, end))
 }
 
 fn walk(context: &Context<'_>) -> Check {
-    each(context, |session| walked(session, |_, _, _, _| Ok(())))
+    each(context, |session| {
+        let (reached, end) = walked(session, |_, _, _, _| Ok(()))?;
+        context.should(reached >= end, || format!("{WALK_STEPS_MAX} requests reach {reached} of {end}"));
+        Ok(())
+    })
 }
 
 fn req_one(context: &Context<'_>) -> Check {
@@ -117,6 +127,7 @@ fn zero_is_zero(context: &Context<'_>) -> Check {
             }
             Ok(())
         })
+        .map(|_| ())
     })
 }
 
@@ -130,6 +141,7 @@ fn reserved_flags(context: &Context<'_>) -> Check {
             context.should(reserved == 0, || format!("the flags at {offset} have reserved bits: {flags:#x}"));
             Ok(())
         })
+        .map(|_| ())
     })
 }
 
@@ -143,6 +155,7 @@ fn aligned(context: &Context<'_>) -> Check {
             });
             Ok(())
         })
+        .map(|_| ())
     })
 }
 
@@ -153,6 +166,7 @@ fn within_export(context: &Context<'_>) -> Check {
             context.should(inside, || format!("a descriptor {offset}+{len} ends after the export"));
             Ok(())
         })
+        .map(|_| ())
     })
 }
 
