@@ -60,6 +60,14 @@ fn each_fault_fails_the_test_meant_for_it() {
         (Fault::DataToldAsZero, "status.written-is-data"),
         (Fault::TwoContexts, "status.one-chunk-each"),
         (Fault::IgnoresDisc, "disc.closes"),
+        (Fault::SimpleAfterExtended, "extended.write"),
+        (Fault::WrongExtendedOffset, "extended.read"),
+        (Fault::CompactStatus, "extended.status"),
+        (Fault::WrongDescriptorCount, "extended.status"),
+        (Fault::HighStatusBits, "status.reserved-flags"),
+        (Fault::LeavesExtendedPayload, "extended.payload-on-read"),
+        (Fault::ExtendedUnsupportedGo, "extended.go-not-unsup"),
+        (Fault::StatusPayloadFlag, "flags.payload-needs-extended"),
     ];
     for (fault, name) in faults {
         let output = run(fault, &["--only", name]);

@@ -65,14 +65,17 @@ fn same_in_every_mode(context: &Context<'_>) -> Check {
 }
 
 fn whole_chunks(context: &Context<'_>) -> Check {
-    let mut session = context.session(context.chunked()?)?;
-    let step = session.payload_max().min(4 << 20) / session.unit() * session.unit();
-    let end = session.size.min(64 << 20) / session.unit() * session.unit();
-    let mut offset = 0;
-    while offset < end {
-        let len = step.min(end - offset);
-        session.works(Request::read(offset, len))?;
-        offset += len;
+    context.chunked()?;
+    for mode in context.modes().filter(|&mode| mode != Mode::Simple) {
+        let mut session = context.session(mode)?;
+        let step = session.payload_max().min(4 << 20) / session.unit() * session.unit();
+        let end = session.size.min(64 << 20) / session.unit() * session.unit();
+        let mut offset = 0;
+        while offset < end {
+            let len = step.min(end - offset);
+            session.works(Request::read(offset, len))?;
+            offset += len;
+        }
     }
     Ok(())
 }

@@ -51,16 +51,19 @@ fn extents(reply: &Reply) -> &[(u64, u64)] {
 }
 
 fn one_chunk_each(context: &Context<'_>) -> Check {
-    let mode = context.chunked()?;
+    context.chunked()?;
     let all: Vec<_> = context.facts.contexts.iter().map(String::as_str).collect();
     if all.is_empty() {
         return skip("the server lists no metadata contexts");
     }
-    let mut session = context.session_with(mode, &all)?;
-    let len = session.size.min(1 << 20) / session.unit() * session.unit();
-    let reply = session.works(status(0, len))?;
-    let (got, wanted) = (reply.statuses.len(), session.contexts.len());
-    ensure(got == wanted, || format!("{got} status chunks for {wanted} contexts"))
+    for mode in context.modes().filter(|&mode| mode != Mode::Simple) {
+        let mut session = context.session_with(mode, &all)?;
+        let len = session.size.min(1 << 20) / session.unit() * session.unit();
+        let reply = session.works(status(0, len))?;
+        let (got, wanted) = (reply.statuses.len(), session.contexts.len());
+        ensure(got == wanted, || format!("{mode:?} mode: {got} status chunks for {wanted} contexts"))?;
+    }
+    Ok(())
 }
 
 /// Calls `visit` for every extent from the start of the export, as far as `WALK_MAX`. Returns how far it came

@@ -46,6 +46,14 @@ pub(crate) enum Fault {
     EndlessOptionReplies,
     EndlessSilence,
     IgnoresDisc,
+    SimpleAfterExtended,
+    WrongExtendedOffset,
+    CompactStatus,
+    WrongDescriptorCount,
+    HighStatusBits,
+    LeavesExtendedPayload,
+    ExtendedUnsupportedGo,
+    StatusPayloadFlag,
 }
 
 struct Shared {
@@ -70,7 +78,10 @@ struct Client<'a> {
     stream: UnixStream,
     shared: &'a Shared,
     structured: bool,
+    extended: bool,
     context: bool,
+    /// The offset of the request at hand, which extended replies repeat.
+    offset: usize,
 }
 
 fn number(bytes: &[u8]) -> usize {
@@ -88,7 +99,7 @@ fn connection(mut stream: UnixStream, shared: &Shared) -> Result<()> {
     if answer & !3 != 0 && fault != Fault::AcceptsUnknownClientFlags {
         return Ok(());
     }
-    let mut client = Client { stream, shared, structured: false, context: false };
+    let mut client = Client { stream, shared, structured: false, extended: false, context: false, offset: 0 };
     let zeroes = answer & 2 == 0 && fault != Fault::ForgetsZeroes;
     while let Some(more) = client.option(zeroes)? {
         if !more {
@@ -121,6 +132,7 @@ impl Client<'_> {
 
     fn transmission_flags(&self) -> u16 {
         let base = if self.is(Fault::NoFlagBit) { 0 } else { 1 };
+        let base = if self.is(Fault::StatusPayloadFlag) { base | 1 << 12 } else { base };
         if self.structured { base | 1 << 7 } else { base }
     }
 
@@ -131,7 +143,7 @@ impl Client<'_> {
         if &head[..8] != b"IHAVEOPT" || len > 1 << 20 {
             return Ok(None);
         }
-        let known = [1, 2, 3, 6, 7, 8, 9, 10].contains(&option);
+        let known = [1, 2, 3, 6, 7, 8, 9, 10, 11].contains(&option);
         let keep = self.is(Fault::LeavesOptionData) && !known;
         let data = if keep { Vec::new() } else { self.take(len)? };
         match option {
@@ -149,7 +161,16 @@ impl Client<'_> {
                 return Ok(None);
             }
             3 => self.list(&data)?,
+            6 | 7 if self.extended && self.is(Fault::ExtendedUnsupportedGo) => {
+                self.say(option, ERR_UNSUP, &[])?
+            }
             6 | 7 => return self.info(option, &data),
+            8 if self.extended => self.say(8, ERR_EXT_HEADER_REQD, &[])?,
+            11 if data.is_empty() => {
+                (self.structured, self.extended) = (true, true);
+                self.say(11, 1, &[])?;
+            }
+            11 => self.say(11, ERR_INVALID, &[])?,
             8 if data.is_empty() => {
                 self.structured = true;
                 self.say(8, 1, &[])?;
@@ -241,12 +262,18 @@ impl Client<'_> {
 
     fn transmission(&mut self) -> Result<()> {
         loop {
-            let head = self.take(28)?;
-            if head[..4] != [0x25, 0x60, 0x95, 0x13] {
+            let head = self.take(if self.extended { 32 } else { 28 })?;
+            let magic = if self.extended { [0x21, 0xe4, 0x1c, 0x71] } else { [0x25, 0x60, 0x95, 0x13] };
+            if head[..4] != magic {
                 return Ok(());
             }
             let (flags, command) = (number(&head[4..6]), number(&head[6..8]));
-            let (offset, len) = (number(&head[16..24]), number(&head[24..28]));
+            let (offset, len) = (number(&head[16..24]), number(&head[24..]));
+            self.offset = offset ^ usize::from(self.is(Fault::WrongExtendedOffset));
+            let payload = self.extended && flags & 32 != 0;
+            if payload && len > 1 << 25 {
+                return Ok(());
+            }
             let mut cookie: [u8; 8] = head[8..16].try_into().expect("eight bytes");
             if self.is(Fault::WrongCookie) {
                 cookie[0] ^= 1;
@@ -254,8 +281,14 @@ impl Client<'_> {
             let inside = offset.checked_add(len).is_some_and(|end| end <= SIZE);
             let df = if self.structured { 4 } else { 0 };
             match command {
+                1 if self.extended && !payload => self.error(cookie, false)?,
+                _ if payload && command != 1 => {
+                    let skipped = if self.is(Fault::LeavesExtendedPayload) { 0 } else { len };
+                    self.take(skipped)?;
+                    self.error(cookie, false)?;
+                }
                 0 if inside && flags & !df == 0 => self.read(cookie, flags, offset, len)?,
-                1 => self.write(cookie, flags, offset, len, inside)?,
+                1 => self.write(cookie, flags & !32, offset, len, inside)?,
                 2 if self.is(Fault::IgnoresDisc) => {}
                 2 => return Ok(()),
                 7 if inside && len > 0 && flags & !8 == 0 && self.context => {
@@ -266,14 +299,24 @@ impl Client<'_> {
         }
     }
 
+    /// A reply without chunks, or with extended headers the one that stands for it.
     fn simple(&mut self, cookie: [u8; 8], error: u8, data: &[u8]) -> Result<()> {
+        if self.extended && !self.is(Fault::SimpleAfterExtended) && !self.is(Fault::SimpleAfterNegotiation) {
+            return match error {
+                0 => self.chunk(cookie, true, 0, &[]),
+                error => self.chunk(cookie, true, 0x8001, &[0, 0, 0, error, 0, 0]),
+            };
+        }
         self.stream.write_all(&[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, error], cookie.as_slice(), data].concat())
     }
 
     fn chunk(&mut self, cookie: [u8; 8], done: bool, kind: u16, data: &[u8]) -> Result<()> {
-        let mut out = vec![0x66, 0x8e, 0x33, 0xef, 0, u8::from(done)];
-        out.extend(kind.to_be_bytes());
-        out.extend(cookie);
+        let magic = if self.extended { [0x6e, 0x8a, 0x27, 0x8c] } else { [0x66, 0x8e, 0x33, 0xef] };
+        let mut out = [magic.as_slice(), &[0, u8::from(done)], &kind.to_be_bytes(), &cookie].concat();
+        if self.extended {
+            out.extend((self.offset as u64).to_be_bytes());
+            out.extend([0; 4]);
+        }
         out.extend((data.len() as u32).to_be_bytes());
         out.extend(data);
         self.stream.write_all(&out)
@@ -355,6 +398,17 @@ impl Client<'_> {
         let zero =
             self.shared.data.lock().expect("a lock")[offset..offset + len].iter().all(|&byte| byte == 0);
         let zero = zero || self.is(Fault::DataToldAsZero);
+        if self.extended && !self.is(Fault::CompactStatus) {
+            let count = if self.is(Fault::WrongDescriptorCount) { 2 } else { 1 };
+            let high = u8::from(self.is(Fault::HighStatusBits));
+            let told = (told as u64).to_be_bytes();
+            let data = [
+                &[0, 0, 0, 7, 0, 0, 0, count],
+                told.as_slice(),
+                &[0, 0, 0, high, 0, 0, 0, 2 * u8::from(zero)],
+            ];
+            return self.chunk(cookie, true, 6, &data.concat());
+        }
         let mut data = vec![0, 0, 0, 7];
         data.extend((told as u32).to_be_bytes());
         data.extend([0, 0, 0, if zero { 2 } else { 0 }]);
@@ -368,6 +422,7 @@ impl Client<'_> {
 const ERR_UNSUP: u32 = 0x8000_0001;
 const ERR_INVALID: u32 = 0x8000_0003;
 const ERR_UNKNOWN: u32 = 0x8000_0006;
+const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 
 /// The queries of a metadata option, if its lengths fit.
 fn queries(data: &[u8]) -> Option<Vec<Vec<u8>>> {
