@@ -131,8 +131,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             *stalled = None;
             return;
         }
-        let state =
-            stalled.get_or_insert_with(|| Stalled { moved, timer: Timer::new(PATIENCE) });
+        let state = stalled.get_or_insert_with(|| Stalled { moved, timer: Timer::new(PATIENCE) });
         if state.moved != moved {
             state.moved = moved;
             state.timer.reset(PATIENCE);
