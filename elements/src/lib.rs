@@ -12,7 +12,10 @@ use blockmason::{Error, Result};
 
 /// Every type of element, in the order of the reference.
 pub static ALL: &[&ElementType] = &[
+    &route::debug_log::TYPE,
+    &route::filter::TYPE,
     &route::linear::TYPE,
+    &route::probe::TYPE,
     &route::readonly::TYPE,
     &route::slice::TYPE,
     &route::stripe::TYPE,
