@@ -16,6 +16,8 @@ mod recorder;
 mod scatter;
 mod serve;
 mod shard;
+#[cfg(test)]
+mod tests;
 
 pub use budget::{Budget, Permit};
 pub use cx::Cx;
