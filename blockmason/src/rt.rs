@@ -3,13 +3,18 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// Now.
 #[inline]
 pub fn now() -> Instant {
     Instant::now()
+}
+
+/// The time of day, for records that people read; it may jump.
+pub fn wall_clock() -> SystemTime {
+    SystemTime::now()
 }
 
 /// Resolves after `time`.

@@ -13,6 +13,7 @@ mod flows;
 mod host;
 mod ranges;
 mod recorder;
+mod scatter;
 mod serve;
 mod shard;
 #[cfg(test)]
@@ -25,6 +26,7 @@ pub use disk::{Disk, Slot};
 pub use host::{Host, HostConfig};
 pub use ranges::{RangeGuard, RangeLock};
 pub use recorder::Hop;
+pub use scatter::Part;
 pub(crate) use serve::run_node;
 pub use serve::{Admit, Served, Stream, serve};
 pub use shard::Shard;
