@@ -11,7 +11,15 @@ use blockmason::lang::ParamError;
 use blockmason::{Error, Result};
 
 /// Every type of element, in the order of the reference.
-pub static ALL: &[&ElementType] = &[&sink::file::TYPE, &sink::mem::TYPE, &sink::null::TYPE];
+pub static ALL: &[&ElementType] = &[
+    &sink::file::TYPE,
+    &sink::mem::TYPE,
+    &sink::null::TYPE,
+    &sink::volatile::TYPE,
+    &fault::delay::TYPE,
+    &fault::error::TYPE,
+    &fault::flip::TYPE,
+];
 
 /// Parameters that the checker has been over: what is wrong with them all the same is one sentence.
 pub(crate) fn params<T>(read: Result<T, Vec<ParamError>>) -> Result<T> {
