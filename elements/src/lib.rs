@@ -19,6 +19,7 @@ pub static ALL: &[&ElementType] = &[
     &fault::delay::TYPE,
     &fault::error::TYPE,
     &fault::flip::TYPE,
+    &fault::log_writes::TYPE,
 ];
 
 /// Parameters that the checker has been over: what is wrong with them all the same is one sentence.

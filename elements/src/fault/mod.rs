@@ -3,6 +3,7 @@
 pub mod delay;
 pub mod error;
 pub mod flip;
+pub mod log_writes;
 
 use blockmason::lang::value::{ByteRange, Percent};
 use blockmason::{Cx, Error, Request, Result};
