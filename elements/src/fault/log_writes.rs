@@ -61,7 +61,7 @@ pub const TYPE: ElementType = ElementType {
           Order is that of completion. What is not FUA is held back until the next flush comes in, then \
           logged, and the flush after it when it has succeeded: so what a flush must not be trusted to cover \
           comes after it, and an FUA write before older ones that were never flushed. Unlike in the kernel, \
-          a FUA change of bytes that are held back comes after these, and no more than 16 MiB are held back: \
+          a FUA change of bytes that are held back comes after these, and no more than 8 MiB are held back: \
           all of it is then logged early. Every prefix of the log is a state in which a loss of \
           power may leave the disk.\n\n\
           A write of zeros is logged as a write, whose data is a hole in the log, and a discard as a \
@@ -93,7 +93,7 @@ pub const TYPE: ElementType = ElementType {
     },
 };
 
-const MAGIC: u64 = 0x006a_7366_7367_6872;
+const MAGIC: u64 = 0x6a_7366_7773_6872;
 const VERSION: u64 = 1;
 
 const FLUSH: u64 = 1;
@@ -105,7 +105,7 @@ const MARK: u64 = 8;
 const HEAD: usize = 32;
 
 /// Entries held back until the next flush, in bytes of memory: a flush writes them on the shard.
-const HELD: usize = 16 << 20;
+const HELD: usize = 8 << 20;
 
 /// Bytes that one entry covers at the most. Replay tools allocate as much, and skip discards of 128 MiB.
 const PIECE: u64 = MAX_REQUEST as u64;
@@ -396,7 +396,7 @@ mod tests {
     /// Reads a log by the description in the kernel's documentation.
     fn read_log(path: &Path) -> (u64, Vec<Found>) {
         let log = std::fs::read(path).unwrap();
-        assert_eq!(word(&log, 0), 0x006a_7366_7367_6872, "magic");
+        assert_eq!(&log[..8], b"rhswfsj\0", "magic");
         assert_eq!(word(&log, 8), 1, "version");
         let size = u32::from_le_bytes(log[24..28].try_into().unwrap()) as usize;
         let mut at = size;
@@ -545,7 +545,7 @@ mod tests {
         let mut log = Log::create(&path, 512).unwrap();
         for ix in 0..20 {
             log.change(&Request::write(ix << 20, Data::zeros(1 << 20))).unwrap();
-            assert!(log.held_bytes <= HELD && log.held.len() < 17);
+            assert!(log.held_bytes <= HELD && log.held.len() < 9);
         }
         let zeros = Request::new(Op::WriteZeroes, 0, 150 << 20);
         log.change(&zeros).unwrap();
