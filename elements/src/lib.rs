@@ -2,6 +2,7 @@
 
 pub mod export;
 pub mod fault;
+pub mod nbd;
 pub mod route;
 pub mod sink;
 pub mod transform;
@@ -12,6 +13,7 @@ use blockmason::{Error, Result};
 
 /// Every type of element, in the order of the reference.
 pub static ALL: &[&ElementType] = &[
+    &export::nbd::TYPE,
     &sink::file::TYPE,
     &sink::mem::TYPE,
     &sink::null::TYPE,

@@ -2,6 +2,7 @@
 
 use super::diag::{Bag, Diagnostic, Diagnostics};
 use super::params::{ParamError, Value};
+use super::parse::shorten;
 use super::source::Span;
 use super::spec::{EdgeSpec, ElementSpec, Spec};
 use super::suggest;
@@ -26,6 +27,13 @@ pub fn check(spec: &Spec, catalogue: Catalogue) -> Result<(), Diagnostics> {
     bag.finish(spec.sources.clone())
 }
 
+/// What can be said of each element without the others.
+pub(super) fn each(spec: &Spec, catalogue: Catalogue, bag: &mut Bag) {
+    let checker = Checker::new(spec, catalogue);
+    checker.types(bag);
+    checker.parameters(bag);
+}
+
 struct Checker<'a> {
     spec: &'a Spec,
     catalogue: Catalogue,
@@ -39,13 +47,14 @@ struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     fn new(spec: &'a Spec, catalogue: Catalogue) -> Self {
-        let count = spec.elements.len();
-        let mut outs = vec![Vec::new(); count];
-        for edge in &spec.edges {
-            outs[edge.from].push(edge);
-        }
         let types = spec.elements.iter().map(|element| describe::find(catalogue, &element.ty)).collect();
-        Checker { spec, catalogue, types, outs, refs: vec![Vec::new(); count] }
+        Checker {
+            spec,
+            catalogue,
+            types,
+            outs: spec.edges_by_element(),
+            refs: vec![Vec::new(); spec.elements.len()],
+        }
     }
 
     fn element(&self, index: usize) -> &'a ElementSpec {
@@ -62,7 +71,8 @@ impl<'a> Checker<'a> {
     fn types(&self, bag: &mut Bag) {
         for (element, ty) in self.spec.elements.iter().zip(&self.types) {
             if ty.is_none() {
-                let message = format!("element `{}`: there is no type `{}`", element.name, element.ty);
+                let message =
+                    format!("element `{}`: there is no type `{}`", element.name, shorten(&element.ty));
                 let near = suggest::did_you_mean(&element.ty, self.catalogue.iter().map(|ty| ty.name));
                 let help = near.unwrap_or_else(|| String::from("`mason elements` lists the types"));
                 let error = Diagnostic::new("mason::unknown-type", element.ty_span, message).help(help);
@@ -90,8 +100,8 @@ impl<'a> Checker<'a> {
                 Some(ty) if !ty.ports.input => {
                     let message = format!("an edge enters `{}`, where requests begin", to.name);
                     let error = Diagnostic::new("mason::orientation", edge.span, message);
-                    let help = format!("a {} has no in port; is the edge the wrong way round?", ty.name);
-                    bag.push(error.label(to.span, format!("a {}", ty.name)).help(help));
+                    let help = format!("`{}` has no in port; is the edge the wrong way round?", ty.name);
+                    bag.push(error.label(to.span, format!("of the type `{}`", ty.name)).help(help));
                 }
                 Some(ty) if edge.to_port != "in" => {
                     let message =
@@ -111,8 +121,8 @@ impl<'a> Checker<'a> {
             Outs::None => {
                 let message = format!("an edge leaves `{name}`, where requests end");
                 Diagnostic::new("mason::orientation", edge.span, message)
-                    .label(from.span, format!("a {}", ty.name))
-                    .help(format!("a {} has no out port; is the edge the wrong way round?", ty.name))
+                    .label(from.span, format!("of the type `{}`", ty.name))
+                    .help(format!("`{}` has no out port; is the edge the wrong way round?", ty.name))
             }
             Outs::Named(ports) if !ports.contains(&port.as_str()) => {
                 let message = format!("element `{name}` ({}) has no out port `{port}`", ty.name);
@@ -146,6 +156,8 @@ impl<'a> Checker<'a> {
             }
             match ty.ports.out {
                 Outs::None => {}
+                // Where an edge names an unknown port, that is the mistake.
+                Outs::Named(ports) if taken.keys().any(|port| !ports.contains(port)) => {}
                 Outs::Named(ports) => {
                     for port in ports.iter().filter(|port| !taken.contains_key(**port)) {
                         let message =
@@ -158,7 +170,7 @@ impl<'a> Checker<'a> {
                         bag.push(within(element, error.help(edge)));
                     }
                 }
-                Outs::Variadic { min } if taken.len() < min => {
+                Outs::Variadic { min } if self.outs[index].len() < min => {
                     let count = taken.len();
                     let message = format!(
                         "element `{}` ({}) needs {min} out edges or more, it has {count}",
@@ -188,6 +200,7 @@ impl<'a> Checker<'a> {
                 };
                 for value in values {
                     let message = match names.get(value.target()) {
+                        None if !bag.wants("mason::unknown-element", value.span) => continue,
                         None => unknown_reference(element, value, names.keys().copied()),
                         Some(target) => {
                             self.refs[index].push((*target, value.span));
@@ -256,7 +269,7 @@ impl<'a> Checker<'a> {
             let exports = self.catalogue.iter().filter(|ty| ty.family == Family::Export).map(|ty| ty.name);
             let message = "the graph has no export: no client could use it";
             let error = Diagnostic::new("mason::no-export", self.beginning(), message);
-            bag.push(error.help(format!("add an element of one of the types {}", suggest::list(exports))));
+            bag.push(error.help(format!("these types are exports: {}", suggest::list(exports))));
             // Nothing is reached then, which goes without saying.
             return;
         }
@@ -308,7 +321,8 @@ fn unknown_reference<'a>(
     value: &Value,
     names: impl Iterator<Item = &'a str>,
 ) -> Diagnostic {
-    let message = format!("element `{}` refers to `{}`, which is no element", element.name, value.text());
+    let message =
+        format!("element `{}` refers to `{}`, which is no element", element.name, shorten(value.text()));
     Diagnostic::new("mason::unknown-element", value.span, message)
         .help(suggest::did_you_mean(value.text(), names))
 }

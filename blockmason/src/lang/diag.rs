@@ -1,9 +1,14 @@
 //! What is wrong with a graph, and how it is shown.
 
-use super::source::{Place, Sources, Span};
-use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteDiagnostic, NamedSource, Severity};
+use super::source::{Place, Source, Sources, Span};
+use miette::{
+    GraphicalReportHandler, GraphicalTheme, LabeledSpan, MietteDiagnostic, MietteError, MietteSpanContents,
+    Severity, SourceSpan, SpanContents,
+};
 use std::collections::HashSet;
 use std::fmt;
+use std::io::IsTerminal;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Errors kept for one graph. Whoever mends these runs the check again anyway.
@@ -88,6 +93,13 @@ impl Bag {
         }
     }
 
+    /// False if an error of this kind at this place would not be kept: it need not be worded then.
+    pub(super) fn wants(&mut self, code: &'static str, span: Span) -> bool {
+        let full = self.is_full();
+        self.dropped += usize::from(full);
+        !full && !self.seen.contains(&(code, span))
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
@@ -113,6 +125,16 @@ pub enum Style {
     Plain,
     /// Line drawing characters and colours, for a terminal.
     Fancy,
+}
+
+impl Style {
+    /// Fancy on a terminal, unless `NO_COLOR` is set; else plain.
+    pub fn detect(stream: &impl IsTerminal) -> Self {
+        match stream.is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+            true => Style::Fancy,
+            false => Style::Plain,
+        }
+    }
 }
 
 /// All the errors of one graph, never none of them.
@@ -157,20 +179,22 @@ impl Diagnostics {
         })
     }
 
-    /// Draws every error with its source lines; `width` in columns.
+    /// Draws every error with its source lines. Long messages are wrapped at `width` columns if fancy,
+    /// and left whole if plain.
     pub fn render(&self, style: Style, width: usize) -> String {
         let theme = match style {
             Style::Plain => GraphicalTheme::none(),
             Style::Fancy => GraphicalTheme::unicode(),
         };
         let handler = GraphicalReportHandler::new_themed(theme)
+            .with_wrap_lines(style == Style::Fancy)
             .with_width(width)
             .with_links(false)
             .with_context_lines(1);
-        let texts: Vec<Arc<NamedSource<String>>> = self.sources.iter().map(printable).collect();
+        let texts: Vec<Arc<Text<'_>>> = self.sources.iter().map(Text::new).collect();
         let mut out = String::new();
         for diagnostic in &self.list {
-            let drawn = Drawn::new(diagnostic, &texts);
+            let drawn = Drawn::new(diagnostic, &self.sources, &texts);
             // Writing to a String cannot fail; a source that miette cannot slice leaves the message.
             if handler.render_report(&mut out, &drawn).is_err() {
                 out.push_str(&format!("{}: {}\n", self.place(diagnostic), diagnostic.message));
@@ -216,7 +240,7 @@ impl Diagnostics {
     }
 }
 
-/// As [`Style::Plain`] on 100 columns.
+/// As [`Style::Plain`].
 impl fmt::Display for Diagnostics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.render(Style::Plain, 100))
@@ -225,61 +249,117 @@ impl fmt::Display for Diagnostics {
 
 impl std::error::Error for Diagnostics {}
 
-/// A source as it may be sent to a terminal: control characters become others of the same length, so
+/// Longer lines are not drawn, in bytes: nobody could read them, and miette panics beyond 65,535 columns.
+const LONGEST_LINE: usize = 4096;
+
+/// One source as it is drawn.
+#[derive(Debug)]
+struct Text<'a> {
+    source: &'a Source,
+    /// The text with harmless characters, of the same length.
+    text: String,
+}
+
+impl<'a> Text<'a> {
+    fn new(source: &'a Source) -> Arc<Self> {
+        Arc::new(Text { source, text: source.text().chars().map(harmless).collect() })
+    }
+
+    /// What of a span is drawn: the part on its first line. None if a line about it is too long.
+    fn clip(&self, span: Span) -> Option<Range<usize>> {
+        let line = self.source.line_of(span.start as usize);
+        let long = |line: usize| self.source.line(line).len() > LONGEST_LINE;
+        if (line.saturating_sub(1)..=line + 1).any(long) {
+            return None;
+        }
+        let start = span.start as usize;
+        Some(start..(span.end() as usize).min(self.source.line(line).end).max(start))
+    }
+}
+
+/// Finds lines by the table, where miette would count them from the beginning for every label.
+impl miette::SourceCode for Text<'_> {
+    fn read_span<'b>(
+        &'b self,
+        span: &SourceSpan,
+        before: usize,
+        after: usize,
+    ) -> Result<Box<dyn SpanContents<'b> + 'b>, MietteError> {
+        let first = self.source.line_of(span.offset()).saturating_sub(before);
+        let last = self.source.line_of(span.offset() + span.len()) + after;
+        let range = self.source.line(first).start..self.source.line(last).end;
+        let text = self.text.get(range.clone()).ok_or(MietteError::OutOfBounds)?;
+        let inner = SourceSpan::from((span.offset() - range.start, span.len()));
+        let found = text.read_span(&inner, before, after)?;
+        let moved = SourceSpan::from((found.span().offset() + range.start, found.span().len()));
+        let (data, line, column) = (found.data(), found.line() + first, found.column());
+        let name = self.source.path().display().to_string();
+        Ok(Box::new(MietteSpanContents::new_named(name, data, moved, line, column, found.line_count())))
+    }
+}
+
+/// A character as it may be sent to a terminal: control characters become others of the same length, so
 /// that a hostile file cannot move the cursor and spans still fit.
-fn printable(source: &super::source::Source) -> Arc<NamedSource<String>> {
-    let harmless = |c: char| match c {
+fn harmless(c: char) -> char {
+    match c {
         '\n' | '\t' => c,
         c if c.is_control() && c.len_utf8() == 1 => '?',
         c if c.is_control() => '\u{b7}',
         c => c,
-    };
-    let text = source.text().chars().map(harmless).collect();
-    Arc::new(NamedSource::new(source.path().display().to_string(), text))
+    }
 }
 
 /// One diagnostic in the shape that miette draws. Labels in other files become related advice, since
 /// miette draws one source at a time.
 #[derive(Debug)]
-struct Drawn {
+struct Drawn<'a> {
     inner: MietteDiagnostic,
-    source: Option<Arc<NamedSource<String>>>,
-    related: Vec<Drawn>,
+    source: Option<Arc<Text<'a>>>,
+    related: Vec<Drawn<'a>>,
 }
 
-impl Drawn {
-    fn new(diagnostic: &Diagnostic, texts: &[Arc<NamedSource<String>>]) -> Self {
+impl<'a> Drawn<'a> {
+    fn new(diagnostic: &Diagnostic, sources: &Sources, texts: &[Arc<Text<'a>>]) -> Self {
         let home = diagnostic.span().source;
-        let labeled = |label: &Label| {
-            let text = (!label.text.is_empty()).then(|| label.text.clone());
-            LabeledSpan::new(text, label.span.start as usize, label.span.len as usize)
-        };
         let (here, there): (Vec<&Label>, Vec<&Label>) =
             diagnostic.labels.iter().partition(|label| label.span.source == home);
-        let related = there.into_iter().map(|label| Drawn {
-            inner: MietteDiagnostic::new(label.text.clone())
-                .with_severity(Severity::Advice)
-                .with_label(LabeledSpan::new(None, label.span.start as usize, label.span.len as usize)),
-            source: texts.get(label.span.source as usize).cloned(),
-            related: Vec::new(),
+        let text = texts.get(home as usize).filter(|text| text.clip(diagnostic.span()).is_some());
+        let message = match text {
+            Some(_) => diagnostic.message.clone(),
+            None => format!("{}: {}", sources.place(diagnostic.span()), diagnostic.message),
+        };
+        let labeled = here.into_iter().filter_map(|label| {
+            let range = text?.clip(label.span)?;
+            let words = (!label.text.is_empty()).then(|| label.text.clone());
+            Some(match label.span == diagnostic.span() {
+                true => LabeledSpan::new_primary_with_span(words, range),
+                false => LabeledSpan::new_with_span(words, range),
+            })
         });
-        let mut inner = MietteDiagnostic::new(diagnostic.message.clone())
-            .with_code(diagnostic.code)
-            .with_labels(here.into_iter().map(labeled));
+        let mut inner = MietteDiagnostic::new(message).with_code(diagnostic.code).with_labels(labeled);
         inner.help = diagnostic.help.clone();
-        Drawn { inner, source: texts.get(home as usize).cloned(), related: related.collect() }
+        let related = there.into_iter().filter_map(|label| Drawn::advice(label, texts)).collect();
+        Drawn { inner, source: text.cloned(), related }
+    }
+
+    fn advice(label: &Label, texts: &[Arc<Text<'a>>]) -> Option<Self> {
+        let text = texts.get(label.span.source as usize)?;
+        let span = LabeledSpan::new_with_span(None, text.clip(label.span)?);
+        let inner =
+            MietteDiagnostic::new(label.text.clone()).with_severity(Severity::Advice).with_label(span);
+        Some(Drawn { inner, source: Some(text.clone()), related: Vec::new() })
     }
 }
 
-impl fmt::Display for Drawn {
+impl fmt::Display for Drawn<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.inner, f)
     }
 }
 
-impl std::error::Error for Drawn {}
+impl std::error::Error for Drawn<'_> {}
 
-impl miette::Diagnostic for Drawn {
+impl miette::Diagnostic for Drawn<'_> {
     fn code<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
         self.inner.code()
     }
@@ -293,7 +373,7 @@ impl miette::Diagnostic for Drawn {
     }
 
     fn source_code(&self) -> Option<&dyn miette::SourceCode> {
-        self.source.as_ref().map(|source| source as &dyn miette::SourceCode)
+        self.source.as_deref().map(|source| source as &dyn miette::SourceCode)
     }
 
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {

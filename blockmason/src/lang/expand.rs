@@ -18,6 +18,10 @@ use std::sync::Arc;
 const MOST_ITEMS: usize = 100_000;
 /// Bytes of all names and values of one graph.
 const MOST_BYTES: usize = 64 << 20;
+/// What a value or parameter costs beside its bytes.
+const OVERHEAD: usize = 128;
+/// Statements looked at, those of a compound once for each instance.
+const MOST_STEPS: usize = 10_000_000;
 /// Bytes of one value.
 const LONGEST_VALUE: usize = 64 << 10;
 /// Compounds within compounds, and parameters that need parameters.
@@ -48,6 +52,8 @@ struct Bound {
     values: Vec<Value>,
     /// Where it was given.
     origin: Span,
+    /// It could not be evaluated, an error says so; what uses it is left out without another.
+    broken: bool,
 }
 
 struct Scope<'a, 's> {
@@ -87,14 +93,28 @@ pub(super) struct Expander<'a> {
     names: HashMap<String, (Named, Span)>,
     items: usize,
     bytes: usize,
+    steps: usize,
     /// A limit was exceeded: nothing more is made.
     stopped: bool,
+    /// A value could not be evaluated since this was last cleared.
+    spoilt: bool,
 }
 
 impl<'a> Expander<'a> {
     pub(super) fn new(loaded: &'a Loaded, bag: &'a mut Bag) -> Self {
         let (elements, edges, names) = (Vec::new(), Vec::new(), HashMap::new());
-        Expander { loaded, bag, elements, edges, names, items: 0, bytes: 0, stopped: false }
+        Expander {
+            loaded,
+            bag,
+            elements,
+            edges,
+            names,
+            items: 0,
+            bytes: 0,
+            steps: 0,
+            stopped: false,
+            spoilt: false,
+        }
     }
 
     /// True if errors have been found.
@@ -108,7 +128,7 @@ impl<'a> Expander<'a> {
         let bound = defines.into_iter().map(|(define, span)| {
             let context = Arc::new(Context { folder: define.folder, scope: String::new() });
             let value = Value { text: define.value, span, origin: None, context, target: None };
-            (define.key, Bound { values: vec![value], origin: span })
+            (define.key, Bound { values: vec![value], origin: span, broken: false })
         });
         let scope = Scope {
             prefix: String::new(),
@@ -143,6 +163,8 @@ impl<'a> Expander<'a> {
             format!("the graph has more than {MOST_ITEMS} elements and edges")
         } else if self.bytes > MOST_BYTES {
             format!("the names and values of the graph are larger than {} MiB", MOST_BYTES >> 20)
+        } else if self.steps > MOST_STEPS {
+            String::from("the compounds of the graph are used too often")
         } else {
             return true;
         };
@@ -194,6 +216,7 @@ impl<'a> Expander<'a> {
         seen: &mut HashSet<usize>,
         items: &mut Vec<Item<'a>>,
     ) {
+        self.steps += body.len();
         for statement in body {
             let Statement::Include(name) = statement else {
                 items.push(Item { statement, context: context.clone(), depth });
@@ -254,7 +277,7 @@ impl<'a> Expander<'a> {
             };
             let path = open.iter().copied().chain([key]).collect::<Vec<_>>().join(" -> ");
             self.bag.push(Diagnostic::new("mason::param-cycle", name.span, message).help(path));
-            let bound = Bound { values: Vec::new(), origin: name.span };
+            let bound = Bound { values: Vec::new(), origin: name.span, broken: true };
             scope.params.insert(key.to_owned(), bound);
             return;
         }
@@ -267,8 +290,8 @@ impl<'a> Expander<'a> {
         open.pop();
         // A cycle through this key has bound it by now.
         if !scope.params.contains_key(key) {
-            let values = self.value(value, &item.context, scope);
-            scope.params.insert(key.to_owned(), Bound { values, origin: value.span });
+            let bound = self.evaluate(value, &item.context, scope, value.span);
+            scope.params.insert(key.to_owned(), bound);
         }
     }
 
@@ -287,11 +310,24 @@ impl<'a> Expander<'a> {
         }
     }
 
+    /// The value of a parameter.
+    fn evaluate(
+        &mut self,
+        written: &'a Written,
+        context: &Arc<Context>,
+        scope: &Scope<'a, '_>,
+        origin: Span,
+    ) -> Bound {
+        let before = std::mem::replace(&mut self.spoilt, false);
+        let values = self.value(written, context, scope);
+        Bound { values, origin, broken: std::mem::replace(&mut self.spoilt, before) }
+    }
+
     /// Replaces the parameters in a value. A bare `${KEY}` stands for all the values of KEY.
     fn value(&mut self, written: &'a Written, context: &Arc<Context>, scope: &Scope<'a, '_>) -> Vec<Value> {
         if let [Part::Param(key)] = written.parts.as_slice() {
             let Some(bound) = self.bound(key, scope) else { return Vec::new() };
-            let bytes = bound.values.iter().map(|value| value.text.len()).sum();
+            let bytes = bound.values.iter().map(|value| OVERHEAD + value.text.len()).sum();
             let moved =
                 |value: &Value| Value { span: written.span, origin: Some(bound.origin), ..value.clone() };
             let values = bound.values.iter().map(moved).collect();
@@ -313,12 +349,13 @@ impl<'a> Expander<'a> {
                 }
             }
             if value.text.len() > LONGEST_VALUE {
+                self.spoilt = true;
                 let message = format!("a value longer than {} KiB", LONGEST_VALUE >> 10);
                 self.bag.push(Diagnostic::new("mason::too-large", written.span, message));
                 return Vec::new();
             }
         }
-        let bytes = value.text.len();
+        let bytes = OVERHEAD + value.text.len();
         if self.spend(0, bytes, written.span) { vec![value] } else { Vec::new() }
     }
 
@@ -333,9 +370,9 @@ impl<'a> Expander<'a> {
                 value.text.push_str(&inner.text);
                 value.origin.get_or_insert(bound.origin);
             }
-            // Empty after an error only, which has been reported.
             [] => {}
             many => {
+                self.spoilt = true;
                 let message = format!("parameter `{}` has {} values, a text takes one", key.text, many.len());
                 let error = Diagnostic::new("mason::bad-value", key.span, message);
                 self.bag.push(error.label(bound.origin, "given here"));
@@ -345,7 +382,8 @@ impl<'a> Expander<'a> {
 
     fn bound<'b>(&mut self, key: &Name, scope: &'b Scope<'a, '_>) -> Option<&'b Bound> {
         let bound = scope.param(&key.text);
-        if bound.is_none() {
+        self.spoilt |= bound.is_none_or(|bound| bound.broken);
+        if bound.is_none() && self.bag.wants("mason::undefined", key.span) {
             let message = format!("parameter `{}` is not defined", key.text);
             let near = suggest::did_you_mean(&key.text, scope.param_names());
             let help = near.unwrap_or_else(|| {
@@ -358,6 +396,7 @@ impl<'a> Expander<'a> {
 
     fn entry(&mut self, setting: &'a Setting, context: &Arc<Context>, scope: &Scope<'a, '_>) -> Entry {
         let values = setting.values.iter().flat_map(|value| self.value(value, context, scope)).collect();
+        self.spend(0, OVERHEAD + setting.key.text.len(), setting.key.span);
         Entry { key: setting.key.text.clone(), span: setting.key.span, values }
     }
 
@@ -378,8 +417,12 @@ impl<'a> Expander<'a> {
             return;
         }
         self.names.insert(name.clone(), (Named::Broken, element.name.span));
+        self.spoilt = false;
         let mut entries: Vec<Entry> =
             element.settings.iter().map(|setting| self.entry(setting, context, scope)).collect();
+        if self.spoilt {
+            return;
+        }
         let Some((ty, ty_span)) = self.take_type(element, &name, &mut entries) else { return };
         let params = Params { entries, span: element.name.span };
         if let Some((compound, home, outer)) = scope.compound(&ty) {
@@ -425,7 +468,6 @@ impl<'a> Expander<'a> {
                 Some((value.text.clone(), value.span))
             }
             values => {
-                // No value at all after an error in it, which has been reported, or by omission.
                 let message = format!("element `{name}`: `type` takes one value, found {}", values.len());
                 self.bag.push(Diagnostic::new("mason::missing-type", entry.span, message));
                 None
@@ -475,6 +517,7 @@ impl<'a> Expander<'a> {
         name: &str,
         params: Params,
     ) -> BTreeMap<String, Bound> {
+        self.steps += compound.keys.len();
         let mut bound = BTreeMap::new();
         for entry in params.entries {
             let known = || compound.keys.iter().map(|(key, _)| key.text.as_str());
@@ -490,7 +533,7 @@ impl<'a> Expander<'a> {
             }
             let origin = entry.values.first().map_or(entry.span, |value| value.span);
             let message = format!("element `{name}`: parameter `{}` is given twice", entry.key);
-            if bound.insert(entry.key, Bound { values: entry.values, origin }).is_some() {
+            if bound.insert(entry.key, Bound { values: entry.values, origin, broken: false }).is_some() {
                 self.bag.push(Diagnostic::new("mason::duplicate-parameter", entry.span, message));
             }
         }
@@ -498,8 +541,8 @@ impl<'a> Expander<'a> {
             if bound.contains_key(&key.text) {
                 continue;
             }
-            let values = match default {
-                Some(default) => self.value(default, home, outer),
+            let value = match default {
+                Some(default) => self.evaluate(default, home, outer, key.span),
                 None => {
                     let message = format!(
                         "element `{name}`: compound `{}` needs the parameter `{}`",
@@ -508,10 +551,10 @@ impl<'a> Expander<'a> {
                     let error = Diagnostic::new("mason::missing-parameter", params.span, message);
                     let help = format!("add `({} ...)`", key.text);
                     self.bag.push(error.label(key.span, "it has no default").help(help));
-                    Vec::new()
+                    Bound { values: Vec::new(), origin: key.span, broken: true }
                 }
             };
-            bound.insert(key.text.clone(), Bound { values, origin: key.span });
+            bound.insert(key.text.clone(), value);
         }
         bound
     }
@@ -567,6 +610,7 @@ impl<'a> Expander<'a> {
             Some((Named::Broken, _)) => return None,
             Some((Named::Instance { ty, ports }, _)) => match ports.get(port) {
                 Some(target) => return target.clone(),
+                None if !self.bag.wants("mason::unknown-port", port_span) => return None,
                 None => {
                     let message = format!("`{full}` (compound `{ty}`) has no port `{port}`");
                     let known = || ports.keys().map(String::as_str);
@@ -575,6 +619,7 @@ impl<'a> Expander<'a> {
                     Diagnostic::new("mason::unknown-port", port_span, message).help(help)
                 }
             },
+            None if !self.bag.wants("mason::unknown-element", name.span) => return None,
             None => {
                 let message = format!("there is no element `{full}`");
                 let near = self.names.keys().filter_map(|known| known.strip_prefix(prefix));

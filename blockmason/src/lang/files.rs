@@ -53,7 +53,7 @@ impl Files for NoFiles {
 /// The texts of another run, by their paths: what a client read and sent is what a daemon parses.
 impl Files for Sources {
     fn read(&self, path: &Path) -> io::Result<String> {
-        let found = self.iter().find(|source| without_dots(source.path()) == without_dots(path));
+        let found = self.iter().find(|source| without_dots(source.opened()) == without_dots(path));
         found.map(|source| source.text().to_owned()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn sources_are_found_again() {
         let mut sources = Sources::default();
-        sources.add("a/lib/../x.mason", "text");
+        sources.add_file("x".as_ref(), "a/lib/../x.mason".into(), String::from("text"));
         assert_eq!(sources.read("a/x.mason".as_ref()).unwrap(), "text");
         assert!(sources.read("x.mason".as_ref()).is_err());
     }

@@ -14,6 +14,9 @@ const DEEPEST: usize = 16;
 /// Bytes of all files of one graph together.
 const LARGEST_TOTAL: usize = 16 << 20;
 
+/// Files of one graph.
+const MOST_FILES: usize = 1000;
+
 /// One parsed file.
 pub(super) struct File {
     pub(super) folder: PathBuf,
@@ -45,19 +48,20 @@ impl<'a> Loader<'a> {
         Loader { disk, sources, bag, loaded, known: HashMap::new(), open: Vec::new(), bytes: 0 }
     }
 
-    /// Parses a text as the graph file `path`; relative paths in it start in `folder`.
-    pub(super) fn root(mut self, path: &Path, text: String, folder: &Path) -> Loaded {
-        let identity = self.disk.identity(path);
-        self.file(path, text, folder, identity);
+    /// Parses the text of the graph file, which messages call `path` and which stands at `opened`.
+    pub(super) fn root(mut self, path: &Path, opened: PathBuf, text: String) -> Loaded {
+        let identity = self.disk.identity(&opened);
+        self.file(path, opened, text, identity);
         self.loaded
     }
 
     /// Parses a text, and the files that it includes, and returns its index.
-    fn file(&mut self, path: &Path, text: String, folder: &Path, identity: PathBuf) -> usize {
+    fn file(&mut self, path: &Path, opened: PathBuf, text: String, identity: PathBuf) -> usize {
         self.bytes += text.len();
-        let source = self.sources.add(path, text);
+        let folder = opened.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let source = self.sources.add_file(path, opened, text);
         let index = self.loaded.files.len();
-        self.loaded.files.push(File { folder: folder.to_path_buf(), body: Vec::new() });
+        self.loaded.files.push(File { folder: folder.clone(), body: Vec::new() });
         self.known.insert(identity.clone(), index);
         let text = self.sources.get(source).map_or("", |source| source.text());
         if text.len() > LARGEST_FILE {
@@ -68,7 +72,7 @@ impl<'a> Loader<'a> {
         }
         let body = parse::file(source, text, self.bag);
         self.open.push(identity);
-        self.includes(&body, path.parent().unwrap_or(Path::new("")), folder);
+        self.includes(&body, path.parent().unwrap_or(Path::new("")), &folder);
         self.open.pop();
         self.loaded.files[index].body = body;
         index
@@ -86,8 +90,12 @@ impl<'a> Loader<'a> {
     }
 
     fn include(&mut self, name: &Name, shown: &Path, folder: &Path) {
+        if self.bag.is_full() {
+            return;
+        }
         let path = shown.join(&name.text);
-        let identity = self.disk.identity(&folder.join(&name.text));
+        let opened = folder.join(&name.text);
+        let identity = self.disk.identity(&opened);
         if let Some(at) = self.open.iter().position(|open| *open == identity) {
             let names = self.open[at..].iter().chain([&identity]).map(|p| short(p));
             let cycle = names.collect::<Vec<_>>().join(" -> ");
@@ -99,20 +107,21 @@ impl<'a> Loader<'a> {
             self.loaded.includes.insert(name.span, *index);
             return;
         }
-        if self.open.len() >= DEEPEST {
-            let message = format!("files are included more than {DEEPEST} deep");
+        if self.open.len() >= DEEPEST || self.loaded.files.len() >= MOST_FILES {
+            let message = match self.open.len() >= DEEPEST {
+                true => format!("files are included more than {DEEPEST} deep"),
+                false => format!("the graph has more than {MOST_FILES} files"),
+            };
             self.bag.push(Diagnostic::new("mason::too-large", name.span, message));
             return;
         }
-        match self.disk.read(&folder.join(&name.text)) {
+        match self.disk.read(&opened) {
             Ok(text) if self.bytes + text.len() > LARGEST_TOTAL => {
                 let message = format!("the files of the graph are larger than {} MiB", LARGEST_TOTAL >> 20);
                 self.bag.push(Diagnostic::new("mason::too-large", name.span, message));
             }
             Ok(text) => {
-                let target = folder.join(&name.text);
-                let inner = target.parent().unwrap_or(Path::new("/")).to_path_buf();
-                let index = self.file(&path, text, &inner, identity);
+                let index = self.file(&path, opened, text, identity);
                 self.loaded.includes.insert(name.span, index);
             }
             Err(error) => {

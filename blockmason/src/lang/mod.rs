@@ -5,6 +5,8 @@
 //! reported in one go, each error with its place. Every limit (bytes, depth, number of elements) is a
 //! constant beside the code that keeps it, so that no text can use unbounded memory or time.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests unwrap"))]
+
 mod ast;
 mod check;
 mod de;
@@ -39,13 +41,13 @@ pub mod macros {
     pub use serde::{self, Deserialize, Deserializer, Serialize, Serializer};
 }
 
+use crate::describe::Catalogue;
 use diag::Bag;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// One `-D KEY=VALUE`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Define {
     /// The parameter.
     pub key: String,
@@ -56,7 +58,7 @@ pub struct Define {
 }
 
 /// The parameters of a command line, in their order; a later one of the same key wins.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Defines(Vec<Define>);
 
 impl Defines {
@@ -105,50 +107,100 @@ impl Defines {
 /// # Errors
 /// Everything that is wrong, unreadable files included.
 pub fn load(path: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
-    load_from(&Disk, path, defines)
+    let (opened, text) = open(path)?;
+    parse_with(&Disk, path, opened, text, defines)
 }
 
-/// As [`load`], with the texts from elsewhere.
+/// [`load`] and [`check`] in one: where names are wrong, wrong types and parameters are reported with
+/// them.
 ///
 /// # Errors
 /// Everything that is wrong, unreadable files included.
-pub fn load_from(files: &dyn Files, path: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
-    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-    let text = match files.read(path) {
-        Ok(text) => text,
-        Err(error) => return Err(unreadable(path, &error)),
-    };
-    let folder = absolute.parent().unwrap_or(Path::new("/"));
-    parse_with(files, path, text, folder, defines)
+pub fn load_checked(path: &Path, defines: &Defines, catalogue: Catalogue) -> Result<Spec, Diagnostics> {
+    let (opened, text) = open(path)?;
+    parse_checked(&Disk, path, opened, text, defines, catalogue)
+}
+
+/// The absolute path and the text of a graph file.
+fn open(path: &Path) -> Result<(PathBuf, String), Diagnostics> {
+    let read = Disk.read(path).and_then(|text| Ok((std::path::absolute(path)?, text)));
+    read.map_err(|error| {
+        let mut sources = Sources::default();
+        let source = sources.add_file(path, path.to_path_buf(), String::new());
+        let message = format!("cannot read `{}`: {}", path.display(), load::reason(&error));
+        let span = Span { source, start: 0, len: 0 };
+        Diagnostics::one(sources, Diagnostic::new("mason::unreadable", span, message))
+    })
 }
 
 /// Reads a graph from a text that is called `name` in messages. Relative paths in it start in
-/// `folder`, includes are read from the file system.
+/// `folder`, included files are read from the file system.
 ///
 /// # Errors
 /// Everything that is wrong.
 pub fn parse_str(name: &str, text: &str, folder: &Path, defines: &Defines) -> Result<Spec, Diagnostics> {
-    parse_with(&Disk, Path::new(name), text.to_owned(), folder, defines)
+    let file = Path::new(name).file_name().unwrap_or("graph".as_ref());
+    parse_with(&Disk, Path::new(name), folder.join(file), text.to_owned(), defines)
 }
 
-/// As [`parse_str`], with the included texts from elsewhere.
+/// Reads a graph again from the texts that it was read from, without the file system.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn parse_sources(sources: &Sources, defines: &Defines) -> Result<Spec, Diagnostics> {
+    let root = sources.get(0);
+    let (path, opened, text) =
+        root.map_or((Path::new(""), Path::new(""), ""), |s| (s.path(), s.opened(), s.text()));
+    parse_with(sources, path, opened.to_path_buf(), text.to_owned(), defines)
+}
+
+/// Reads a graph from a text that messages call `path` and that stands at `opened`, whose folder is
+/// where relative paths start; included texts come from `files`.
 ///
 /// # Errors
 /// Everything that is wrong.
 pub fn parse_with(
     files: &dyn Files,
     path: &Path,
+    opened: PathBuf,
     text: String,
-    folder: &Path,
     defines: &Defines,
 ) -> Result<Spec, Diagnostics> {
+    let (spec, bag) = read(files, path, opened, text, defines);
+    bag.finish(spec.sources.clone())?;
+    Ok(spec)
+}
+
+/// [`parse_with`] and [`check`] in one, as [`load_checked`].
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn parse_checked(
+    files: &dyn Files,
+    path: &Path,
+    opened: PathBuf,
+    text: String,
+    defines: &Defines,
+    catalogue: Catalogue,
+) -> Result<Spec, Diagnostics> {
+    let (spec, mut bag) = read(files, path, opened, text, defines);
+    if !bag.is_empty() {
+        // With names missing, only what concerns one element can be judged.
+        check::each(&spec, catalogue, &mut bag);
+    }
+    bag.finish(spec.sources.clone())?;
+    check(&spec, catalogue)?;
+    Ok(spec)
+}
+
+/// The graph as far as it could be understood, and the errors.
+fn read(files: &dyn Files, path: &Path, opened: PathBuf, text: String, defines: &Defines) -> (Spec, Bag) {
     let (mut sources, mut bag) = (Sources::default(), Bag::default());
-    let loaded = load::Loader::new(files, &mut sources, &mut bag).root(path, text, folder);
+    let loaded = load::Loader::new(files, &mut sources, &mut bag).root(path, opened, text);
     let defined = defines.iter().map(|define| {
         let text = format!("{}={}", define.key, define.value);
-        let start = define.key.len() as u32 + 1;
-        let span = Span { source: 0, start, len: define.value.len() as u32 };
-        (define.clone(), Span { source: sources.add("-D", text), ..span })
+        let (start, len) = (define.key.len() as u32 + 1, define.value.len() as u32);
+        (define.clone(), Span { source: sources.add("-D", text), start, len })
     });
     let defined = defined.collect();
     // After an error in the syntax nothing is expanded: what was not understood would be reported as
@@ -158,17 +210,5 @@ pub fn parse_with(
         expander.run(defined);
     }
     let (elements, edges) = (expander.elements, expander.edges);
-    let sources = Arc::new(sources);
-    bag.finish(sources.clone())?;
-    Ok(Spec { elements, edges, sources })
-}
-
-fn unreadable(path: &Path, error: &io::Error) -> Diagnostics {
-    let mut sources = Sources::default();
-    let source = sources.add(path, "");
-    let message = format!("cannot read `{}`: {}", path.display(), load::reason(error));
-    Diagnostics::one(
-        sources,
-        Diagnostic::new("mason::unreadable", Span { source, start: 0, len: 0 }, message),
-    )
+    (Spec { elements, edges, sources: Arc::new(sources) }, bag)
 }

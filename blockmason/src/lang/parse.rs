@@ -15,6 +15,12 @@ use nom::{IResult, Parser};
 /// Compounds defined within compounds.
 const DEEPEST: usize = 16;
 
+/// Bytes of a name with its scopes.
+const LONGEST_NAME: usize = 255;
+
+/// What a name is, for messages.
+const NAMES: &str = "a name begins with an ASCII letter or `_`; letters, digits, `_` and `-` may follow";
+
 /// The words that begin a statement.
 const KEYWORDS: [&str; 5] = ["element", "param", "include", "compound", "invariant"];
 
@@ -69,7 +75,7 @@ pub(super) fn file(source: u32, text: &str, bag: &mut Bag) -> Vec<Statement> {
     let mut ports = Vec::new();
     let statements = parser.statements(&mut ports);
     for Port { port, .. } in ports {
-        let error = Diagnostic::new("mason::syntax", port.span, "`port` stands in a compound");
+        let error = Diagnostic::new("mason::syntax", port.span, "`port` outside of a compound");
         parser.bag.push(error);
     }
     statements
@@ -135,10 +141,28 @@ impl<'a> Cursor<'a> {
     /// Takes a name and the blanks after it.
     fn name(&mut self, what: &str, token: fn(&str) -> Token<'_>) -> Result<Name> {
         let start = self.at;
-        let Some(text) = self.take(token) else { return Err(self.expected(what)) };
+        let Some(text) = self.take(token) else {
+            let error = self.expected(what);
+            return Err(if self.letter() { Box::new(error.help(String::from(NAMES))) } else { error });
+        };
         let span = self.span(start, self.at);
+        if text.len() > LONGEST_NAME {
+            let message = format!("a name of more than {LONGEST_NAME} bytes");
+            return Err(Box::new(Diagnostic::new("mason::too-large", span, message)));
+        }
+        if self.letter() {
+            let end = self.at + self.rest().find(|c: char| !c.is_alphanumeric()).unwrap_or(self.rest().len());
+            let message = format!("`{}` is no name", shorten(&self.text[start..end]));
+            let error = Diagnostic::new("mason::syntax", self.span(start, end), message);
+            return Err(Box::new(error.help(String::from(NAMES))));
+        }
         self.skip();
         Ok(Name { text: text.to_owned(), span })
+    }
+
+    /// True if a letter or digit stands here that cannot be in a name.
+    fn letter(&self) -> bool {
+        self.rest().starts_with(char::is_alphanumeric)
     }
 
     #[cold]
@@ -146,12 +170,20 @@ impl<'a> Cursor<'a> {
         let rest = self.rest();
         let word = rest.find(|c| !is_word_char(c)).unwrap_or(rest.len());
         let (found, len) = match rest.chars().next() {
-            None => (String::from("the end of the file"), 0),
+            None => return self.cut_short(what),
             Some(c) if word == 0 => (format!("{c:?}").replace('\'', "`"), c.len_utf8()),
             Some(_) => (format!("`{}`", shorten(&rest[..word])), word),
         };
         let message = format!("expected {what}, found {found}");
         let error = Diagnostic::new("mason::syntax", self.span(self.at, self.at + len), message);
+        Box::new(error.here(format!("expected {what}")))
+    }
+
+    /// What was expected where the text ends.
+    fn cut_short(&self, what: &str) -> Box<Diagnostic> {
+        let end = self.text.trim_end().len();
+        let message = format!("expected {what}, found the end of the file");
+        let error = Diagnostic::new("mason::syntax", self.span(end, end), message);
         Box::new(error.here(format!("expected {what}")))
     }
 
@@ -192,7 +224,7 @@ impl<'a> Cursor<'a> {
             let keyword =
                 |k: &&str| line.strip_prefix(*k).is_some_and(|l| l.starts_with(char::is_whitespace));
             let closes = self.depth > 0 && line.starts_with('}');
-            if KEYWORDS.iter().any(|k| keyword(k)) || closes || starts_edge(line) {
+            if KEYWORDS.iter().any(keyword) || closes || starts_edge(line) {
                 self.at = self.text.len() - line.len();
                 return;
             }
@@ -202,6 +234,10 @@ impl<'a> Cursor<'a> {
     fn statement(&mut self, ports: &mut Vec<Port>) -> Result<Option<Statement>> {
         if self.rest().starts_with('(') {
             return self.chain().map(Some);
+        }
+        if self.rest().starts_with("->") {
+            let help = String::from("an end of an edge is written `NAME` or `(NAME, PORT)`, with a comma");
+            return Err(Box::new(self.expected("the upper end of an edge before its `->`").help(help)));
         }
         let start = self.at;
         let word = self.name("a statement", dotted)?;
@@ -231,6 +267,9 @@ impl<'a> Cursor<'a> {
 
     #[cold]
     fn no_statement(&self, word: &Name) -> Box<Diagnostic> {
+        if word.text == "port" {
+            return Box::new(Diagnostic::new("mason::syntax", word.span, "`port` outside of a compound"));
+        }
         let message = format!("`{}` begins no statement", shorten(&word.text));
         let error = Diagnostic::new("mason::syntax", word.span, message);
         let near = super::suggest::did_you_mean(&word.text, KEYWORDS.into_iter().chain(["port"]));
@@ -253,6 +292,10 @@ impl<'a> Cursor<'a> {
             let open = self.at;
             self.need("(")?;
             let key = self.name("a parameter's name", segment)?;
+            if self.rest().starts_with('=') && key.span.end() as usize == self.at {
+                let help = format!("write `({} VALUE)`, without `=`", key.text);
+                return Err(Box::new(self.expected("a value or `)`").help(help)));
+            }
             let values = self.values()?;
             if !self.mark(")") {
                 return Err(self.unclosed(open));
@@ -264,7 +307,10 @@ impl<'a> Cursor<'a> {
 
     #[cold]
     fn unclosed(&self, open: usize) -> Box<Diagnostic> {
-        let error = self.expected("a value or `)`");
+        let mut error = *self.expected("a value or `)`");
+        if self.rest().starts_with(',') {
+            error = error.help(String::from("values are separated by white space"));
+        }
         Box::new(error.label(self.span(open, open + 1), "this `(` is not closed"))
     }
 

@@ -1,5 +1,6 @@
 //! The texts a graph was read from, and places in them.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -28,17 +29,24 @@ impl Span {
 }
 
 /// One text: a graph file, or a value of the command line.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Source {
     path: PathBuf,
+    opened: PathBuf,
     text: String,
+    #[serde(skip)]
     lines: OnceLock<Vec<u32>>,
 }
 
 impl Source {
-    /// The path as it was opened, which is also the name that messages give it.
+    /// What messages call it: the path as the administrator wrote it, or `-D`.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The path at which it was read; empty for a value of the command line.
+    pub fn opened(&self) -> &Path {
+        &self.opened
     }
 
     /// Its text.
@@ -46,13 +54,29 @@ impl Source {
         &self.text
     }
 
-    /// Line and column of a byte, both from 1; the column counts characters.
-    fn line_column(&self, at: usize) -> (usize, usize) {
-        let lines = self.lines.get_or_init(|| {
+    /// Where each line starts.
+    fn lines(&self) -> &[u32] {
+        self.lines.get_or_init(|| {
             let ends = self.text.bytes().enumerate().filter(|(_, b)| *b == b'\n');
             std::iter::once(0).chain(ends.map(|(i, _)| i as u32 + 1)).collect()
-        });
-        let line = lines.partition_point(|start| *start as usize <= at);
+        })
+    }
+
+    /// The bytes of a line, with its end; lines count from 0.
+    pub(super) fn line(&self, line: usize) -> std::ops::Range<usize> {
+        let at = |line: usize| self.lines().get(line).map_or(self.text.len(), |start| *start as usize);
+        at(line)..at(line + 1)
+    }
+
+    /// The line of a byte, from 0.
+    pub(super) fn line_of(&self, at: usize) -> usize {
+        self.lines().partition_point(|start| *start as usize <= at).saturating_sub(1)
+    }
+
+    /// Line and column of a byte, both from 1; the column counts characters.
+    fn line_column(&self, at: usize) -> (usize, usize) {
+        let lines = self.lines();
+        let line = self.line_of(at) + 1;
         let start = lines.get(line.wrapping_sub(1)).map_or(0, |s| *s as usize);
         let before = self.text.get(start..at.min(self.text.len())).unwrap_or("");
         (line, before.chars().count() + 1)
@@ -60,13 +84,21 @@ impl Source {
 }
 
 /// The texts that one graph was read from, each file once; the graph file itself is the first.
-#[derive(Debug, Default)]
+///
+/// They can be serialised, so that a client may read files and a daemon parse them; see
+/// [`super::parse_sources`].
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Sources(Vec<Source>);
 
 impl Sources {
-    /// Adds a text and returns its index.
-    pub fn add(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) -> u32 {
-        self.0.push(Source { path: path.into(), text: text.into(), lines: OnceLock::new() });
+    /// Adds a text that is no file and returns its index.
+    pub(super) fn add(&mut self, name: &str, text: impl Into<String>) -> u32 {
+        self.add_file(Path::new(name), PathBuf::new(), text.into())
+    }
+
+    /// Adds the text of a file and returns its index.
+    pub(super) fn add_file(&mut self, path: &Path, opened: PathBuf, text: String) -> u32 {
+        self.0.push(Source { path: path.to_path_buf(), opened, text, lines: OnceLock::new() });
         (self.0.len() - 1) as u32
     }
 

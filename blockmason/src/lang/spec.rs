@@ -58,9 +58,19 @@ impl Spec {
         self.elements.iter().position(|element| element.name == name)
     }
 
-    /// The out ports that edges give an element, in the order of the edges.
+    /// The out ports that edges give an element, in the order of the edges. Walks over all edges; for
+    /// every element of a large graph use [`Spec::edges_by_element`].
     pub fn outs(&self, element: usize) -> impl Iterator<Item = &str> {
         self.edges.iter().filter(move |edge| edge.from == element).map(|edge| edge.from_port.as_str())
+    }
+
+    /// The edges that leave each element, in their order.
+    pub fn edges_by_element(&self) -> Vec<Vec<&EdgeSpec>> {
+        let mut outs = vec![Vec::new(); self.elements.len()];
+        for edge in &self.edges {
+            outs[edge.from].push(edge);
+        }
+        outs
     }
 }
 

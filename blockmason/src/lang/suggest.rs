@@ -8,7 +8,7 @@ pub(super) fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a s
     if name.len() > LONGEST {
         return None;
     }
-    let limit = (name.chars().count() / 3).max(1);
+    let limit = (name.chars().count() + 1) / 3;
     let near =
         candidates.into_iter().filter(|c| c.len() <= LONGEST && c.len().abs_diff(name.len()) <= limit * 4);
     let best = near.map(|c| (distance(name, c), c)).min_by_key(|(d, _)| *d)?;

@@ -463,3 +463,149 @@ impl<'de, T: ?Sized> Deserialize<'de> for Ref<T> {
         Ok(Ref { name, service: PhantomData })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn size(text: &str) -> Result<u64, String> {
+        text.parse().map(|Size(bytes)| bytes)
+    }
+
+    #[test]
+    fn sizes() {
+        let right = [
+            ("0", 0),
+            ("512", 512),
+            ("512B", 512),
+            ("4k", 4096),
+            ("4K", 4096),
+            ("4KiB", 4096),
+            ("1.5G", 3 << 29),
+            ("100M", 100 << 20),
+            ("2t", 2 << 40),
+            ("7E", 7 << 60),
+            ("9223372036854775807", i64::MAX as u64),
+        ];
+        for (text, bytes) in right {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        let wrong = [
+            "",
+            "k",
+            "-1",
+            "+1",
+            "1.k",
+            ".5k",
+            "0.3k",
+            "1e3",
+            "4kB",
+            "4MB",
+            "4x",
+            "4 k",
+            "0x10",
+            "1.2.3",
+            "8E",
+            "iB",
+            "4iB",
+            "4BiB",
+            "NaN",
+            "inf",
+            "9223372036854775808",
+            "99999999999999999999999",
+            "4\u{fc}",
+            "\u{664}",
+        ];
+        for text in wrong {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times() {
+        let time = |text: &str| text.parse().map(|Time(time)| time);
+        assert_eq!(time("10ms"), Ok(Duration::from_millis(10)));
+        assert_eq!(time("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(time("0"), Ok(Duration::ZERO));
+        assert_eq!(time("2h"), Ok(Duration::from_secs(7200)));
+        for text in ["", "10", "s", "-1s", "10S", "0.5ns", "1000000h", "99999999999999999999h", "1e3s"] {
+            assert!(time(text).is_err(), "{text}");
+        }
+        assert!(time("10").unwrap_err().contains("units are"));
+    }
+
+    #[test]
+    fn rates_percentages_and_ranges() {
+        assert_eq!("50M/s".parse(), Ok(Rate(50 << 20)));
+        assert_eq!("1000/s".parse(), Ok(OpsRate(1000)));
+        assert_eq!("0.5%".parse(), Ok(Percent(0.5)));
+        assert_eq!(Percent(50.0).fraction(), 0.5);
+        let range: ByteRange = "4k-64k".parse().unwrap();
+        assert!(
+            range.contains(4096) && range.contains(65535) && !range.contains(65536) && !range.contains(0)
+        );
+        let range: ByteRange = "1M-".parse().unwrap();
+        assert!(range.contains(u64::MAX) && !range.contains(0));
+        assert!(["50M", "M/s", "50M/m", "-1/s"].iter().all(|text| text.parse::<Rate>().is_err()));
+        assert!(["1k/s", "/s", "+1/s", "1"].iter().all(|text| text.parse::<OpsRate>().is_err()));
+        assert!(
+            ["100.1%", "10", "%", "-1%", "NaN%", "1e1%"].iter().all(|text| text.parse::<Percent>().is_err())
+        );
+        assert!(
+            ["", "-", "4k", "-4k", "8k-4k", "4k-4k", "1-2-3"].iter().all(|t| t.parse::<ByteRange>().is_err())
+        );
+    }
+
+    #[test]
+    fn uris() {
+        let uri: Uri = "nbd+unix:///vm1?socket=/run/x".parse().unwrap();
+        assert_eq!((uri.scheme(), uri.rest()), ("nbd+unix", "///vm1?socket=/run/x"));
+        assert!(
+            ["", "x", ":x", "tcp:", "1a:x", "a b:c", "tcp:a b", "/x"]
+                .iter()
+                .all(|t| t.parse::<Uri>().is_err())
+        );
+        assert_eq!(resolve_unix("unix:vm.sock", "/srv".as_ref()), "unix:/srv/vm.sock");
+        assert_eq!(resolve_unix("unix:/vm.sock", "/srv".as_ref()), "unix:/vm.sock");
+        assert_eq!(resolve_unix("tcp:host", "/srv".as_ref()), "tcp:host");
+    }
+
+    #[test]
+    fn values_pass_through_json() {
+        assert_eq!(serde_json::to_string(&Size(4096)).unwrap(), "\"4k\"");
+        assert_eq!(serde_json::from_str::<Size>("\"4k\"").unwrap(), Size(4096));
+        assert_eq!(serde_json::from_str::<FilePath>("\"a/b\"").unwrap().0, Path::new("a/b"));
+        assert_eq!(serde_json::from_str::<Ref<str>>("\"Dirty\"").unwrap().name(), "Dirty");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_displayed_reads_back(bytes in 0..=i64::MAX as u64, ns in 0..=u64::MAX / 8, ops: u64, tenth in 0..=1000u32) {
+            prop_assert_eq!(Size(bytes).to_string().parse(), Ok(Size(bytes)));
+            prop_assert_eq!(Size(bytes >> 33 << 33).to_string().parse(), Ok(Size(bytes >> 33 << 33)));
+            prop_assert_eq!(Rate(bytes).to_string().parse(), Ok(Rate(bytes)));
+            prop_assert_eq!(OpsRate(ops).to_string().parse(), Ok(OpsRate(ops)));
+            let time = Time(Duration::from_nanos(ns));
+            prop_assert_eq!(time.to_string().parse(), Ok(time));
+            let percent = Percent(f64::from(tenth) / 10.0);
+            prop_assert_eq!(percent.to_string().parse(), Ok(percent));
+            let range = ByteRange { start: bytes / 2, end: Some(bytes / 2 + 1) };
+            prop_assert_eq!(range.to_string().parse(), Ok(range));
+        }
+
+        #[test]
+        fn no_text_panics(text in "[0-9.kKMGTiBsmunh%/eE+-]{0,24}", any: String) {
+            for text in [text, any] {
+                let _ = text.parse::<Size>();
+                let _ = text.parse::<Time>();
+                let _ = text.parse::<Rate>();
+                let _ = text.parse::<OpsRate>();
+                let _ = text.parse::<Percent>();
+                let _ = text.parse::<ByteRange>();
+                let _ = text.parse::<Uri>();
+            }
+        }
+    }
+}

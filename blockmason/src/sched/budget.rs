@@ -34,6 +34,11 @@ impl Budget {
         self.state().used
     }
 
+    /// True if somebody waits.
+    pub fn is_contended(&self) -> bool {
+        !self.state().waiters.is_empty()
+    }
+
     /// Takes `bytes` once they are free, or at once if nobody else overdraws and `permit`, which
     /// they are added to, already holds some.
     pub fn poll_grow(self: &Arc<Self>, permit: &mut Permit, bytes: u64, task: &mut Context<'_>) -> Poll<()> {
@@ -68,6 +73,13 @@ pub struct Permit {
     budget: Option<Arc<Budget>>,
     bytes: u64,
     overdraws: bool,
+}
+
+impl Permit {
+    /// How many.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
 }
 
 impl Drop for Permit {

@@ -15,6 +15,8 @@ mod ranges;
 mod recorder;
 mod serve;
 mod shard;
+#[cfg(test)]
+mod tests;
 
 pub use budget::{Budget, Permit};
 pub use cx::Cx;

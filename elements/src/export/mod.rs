@@ -1,1 +1,3 @@
-//! export
+//! Where requests enter.
+
+pub mod nbd;

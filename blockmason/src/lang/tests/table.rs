@@ -20,11 +20,11 @@ crate::words! {
 
 crate::params! {
     /// None.
-    struct Nothing {}
+    pub(super) struct Nothing {}
 }
 
 crate::params! {
-    struct File {
+    pub(super) struct File {
         /// The image.
         path: FilePath,
         /// Creates a sparse file of this size when it is missing.
@@ -35,7 +35,7 @@ crate::params! {
 }
 
 crate::params! {
-    struct Nbd {
+    pub(super) struct Nbd {
         /// Where clients connect.
         listen: value::Uri,
         /// The export's name.
@@ -44,14 +44,14 @@ crate::params! {
 }
 
 crate::params! {
-    struct DebugLog {
+    pub(super) struct DebugLog {
         /// Where to.
         logfile: Option<FilePath>,
     }
 }
 
 crate::params! {
-    struct Filter {
+    pub(super) struct Filter {
         /// Passes only these.
         keep: Vec<Operation>,
         /// Ranges.
@@ -62,7 +62,7 @@ crate::params! {
 }
 
 crate::params! {
-    struct Throttle {
+    pub(super) struct Throttle {
         /// Bytes in a second.
         rate: value::Rate,
         /// Requests in a second.
@@ -75,7 +75,7 @@ crate::params! {
 }
 
 crate::params! {
-    struct If {
+    pub(super) struct If {
         /// The dirty map that decides.
         test: Ref<dyn DirtyMap>,
     }
@@ -123,6 +123,7 @@ static FILTER: ElementType = ty("filter", Family::Route, YES_NO, Filter::PARAMS,
 static THROTTLE: ElementType =
     ty("throttle", Family::Route, Ports::THROUGH, Throttle::PARAMS, Throttle::check);
 static TEE: ElementType = ty("tee", Family::Route, VARIADIC, Nothing::PARAMS, Nothing::check);
+static LINEAR: ElementType = ty("linear", Family::Route, VARIADIC, Nothing::PARAMS, Nothing::check);
 static STRIPE: ElementType = ElementType {
     ports: Ports { input: true, out: Outs::Variadic { min: 2 } },
     ..ty("stripe", Family::Route, VARIADIC, Nothing::PARAMS, Nothing::check)
@@ -135,4 +136,4 @@ static LOG_DIRTY: ElementType = ElementType {
 };
 
 pub(super) static CATALOGUE: Catalogue =
-    &[&NBD, &FILE, &NULL, &DEBUG_LOG, &FILTER, &THROTTLE, &TEE, &STRIPE, &IF, &LOG_DIRTY];
+    &[&NBD, &FILE, &NULL, &DEBUG_LOG, &FILTER, &THROTTLE, &TEE, &LINEAR, &STRIPE, &IF, &LOG_DIRTY];

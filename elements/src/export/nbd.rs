@@ -1,0 +1,273 @@
+//! An NBD export: serves what lies below it to NBD clients.
+
+use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, Terms};
+use crate::nbd::server::TlsPolicy;
+use crate::nbd::uri;
+use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::lang::value::{FilePath, Uri};
+use blockmason::{Cx, Element, Error, Flow, Host, Open, Request, Result};
+use std::fmt;
+use std::net::ToSocketAddrs;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+blockmason::words! {
+    /// Whether clients may or must use TLS.
+    pub enum Tls {
+        /// There is none.
+        Off = "off",
+        /// A client may ask for it.
+        Offered = "offered",
+        /// Nothing goes on without it.
+        Required = "required",
+    }
+}
+
+blockmason::words! {
+    /// Whether clients show certificates.
+    pub enum Clients {
+        /// They are not asked.
+        None = "none",
+        /// One that is shown must be valid.
+        Optional = "optional",
+        /// Nobody gets in without a valid one.
+        Required = "required",
+    }
+}
+
+/// Permission bits, octal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode(u32);
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Mode, String> {
+        match u32::from_str_radix(text, 8) {
+            Ok(mode) if mode <= 0o777 => Ok(Mode(mode)),
+            _ => Err(format!("expected permission bits such as `0660`, found `{text}`")),
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
+blockmason::text_value!(Mode, "octal permission bits");
+
+blockmason::params! {
+    /// An NBD export.
+    pub struct Params {
+        /// Where to listen: `unix:PATH`, or `tcp:ADDRESS:PORT`, which means that address alone. Several
+        /// exports may name one listener. Without it the export takes the socket that the service
+        /// manager hands over (LISTEN_FDS), or standard input and output (`mason run --stdio`).
+        listen: Option<Uri>,
+        /// The name that clients ask for. The only export of a listener also answers to none.
+        name: String = "",
+        /// A line for people, shown in listings.
+        description: String = "",
+        /// Permission bits of a unix socket. Without them the umask decides.
+        mode: Option<Mode>,
+        /// Owner of a unix socket, by name or number.
+        owner: Option<String>,
+        /// Group of a unix socket, by name or number.
+        group: Option<String>,
+        /// Whether clients may or must use TLS.
+        tls: Tls = "off",
+        /// Folder with server-cert.pem and server-key.pem, and ca-cert.pem for clients' certificates.
+        tls_certificates: Option<FilePath>,
+        /// Whether clients show certificates.
+        tls_clients: Clients = "none",
+    }
+}
+
+/// See the module.
+pub const TYPE: ElementType = ElementType {
+    name: "nbd",
+    summary: "serves what lies below it to NBD clients",
+    doc: "Speaks the NBD protocol, fixed newstyle, with structured replies, block status, extended \
+          headers and TLS. Takes any offset and length inside the disk, and up to 64 MiB in one \
+          request. Nothing listens on the network unless `listen` says so.\n\n\
+          Requests are answered in any order, as the protocol has it. A flush on one connection covers \
+          what was answered on all of them before, so clients may use several.\n\n\
+          A socket in the file system appears only when it accepts; one that a dead process has left \
+          behind is replaced, that of a living one is not.",
+    family: Family::Export,
+    params: Params::PARAMS,
+    ports: Ports::SOURCE,
+    handlers: &[],
+    provides: &[],
+    passes_through: true,
+    layout: false,
+    handover: Handover::Gate,
+    survives: Survives::Power,
+    example: "element Guest (type nbd) (listen unix:nbd.sock) (name vm1)\n\
+              element Memory (type mem) (size 64M)\n\
+              Guest -> Memory\n",
+    check: Params::check,
+    build: |build: &Build<'_>| Ok(Arc::new(Nbd::new(crate::params(Params::from(build.params))?)?)),
+};
+
+struct Nbd {
+    params: Params,
+    address: Option<Address>,
+    terms: Terms,
+    listening: Mutex<Option<Listening>>,
+}
+
+/// Set when exports are to serve standard input and output.
+#[derive(Default)]
+struct Stdio(AtomicBool);
+
+/// Makes every NBD export of this process that is opened from now on serve one client on standard
+/// input and output instead of listening.
+pub fn use_stdio(host: &Host) {
+    host.service(Stdio::default).0.store(true, Ordering::Relaxed);
+}
+
+impl Nbd {
+    fn new(params: Params) -> Result<Nbd> {
+        let address = params.listen.as_ref().map(address_of).transpose()?;
+        let rights = SocketRights {
+            mode: params.mode.map(|mode| mode.0),
+            owner: params.owner.as_deref().map(|name| id("/etc/passwd", name)).transpose()?,
+            group: params.group.as_deref().map(|name| id("/etc/group", name)).transpose()?,
+        };
+        let terms = Terms {
+            rights,
+            tls: tls_policy(&params)?,
+            written: format!("{:?}", (&rights, params.tls, &params.tls_certificates, params.tls_clients)),
+        };
+        Ok(Nbd { params, address, terms, listening: Mutex::new(None) })
+    }
+}
+
+fn address_of(uri: &Uri) -> Result<Address> {
+    match uri.scheme() {
+        "unix" => Ok(Address::Unix(uri.rest().into())),
+        "tcp" => {
+            let mut found = uri
+                .rest()
+                .to_socket_addrs()
+                .map_err(|error| Error::io(error, format!("{} is no address and port", uri.rest())))?;
+            let none = || Error::invalid(format!("{} is no address", uri.rest()));
+            found.next().map(Address::Tcp).ok_or_else(none)
+        }
+        scheme => Err(Error::invalid(format!("cannot listen on {scheme}:, only on unix: and tcp:"))),
+    }
+}
+
+/// The number of a user or group, from a file of names.
+fn id(table: &str, name: &str) -> Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let text = std::fs::read_to_string(table)
+        .map_err(|error| Error::io(error, "names cannot be looked up").with_path(table))?;
+    let found = text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next()? == name).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    found.ok_or_else(|| Error::invalid(format!("there is no {name:?}")).with_path(table))
+}
+
+#[cfg(feature = "tls")]
+fn tls_policy(params: &Params) -> Result<TlsPolicy> {
+    use crate::nbd::tls::{ClientCertificates, server_config};
+    if params.tls == Tls::Off {
+        return Ok(TlsPolicy::Off);
+    }
+    let Some(folder) = &params.tls_certificates else {
+        return Err(Error::invalid("TLS needs (tls_certificates FOLDER)"));
+    };
+    let clients = match params.tls_clients {
+        Clients::None => ClientCertificates::None,
+        Clients::Optional => ClientCertificates::Optional,
+        Clients::Required => ClientCertificates::Required,
+    };
+    let config = server_config(&folder.0, clients)?;
+    Ok(match params.tls {
+        Tls::Required => TlsPolicy::Required(config),
+        _ => TlsPolicy::Offered(config),
+    })
+}
+
+#[cfg(not(feature = "tls"))]
+fn tls_policy(params: &Params) -> Result<TlsPolicy> {
+    match params.tls {
+        Tls::Off => Ok(TlsPolicy::Off),
+        _ => Err(Error::unsupported("this program was built without TLS")),
+    }
+}
+
+impl Element for Nbd {
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        cx.forward(0, req)
+    }
+
+    fn open(&self, open: &Open<'_>) -> Result<Option<String>> {
+        let stdio = open.host.service(Stdio::default).0.load(Ordering::Relaxed);
+        let address = match &self.address {
+            _ if stdio => Address::Stdio,
+            Some(address) => address.clone(),
+            None => Address::Inherited,
+        };
+        let entry = Entry {
+            name: self.params.name.clone(),
+            description: self.params.description.clone(),
+            disk: open.disk.clone(),
+            source: open.name.to_owned(),
+        };
+        let listeners = open.host.service(Listeners::default);
+        let listening = listeners.add(open.host, address, self.terms.clone(), entry)?;
+        let uri = uri(&listening.address, &self.params.name, self.params.tls != Tls::Off);
+        *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(listening);
+        Ok(Some(uri))
+    }
+
+    fn close(&self) {
+        self.listening.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// What a client is given to connect.
+fn uri(address: &Address, name: &str, tls: bool) -> String {
+    let address = match address {
+        Address::Unix(path) => uri::Address::Unix(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+        Address::Tcp(address) => uri::Address::Tcp { host: address.ip().to_string(), port: address.port() },
+        Address::Inherited => return "inherited".to_owned(),
+        Address::Stdio => return "stdio".to_owned(),
+    };
+    uri::Uri { tls, address, export: name.to_owned(), certificates: None, hostname: None }.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_are_given() {
+        let unix = |name| uri(&Address::Unix("/run/a b.sock".into()), name, false);
+        assert_eq!(unix("vm 1"), "nbd+unix:///vm%201?socket=/run/a%20b.sock");
+        let tcp = Address::Tcp("127.0.0.1:10809".parse().unwrap());
+        assert_eq!(uri(&tcp, "", true), "nbds://127.0.0.1/");
+    }
+
+    #[test]
+    fn owners_by_name_and_number() {
+        assert_eq!(id("/etc/passwd", "root").unwrap(), 0);
+        assert_eq!(id("/etc/group", "1234").unwrap(), 1234);
+        assert!(id("/etc/passwd", "no such user").is_err());
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        assert_eq!("0660".parse(), Ok(Mode(0o660)));
+        assert_eq!(Mode(0o600).to_string(), "0600");
+        assert!("0888".parse::<Mode>().is_err() && "1777".parse::<Mode>().is_err());
+    }
+}

@@ -1,0 +1,434 @@
+//! Listeners: sockets that several exports of several disks may share.
+
+use super::serve::{Connection, flags_of};
+use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy, negotiate};
+use blockmason::sched::{Disk, Host, serve};
+use blockmason::{Error, Kind, Result};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+
+/// A client that has not finished the handshake by then is dropped.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// A socket in the file system.
+    Unix(PathBuf),
+    /// A TCP address.
+    Tcp(std::net::SocketAddr),
+    /// The first socket that the service manager has opened for us (LISTEN_FDS).
+    Inherited,
+    /// One connection on standard input and output.
+    Stdio,
+}
+
+/// Who may use a socket in the file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketRights {
+    /// Permission bits; the umask decides if there are none.
+    pub mode: Option<u32>,
+    /// User id of the owner.
+    pub owner: Option<u32>,
+    /// Group id.
+    pub group: Option<u32>,
+}
+
+/// What all exports of a listener agree on.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// Who may use the socket.
+    pub rights: SocketRights,
+    /// Whether there is TLS.
+    pub tls: TlsPolicy,
+    /// Everything that decides the terms, as the administrator wrote it, to compare.
+    pub written: String,
+}
+
+/// An export of a listener.
+pub struct Entry {
+    /// Its name; may be empty.
+    pub name: String,
+    /// A line for people.
+    pub description: String,
+    /// The disk.
+    pub disk: Arc<Disk>,
+    /// The element at which its requests enter.
+    pub source: String,
+}
+
+impl Entry {
+    fn info(&self) -> Option<ExportInfo> {
+        let graph = self.disk.graph();
+        let below = graph.below(graph.node(&self.source)?).ok()?;
+        let blocks = super::handshake::BlockSizes {
+            minimum: 1,
+            preferred: below.preferred_block.clamp(512, 1 << 16),
+            maximum: blockmason::geometry::MAX_REQUEST,
+        };
+        Some(ExportInfo {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            size: below.size,
+            flags: flags_of(&below),
+            blocks,
+            contexts: vec![super::meta::ALLOCATION.to_owned()],
+        })
+    }
+}
+
+/// The listeners of a process.
+#[derive(Default)]
+pub struct Listeners {
+    open: Mutex<HashMap<Address, Arc<Listener>>>,
+}
+
+/// A socket with its exports.
+pub struct Listener {
+    address: Address,
+    terms: Terms,
+    exports: Mutex<Vec<Arc<Entry>>>,
+    closing: watch::Sender<bool>,
+    /// Device and inode of a socket in the file system, by which it is known to be ours still.
+    inode: Option<(u64, u64)>,
+}
+
+/// Takes an export off its listener, and the last one closes it.
+pub struct Listening {
+    listeners: Arc<Listeners>,
+    listener: Arc<Listener>,
+    entry: Arc<Entry>,
+    /// The address it listens on indeed.
+    pub address: Address,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these mutexes guard is complete before anything can panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Listeners {
+    /// Adds an export to the listener of that address, which is opened for the first one.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if another process serves the address or the name is taken;
+    /// [`Kind::Invalid`] if the exports of one listener disagree about TLS or rights.
+    pub fn add(
+        self: &Arc<Self>,
+        host: &Arc<Host>,
+        address: Address,
+        terms: Terms,
+        entry: Entry,
+    ) -> Result<Listening> {
+        let mut open = lock(&self.open);
+        let entry = Arc::new(entry);
+        if let Some(listener) = open.get(&address) {
+            if listener.terms.written != terms.written {
+                return Err(Error::invalid(
+                    "exports of one listener must agree about TLS, mode, owner and group",
+                ));
+            }
+            let mut exports = lock(&listener.exports);
+            if exports.iter().any(|other| other.name == entry.name) {
+                let message = format!("the listener has an export named {:?} already", entry.name);
+                return Err(Error::new(Kind::Busy, message));
+            }
+            exports.push(entry.clone());
+            let listening = Listening { listeners: self.clone(), listener: listener.clone(), entry, address };
+            return Ok(listening);
+        }
+        let socket = Socket::open(&address, &terms.rights)?;
+        let actual = socket.address(&address);
+        let inode = match &actual {
+            Address::Unix(path) => std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino())),
+            _ => None,
+        };
+        let (closing, watch) = watch::channel(false);
+        let listener = Arc::new(Listener {
+            address: address.clone(),
+            terms,
+            exports: Mutex::new(vec![entry.clone()]),
+            closing,
+            inode,
+        });
+        socket.accept(host, listener.clone(), watch)?;
+        open.insert(address, listener.clone());
+        Ok(Listening { listeners: self.clone(), listener, entry, address: actual })
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let mut open = lock(&self.listeners.open);
+        let mut exports = lock(&self.listener.exports);
+        exports.retain(|entry| !Arc::ptr_eq(entry, &self.entry));
+        if !exports.is_empty() {
+            return;
+        }
+        drop(exports);
+        open.remove(&self.listener.address);
+        if let (Address::Unix(path), Some(inode)) = (&self.address, self.listener.inode) {
+            // Somebody else may have put theirs there meanwhile.
+            if std::fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        self.listener.closing.send_replace(true);
+    }
+}
+
+impl Exports for Arc<Listener> {
+    type Handle = Arc<Entry>;
+
+    fn list(&self) -> Vec<Listed> {
+        let listed =
+            |entry: &Arc<Entry>| Listed { name: entry.name.clone(), description: entry.description.clone() };
+        lock(&self.exports).iter().map(listed).collect()
+    }
+
+    fn find(&self, name: &str) -> Option<Export<Arc<Entry>>> {
+        let exports = lock(&self.exports);
+        let named = exports.iter().find(|entry| entry.name == name);
+        // The empty name asks for the default; where there is one export, it is that.
+        let only = || exports.first().filter(|_| name.is_empty() && exports.len() == 1);
+        let entry = named.or_else(only)?.clone();
+        drop(exports);
+        let info = entry.info()?;
+        Some(Export { handle: entry, info })
+    }
+
+    fn is_closing(&self) -> bool {
+        *self.closing.borrow()
+    }
+}
+
+/// A socket that is ready to accept.
+enum Socket {
+    Unix(std::os::unix::net::UnixListener),
+    Tcp(std::net::TcpListener),
+    Stdio,
+}
+
+impl Socket {
+    fn open(address: &Address, rights: &SocketRights) -> Result<Socket> {
+        match address {
+            Address::Unix(path) => open_unix(path, rights).map(Socket::Unix),
+            Address::Tcp(address) => {
+                let listener = std::net::TcpListener::bind(address)
+                    .map_err(|error| Error::io(error, format!("cannot listen on {address}")))?;
+                nonblocking(listener.set_nonblocking(true))?;
+                Ok(Socket::Tcp(listener))
+            }
+            Address::Inherited => inherited(),
+            Address::Stdio => Ok(Socket::Stdio),
+        }
+    }
+
+    /// The address it has indeed: port 0 has become one.
+    fn address(&self, wanted: &Address) -> Address {
+        match self {
+            Socket::Tcp(listener) => listener.local_addr().map_or_else(|_| wanted.clone(), Address::Tcp),
+            Socket::Unix(listener) if *wanted == Address::Inherited => listener
+                .local_addr()
+                .ok()
+                .and_then(|address| address.as_pathname().map(|path| Address::Unix(path.to_owned())))
+                .unwrap_or(Address::Inherited),
+            _ => wanted.clone(),
+        }
+    }
+
+    /// Accepts on the first shard, and serves each client on the shard that serves the fewest.
+    fn accept(
+        self,
+        host: &Arc<Host>,
+        listener: Arc<Listener>,
+        mut closing: watch::Receiver<bool>,
+    ) -> Result<()> {
+        let to = host.clone();
+        host.spawn_on(0, move || async move {
+            let accepting = async {
+                let ended = match self {
+                    Socket::Unix(socket) => accept_unix(socket, &to, &listener).await,
+                    Socket::Tcp(socket) => accept_tcp(socket, &to, &listener).await,
+                    Socket::Stdio => serve_stdio(&listener).await,
+                };
+                if let Err(error) = ended {
+                    tracing::error!("no more clients on {:?}: {error}", listener.address);
+                }
+            };
+            tokio::select! {
+                () = accepting => {}
+                _ = closing.wait_for(|closing| *closing) => {}
+            }
+        })
+    }
+}
+
+fn nonblocking(result: std::io::Result<()>) -> Result<()> {
+    result.map_err(|error| Error::io(error, "the socket cannot be made non-blocking"))
+}
+
+/// A socket appears under its path only when it accepts: it is bound under another name and renamed.
+fn open_unix(path: &Path, rights: &SocketRights) -> Result<std::os::unix::net::UnixListener> {
+    let refused = |error: std::io::Error, what: &'static str| Error::io(error, what).with_path(path);
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(Error::new(Kind::Busy, "it exists and is no socket").with_path(path));
+        }
+        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => {
+                return Err(Error::new(Kind::Busy, "another process serves this socket").with_path(path));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                return Err(refused(error, "it is a socket that belongs to somebody else"));
+            }
+            // A dead process has left it behind.
+            Err(_) => tracing::info!("replacing the stale socket {}", path.display()),
+        },
+        Err(_) => {}
+    }
+    let mut hidden = path.as_os_str().to_owned();
+    hidden.push(format!(".{}", std::process::id()));
+    let hidden = PathBuf::from(hidden);
+    let _ = std::fs::remove_file(&hidden);
+    let made = (|| {
+        let listener = std::os::unix::net::UnixListener::bind(&hidden)
+            .map_err(|error| refused(error, "the socket cannot be made"))?;
+        grant(&hidden, rights).map_err(|error| refused(error, "its mode or owner cannot be set"))?;
+        nonblocking(listener.set_nonblocking(true))?;
+        std::fs::rename(&hidden, path).map_err(|error| refused(error, "the socket cannot take its name"))?;
+        Ok(listener)
+    })();
+    if made.is_err() {
+        let _ = std::fs::remove_file(&hidden);
+    }
+    made
+}
+
+fn grant(path: &Path, rights: &SocketRights) -> std::io::Result<()> {
+    if let Some(mode) = rights.mode {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    }
+    if rights.owner.is_some() || rights.group.is_some() {
+        std::os::unix::fs::chown(path, rights.owner, rights.group)?;
+    }
+    Ok(())
+}
+
+fn inherited() -> Result<Socket> {
+    let mut fds = listenfd::ListenFd::from_env();
+    let refused = |error| Error::io(error, "the inherited socket is of no use");
+    if let Ok(Some(listener)) = fds.take_unix_listener(0) {
+        listener.set_nonblocking(true).map_err(refused)?;
+        return Ok(Socket::Unix(listener));
+    }
+    match fds.take_tcp_listener(0).map_err(refused)? {
+        Some(listener) => {
+            listener.set_nonblocking(true).map_err(refused)?;
+            Ok(Socket::Tcp(listener))
+        }
+        None => Err(Error::new(Kind::Unavailable, "no socket was handed to this process (LISTEN_FDS)")),
+    }
+}
+
+async fn accept_unix(
+    socket: std::os::unix::net::UnixListener,
+    host: &Arc<Host>,
+    listener: &Arc<Listener>,
+) -> Result<()> {
+    let broken = |error| Error::io(error, "the listener failed");
+    let socket = tokio::net::UnixListener::from_std(socket).map_err(broken)?;
+    loop {
+        match socket.accept().await.and_then(|(client, _)| client.into_std()) {
+            Ok(client) => start(host, listener, move || tokio::net::UnixStream::from_std(client))?,
+            Err(error) => pause(&error).await,
+        }
+    }
+}
+
+async fn accept_tcp(socket: std::net::TcpListener, host: &Arc<Host>, listener: &Arc<Listener>) -> Result<()> {
+    let broken = |error| Error::io(error, "the listener failed");
+    let socket = tokio::net::TcpListener::from_std(socket).map_err(broken)?;
+    loop {
+        match socket.accept().await.and_then(|(client, _)| client.into_std()) {
+            Ok(client) => {
+                // Replies are written in whole turns; waiting to fill a packet only adds latency.
+                let _ = client.set_nodelay(true);
+                start(host, listener, move || tokio::net::TcpStream::from_std(client))?;
+            }
+            Err(error) => pause(&error).await,
+        }
+    }
+}
+
+/// Out of descriptors or memory: others may give some back.
+async fn pause(error: &std::io::Error) {
+    tracing::warn!("a client could not be accepted: {error}");
+    blockmason::rt::sleep(Duration::from_millis(100)).await;
+}
+
+fn start<S>(
+    host: &Arc<Host>,
+    listener: &Arc<Listener>,
+    make: impl FnOnce() -> std::io::Result<S> + Send + 'static,
+) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    let listener = listener.clone();
+    host.spawn_stream(move || async move {
+        match make() {
+            Ok(socket) => serve_client(socket, &listener).await,
+            Err(error) => tracing::warn!("a client could not be taken over: {error}"),
+        }
+    })
+}
+
+async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &Arc<Listener>) {
+    let mut closing = listener.closing.subscribe();
+    let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &listener.terms.tls));
+    let negotiated = tokio::select! {
+        negotiated = handshake => negotiated,
+        _ = closing.wait_for(|closing| *closing) => return,
+    };
+    let negotiated = match negotiated {
+        Some(Ok(Some(negotiated))) => negotiated,
+        Some(Ok(None)) => return,
+        Some(Err(error)) => return tracing::info!("an NBD handshake failed: {error}"),
+        None => return tracing::info!("an NBD handshake took too long"),
+    };
+    let entry = negotiated.export.handle.clone();
+    tracing::info!(export = entry.name, "an NBD client has come");
+    let connection = Connection::new(negotiated, entry.disk.budget().clone());
+    match serve(&entry.disk, &entry.source, &connection).await {
+        Ok(served) => tracing::info!(export = entry.name, "an NBD client has gone: {served:?}"),
+        Err(error) => tracing::warn!(export = entry.name, "an NBD client could not be served: {error}"),
+    }
+    connection.finish().await;
+}
+
+/// One client on standard input and output: a socket, or two pipes.
+async fn serve_stdio(listener: &Arc<Listener>) -> Result<()> {
+    let broken = |error| Error::io(error, "standard input and output are of no use");
+    let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(broken);
+    let (input, output): (OwnedFd, OwnedFd) =
+        (copy(std::io::stdin().as_fd())?, copy(std::io::stdout().as_fd())?);
+    let is_socket = rustix::net::sockopt::socket_type(&input).is_ok();
+    if is_socket {
+        let socket = std::os::unix::net::UnixStream::from(input);
+        socket.set_nonblocking(true).map_err(broken)?;
+        serve_client(tokio::net::UnixStream::from_std(socket).map_err(broken)?, listener).await;
+    } else {
+        use tokio::net::unix::pipe;
+        let input = pipe::Receiver::from_owned_fd(input).map_err(broken)?;
+        let output = pipe::Sender::from_owned_fd(output).map_err(broken)?;
+        serve_client(tokio::io::join(input, output), listener).await;
+    }
+    Ok(())
+}

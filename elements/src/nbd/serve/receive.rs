@@ -1,0 +1,211 @@
+//! Receiving requests: parsed out of one buffer, payloads into memory of their own.
+
+use super::super::stream::Stream as Socket;
+use super::super::wire::{Command, ErrorCode, RequestHeader, Rules, decode_request, decode_request_extended};
+use blockmason::sched::{Budget, Permit};
+use blockmason::{Data, PoolBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// The buffer that requests are parsed out of, in bytes: a deep queue of small writes in one read.
+const BUFFER: usize = 256 << 10;
+
+/// A payload is received in pieces of this size at the most: memory follows what arrives.
+const PIECE: u64 = 1 << 20;
+
+/// The longest payload of a refused request that is read and thrown away; a longer one costs the
+/// connection.
+const DRAIN: u64 = u32::MAX as u64;
+
+/// What came in.
+pub(super) enum Received {
+    /// A legal request with its payload.
+    Request(RequestHeader, Permit, Data),
+    /// An illegal one; its payload has been thrown away.
+    Refused(RequestHeader, ErrorCode),
+    /// The client leaves.
+    Goodbye,
+    /// The connection is of no use any more.
+    Broken(String),
+}
+
+#[derive(Default)]
+pub(super) struct Receiver {
+    /// Taken while there is something to parse: idle connections hold no memory.
+    buffer: Option<PoolBuf>,
+    start: usize,
+    end: usize,
+    partial: Option<Partial>,
+    moved: u64,
+}
+
+/// A request whose payload has not arrived in full.
+struct Partial {
+    header: RequestHeader,
+    permit: Permit,
+    pieces: Vec<Data>,
+    /// The piece that is being filled, and how far.
+    piece: Option<(PoolBuf, usize)>,
+    /// Bytes of payload still to come, those of `piece` among them.
+    left: u64,
+    /// Set if the request is refused and the payload thrown away.
+    refused: Option<ErrorCode>,
+}
+
+impl Receiver {
+    /// Bytes received so far.
+    pub(super) fn moved(&self) -> u64 {
+        self.moved
+    }
+
+    /// True if a request has arrived in part.
+    pub(super) fn is_partial(&self) -> bool {
+        self.partial.is_some()
+    }
+
+    /// The next request.
+    pub(super) fn poll<S: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        mut socket: Pin<&mut Socket<S>>,
+        rules: &Rules,
+        budget: &Arc<Budget>,
+        task: &mut Context<'_>,
+    ) -> Poll<Received> {
+        loop {
+            if self.partial.is_some() {
+                return self.poll_payload(socket, budget, task);
+            }
+            let header = match self.header(rules.extended) {
+                Some(Ok(header)) => header,
+                Some(Err(magic)) => return Poll::Ready(Received::Broken(magic)),
+                None => match ready!(self.poll_fill(socket.as_mut(), task)) {
+                    Ok(0) => return Poll::Ready(Received::Goodbye),
+                    Ok(_) => continue,
+                    Err(error) => return Poll::Ready(Received::Broken(error.to_string())),
+                },
+            };
+            if header.command == Command::DISC {
+                return Poll::Ready(Received::Goodbye);
+            }
+            let payload = header.payload_len(rules.extended);
+            let refused = header.check(rules).err();
+            if payload > DRAIN {
+                return Poll::Ready(Received::Broken(format!("a payload of {payload} bytes")));
+            }
+            // Only a refused request may announce more than the largest payload: it is not kept.
+            let refused = refused.or((payload > u64::from(rules.max_payload)).then_some(ErrorCode::INVAL));
+            if payload == 0 && refused.is_some() {
+                return Poll::Ready(Received::Refused(header, refused.unwrap_or(ErrorCode::INVAL)));
+            }
+            self.partial = Some(Partial {
+                header,
+                permit: Permit::default(),
+                pieces: Vec::new(),
+                piece: None,
+                left: payload,
+                refused,
+            });
+        }
+    }
+
+    /// The header at the front of the buffer.
+    fn header(&mut self, extended: bool) -> Option<Result<RequestHeader, String>> {
+        let buffer = self.buffer.as_ref()?;
+        let bytes = &buffer[self.start..self.end];
+        let (header, used) = if extended {
+            (decode_request_extended(bytes.first_chunk()?), 32)
+        } else {
+            (decode_request(bytes.first_chunk()?), 28)
+        };
+        self.start += used;
+        Some(header.map_err(|magic| magic.to_string()))
+    }
+
+    /// Reads what is there into the buffer. 0 is the end.
+    fn poll_fill<S: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        socket: Pin<&mut Socket<S>>,
+        task: &mut Context<'_>,
+    ) -> Poll<std::io::Result<usize>> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start > 0 {
+            // Less than a header is left.
+            let (start, end) = (self.start, self.end);
+            if let Some(buffer) = &mut self.buffer {
+                buffer.copy_within(start..end, 0);
+            }
+            (self.start, self.end) = (0, end - start);
+        }
+        let buffer = self.buffer.get_or_insert_with(|| PoolBuf::new(BUFFER));
+        let mut target = ReadBuf::new(&mut buffer[self.end..]);
+        match socket.poll_read(task, &mut target) {
+            Poll::Pending => {
+                if self.end == 0 {
+                    self.buffer = None;
+                }
+                Poll::Pending
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Ready(Ok(())) => {
+                let n = target.filled().len();
+                self.end += n;
+                self.moved += n as u64;
+                Poll::Ready(Ok(n))
+            }
+        }
+    }
+
+    fn poll_payload<S: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        mut socket: Pin<&mut Socket<S>>,
+        budget: &Arc<Budget>,
+        task: &mut Context<'_>,
+    ) -> Poll<Received> {
+        let Some(partial) = &mut self.partial else { return Poll::Pending };
+        if partial.refused.is_none() && partial.left == 0 && partial.header.command == Command::READ {
+            ready!(budget.poll_grow(&mut partial.permit, partial.header.len, task));
+        }
+        while partial.left > 0 {
+            if partial.piece.is_none() {
+                let len = partial.left.min(PIECE);
+                if partial.refused.is_none() {
+                    ready!(budget.poll_grow(&mut partial.permit, len, task));
+                }
+                partial.piece = Some((PoolBuf::new(len as usize), 0));
+            }
+            let Some((piece, filled)) = &mut partial.piece else { continue };
+            let mut n = piece.len() - *filled;
+            if self.start < self.end {
+                n = n.min(self.end - self.start);
+                if let Some(buffer) = &self.buffer {
+                    piece[*filled..*filled + n].copy_from_slice(&buffer[self.start..self.start + n]);
+                }
+                self.start += n;
+            } else {
+                let mut target = ReadBuf::new(&mut piece[*filled..]);
+                if let Err(error) = ready!(socket.as_mut().poll_read(task, &mut target)) {
+                    return Poll::Ready(Received::Broken(error.to_string()));
+                }
+                n = target.filled().len();
+                self.moved += n as u64;
+                if n == 0 {
+                    return Poll::Ready(Received::Broken("the client left amid a request".to_owned()));
+                }
+            }
+            *filled += n;
+            partial.left -= n as u64;
+            if *filled == piece.len() {
+                let full = partial.piece.take().filter(|_| partial.refused.is_none());
+                partial.pieces.extend(full.map(|(piece, _)| piece.freeze()));
+            }
+        }
+        let Some(partial) = self.partial.take() else { return Poll::Pending };
+        Poll::Ready(match partial.refused {
+            Some(code) => Received::Refused(partial.header, code),
+            None => Received::Request(partial.header, partial.permit, Data::concat(partial.pieces)),
+        })
+    }
+}
