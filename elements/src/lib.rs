@@ -24,6 +24,11 @@ pub static ALL: &[&ElementType] = &[
     &sink::file::TYPE,
     &sink::mem::TYPE,
     &sink::null::TYPE,
+    &sink::volatile::TYPE,
+    &fault::delay::TYPE,
+    &fault::error::TYPE,
+    &fault::flip::TYPE,
+    &fault::log_writes::TYPE,
 ];
 
 /// Parameters that the checker has been over: what is wrong with them all the same is one sentence.

@@ -1,1 +1,62 @@
-fn main() {}
+//! `mason`: serves disks from graphs of block elements, and checks, shows and measures such graphs.
+//! One file for each command.
+
+mod bench;
+mod check;
+mod completions;
+mod control;
+mod elements;
+mod failure;
+mod folders;
+mod graphs;
+mod logs;
+mod output;
+mod run;
+mod show;
+mod socket;
+mod status;
+mod units;
+mod view;
+
+use clap::{CommandFactory, Parser};
+use std::process::ExitCode;
+
+/// Serve virtual disks from graphs of block elements.
+#[derive(Parser)]
+#[command(name = "mason", version, max_term_width = 100, subcommand_required = true)]
+struct Cli {
+    #[command(flatten)]
+    logs: logs::LogArgs,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Run(run::Args),
+    Check(check::Args),
+    Show(show::Args),
+    Bench(bench::Args),
+    Elements(elements::Args),
+    Status(status::Args),
+    Completions(completions::Args),
+    #[command(hide = true)]
+    Man(completions::ManArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli.logs.start();
+    let outcome = match &cli.command {
+        Command::Run(args) => run::main(args),
+        Command::Check(args) => check::main(args),
+        Command::Show(args) => show::main(args),
+        Command::Bench(args) => bench::main(args),
+        Command::Elements(args) => elements::main(args),
+        Command::Completions(args) => completions::main(args, Cli::command()),
+        Command::Man(args) => completions::man(args, Cli::command()),
+        Command::Status(args) => status::main(args),
+    };
+    outcome.map_or_else(failure::Failure::report, |()| ExitCode::SUCCESS)
+}

@@ -1,0 +1,252 @@
+//! `mason bench`: loads a graph from within and measures.
+
+mod load;
+
+use crate::failure::{Failure, Outcome};
+use crate::graphs::{GraphArgs, GraphFile};
+use crate::output;
+use crate::units::{Bytes, Nanos, table};
+use crate::view::{OpView, SourceView};
+use blockmason::describe::Family;
+use blockmason::graph::build::connections;
+use blockmason::lang::value::{Size, Time};
+use blockmason::sched::HostConfig;
+use blockmason::{Disk, Graph, Host, Instance};
+use load::{Job, LOAD, Load, Pattern, Phase};
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Load a graph from within the process and measure it.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  mason bench vm1.mason
+  mason bench vm1.mason --block 64k --depth 8 --pattern sequential --time 10s
+  mason bench scratch.mason --read-percent 70 --write
+
+The graph is built and opened as by `mason run`, but its exports listen to nobody: requests enter where
+theirs would. So files must not be in use, and CPU time includes the generator's own.")]
+pub(crate) struct Args {
+    /// A graph file
+    graph: PathBuf,
+
+    #[command(flatten)]
+    parameters: GraphArgs,
+
+    /// How many of 100 requests read; the others write random data
+    #[arg(long, value_name = "N", default_value = "100", value_parser = clap::value_parser!(u8).range(0..=100))]
+    read_percent: u8,
+
+    /// Allows requests that write: what is on the disk is lost
+    #[arg(long)]
+    write: bool,
+
+    /// Bytes of a request
+    #[arg(long, value_name = "SIZE", default_value = "4k")]
+    block: Size,
+
+    /// Requests in flight in each stream
+    #[arg(long, value_name = "N", default_value = "32", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    depth: u32,
+
+    /// Where requests go
+    #[arg(long, value_enum, default_value = "random")]
+    pattern: Pattern,
+
+    /// How long
+    #[arg(long, value_name = "DURATION", default_value = "5s")]
+    time: Time,
+
+    /// Streams that enter at each export, as clients with a connection each would
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    streams: u32,
+
+    /// Threads that carry requests [default: one for each processor]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    shards: Option<u16>,
+
+    /// Writes one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was measured.
+#[derive(Serialize)]
+struct Report {
+    seconds: f64,
+    requests: u64,
+    errors: u64,
+    requests_per_second: f64,
+    bytes_per_second: f64,
+    /// Of this process, the generator included.
+    cpu_seconds_per_million_requests: f64,
+    sources: Vec<SourceView>,
+}
+
+pub(crate) fn main(args: &Args) -> Outcome {
+    if args.read_percent < 100 && !args.write {
+        let sentence = "--read-percent below 100 overwrites what is on the disk: say --write as well";
+        return Err(Failure::Usage(sentence.to_owned()));
+    }
+    if args.block.0 == 0 || args.block.0 > u64::from(blockmason::geometry::MAX_REQUEST) {
+        return Err(Failure::Usage("--block must be from 1 byte to 64M".to_owned()));
+    }
+    let reader = args.parameters.reader()?;
+    let file = reader.read_or_say(&args.graph)?;
+    let Some(state) = reader.folders.state else {
+        return Err(Failure::new("there is no folder for state: give one with --state DIR, or set HOME"));
+    };
+    let mut config = HostConfig::new(state);
+    if let Some(shards) = args.shards {
+        config.shards = usize::from(shards);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let report = runtime.map_err(Failure::new)?.block_on(async {
+        let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
+        measure(args, &file, &host).await
+    })?;
+    if args.json {
+        output::json(&report)?
+    } else {
+        output::text(&text(args, &report))?
+    }
+    match report.errors {
+        0 => Ok(()),
+        errors => Err(Failure::new(format!("{errors} of {} requests failed", report.requests))),
+    }
+}
+
+/// The graph with the generator in the place of its exports.
+fn build(file: &GraphFile, host: &Host) -> Outcome<Graph> {
+    let failed = |error| Failure::in_graph(&error, &file.spec);
+    let graph = file.build(host.state_dir(), host.shards())?;
+    let generator = |instance: &Arc<Instance>| match instance.ty.family {
+        Family::Export => Instance::new(&instance.name, &LOAD, &instance.place, Arc::new(Load)),
+        _ => instance.clone(),
+    };
+    let instances: Vec<_> = graph.instances().map(generator).collect();
+    let connections = connections(&file.spec);
+    Graph::assemble(&file.name, &instances, &connections, host.shards()).map_err(failed)
+}
+
+async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Report> {
+    let failed = |error| Failure::in_graph(&error, &file.spec);
+    let graph = build(file, host)?;
+    let disk = Disk::new(host, Arc::new(graph)).await.map_err(failed)?;
+    disk.start().await.map_err(failed)?;
+    let jobs = jobs(args, &disk.graph())?;
+    let phase = Arc::new(Phase::default());
+    let (cpu, start) = (cpu_seconds(), Instant::now());
+    for (source, stream) in jobs {
+        load::start(host, &disk, source, stream, &phase).map_err(failed)?;
+    }
+    tokio::select! {
+        () = blockmason::rt::sleep(args.time.0) => {}
+        // What has been measured so far is worth something.
+        _ = tokio::signal::ctrl_c() => {}
+        () = phase.ended() => {}
+    }
+    phase.stop();
+    phase.ended().await;
+    let (seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+    let graph = disk.graph();
+    let sources: Vec<SourceView> = graph
+        .instances()
+        .enumerate()
+        .filter(|(_, instance)| instance.ty.family == Family::Export)
+        .map(|(node, instance)| SourceView::read(&graph, node, &instance.name))
+        .collect();
+    drop(graph);
+    disk.stop().await.map_err(failed)?;
+    Ok(Report::new(seconds, cpu, sources))
+}
+
+/// The streams and the element that each enters at.
+fn jobs(args: &Args, graph: &Graph) -> Outcome<Vec<(String, Job)>> {
+    let mut jobs = Vec::new();
+    for (node, instance) in graph.instances().enumerate() {
+        if instance.ty.family != Family::Export {
+            continue;
+        }
+        let below = graph.below(node).map_err(|error| Failure::from_error(&error))?;
+        let blocks = below.size / args.block.0;
+        if blocks == 0 {
+            let size = Bytes(below.size);
+            return Err(Failure::new(format!(
+                "{} ({}): the disk has {size}, less than a block",
+                instance.name, instance.place
+            )));
+        }
+        if below.read_only && args.read_percent < 100 {
+            return Err(Failure::new(format!(
+                "{} ({}): the disk is read-only",
+                instance.name, instance.place
+            )));
+        }
+        for stream in 0..args.streams {
+            jobs.push((
+                instance.name.clone(),
+                Job {
+                    block: args.block.0,
+                    blocks,
+                    first: blocks * u64::from(stream) / u64::from(args.streams),
+                    depth: args.depth,
+                    pattern: args.pattern,
+                    read_percent: args.read_percent,
+                    seed: jobs.len() as u64,
+                },
+            ));
+        }
+    }
+    Ok(jobs)
+}
+
+/// Processor time of this process so far.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+impl Report {
+    fn new(seconds: f64, cpu: f64, sources: Vec<SourceView>) -> Report {
+        let ops = || sources.iter().flat_map(|source| &source.operations);
+        let sum = |of: fn(&OpView) -> u64| ops().map(of).sum::<u64>();
+        let (requests, bytes) = (sum(|op| op.requests), sum(|op| op.bytes));
+        Report {
+            seconds,
+            requests,
+            errors: sum(|op| op.errors),
+            requests_per_second: requests as f64 / seconds,
+            bytes_per_second: bytes as f64 / seconds,
+            cpu_seconds_per_million_requests: cpu * 1e6 / requests.max(1) as f64,
+            sources,
+        }
+    }
+}
+
+fn text(args: &Args, report: &Report) -> String {
+    let mut rows = Vec::new();
+    for source in &report.sources {
+        for op in &source.operations {
+            let per_second = |count: u64| count as f64 / report.seconds;
+            let mut row = vec![source.element.clone(), op.operation.clone()];
+            row.push(format!("{:.0}", per_second(op.requests)));
+            row.push(format!("{}/s", Bytes(per_second(op.bytes) as u64)));
+            row.push(op.errors.to_string());
+            let latencies = [op.p50_ns, op.p90_ns, op.p99_ns, op.p999_ns, op.max_ns];
+            row.extend(latencies.map(|ns| Nanos(ns).to_string()));
+            rows.push(row);
+        }
+    }
+    let head = ["source", "operation", "IOPS", "bandwidth", "errors", "p50", "p90", "p99", "p99.9", "max"];
+    let mut out = table(&head, rows, 2..10);
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "\n  {} x {} in flight, blocks of {}, {:.1} s; {:.2} CPU seconds for a million requests",
+        args.streams, args.depth, args.block, report.seconds, report.cpu_seconds_per_million_requests
+    );
+    out
+}

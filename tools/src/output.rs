@@ -1,0 +1,22 @@
+//! Writing results to stdout.
+
+use crate::failure::{Failure, Outcome};
+use serde::Serialize;
+use std::io::{ErrorKind, Write};
+
+/// Writes text to stdout. A reader that has seen enough (`| head`) is no failure.
+pub(crate) fn text(text: &str) -> Outcome {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::new(format!("stdout cannot be written: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a value as JSON, over several lines.
+pub(crate) fn json(value: &impl Serialize) -> Outcome {
+    let drawn = serde_json::to_string_pretty(value).map_err(Failure::new)?;
+    text(&(drawn + "\n"))
+}

@@ -1,0 +1,68 @@
+//! What each element looks like from above, and where streams of requests meet.
+
+use crate::units::{Bytes, table};
+use crate::view::{ElementView, GeometryView, GraphView};
+use std::fmt::Write;
+
+/// A table of geometries, what the framework does on the edges, and the in ports with several edges.
+pub(super) fn draw(graph: &GraphView) -> String {
+    let head = ["element", "type", "operations", "size", "min", "preferred", "max", "notes"];
+    let rows = graph.elements.iter().map(row).collect();
+    let mut out = format!("{}  {}\n\n{}", graph.name, graph.file, table(&head, rows, 3..7));
+    let served: Vec<String> = graph.elements.iter().flat_map(services).collect();
+    if !served.is_empty() {
+        let _ = write!(out, "\nThe framework, on the way into an element:\n{}", served.concat());
+    }
+    let met: Vec<String> = graph.elements.iter().filter_map(|element| meeting(graph, element)).collect();
+    if !met.is_empty() {
+        let _ = write!(out, "\nIn ports with several edges:\n{}", met.concat());
+    }
+    out
+}
+
+fn row(element: &ElementView) -> Vec<String> {
+    let mut row = vec![element.name.clone(), element.ty.clone()];
+    match &element.geometry {
+        Some(geometry) => row.extend([
+            geometry.operations.join(" "),
+            Bytes(geometry.size).to_string(),
+            Bytes(geometry.min_block.into()).to_string(),
+            Bytes(geometry.preferred_block.into()).to_string(),
+            geometry.max_len.map_or_else(|| "any".to_owned(), |max| Bytes(max.into()).to_string()),
+            notes(geometry),
+        ]),
+        None => row.extend(["unknown".to_owned()]),
+    }
+    row
+}
+
+fn notes(geometry: &GeometryView) -> String {
+    let notes = [
+        (geometry.needs_flush, "flush for durability"),
+        (geometry.read_only, "read-only"),
+        (geometry.rotational, "rotational"),
+    ];
+    let notes: Vec<&str> = notes.iter().filter(|(holds, _)| *holds).map(|(_, note)| *note).collect();
+    notes.join(", ")
+}
+
+/// What the framework does so that the element sees only what it can take.
+fn services(element: &ElementView) -> Vec<String> {
+    let Some(geometry) = &element.geometry else { return Vec::new() };
+    let mut lines = Vec::new();
+    if geometry.min_block > 1 {
+        let block = Bytes(geometry.min_block.into());
+        lines.push(format!("  {}: reads, modifies and writes blocks of {block}\n", element.name));
+    }
+    if let Some(max) = geometry.max_len {
+        lines.push(format!("  {}: splits requests at {}\n", element.name, Bytes(max.into())));
+    }
+    lines
+}
+
+/// The edges that meet at an element, if there are several.
+fn meeting(graph: &GraphView, element: &ElementView) -> Option<String> {
+    let edges: Vec<String> =
+        graph.above(&element.name).map(|edge| format!("({}, {})", edge.from, edge.port)).collect();
+    (edges.len() > 1).then(|| format!("  ({}, in) <- {}\n", element.name, edges.join(", ")))
+}

@@ -1,0 +1,76 @@
+//! A graph as a tree of text.
+
+use super::{parameters, ports, printable};
+use crate::units::Bytes;
+use crate::view::{EdgeView, GraphView};
+use std::collections::HashSet;
+use std::fmt::Write;
+
+/// Draws the sources and what lies below each. What was drawn before is only named again, with `^`.
+pub(super) fn draw(graph: &GraphView) -> String {
+    let mut out = format!("{}  {}\n", printable(&graph.name), printable(&graph.file));
+    let mut tree = Tree { graph, out: &mut out, drawn: HashSet::new() };
+    let entered = |name: &str| graph.above(name).next().is_some();
+    for element in graph.elements.iter().filter(|element| !entered(&element.name)) {
+        tree.draw(&element.name);
+    }
+    for reference in &graph.references {
+        let _ = writeln!(out, "{} refers to {} ({})", reference.from, reference.to, reference.parameter);
+    }
+    out
+}
+
+struct Tree<'a> {
+    graph: &'a GraphView,
+    out: &'a mut String,
+    drawn: HashSet<&'a str>,
+}
+
+/// An element still to be drawn: what stands before it, behind it, and before the lines below it.
+struct Todo<'a> {
+    head: String,
+    tail: String,
+    indent: String,
+    name: &'a str,
+}
+
+impl<'a> Tree<'a> {
+    /// Draws an element and all below it. Without recursion: a chain may be very long. For the same
+    /// reason only what has several out ports moves what is below it to the right.
+    fn draw(&mut self, name: &'a str) {
+        let mut todo = vec![Todo { head: String::new(), tail: String::new(), indent: String::new(), name }];
+        while let Some(Todo { head, tail, indent, name }) = todo.pop() {
+            if !self.drawn.insert(name) {
+                let _ = writeln!(self.out, "{head}{name} ^{tail}");
+                continue;
+            }
+            self.element(&head, name, &tail);
+            let edges: Vec<&EdgeView> = self.graph.below(name).collect();
+            let indent = if edges.len() > 1 { format!("{indent}   ") } else { indent };
+            for edge in edges.into_iter().rev() {
+                let ports = ports(edge);
+                let space = if ports.is_empty() { "" } else { " " };
+                let head = format!("{indent}{ports}{space}-> ");
+                todo.push(Todo { head, tail: counters(edge), indent: indent.clone(), name: &edge.to });
+            }
+        }
+    }
+
+    fn element(&mut self, head: &str, name: &str, tail: &str) {
+        let Some(element) = self.graph.element(name) else { return };
+        let _ = write!(self.out, "{head}{name}  {}", element.ty);
+        let given = parameters(element);
+        if !given.is_empty() {
+            let _ = write!(self.out, "  {given}");
+        }
+        let _ = writeln!(self.out, "{tail}");
+    }
+}
+
+/// What an edge of a running graph has carried.
+fn counters(edge: &EdgeView) -> String {
+    match (edge.requests, edge.bytes) {
+        (Some(requests), Some(bytes)) => format!("  [{requests} requests, {}]", Bytes(bytes)),
+        _ => String::new(),
+    }
+}

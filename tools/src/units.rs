@@ -1,0 +1,77 @@
+//! Quantities and tables as people read them.
+
+use std::fmt::{self, Display};
+use std::ops::Range;
+
+/// Bytes, exactly where a unit divides them, else with one decimal.
+pub(crate) struct Bytes(pub(crate) u64);
+
+impl Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 7] = ["", "k", "M", "G", "T", "P", "E"];
+        let power = (self.0.max(1).ilog2() / 10) as usize;
+        let unit = 1u64 << (10 * power);
+        if self.0 % unit == 0 {
+            write!(f, "{}{}", self.0 / unit, UNITS[power])
+        } else {
+            write!(f, "{:.1}{}", self.0 as f64 / unit as f64, UNITS[power])
+        }
+    }
+}
+
+/// Nanoseconds.
+pub(crate) struct Nanos(pub(crate) u64);
+
+impl Display for Nanos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ns if ns < 1_000 => write!(f, "{ns}ns"),
+            ns if ns < 1_000_000 => write!(f, "{:.1}us", ns as f64 / 1e3),
+            ns if ns < 1_000_000_000 => write!(f, "{:.1}ms", ns as f64 / 1e6),
+            ns => write!(f, "{:.1}s", ns as f64 / 1e9),
+        }
+    }
+}
+
+/// A span of seconds.
+pub(crate) struct Seconds(pub(crate) f64);
+
+impl Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = self.0 as u64;
+        match (whole / 86400, whole / 3600 % 24, whole / 60 % 60, whole % 60) {
+            (0, 0, 0, _) => write!(f, "{:.1}s", self.0),
+            (0, 0, minutes, seconds) => write!(f, "{minutes}m {seconds}s"),
+            (0, hours, minutes, _) => write!(f, "{hours}h {minutes}m"),
+            (days, hours, ..) => write!(f, "{days}d {hours}h"),
+        }
+    }
+}
+
+/// A table without lines; the columns `numbers` are set flush right.
+pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>, numbers: Range<usize>) -> String {
+    use comfy_table::{CellAlignment, Table, TableStyle};
+    let mut table = Table::new();
+    table.load_style(TableStyle::new()).set_header(head.to_vec()).add_rows(rows);
+    for ix in numbers {
+        if let Some(column) = table.column_mut(ix) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.lines().map(|line| format!(" {}\n", line.trim_end())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantities() {
+        let bytes = [0, 1, 1023, 1024, 1536, 1 << 30, (1 << 30) + 1, u64::MAX].map(|n| Bytes(n).to_string());
+        assert_eq!(bytes, ["0", "1", "1023", "1k", "1.5k", "1G", "1.0G", "16.0E"]);
+        let nanos = [999, 1500, 2_500_000, 3_000_000_000].map(|n| Nanos(n).to_string());
+        assert_eq!(nanos, ["999ns", "1.5us", "2.5ms", "3.0s"]);
+        let spans = [0.25, 61.0, 3700.0, 90000.0].map(|n| Seconds(n).to_string());
+        assert_eq!(spans, ["0.2s", "1m 1s", "1h 1m", "1d 1h"]);
+    }
+}

@@ -1,0 +1,267 @@
+//! A graph as it is shown: what a graph file says, and what a running graph adds to it. Also the
+//! shape in which the control socket answers.
+
+use crate::graphs::{CATALOGUE, GraphFile};
+use blockmason::describe::find;
+use blockmason::geometry::NO_LIMIT;
+use blockmason::graph::{Graph, OpReading};
+use blockmason::{Geometry, Op};
+use serde::{Deserialize, Serialize};
+
+/// What `GET /v1/status` answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// The version of the program that serves.
+    pub(crate) version: String,
+    pub(crate) pid: u32,
+    pub(crate) uptime_seconds: f64,
+    pub(crate) graphs: Vec<GraphView>,
+}
+
+/// A graph.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct GraphView {
+    pub(crate) name: String,
+    /// The graph file.
+    pub(crate) file: String,
+    /// In the order of the file.
+    pub(crate) elements: Vec<ElementView>,
+    /// In the order of the file.
+    pub(crate) edges: Vec<EdgeView>,
+    /// What elements refer to without sending requests there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) references: Vec<ReferenceView>,
+    /// Only of a running graph.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) live: Option<LiveView>,
+}
+
+/// An element.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ElementView {
+    pub(crate) name: String,
+    #[serde(rename = "type")]
+    pub(crate) ty: String,
+    pub(crate) family: String,
+    /// `vm1.mason:3:9`.
+    pub(crate) place: String,
+    pub(crate) parameters: Vec<ParameterView>,
+    /// Known once the graph has been built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) geometry: Option<GeometryView>,
+}
+
+/// A parameter as given.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ParameterView {
+    pub(crate) name: String,
+    pub(crate) values: Vec<String>,
+}
+
+/// An edge.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct EdgeView {
+    pub(crate) from: String,
+    pub(crate) port: String,
+    pub(crate) to: String,
+    pub(crate) to_port: String,
+    /// Requests so far, of a running graph.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) requests: Option<u64>,
+    /// Their lengths together, of a running graph.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes: Option<u64>,
+}
+
+/// A reference: `(test Dirty)`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ReferenceView {
+    pub(crate) from: String,
+    pub(crate) parameter: String,
+    pub(crate) to: String,
+}
+
+/// What an element looks like from above; lengths in bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct GeometryView {
+    pub(crate) size: u64,
+    pub(crate) min_block: u32,
+    pub(crate) preferred_block: u32,
+    /// None if any length may enter.
+    pub(crate) max_len: Option<u32>,
+    /// The operations done at little cost below; the framework does the others by means of these.
+    pub(crate) operations: Vec<String>,
+    pub(crate) needs_flush: bool,
+    pub(crate) rotational: bool,
+    pub(crate) read_only: bool,
+}
+
+/// What only a running graph has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LiveView {
+    /// True once an element has panicked: the graph answers errors until it is reloaded.
+    pub(crate) failed: bool,
+    /// Bytes of requests in flight.
+    pub(crate) in_flight_bytes: u64,
+    pub(crate) exports: Vec<ExportView>,
+    pub(crate) sources: Vec<SourceView>,
+}
+
+/// Where clients connect.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ExportView {
+    pub(crate) element: String,
+    pub(crate) uri: String,
+}
+
+/// What has entered at a source.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SourceView {
+    pub(crate) element: String,
+    /// Those operations that came.
+    pub(crate) operations: Vec<OpView>,
+}
+
+/// What has entered of one operation. Latencies are in nanoseconds, at most 12.5 % too high.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct OpView {
+    pub(crate) operation: String,
+    pub(crate) requests: u64,
+    pub(crate) bytes: u64,
+    pub(crate) errors: u64,
+    pub(crate) p50_ns: u64,
+    pub(crate) p90_ns: u64,
+    pub(crate) p99_ns: u64,
+    pub(crate) p999_ns: u64,
+    pub(crate) max_ns: u64,
+}
+
+impl GraphView {
+    /// What a graph file says.
+    pub(crate) fn of_file(file: &GraphFile) -> GraphView {
+        let spec = &file.spec;
+        let name_of = |ix: usize| spec.elements[ix].name.clone();
+        let edge = |edge: &blockmason::lang::EdgeSpec| EdgeView {
+            from: name_of(edge.from),
+            port: edge.from_port.clone(),
+            to: name_of(edge.to),
+            to_port: edge.to_port.clone(),
+            requests: None,
+            bytes: None,
+        };
+        let mut references = Vec::new();
+        for element in &spec.elements {
+            let table = find(CATALOGUE, &element.ty).map_or(&[][..], |ty| ty.params);
+            for param in table.iter().filter(|param| param.refers.is_some()) {
+                for value in element.params.get(param.name).unwrap_or_default() {
+                    let (from, parameter) = (element.name.clone(), param.name.to_owned());
+                    references.push(ReferenceView { from, parameter, to: value.target().to_owned() });
+                }
+            }
+        }
+        GraphView {
+            name: file.name.clone(),
+            file: file.path.display().to_string(),
+            elements: spec.elements.iter().map(|element| ElementView::of(element, spec)).collect(),
+            edges: spec.edges.iter().map(edge).collect(),
+            references,
+            live: None,
+        }
+    }
+
+    /// The same with what the built graph knows of its elements.
+    pub(crate) fn with_geometry(mut self, graph: &Graph) -> GraphView {
+        for element in &mut self.elements {
+            element.geometry = graph.node(&element.name).map(|node| GeometryView::of(&graph.geometry(node)));
+        }
+        self
+    }
+
+    /// The same with what the edges have carried.
+    pub(crate) fn with_counters(mut self, graph: &Graph) -> GraphView {
+        for reading in graph.read_edges() {
+            let same = |edge: &&mut EdgeView| edge.from == reading.from && edge.port == reading.port;
+            if let Some(edge) = self.edges.iter_mut().find(same) {
+                edge.requests = Some(reading.requests);
+                edge.bytes = Some(reading.bytes);
+            }
+        }
+        self
+    }
+
+    /// The element of that name.
+    pub(crate) fn element(&self, name: &str) -> Option<&ElementView> {
+        self.elements.iter().find(|element| element.name == name)
+    }
+
+    /// The edges that leave an element.
+    pub(crate) fn below<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a EdgeView> {
+        self.edges.iter().filter(move |edge| edge.from == name)
+    }
+
+    /// The edges that arrive at an element.
+    pub(crate) fn above<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a EdgeView> {
+        self.edges.iter().filter(move |edge| edge.to == name)
+    }
+}
+
+impl ElementView {
+    fn of(element: &blockmason::lang::ElementSpec, spec: &blockmason::lang::Spec) -> ElementView {
+        let parameter = |entry: &blockmason::lang::Entry| ParameterView {
+            name: entry.key().to_owned(),
+            values: entry.values().iter().map(|value| value.text().to_owned()).collect(),
+        };
+        let ty = find(CATALOGUE, &element.ty);
+        ElementView {
+            name: element.name.clone(),
+            ty: ty.map_or(element.ty.as_str(), |ty| ty.name).to_owned(),
+            family: ty.map_or("", |ty| ty.family.name()).to_owned(),
+            place: spec.place(element).to_string(),
+            parameters: element.params.entries().iter().map(parameter).collect(),
+            geometry: None,
+        }
+    }
+}
+
+impl GeometryView {
+    fn of(geometry: &Geometry) -> GeometryView {
+        let operations = Op::ALL.iter().filter(|op| geometry.ops.has(**op) && **op != Op::Control);
+        GeometryView {
+            size: geometry.size,
+            min_block: geometry.min_block,
+            preferred_block: geometry.preferred_block,
+            max_len: (geometry.max_len < NO_LIMIT).then_some(geometry.max_len),
+            operations: operations.map(|op| op.name().to_owned()).collect(),
+            needs_flush: geometry.needs_flush,
+            rotational: geometry.rotational,
+            read_only: geometry.read_only,
+        }
+    }
+}
+
+impl SourceView {
+    /// What has entered a graph at one of its elements.
+    pub(crate) fn read(graph: &Graph, node: usize, element: &str) -> SourceView {
+        let reading = graph.read_source(node);
+        let came = Op::ALL.iter().zip(&reading.ops).filter(|(_, op)| op.requests > 0);
+        let operations = came.map(|(op, reading)| OpView::of(*op, reading)).collect();
+        SourceView { element: element.to_owned(), operations }
+    }
+}
+
+impl OpView {
+    /// One operation's reading.
+    pub(crate) fn of(op: Op, reading: &OpReading) -> OpView {
+        OpView {
+            operation: op.name().to_owned(),
+            requests: reading.requests,
+            bytes: reading.bytes,
+            errors: reading.errors,
+            p50_ns: reading.quantile_ns(0.5),
+            p90_ns: reading.quantile_ns(0.9),
+            p99_ns: reading.quantile_ns(0.99),
+            p999_ns: reading.quantile_ns(0.999),
+            max_ns: reading.quantile_ns(1.0),
+        }
+    }
+}
