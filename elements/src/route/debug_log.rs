@@ -230,7 +230,7 @@ mod tests {
             len: 4096,
             flags: Flags::NONE,
         };
-        let since = std::time::Instant::now();
+        let since = rt::now();
         for _ in 0..100_000 {
             log.write(&asked.line(
                 rt::wall_clock(),
