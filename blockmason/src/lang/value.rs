@@ -2,6 +2,8 @@
 //! reads back what it displays.
 
 use super::parse::shorten;
+use super::suggest;
+use crate::request::{Op, Origin};
 use crate::text_value;
 use nom::Parser;
 use nom::bytes::complete::take_while_m_n;
@@ -287,6 +289,26 @@ impl fmt::Display for ByteRange {
 }
 
 text_value!(ByteRange, "range of bytes");
+
+/// Makes a type whose values have names one that a parameter can have.
+macro_rules! named_value {
+    ($type:ty, $kind:literal) => {
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(word: &str) -> Result<Self, String> {
+                let found = Self::ALL.into_iter().find(|value| value.name() == word);
+                let names = || suggest::list(Self::ALL.iter().map(|value| value.name()));
+                found.ok_or_else(|| format!("expected one of {}, found `{}`", names(), shorten(word)))
+            }
+        }
+
+        text_value!($type, $kind);
+    };
+}
+
+named_value!(Op, "operation");
+named_value!(Origin, "origin");
 
 /// A URI or socket address: `nbd://host/disk`, `tcp:127.0.0.1:10809`, `unix:/run/vm.sock`. A relative
 /// path right after `unix:` starts in the folder that the value stands in.

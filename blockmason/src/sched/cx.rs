@@ -135,6 +135,11 @@ impl<'a> Cx<'a> {
         state.unwrap_or_else(|| panic!("{} kept no {}", node.instance.name, std::any::type_name::<T>()))
     }
 
+    /// How many shards carry this graph; [`Shard::id`] is below it.
+    pub fn shards(self) -> usize {
+        self.lane.graph.tallies.len()
+    }
+
     /// The shard that this request lives on.
     pub fn shard(self) -> &'a Rc<Shard> {
         &self.lane.shard

@@ -79,10 +79,9 @@ impl Shard {
     /// What `owner` keeps of type `T` on this shard, made when it is first asked for.
     pub fn local<T: 'static>(&self, owner: u64, make: impl FnOnce() -> T) -> Rc<T> {
         let key = (TypeId::of::<T>(), owner);
-        if let Some(found) = self.locals.borrow().get(&key) {
-            if let Ok(found) = found.clone().downcast() {
-                return found;
-            }
+        let found = self.locals.borrow().get(&key).cloned();
+        if let Some(Ok(found)) = found.map(Rc::downcast) {
+            return found;
         }
         let made = Rc::new(make());
         self.locals.borrow_mut().insert(key, made.clone());

@@ -3,3 +3,4 @@
 pub mod file;
 pub mod mem;
 pub mod null;
+pub mod volatile;
