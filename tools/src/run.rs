@@ -107,8 +107,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
         notify(sd_notify::NotifyState::Stopping);
         drop(control.published);
         tokio::select! {
-            stopped = stop(&control.daemon) => stopped,
+            biased;
             () = signals.interrupt() => std::process::exit(INTERRUPTED),
+            stopped = stop(&control.daemon) => stopped,
         }
     })
 }
@@ -134,10 +135,12 @@ impl Signals {
         Ok(Signals { interrupt: watch(SignalKind::interrupt())?, terminate: watch(SignalKind::terminate())? })
     }
 
+    /// Where both are there, SIGINT is left to be the second.
     async fn first(&mut self) {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
+            biased;
             _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 
