@@ -13,7 +13,7 @@ use blockmason::{Error, Result};
 
 /// Every type of element, in the order of the reference.
 pub static ALL: &[&ElementType] =
-    &[&export::nbd::TYPE, &sink::file::TYPE, &sink::mem::TYPE, &sink::null::TYPE];
+    &[&export::nbd::TYPE, &sink::file::TYPE, &sink::mem::TYPE, &sink::nbd_client::TYPE, &sink::null::TYPE];
 
 /// Parameters that the checker has been over: what is wrong with them all the same is one sentence.
 pub(crate) fn params<T>(read: Result<T, Vec<ParamError>>) -> Result<T> {

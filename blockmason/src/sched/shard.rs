@@ -84,6 +84,11 @@ impl Shard {
         (self.id as u64) << 48 | id
     }
 
+    /// The shard's random numbers, seeded in tests.
+    pub fn random<T>(&self, f: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
+        f(&mut self.rng.borrow_mut())
+    }
+
     /// What `owner` keeps of type `T` on this shard, made when it is first asked for.
     pub fn local<T: 'static>(&self, owner: u64, make: impl FnOnce() -> T) -> Rc<T> {
         let key = (TypeId::of::<T>(), owner);

@@ -2,4 +2,5 @@
 
 pub mod file;
 pub mod mem;
+pub mod nbd_client;
 pub mod null;
