@@ -30,6 +30,8 @@ pub static ALL: &[&ElementType] = &[
     &fault::flip::TYPE,
     &fault::log_writes::TYPE,
 ];
+pub static ALL: &[&ElementType] =
+    &[&export::nbd::TYPE, &sink::file::TYPE, &sink::mem::TYPE, &sink::nbd_client::TYPE, &sink::null::TYPE];
 
 /// Parameters that the checker has been over: what is wrong with them all the same is one sentence.
 pub(crate) fn params<T>(read: Result<T, Vec<ParamError>>) -> Result<T> {
