@@ -1,7 +1,9 @@
 //! The clock. Everything that waits or looks at the time does it here, so that a test can stop time.
 #![allow(clippy::disallowed_methods, reason = "this is the one place where the clock is read")]
 
-use std::time::Duration;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 /// Now.
@@ -10,9 +12,34 @@ pub fn now() -> Instant {
     Instant::now()
 }
 
+/// The time of day, for records that people read; it may jump.
+pub fn wall_clock() -> SystemTime {
+    SystemTime::now()
+}
+
 /// Resolves after `time`.
 pub async fn sleep(time: Duration) {
     tokio::time::sleep(time).await;
+}
+
+/// An alarm for hand-written futures.
+pub struct Timer(Pin<Box<tokio::time::Sleep>>);
+
+impl Timer {
+    /// Goes off after `time`.
+    pub fn new(time: Duration) -> Timer {
+        Timer(Box::pin(tokio::time::sleep(time)))
+    }
+
+    /// Goes off `time` from now instead.
+    pub fn reset(&mut self, time: Duration) {
+        self.0.as_mut().reset(now() + time);
+    }
+
+    /// Ready once it has gone off.
+    pub fn poll(&mut self, task: &mut Context<'_>) -> Poll<()> {
+        self.0.as_mut().poll(task)
+    }
 }
 
 /// The body's result, or None if it took longer than `time`.

@@ -2,10 +2,10 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::folders::{Folders, make_run, make_state};
+use crate::logs::colours;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
 use blockmason::lang::{Defines, Diagnostics, Spec, Style};
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 /// The table of types that this program serves.
@@ -119,7 +119,6 @@ pub(crate) fn name_of(path: &Path) -> String {
 
 /// Draws what is wrong on stderr, with colours on a terminal.
 pub(crate) fn say(diagnostics: &Diagnostics) {
-    let terminal = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let style = if terminal { Style::Fancy } else { Style::Plain };
+    let style = if colours(&std::io::stderr()) { Style::Fancy } else { Style::Plain };
     eprint!("{}", diagnostics.render(style, 100));
 }

@@ -1,5 +1,6 @@
 //! Logs go to stderr.
 
+use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -32,10 +33,18 @@ impl LogArgs {
             _ => LevelFilter::DEBUG,
         };
         let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-        let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        let logs = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(colours(&std::io::stderr()));
         match self.log_format {
             LogFormat::Text => logs.with_target(false).init(),
             LogFormat::Json => logs.json().flatten_event(true).init(),
         }
     }
+}
+
+/// True if a stream is a terminal whose user has nothing against colours (<https://no-color.org>).
+pub(crate) fn colours(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

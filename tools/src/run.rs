@@ -17,14 +17,15 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Serve graphs in the foreground.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:
+#[command(after_help = r#"Examples:
   mason run graphs/quickstart.mason
   mason run vm1.mason -D image=/srv/vm1.img
   mason run vm1.mason vm2.mason --control /run/mason/control.sock
+  nbdsh -c 'h.connect_command(["mason", "run", "vm1.mason", "--stdio"])' -c 'print(h.get_size())'
 
 When every export accepts, one line on stdout for each: ready ELEMENT URI
 SIGTERM or SIGINT: exports close, requests in flight end, everything is flushed, exit 0.
-A second SIGINT leaves at once.")]
+A second SIGINT leaves at once."#)]
 pub(crate) struct Args {
     /// Graph files
     #[arg(required = true, value_name = "GRAPH")]
@@ -41,6 +42,10 @@ pub(crate) struct Args {
     /// Threads that carry requests [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     shards: Option<u16>,
+
+    /// Serves one NBD client on standard input and output instead of listening, and ends with it
+    #[arg(long, conflicts_with = "json")]
+    stdio: bool,
 
     /// Writes the ready lines as JSON objects
     #[arg(long)]
@@ -76,6 +81,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
     runtime.block_on(async {
         let mut signals = Signals::watch()?;
         let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
+        let client = args.stdio.then(|| blockmason_elements::export::nbd::use_stdio(&host));
         let served = start(&host, files).await?;
         let control = match open_control(args, &reader.folders.run, served) {
             Ok(control) => control,
@@ -84,14 +90,26 @@ pub(crate) fn main(args: &Args) -> Outcome {
                 return Err(failure);
             }
         };
-        announce(args, &control.daemon)?;
+        if client.is_none() {
+            announce(args, &control.daemon)?;
+        }
         notify(sd_notify::NotifyState::Ready);
-        signals.first().await;
+        let gone = async {
+            match &client {
+                Some(client) => client.0.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = signals.first() => {}
+            () = gone => {}
+        }
         notify(sd_notify::NotifyState::Stopping);
         drop(control.published);
         tokio::select! {
-            stopped = stop(&control.daemon) => stopped,
+            biased;
             () = signals.interrupt() => std::process::exit(INTERRUPTED),
+            stopped = stop(&control.daemon) => stopped,
         }
     })
 }
@@ -117,10 +135,12 @@ impl Signals {
         Ok(Signals { interrupt: watch(SignalKind::interrupt())?, terminate: watch(SignalKind::terminate())? })
     }
 
+    /// Where both are there, SIGINT is left to be the second.
     async fn first(&mut self) {
         tokio::select! {
-            _ = self.interrupt.recv() => {}
+            biased;
             _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 

@@ -285,7 +285,7 @@ impl Data {
         source.for_each(|segment| {
             let mut done = 0;
             while done < segment.len() {
-                let part = match place.take().filter(|part| part.len() > 0).or_else(|| places.next()) {
+                let part = match place.take().filter(|part| !part.is_empty()).or_else(|| places.next()) {
                     Some(part) => part,
                     None => return,
                 };

@@ -7,7 +7,7 @@
 
 use super::registry::Image;
 use super::{pool, ring};
-use crate::data::{ALIGN, Data, PoolBuf};
+use crate::data::{Data, PoolBuf};
 use crate::element::Flow;
 use crate::error::{Errno, Error, Kind, Result};
 use crate::request::{Answer, Extent, ExtentState, Reply, Request};
@@ -67,7 +67,7 @@ impl FileIo {
     pub fn new(image: Arc<Image>, options: FileOptions) -> FileIo {
         const TMPFS: i64 = 0x0102_1994;
         const RAMFS: i64 = 0x8584_58f6;
-        let fs = rustix::fs::fstatfs(image.file()).map(|fs| fs.f_type as i64).unwrap_or(0);
+        let fs = rustix::fs::fstatfs(image.file()).map(|fs| fs.f_type).unwrap_or(0);
         let memory = !options.device && (fs == TMPFS || fs == RAMFS);
         let mut probe = [0; 1];
         let nowait = !memory
@@ -450,7 +450,6 @@ fn aligned(data: &Data) -> Data {
     if fits {
         return data.clone();
     }
-    debug_assert!(ALIGN >= 512);
     let mut buf = PoolBuf::new(data.len());
     data.copy_to(&mut buf);
     buf.freeze()

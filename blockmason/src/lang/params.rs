@@ -122,6 +122,20 @@ impl Params {
         self.entries.iter().find(|entry| entry.key == key).map(Entry::values)
     }
 
+    /// An error about a parameter that cannot stand as it is beside the others, for a type's own
+    /// check: at the key, or at the element where the key is not written.
+    pub fn error(&self, key: &str, message: impl Into<String>) -> ParamError {
+        let entry = self.entries.iter().find(|entry| entry.key == key);
+        ParamError {
+            code: "mason::bad-value",
+            key: key.to_owned(),
+            message: message.into(),
+            help: None,
+            span: entry.map_or(self.span, |entry| entry.span),
+            origin: None,
+        }
+    }
+
     /// Makes a struct of them: keys are fields, one value is a scalar, several are a list. Unknown
     /// keys, doubled ones and values that do not fit are all reported.
     pub fn deserialize<T: DeserializeOwned>(&self) -> Result<T, Vec<ParamError>> {

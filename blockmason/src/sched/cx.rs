@@ -135,6 +135,11 @@ impl<'a> Cx<'a> {
         state.unwrap_or_else(|| panic!("{} kept no {}", node.instance.name, std::any::type_name::<T>()))
     }
 
+    /// How many shards carry this graph; [`Shard::id`] is below it.
+    pub fn shards(self) -> usize {
+        self.lane.graph.tallies.len()
+    }
+
     /// The shard that this request lives on.
     pub fn shard(self) -> &'a Rc<Shard> {
         &self.lane.shard
@@ -152,7 +157,7 @@ impl<'a> Cx<'a> {
 
     /// A random number generator, seeded in tests.
     pub fn rng<T>(self, f: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
-        f(&mut self.lane.shard.rng.borrow_mut())
+        self.lane.shard.random(f)
     }
 
     /// Resolves when work of one's own must end, because the graph closes or is replaced.

@@ -10,11 +10,15 @@ mod detach;
 mod disk;
 mod fit;
 mod flows;
+mod home;
 mod host;
 mod ranges;
 mod recorder;
+mod scatter;
 mod serve;
 mod shard;
+#[cfg(test)]
+mod tests;
 
 pub use budget::{Budget, Permit};
 pub use cx::Cx;
@@ -23,6 +27,7 @@ pub use disk::{Disk, Slot};
 pub use host::{Host, HostConfig};
 pub use ranges::{RangeGuard, RangeLock};
 pub use recorder::Hop;
+pub use scatter::Part;
 pub(crate) use serve::run_node;
 pub use serve::{Admit, Served, Stream, serve};
 pub use shard::Shard;

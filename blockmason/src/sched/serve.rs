@@ -191,7 +191,7 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         req.id = self.cx.lane.shard.next_id();
         req.root = req.id;
         self.admitted += 1;
-        if self.admitted % SAMPLE == 0 {
+        if self.admitted.is_multiple_of(SAMPLE) {
             req.flags = req.flags.with(Flags::SAMPLED);
         }
         let slot = self.serving.slot;

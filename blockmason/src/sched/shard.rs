@@ -2,6 +2,7 @@
 //! by no other thread.
 
 use super::disk::Slot;
+use super::home::Harbour;
 use super::recorder::Recorder;
 use crate::io::Ring;
 use std::any::{Any, TypeId};
@@ -22,10 +23,11 @@ pub struct Shard {
     pub(crate) recorder: RefCell<Recorder>,
     locals: RefCell<HashMap<(TypeId, u64), Rc<dyn Any>>>,
     ring: Option<Ring>,
+    pub(super) harbour: Harbour,
 }
 
 impl Shard {
-    pub(crate) fn new(id: usize, seed: Option<u64>, ring: Option<Ring>) -> Rc<Shard> {
+    pub(crate) fn new(id: usize, seed: Option<u64>, ring: Option<Ring>, harbour: Harbour) -> Rc<Shard> {
         let rng = seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
         Rc::new(Shard {
             id,
@@ -35,6 +37,7 @@ impl Shard {
             recorder: RefCell::default(),
             locals: RefCell::default(),
             ring,
+            harbour,
         })
     }
 
@@ -63,6 +66,11 @@ impl Shard {
         self.id
     }
 
+    /// How many shards its host has.
+    pub fn shards(&self) -> usize {
+        self.harbour.shards()
+    }
+
     /// Its io_uring; None where the kernel refuses one.
     pub fn ring(&self) -> Option<&Ring> {
         self.ring.as_ref()
@@ -76,13 +84,17 @@ impl Shard {
         (self.id as u64) << 48 | id
     }
 
+    /// The shard's random numbers, seeded in tests.
+    pub fn random<T>(&self, f: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
+        f(&mut self.rng.borrow_mut())
+    }
+
     /// What `owner` keeps of type `T` on this shard, made when it is first asked for.
     pub fn local<T: 'static>(&self, owner: u64, make: impl FnOnce() -> T) -> Rc<T> {
         let key = (TypeId::of::<T>(), owner);
-        if let Some(found) = self.locals.borrow().get(&key) {
-            if let Ok(found) = found.clone().downcast() {
-                return found;
-            }
+        let found = self.locals.borrow().get(&key).cloned();
+        if let Some(Ok(found)) = found.map(Rc::downcast) {
+            return found;
         }
         let made = Rc::new(make());
         self.locals.borrow_mut().insert(key, made.clone());

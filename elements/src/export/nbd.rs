@@ -1,6 +1,6 @@
 //! An NBD export: serves what lies below it to NBD clients.
 
-use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, Terms};
+use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, StdioEnd, Terms};
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
 use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
@@ -124,9 +124,10 @@ struct Nbd {
 struct Stdio(AtomicBool);
 
 /// Makes every NBD export of this process that is opened from now on serve one client on standard
-/// input and output instead of listening.
-pub fn use_stdio(host: &Host) {
+/// input and output instead of listening. What it returns is told when the client has gone.
+pub fn use_stdio(host: &Host) -> Arc<StdioEnd> {
     host.service(Stdio::default).0.store(true, Ordering::Relaxed);
+    host.service(StdioEnd::default)
 }
 
 impl Nbd {

@@ -83,6 +83,10 @@ impl Entry {
     }
 }
 
+/// Told when the client on standard input and output has gone.
+#[derive(Default)]
+pub struct StdioEnd(pub tokio::sync::Notify);
+
 /// The listeners of a process.
 #[derive(Default)]
 pub struct Listeners {
@@ -256,7 +260,11 @@ impl Socket {
                 let ended = match self {
                     Socket::Unix(socket) => accept_unix(socket, &to, &listener).await,
                     Socket::Tcp(socket) => accept_tcp(socket, &to, &listener).await,
-                    Socket::Stdio => serve_stdio(&listener).await,
+                    Socket::Stdio => {
+                        let ended = serve_stdio(&listener).await;
+                        to.service(StdioEnd::default).0.notify_one();
+                        ended
+                    }
                 };
                 if let Err(error) = ended {
                     tracing::error!("no more clients on {:?}: {error}", listener.address);

@@ -57,9 +57,6 @@ impl<'a> Queries<'a> {
         let export = take_string(&mut reader)?;
         let count = reader.u32().ok_or(BadQueries::Malformed)? as usize;
         let rest = reader.0;
-        if count > MAX_QUERIES {
-            return Err(BadQueries::TooMany);
-        }
         for _ in 0..count {
             match take_string(&mut reader)?.find(':') {
                 None | Some(0) => return Err(BadQueries::Malformed),
@@ -68,6 +65,10 @@ impl<'a> Queries<'a> {
         }
         if !reader.0.is_empty() {
             return Err(BadQueries::Malformed);
+        }
+        // Only now: a count that the data does not bear out is malformed, however large.
+        if count > MAX_QUERIES {
+            return Err(BadQueries::TooMany);
         }
         Ok(Queries { export, count, rest })
     }

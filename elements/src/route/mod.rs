@@ -1,1 +1,12 @@
-//! route
+//! What decides where requests go, and what watches them.
+
+pub mod debug_log;
+pub mod filter;
+pub mod linear;
+pub mod probe;
+pub mod readonly;
+pub mod slice;
+pub mod stripe;
+
+#[cfg(test)]
+mod testing;

@@ -8,6 +8,7 @@ use super::server::Negotiated;
 use super::stream::Stream as Socket;
 use super::wire::{Command, CommandFlags, ErrorCode, ReplyStyle, ReplyTo, RequestHeader, Rules};
 use blockmason::geometry::Geometry;
+use blockmason::rt::Timer;
 use blockmason::sched::{Admit, Budget, Permit, Stream};
 use blockmason::{Answer, Data, Errno, Error, ExtentState, Flags, Op, Reply, Request};
 use receive::{Received, Receiver};
@@ -18,7 +19,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, Sleep};
 
 /// Bytes of requests in flight on one connection, replies that wait to be sent among them.
 const CONNECTION_BYTES: u64 = 128 << 20;
@@ -53,7 +53,7 @@ pub struct Connection<S> {
 /// Watches a client that we wait for.
 struct Stalled {
     moved: u64,
-    sleep: Pin<Box<Sleep>>,
+    timer: Timer,
 }
 
 /// What a reply needs of its request.
@@ -131,20 +131,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             *stalled = None;
             return;
         }
-        let state =
-            stalled.get_or_insert_with(|| Stalled { moved, sleep: Box::pin(tokio::time::sleep(PATIENCE)) });
+        let state = stalled.get_or_insert_with(|| Stalled { moved, timer: Timer::new(PATIENCE) });
         if state.moved != moved {
             state.moved = moved;
-            state.sleep.as_mut().reset(Instant::now() + PATIENCE);
+            state.timer.reset(PATIENCE);
         }
-        if state.sleep.as_mut().poll(task).is_ready() {
+        if state.timer.poll(task).is_ready() {
             if self.budget.is_contended() {
                 self.break_off(&"the client stalls while others wait for memory");
                 task.waker().wake_by_ref();
             }
-            state.sleep.as_mut().reset(Instant::now() + PATIENCE);
+            state.timer.reset(PATIENCE);
             // Registers the timer again.
-            let _ = state.sleep.as_mut().poll(task);
+            let _ = state.timer.poll(task);
         }
     }
 

@@ -198,9 +198,8 @@ impl Receiver {
             *filled += n;
             partial.left -= n as u64;
             if *filled == piece.len() {
-                if let (Some((piece, _)), None) = (partial.piece.take(), partial.refused) {
-                    partial.pieces.push(piece.freeze());
-                }
+                let full = partial.piece.take().filter(|_| partial.refused.is_none());
+                partial.pieces.extend(full.map(|(piece, _)| piece.freeze()));
             }
         }
         let Some(partial) = self.partial.take() else { return Poll::Pending };
