@@ -73,7 +73,7 @@ pub const TYPE: ElementType = ElementType {
               element Remote (type nbd_client) (uri nbd+unix:///vm1?socket=far.sock)\n\
               Guest -> Remote\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(crate::params(Params::from(build.params))?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(build.read(Params::from)?)?)),
 };
 
 struct NbdClient {
@@ -210,7 +210,7 @@ impl Element for NbdClient {
             "connections" => Ok(self.client.connections().to_string()),
             "state" => Ok(self.client.state().to_owned()),
             "reconnects" => Ok(self.client.reconnects().to_string()),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 
@@ -220,7 +220,7 @@ impl Element for NbdClient {
                 self.client.reconnect();
                 Ok("new connections are being made".to_owned())
             }
-            _ => Err(Error::invalid(format!("there is no handler {handler} to call"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 }

@@ -55,7 +55,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type volatile) (size 64M) (seed 7)\n\
               Guest -> Disk\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Volatile::new(&crate::params(Params::from(build.params))?))),
+    build: |build: &Build<'_>| Ok(Arc::new(Volatile::new(&build.read(Params::from)?))),
 };
 
 /// What is torn in no case, in bytes.
@@ -253,7 +253,7 @@ impl Element for Volatile {
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "unflushed" => Ok(self.state().cache.len().to_string()),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 
@@ -268,7 +268,7 @@ impl Element for Volatile {
                 state.powered = true;
                 Ok("the power is on".to_owned())
             }
-            _ => Err(Error::invalid(format!("there is no handler {handler} to call"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 }
