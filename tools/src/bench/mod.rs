@@ -17,7 +17,6 @@ use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Load a graph from within the process and measure it.
 #[derive(clap::Args)]
@@ -138,7 +137,7 @@ async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Rep
     disk.start().await.map_err(failed)?;
     let jobs = jobs(args, &disk.graph())?;
     let phase = Arc::new(Phase::default());
-    let (cpu, start) = (cpu_seconds(), Instant::now());
+    let (cpu, start) = (cpu_seconds(), blockmason::rt::now());
     for (source, stream) in jobs {
         load::start(host, &disk, source, stream, &phase).map_err(failed)?;
     }
