@@ -99,6 +99,10 @@ fn the_state_folder_is_where_it_is_asked_for() {
     std::fs::create_dir(home.path("own")).unwrap();
     home.run(&["vm.mason", "-D", "state=own"], 1).stop().done();
     assert!(home.path("own/disk.img").exists() && !home.path("state").exists());
+    std::fs::create_dir(home.path("its")).unwrap();
+    home.file("vm.mason", &format!("param state = its\n{graph}"));
+    home.run(&["vm.mason"], 1).stop().done();
+    assert!(home.path("its/disk.img").exists() && !home.path("state").exists());
 }
 
 #[test]
