@@ -56,6 +56,19 @@ pub struct Build<'a> {
     pub state_dir: &'a Path,
 }
 
+impl Build<'_> {
+    /// The parameters as the element's own struct: `build.read(Params::from)`.
+    ///
+    /// # Errors
+    /// The checker has been over them; what is wrong all the same is one sentence.
+    pub fn read<T>(&self, from: fn(&Params) -> Result<T, Vec<ParamError>>) -> Result<T, Error> {
+        from(self.params).map_err(|errors| {
+            let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
+            Error::invalid(all.join("; "))
+        })
+    }
+}
+
 /// Where a type stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {

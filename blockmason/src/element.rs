@@ -102,17 +102,17 @@ pub trait Element: Send + Sync + 'static {
 
     /// The value of a handler that its type declares as readable.
     fn get(&self, handler: &str) -> Result<String> {
-        Err(Error::invalid(format!("there is no handler {handler} to read")))
+        Err(Error::no_handler(handler))
     }
 
     /// Sets a handler that its type declares as writable.
     fn set(&self, handler: &str, _value: &str) -> Result<()> {
-        Err(Error::invalid(format!("there is no handler {handler} to set")))
+        Err(Error::no_handler(handler))
     }
 
     /// Calls a handler that its type declares as callable.
     fn call(&self, handler: &str, _argument: &str) -> Result<String> {
-        Err(Error::invalid(format!("there is no handler {handler} to call")))
+        Err(Error::no_handler(handler))
     }
 
     /// Takes over what `old`, an element of the same name and type, has learnt; leaves it usable.

@@ -110,6 +110,12 @@ impl Error {
         Error::new(Kind::Internal, message)
     }
 
+    /// An element was asked for a handler that it does not have, or not for that.
+    #[cold]
+    pub fn no_handler(handler: &str) -> Self {
+        Error::invalid(format!("there is no handler {handler} for that"))
+    }
+
     /// What a system call said. The kind follows from the errno.
     #[cold]
     pub fn os(errno: Errno, message: impl Into<Cow<'static, str>>) -> Self {

@@ -8,8 +8,6 @@ pub mod sink;
 pub mod transform;
 
 use blockmason::describe::ElementType;
-use blockmason::lang::ParamError;
-use blockmason::{Error, Result};
 
 /// Every type of element, in the order of the reference.
 pub static ALL: &[&ElementType] = &[
@@ -23,6 +21,7 @@ pub static ALL: &[&ElementType] = &[
     &route::stripe::TYPE,
     &sink::file::TYPE,
     &sink::mem::TYPE,
+    &sink::nbd_client::TYPE,
     &sink::null::TYPE,
     &sink::volatile::TYPE,
     &fault::delay::TYPE,
@@ -30,11 +29,3 @@ pub static ALL: &[&ElementType] = &[
     &fault::flip::TYPE,
     &fault::log_writes::TYPE,
 ];
-
-/// Parameters that the checker has been over: what is wrong with them all the same is one sentence.
-pub(crate) fn params<T>(read: Result<T, Vec<ParamError>>) -> Result<T> {
-    read.map_err(|errors| {
-        let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
-        Error::invalid(all.join("; "))
-    })
-}

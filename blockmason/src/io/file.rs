@@ -33,7 +33,7 @@ const SLOW_CALL: Duration = Duration::from_millis(1);
 const SLOW_FOR: Duration = Duration::from_secs(1);
 
 /// The most pieces the kernel takes in one call.
-const IOV_MAX: usize = 1024;
+pub(super) const IOV_MAX: usize = 1024;
 
 /// How a file is used.
 #[derive(Clone, Copy, Debug)]

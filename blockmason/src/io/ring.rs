@@ -142,8 +142,10 @@ impl Ring {
     pub(super) async fn read_foreign(&self, file: Arc<OwnedFd>, offset: u64, to: Data) -> io::Result<usize> {
         let fd = types::Fd(file.as_raw_fd());
         let iovecs = iovecs(&to);
+        // The kernel takes no more at once; what is left over is a short read, which callers go on with.
         let make = |iovecs: &[libc::iovec]| {
-            opcode::Readv::new(fd, iovecs.as_ptr(), iovecs.len() as u32).offset(offset).build()
+            let count = iovecs.len().min(super::file::IOV_MAX) as u32;
+            opcode::Readv::new(fd, iovecs.as_ptr(), count).offset(offset).build()
         };
         self.run(file, Memory::Data(to), iovecs, make).await.0
     }

@@ -311,7 +311,8 @@ named_value!(Op, "operation");
 named_value!(Origin, "origin");
 
 /// A URI or socket address: `nbd://host/disk`, `tcp:127.0.0.1:10809`, `unix:/run/vm.sock`. A relative
-/// path right after `unix:` starts in the folder that the value stands in.
+/// path right after `unix:`, or after `?socket=` of `nbd+unix:`, starts in the folder that the value
+/// stands in.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Uri(String);
 
@@ -360,14 +361,41 @@ impl fmt::Display for Uri {
 
 text_value!(Uri, "URI", URI);
 
-/// Makes the path of a `unix:` address absolute.
+/// Makes the path of a `unix:` address absolute, and that of `?socket=` behind a scheme that ends in
+/// `+unix`.
 pub(super) fn resolve_unix(uri: &str, folder: &Path) -> String {
     match uri.strip_prefix("unix:") {
         Some(path) if !path.is_empty() && !path.starts_with('/') => {
-            format!("unix:{}", folder.join(path).display())
+            return format!("unix:{}", folder.join(path).display());
+        }
+        _ => {}
+    }
+    let unix = uri.split_once(':').is_some_and(|(scheme, _)| scheme.to_ascii_lowercase().ends_with("+unix"));
+    let socket = uri.find(['?', '&']).and_then(|query| Some(query + uri[query..].find("socket=")? + 7));
+    // %00 begins an abstract name, %2F is a slash.
+    let absolute = |path: &str| ["/", "%00", "%2F", "%2f", "&"].iter().any(|sign| path.starts_with(sign));
+    match socket {
+        Some(at) if unix && at < uri.len() && !absolute(&uri[at..]) => {
+            format!("{}{}/{}", &uri[..at], percent_encode(folder), &uri[at..])
         }
         _ => uri.to_owned(),
     }
+}
+
+/// A path as a part of a query.
+fn percent_encode(path: &Path) -> String {
+    use std::fmt::Write;
+    use std::os::unix::ffi::OsStrExt;
+    let mut text = String::new();
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                text.push(char::from(*byte));
+            }
+            _ => drop(write!(text, "%{byte:02X}")),
+        }
+    }
+    text
 }
 
 /// A path; a relative one starts in the folder that the value stands in.
@@ -592,6 +620,16 @@ mod tests {
         assert_eq!(resolve_unix("unix:vm.sock", "/srv".as_ref()), "unix:/srv/vm.sock");
         assert_eq!(resolve_unix("unix:/vm.sock", "/srv".as_ref()), "unix:/vm.sock");
         assert_eq!(resolve_unix("tcp:host", "/srv".as_ref()), "tcp:host");
+        let nbd = |socket: &str| {
+            let uri = resolve_unix(&format!("nbd+unix:///disk?{socket}"), "/a b".as_ref());
+            uri.strip_prefix("nbd+unix:///disk?").unwrap().to_owned()
+        };
+        assert_eq!(nbd("socket=vm.sock"), "socket=/a%20b/vm.sock");
+        assert_eq!(nbd("tls-hostname=x&socket=vm.sock"), "tls-hostname=x&socket=/a%20b/vm.sock");
+        for absolute in ["socket=/run/vm.sock", "socket=%2Frun", "socket=%00name", "socket=", "other=vm"] {
+            assert_eq!(nbd(absolute), absolute);
+        }
+        assert_eq!(resolve_unix("nbd://h/?socket=x", "/srv".as_ref()), "nbd://h/?socket=x");
     }
 
     #[test]

@@ -157,7 +157,7 @@ impl<'a> Cx<'a> {
 
     /// A random number generator, seeded in tests.
     pub fn rng<T>(self, f: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
-        f(&mut self.lane.shard.rng.borrow_mut())
+        self.lane.shard.random(f)
     }
 
     /// Resolves when work of one's own must end, because the graph closes or is replaced.

@@ -1,6 +1,7 @@
 //! The process: its shards, its control runtime, what its elements share.
 
 use super::cx::Lane;
+use super::home::{Harbour, Post};
 use super::{Hop, Shard};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
@@ -51,7 +52,8 @@ struct ShardHandle {
 impl Host {
     /// Starts the shards. They end when the host is dropped.
     pub fn start(config: HostConfig) -> Result<Arc<Host>> {
-        let shards = (0..config.shards.max(1)).map(start_shard).collect::<Result<_>>()?;
+        let post = Post::new(config.shards.max(1));
+        let shards = (0..config.shards.max(1)).map(|id| start_shard(id, &post)).collect::<Result<_>>()?;
         Ok(Arc::new(Host {
             shards,
             state_dir: config.state_dir,
@@ -64,7 +66,7 @@ impl Host {
     /// Its jobs run as local tasks of that runtime.
     #[cfg(any(test, feature = "testing"))]
     pub fn on_this_thread(seed: u64, state_dir: &Path) -> Arc<Host> {
-        let shard = Shard::new(0, Some(seed), None);
+        let shard = Shard::new(0, Some(seed), None, Harbour::new(Post::new(1), 0));
         std::mem::forget(shard.enter());
         let (jobs, queue) = mpsc::unbounded_channel();
         tokio::task::spawn_local(take_jobs(shard, queue));
@@ -194,7 +196,8 @@ async fn take_jobs(shard: Rc<Shard>, mut queue: mpsc::UnboundedReceiver<Job>) {
     }
 }
 
-fn start_shard(id: usize) -> Result<ShardHandle> {
+fn start_shard(id: usize, post: &Arc<Post>) -> Result<ShardHandle> {
+    let post = post.clone();
     let (jobs, queue) = mpsc::unbounded_channel();
     let (ready, started) = std::sync::mpsc::sync_channel(1);
     let body = move || {
@@ -208,11 +211,12 @@ fn start_shard(id: usize) -> Result<ShardHandle> {
         };
         runtime.block_on(async move {
             let ring = Ring::open(id);
-            let shard = Shard::new(id, None, ring);
+            let shard = Shard::new(id, None, ring, Harbour::new(post, id));
             let _entered = shard.enter();
             if shard.ring().is_some() {
                 tokio::task::spawn_local(Ring::reap(shard.clone()));
             }
+            tokio::task::spawn_local(Harbour::ferry(shard.clone()));
             // The starter waits for this; it is not gone.
             let _ = ready.send(Ok(()));
             take_jobs(shard, queue).await;

@@ -10,6 +10,7 @@ mod detach;
 mod disk;
 mod fit;
 mod flows;
+mod home;
 mod host;
 mod ranges;
 mod recorder;

@@ -2,6 +2,7 @@
 //! by no other thread.
 
 use super::disk::Slot;
+use super::home::Harbour;
 use super::recorder::Recorder;
 use crate::io::Ring;
 use std::any::{Any, TypeId};
@@ -22,10 +23,11 @@ pub struct Shard {
     pub(crate) recorder: RefCell<Recorder>,
     locals: RefCell<HashMap<(TypeId, u64), Rc<dyn Any>>>,
     ring: Option<Ring>,
+    pub(super) harbour: Harbour,
 }
 
 impl Shard {
-    pub(crate) fn new(id: usize, seed: Option<u64>, ring: Option<Ring>) -> Rc<Shard> {
+    pub(crate) fn new(id: usize, seed: Option<u64>, ring: Option<Ring>, harbour: Harbour) -> Rc<Shard> {
         let rng = seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
         Rc::new(Shard {
             id,
@@ -35,6 +37,7 @@ impl Shard {
             recorder: RefCell::default(),
             locals: RefCell::default(),
             ring,
+            harbour,
         })
     }
 
@@ -63,6 +66,11 @@ impl Shard {
         self.id
     }
 
+    /// How many shards its host has.
+    pub fn shards(&self) -> usize {
+        self.harbour.shards()
+    }
+
     /// Its io_uring; None where the kernel refuses one.
     pub fn ring(&self) -> Option<&Ring> {
         self.ring.as_ref()
@@ -74,6 +82,11 @@ impl Shard {
         let id = self.next_id.get();
         self.next_id.set(id + 1);
         (self.id as u64) << 48 | id
+    }
+
+    /// The shard's random numbers, seeded in tests.
+    pub fn random<T>(&self, f: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
+        f(&mut self.rng.borrow_mut())
     }
 
     /// What `owner` keeps of type `T` on this shard, made when it is first asked for.

@@ -109,7 +109,7 @@ pub const TYPE: ElementType = ElementType {
               element Memory (type mem) (size 64M)\n\
               Guest -> Memory\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Nbd::new(crate::params(Params::from(build.params))?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(Nbd::new(build.read(Params::from)?)?)),
 };
 
 struct Nbd {

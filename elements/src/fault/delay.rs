@@ -51,9 +51,7 @@ pub const TYPE: ElementType = ElementType {
               element Memory (type mem) (size 64M)\n\
               Guest -> Slow -> Memory\n",
     check: Params::check,
-    build: |build: &Build<'_>| {
-        Ok(Arc::new(Delay { times: Mutex::new(crate::params(Params::from(build.params))?) }))
-    },
+    build: |build: &Build<'_>| Ok(Arc::new(Delay { times: Mutex::new(build.read(Params::from)?) })),
 };
 
 struct Delay {
@@ -98,7 +96,7 @@ impl Element for Delay {
             "write" => times.write.unwrap_or(times.all),
             "flush" => times.flush.unwrap_or(times.all),
             "jitter" => times.jitter,
-            _ => return Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => return Err(Error::no_handler(handler)),
         };
         Ok(time.to_string())
     }
@@ -112,7 +110,7 @@ impl Element for Delay {
             "write" => times.write = Some(time),
             "flush" => times.flush = Some(time),
             "jitter" => times.jitter = time,
-            _ => return Err(Error::invalid(format!("there is no handler {handler} to set"))),
+            _ => return Err(Error::no_handler(handler)),
         }
         Ok(())
     }

@@ -62,7 +62,7 @@ pub const TYPE: ElementType = ElementType {
               Guest -> Rot -> Memory\n",
     check: Params::check,
     build: |build: &Build<'_>| {
-        let params = crate::params(Params::from(build.params))?;
+        let params = build.read(Params::from)?;
         let chance = Chance::new(params.range, params.after, params.count, params.probability);
         Ok(Arc::new(Flip { params, chance }))
     },

@@ -88,7 +88,7 @@ pub const TYPE: ElementType = ElementType {
               Guest -> Log -> Memory\n",
     check: Params::check,
     build: |build: &Build<'_>| {
-        let Params { log, sector } = crate::params(Params::from(build.params))?;
+        let Params { log, sector } = build.read(Params::from)?;
         Ok(Arc::new(LogWrites { path: log.0, sector: sector.0, state: Mutex::new(State::New) }))
     },
 };
@@ -340,13 +340,13 @@ impl Element for LogWrites {
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "entries" => self.with(|log| Ok(log.entries.to_string())),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 
     fn call(&self, handler: &str, argument: &str) -> Result<String> {
         if handler != "mark" {
-            return Err(Error::invalid(format!("there is no handler {handler} to call")));
+            return Err(Error::no_handler(handler));
         }
         // Replay tools read the name as a C string.
         let longest = self.sector as usize - HEAD - 1;

@@ -97,7 +97,7 @@ impl Chance {
             "probability" => Ok(state.probability.to_string()),
             "count" => Ok(state.count.to_string()),
             _ if handler == hits => Ok(state.hits.to_string()),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 
@@ -106,7 +106,7 @@ impl Chance {
         match handler {
             "probability" => self.state().probability = value.parse().map_err(Error::invalid)?,
             "count" => self.state().count = value.parse().map_err(Error::invalid)?,
-            _ => return Err(Error::invalid(format!("there is no handler {handler} to set"))),
+            _ => return Err(Error::no_handler(handler)),
         }
         Ok(())
     }

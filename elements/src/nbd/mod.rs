@@ -19,6 +19,7 @@ pub mod client;
 pub mod handshake;
 #[cfg(test)]
 mod interop;
+pub mod link;
 pub mod listen;
 pub mod meta;
 pub mod serve;

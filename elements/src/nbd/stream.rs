@@ -20,6 +20,15 @@ impl<S> Stream<S> {
     pub fn is_tls(&self) -> bool {
         !matches!(self, Stream::Plain(_))
     }
+
+    /// What lies beneath, with or without TLS.
+    pub(super) fn socket_mut(&mut self) -> &mut S {
+        match self {
+            Stream::Plain(inner) => inner,
+            #[cfg(feature = "tls")]
+            Stream::Tls(inner) => inner.get_mut().0,
+        }
+    }
 }
 
 /// Calls one poll function of whichever stream there is.

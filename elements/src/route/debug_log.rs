@@ -45,7 +45,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> MyDebug -> Disk\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(DebugLog::open(&crate::params(Params::from(build.params))?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(DebugLog::open(&build.read(Params::from)?)?)),
 };
 
 struct DebugLog {
@@ -119,7 +119,7 @@ impl Element for DebugLog {
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "lost" => Ok(self.lost.load(Ordering::Relaxed).to_string()),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 }
@@ -230,7 +230,7 @@ mod tests {
             len: 4096,
             flags: Flags::NONE,
         };
-        let since = std::time::Instant::now();
+        let since = rt::now();
         for _ in 0..100_000 {
             log.write(&asked.line(
                 rt::wall_clock(),

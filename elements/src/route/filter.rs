@@ -55,7 +55,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Keep -> Disk\n",
     check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(Filter::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(Filter::from)?)),
 };
 
 fn check(params: &Params) -> Result<(), Vec<ParamError>> {

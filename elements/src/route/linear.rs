@@ -41,7 +41,7 @@ pub const TYPE: ElementType = ElementType {
               (Both, first) -> Small\n\
               (Both, second) -> Large\n",
     check: Linear::check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(Linear::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(Linear::from)?)),
 };
 
 /// The first byte of each child, then the size of them all.

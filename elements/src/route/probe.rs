@@ -231,13 +231,13 @@ impl Element for Probe {
                 Ok(buckets(&self.passed(), |p| &p.reading.latency, upper))
             }
             "heat" => Ok(self.heat().map_or_else(String::new, |heat| heat_map(&heat))),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 
     fn call(&self, handler: &str, _argument: &str) -> Result<String> {
         if handler != "reset" {
-            return Err(Error::invalid(format!("there is no handler {handler} to call")));
+            return Err(Error::no_handler(handler));
         }
         *lock(&self.base) = self.sums();
         self.heat().iter().flat_map(|heat| &heat.stretches).for_each(|n| n.store(0, Ordering::Relaxed));

@@ -31,7 +31,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Sealed -> Disk\n",
     check: ReadOnly::check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(ReadOnly::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(ReadOnly::from)?)),
 };
 
 impl Element for ReadOnly {

@@ -40,7 +40,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Partition -> Disk\n",
     check: Slice::check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(Slice::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(Slice::from)?)),
 };
 
 impl Element for Slice {

@@ -48,7 +48,7 @@ pub const TYPE: ElementType = ElementType {
               (Both, left) -> Left\n\
               (Both, right) -> Right\n",
     check: Stripe::check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(Stripe::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(Stripe::from)?)),
 };
 
 /// A power of two, at least 512 and at most 1 GiB.

@@ -55,7 +55,7 @@ static BROKEN: ElementType = ElementType {
     name: "broken",
     params: Broken::PARAMS,
     check: Broken::check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(Broken::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(Broken::from)?)),
     ..PLAIN
 };
 

@@ -52,7 +52,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Disk\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::open(&crate::params(Params::from(build.params))?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::open(&build.read(Params::from)?)?)),
 };
 
 /// Every image of this process, so that successive graphs share lock and description.
@@ -150,7 +150,7 @@ impl Element for FileDisk {
                 self.io.image().reset();
                 Ok("flushes may succeed again".to_owned())
             }
-            _ => Err(Error::invalid(format!("there is no handler {handler} to call"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 }

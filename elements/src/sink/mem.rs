@@ -41,7 +41,7 @@ pub const TYPE: ElementType = ElementType {
               element Memory (type mem) (size 64M)\n\
               Guest -> Memory\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Mem::new(crate::params(Params::from(build.params))?.size.0))),
+    build: |build: &Build<'_>| Ok(Arc::new(Mem::new(build.read(Params::from)?.size.0))),
 };
 
 const PAGE: usize = 4096;

@@ -2,5 +2,6 @@
 
 pub mod file;
 pub mod mem;
+pub mod nbd_client;
 pub mod null;
 pub mod volatile;

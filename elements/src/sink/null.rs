@@ -36,7 +36,7 @@ pub const TYPE: ElementType = ElementType {
               element Nothing (type null) (size 1G)\n\
               Guest -> Nothing\n",
     check: Null::check,
-    build: |build: &Build<'_>| Ok(Arc::new(crate::params(Null::from(build.params))?)),
+    build: |build: &Build<'_>| Ok(Arc::new(build.read(Null::from)?)),
 };
 
 impl Element for Null {

@@ -55,7 +55,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type volatile) (size 64M) (seed 7)\n\
               Guest -> Disk\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Volatile::new(&crate::params(Params::from(build.params))?))),
+    build: |build: &Build<'_>| Ok(Arc::new(Volatile::new(&build.read(Params::from)?))),
 };
 
 /// What is torn in no case, in bytes.
@@ -208,11 +208,12 @@ impl Volatile {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A change is answered a turn after it came, so that there is something under way for a flush or
-    /// a loss of power to miss.
+    /// A change is answered two turns of the shard after it came: in the one between, a flush or a loss
+    /// of power may come and find it under way.
     fn change<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         let change = self.state().begin(&req);
         Flow::later(async move {
+            tokio::task::yield_now().await;
             tokio::task::yield_now().await;
             let reply = self.state().end(change, &req);
             cx.answer(&req, reply).await
@@ -252,7 +253,7 @@ impl Element for Volatile {
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "unflushed" => Ok(self.state().cache.len().to_string()),
-            _ => Err(Error::invalid(format!("there is no handler {handler} to read"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 
@@ -267,7 +268,7 @@ impl Element for Volatile {
                 state.powered = true;
                 Ok("the power is on".to_owned())
             }
-            _ => Err(Error::invalid(format!("there is no handler {handler} to call"))),
+            _ => Err(Error::no_handler(handler)),
         }
     }
 }
@@ -275,7 +276,7 @@ impl Element for Volatile {
 #[cfg(test)]
 mod tests {
     use blockmason::testing::{TestDisk, graph, play_against_model, run};
-    use blockmason::{Data, Element, Errno, Flags, Host, Op, Request};
+    use blockmason::{Data, Element, Errno, Flags, Host, Op, Reply, Request};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
     use std::sync::Arc;
@@ -428,6 +429,15 @@ mod tests {
         });
     }
 
+    /// Writes to the first sector, and comes back when the write is in but not answered.
+    async fn under_way(disk: &TestDisk, element: &dyn Element) -> tokio::sync::oneshot::Receiver<Reply> {
+        let write = disk.send(Request::write(0, Data::copy_of(&[2; 512])));
+        while element.get("unflushed").unwrap() == "0" {
+            tokio::task::yield_now().await;
+        }
+        write
+    }
+
     #[test]
     fn a_flush_does_not_cover_what_is_under_way() {
         run(1, async |host| {
@@ -435,8 +445,11 @@ mod tests {
             for seed in 0..20 {
                 let (disk, element) = disk(&host, &format!("(size 4k) (seed {seed})")).await;
                 disk.write(0, &[1; 512]).await.unwrap();
-                let write = disk.send(Request::write(0, Data::copy_of(&[2; 512])));
+                disk.op(Op::Flush, 0, 0).await.unwrap();
+                let mut write = under_way(&disk, &*element).await;
                 let flush = disk.send(Request::flush());
+                tokio::task::yield_now().await;
+                assert!(write.try_recv().is_err(), "not answered before the flush is in");
                 write.await.unwrap().unwrap();
                 flush.await.unwrap().unwrap();
                 element.call("lose_power", "").unwrap();
@@ -471,11 +484,9 @@ mod tests {
             let (disk, element) = disk(&host, "(size 4k)").await;
             disk.write(0, &[1; 512]).await.unwrap();
             disk.op(Op::Flush, 0, 0).await.unwrap();
-            let under_way = disk.send(Request::write(0, Data::copy_of(&[2; 512])));
-            // The write has come in but not been answered when the power goes.
-            tokio::task::yield_now().await;
+            let write = under_way(&disk, &*element).await;
             element.call("cut", "").unwrap();
-            assert_eq!(under_way.await.unwrap().unwrap_err().errno(), Errno::IO);
+            assert_eq!(write.await.unwrap().unwrap_err().errno(), Errno::IO);
             for op in Op::ALL {
                 let mut req = Request::new(op, 0, 512);
                 if op == Op::Write {
