@@ -5,7 +5,6 @@ pub mod fault;
 pub mod nbd;
 pub mod route;
 pub mod sink;
-pub mod transform;
 
 use blockmason::describe::ElementType;
 

@@ -88,3 +88,25 @@ pub fn client_output(program: &str, args: &[&str]) -> Output {
 pub fn read(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
+
+/// A program of this workspace, built beside the running test.
+pub fn program(name: &str) -> std::path::PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let built = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(built.exists(), "{} is missing: cargo build --workspace", built.display());
+    built
+}
+
+/// An authority, and a server's certificate for `localhost` under it, as PEM files in `folder`.
+pub fn certificates(folder: &Path) {
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let authority = rcgen::CertifiedIssuer::self_signed(params, key).unwrap();
+    let server_key = rcgen::KeyPair::generate().unwrap();
+    let server = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let server = server.signed_by(&server_key, &authority).unwrap();
+    std::fs::write(folder.join("ca-cert.pem"), authority.pem()).unwrap();
+    std::fs::write(folder.join("server-cert.pem"), server.pem()).unwrap();
+    std::fs::write(folder.join("server-key.pem"), server_key.serialize_pem()).unwrap();
+}

@@ -5,7 +5,7 @@ use crate::folders::{Folders, make_run, make_state};
 use crate::logs::colours;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
-use blockmason::lang::{Defines, Diagnostics, Spec, Style};
+use blockmason::lang::{Defines, Diagnostics, Disk, Files, Spec, Style, load_checked, parse_checked};
 use std::path::{Path, PathBuf};
 
 /// The table of types that this program serves.
@@ -30,7 +30,7 @@ pub(crate) struct GraphFile {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) spec: Spec,
-    /// What `${state}` and `${run}` meant, unless `-D` said something else.
+    /// What `${state}` and `${run}` mean, where it is ours to say.
     state: Option<PathBuf>,
     run: Option<PathBuf>,
 }
@@ -58,21 +58,39 @@ impl GraphArgs {
 
 impl Reader {
     /// Reads and checks a graph; opens nothing but graph files.
+    ///
+    /// `${state}` and `${run}` mean our folders where neither `-D` nor the graph gives them a meaning:
+    /// they are defined only when the graph is not complete without.
     pub(crate) fn read(&self, path: &Path) -> Result<GraphFile, Diagnostics> {
         let name = name_of(path);
-        let given = |key| self.given.iter().any(|define| define.key == key);
-        let state = self.folders.state.as_ref().filter(|_| !given("state")).map(|state| state.join(&name));
-        let run = (!given("run")).then(|| self.folders.run.clone());
+        let state = self.folders.state.as_ref().map(|state| state.join(&name));
+        let run = Some(self.folders.run.clone());
+        // A pipe can be read no second time, so all ways share the text. What cannot be read at all is
+        // for the language to say.
+        let (Ok(text), Ok(opened)) = (Disk.read(path), std::path::absolute(path)) else {
+            let spec = load_checked(path, &self.given, CATALOGUE)?;
+            return Ok(GraphFile { name, path: path.to_owned(), spec, state: None, run: None });
+        };
+        let read = |(state, run): (Option<PathBuf>, Option<PathBuf>)| {
+            let defines = self.defines(&state, &run);
+            let spec = parse_checked(&Disk, path, opened.clone(), text.clone(), &defines, CATALOGUE)?;
+            Ok(GraphFile { name: name.clone(), path: path.to_owned(), spec, state, run })
+        };
+        let ways = [(None, None), (state.clone(), None), (None, run.clone())];
+        let complete = ways.into_iter().find_map(|way| read(way).ok());
+        complete.map_or_else(|| read((state, run)), Ok)
+    }
+
+    /// What `-D` says, and where it is silent these folders.
+    fn defines(&self, state: &Option<PathBuf>, run: &Option<PathBuf>) -> Defines {
         let mut own = Defines::new();
-        for (key, folder) in [("state", &state), ("run", &run)] {
+        for (key, folder) in [("state", state), ("run", run)] {
             // A folder whose name is no text cannot be written in a graph either.
             if let Some(text) = folder.as_ref().and_then(|folder| folder.to_str()) {
                 own.set(key, text, &self.here);
             }
         }
-        let spec = blockmason::lang::load(path, &self.given.clone().or(&own))?;
-        blockmason::lang::check(&spec, CATALOGUE)?;
-        Ok(GraphFile { name, path: path.to_owned(), spec, state, run })
+        self.given.clone().or(&own)
     }
 
     /// As [`read`](Self::read), with what is wrong drawn on stderr.
@@ -85,23 +103,10 @@ impl Reader {
 }
 
 impl GraphFile {
-    /// Makes the folders that the graph names as `${state}` and `${run}`.
+    /// Makes the folders that the graph means by `${state}` and `${run}`.
     pub(crate) fn make_folders(&self) -> Outcome {
-        match &self.state {
-            Some(state) if self.names(state) => make_state(state)?,
-            _ => {}
-        }
-        match &self.run {
-            Some(run) if self.names(run) => make_run(run),
-            _ => Ok(()),
-        }
-    }
-
-    /// True if a value of the graph has this folder in it.
-    fn names(&self, folder: &Path) -> bool {
-        let Some(folder) = folder.to_str() else { return false };
-        let entries = self.spec.elements.iter().flat_map(|element| element.params.entries());
-        entries.flat_map(|entry| entry.values()).any(|value| value.text().contains(folder))
+        self.state.as_deref().map_or(Ok(()), make_state)?;
+        self.run.as_deref().map_or(Ok(()), make_run)
     }
 
     /// Makes its elements: files are opened, and created where the graph says so.

@@ -12,7 +12,6 @@ use std::collections::HashSet;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Serve graphs in the foreground.
@@ -191,7 +190,7 @@ fn open_control(
 ) -> Result<Control, (Failure, Arc<Daemon>)> {
     let name = served.first().map_or("mason", |served| &served.file.name);
     let default = folder.join(format!("{name}.sock"));
-    let daemon = Arc::new(Daemon { started: Instant::now(), served });
+    let daemon = Arc::new(Daemon { started: blockmason::rt::now(), served });
     let opened = match &args.control {
         Some(path) => publish(path),
         None => make_run(folder).and_then(|()| publish(&default)),

@@ -11,7 +11,7 @@ impl Display for Bytes {
         const UNITS: [&str; 7] = ["", "k", "M", "G", "T", "P", "E"];
         let power = (self.0.max(1).ilog2() / 10) as usize;
         let unit = 1u64 << (10 * power);
-        if self.0 % unit == 0 {
+        if self.0.is_multiple_of(unit) {
             write!(f, "{}{}", self.0 / unit, UNITS[power])
         } else {
             write!(f, "{:.1}{}", self.0 as f64 / unit as f64, UNITS[power])

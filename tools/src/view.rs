@@ -7,6 +7,7 @@ use blockmason::geometry::NO_LIMIT;
 use blockmason::graph::{Graph, OpReading};
 use blockmason::{Geometry, Op};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 
 /// What `GET /v1/status` answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -171,20 +172,24 @@ impl GraphView {
 
     /// The same with what the built graph knows of its elements.
     pub(crate) fn with_geometry(mut self, graph: &Graph) -> GraphView {
+        let names = graph.instances().map(|instance| instance.name.as_str());
+        let nodes: HashMap<&str, usize> = names.zip(0..).collect();
         for element in &mut self.elements {
-            element.geometry = graph.node(&element.name).map(|node| GeometryView::of(&graph.geometry(node)));
+            let node = nodes.get(element.name.as_str());
+            element.geometry = node.map(|node| GeometryView::of(&graph.geometry(*node)));
         }
         self
     }
 
     /// The same with what the edges have carried.
     pub(crate) fn with_counters(mut self, graph: &Graph) -> GraphView {
-        for reading in graph.read_edges() {
-            let same = |edge: &&mut EdgeView| edge.from == reading.from && edge.port == reading.port;
-            if let Some(edge) = self.edges.iter_mut().find(same) {
-                edge.requests = Some(reading.requests);
-                edge.bytes = Some(reading.bytes);
-            }
+        let readings = graph.read_edges();
+        let readings: HashMap<_, _> =
+            readings.iter().map(|reading| ((&reading.from, &reading.port), reading)).collect();
+        for edge in &mut self.edges {
+            let reading = readings.get(&(&edge.from, &edge.port));
+            edge.requests = reading.map(|reading| reading.requests);
+            edge.bytes = reading.map(|reading| reading.bytes);
         }
         self
     }
@@ -194,14 +199,22 @@ impl GraphView {
         self.elements.iter().find(|element| element.name == name)
     }
 
-    /// The edges that leave an element.
-    pub(crate) fn below<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a EdgeView> {
-        self.edges.iter().filter(move |edge| edge.from == name)
+    /// The edges that leave each element, in the order of the file.
+    pub(crate) fn below(&self) -> HashMap<&str, Vec<&EdgeView>> {
+        self.edges_by(|edge| &edge.from)
     }
 
-    /// The edges that arrive at an element.
-    pub(crate) fn above<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a EdgeView> {
-        self.edges.iter().filter(move |edge| edge.to == name)
+    /// The edges that arrive at each element, in the order of the file.
+    pub(crate) fn above(&self) -> HashMap<&str, Vec<&EdgeView>> {
+        self.edges_by(|edge| &edge.to)
+    }
+
+    fn edges_by(&self, end: fn(&EdgeView) -> &String) -> HashMap<&str, Vec<&EdgeView>> {
+        let mut found: HashMap<&str, Vec<&EdgeView>> = HashMap::new();
+        for edge in &self.edges {
+            found.entry(end(edge)).or_default().push(edge);
+        }
+        found
     }
 }
 

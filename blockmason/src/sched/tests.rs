@@ -47,8 +47,8 @@ static BEHIND: ElementType =
     ElementType { name: "behind", ports: Ports::THROUGH, build: |_| Ok(Arc::new(Behind)), ..BASE };
 
 thread_local! {
-    /// Requests that are parked, by element: each waits for its sender.
-    static PARKED: RefCell<HashMap<String, Vec<(Op, oneshot::Sender<()>)>>> = RefCell::default();
+    /// What lets each parked request go, by element.
+    static PARKED: RefCell<HashMap<String, Vec<oneshot::Sender<()>>>> = RefCell::default();
 }
 
 fn parked(element: &str) -> usize {
@@ -56,7 +56,7 @@ fn parked(element: &str) -> usize {
 }
 
 fn release(element: &str) {
-    let (_, go) = PARKED.with_borrow_mut(|all| all.get_mut(element).unwrap().remove(0));
+    let go = PARKED.with_borrow_mut(|all| all.get_mut(element).unwrap().remove(0));
     go.send(()).unwrap();
 }
 
@@ -70,7 +70,7 @@ impl Element for Park {
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         let (go, wait) = oneshot::channel();
-        PARKED.with_borrow_mut(|all| all.entry(self.0.clone()).or_default().push((req.op, go)));
+        PARKED.with_borrow_mut(|all| all.entry(self.0.clone()).or_default().push(go));
         cx.later(&req.clone(), async move {
             wait.await.map_err(|_| Error::internal("dropped"))?;
             match req.op {
@@ -137,7 +137,7 @@ impl Element for Blocks {
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
-        assert!((req.offset | req.len) % 512 == 0 && req.len <= 2048, "{req:?}");
+        assert!((req.offset | req.len).is_multiple_of(512) && req.len <= 2048, "{req:?}");
         let range = req.offset as usize..req.end() as usize;
         match req.op {
             Op::Read => Flow::later(async move {

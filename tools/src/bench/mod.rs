@@ -15,9 +15,10 @@ use blockmason::{Disk, Graph, Host, Instance};
 use load::{Job, LOAD, Load, Pattern, Phase};
 use serde::Serialize;
 use std::fmt::Write;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 /// Load a graph from within the process and measure it.
 #[derive(clap::Args)]
@@ -138,12 +139,12 @@ async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Rep
     disk.start().await.map_err(failed)?;
     let jobs = jobs(args, &disk.graph())?;
     let phase = Arc::new(Phase::default());
-    let (cpu, start) = (cpu_seconds(), Instant::now());
+    let (cpu, start) = (cpu_seconds(), blockmason::rt::now());
     for (source, stream) in jobs {
         load::start(host, &disk, source, stream, &phase).map_err(failed)?;
     }
     tokio::select! {
-        () = blockmason::rt::sleep(args.time.0) => {}
+        () = show_progress(&disk, args.time.0) => {}
         // What has been measured so far is worth something.
         _ = tokio::signal::ctrl_c() => {}
         () = phase.ended() => {}
@@ -161,6 +162,27 @@ async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Rep
     drop(graph);
     disk.stop().await.map_err(failed)?;
     Ok(Report::new(seconds, cpu, sources))
+}
+
+/// Waits for `time`, and says every second on a terminal how far it has come.
+async fn show_progress(disk: &Disk, time: Duration) {
+    let end = blockmason::rt::now() + time;
+    let mut last = 0;
+    loop {
+        let left = end - blockmason::rt::now();
+        blockmason::rt::sleep(left.min(Duration::from_secs(1))).await;
+        if blockmason::rt::now() >= end {
+            break;
+        }
+        if std::io::stderr().is_terminal() {
+            let total: u64 = disk.graph().read_edges().iter().map(|edge| edge.requests).sum();
+            eprint!("\r  {:.0} s left, {} requests/s on all edges  ", left.as_secs_f64() - 1.0, total - last);
+            last = total;
+        }
+    }
+    if last > 0 {
+        eprintln!();
+    }
 }
 
 /// The streams and the element that each enters at.

@@ -101,14 +101,16 @@ async fn exchange(path: &Path) -> Result<Status, String> {
     let broken = |error: &dyn std::fmt::Display| format!("this is no control socket of mason: {error}");
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
-    // Ends with the exchange; what goes wrong with it is seen below.
-    tokio::spawn(async move {
-        let _ = connection.await;
-    });
     let request = Request::get(STATUS).header("host", "mason").body(Body::empty()).map_err(|e| broken(&e))?;
-    let answer = sender.send_request(request).await.map_err(|e| broken(&e))?;
-    let status = answer.status();
-    let body = to_bytes(Body::new(answer.into_body()), LONGEST_ANSWER).await.map_err(|e| broken(&e))?;
+    let answer = async move {
+        let answer = sender.send_request(request).await.map_err(|e| broken(&e))?;
+        let (head, body) = answer.into_parts();
+        let body = to_bytes(Body::new(body), LONGEST_ANSWER).await.map_err(|e| broken(&e))?;
+        Ok::<_, String>((head.status, body))
+    };
+    // The connection ends with its sender; what goes wrong with it is seen by that.
+    let (answer, _) = tokio::join!(answer, connection);
+    let (status, body) = answer?;
     if status != StatusCode::OK {
         return Err(format!("the daemon answers {status}"));
     }

@@ -1,7 +1,7 @@
 //! What each element looks like from above, and where streams of requests meet.
 
 use crate::units::{Bytes, table};
-use crate::view::{ElementView, GeometryView, GraphView};
+use crate::view::{EdgeView, ElementView, GeometryView, GraphView};
 use std::fmt::Write;
 
 /// A table of geometries, what the framework does on the edges, and the in ports with several edges.
@@ -13,7 +13,9 @@ pub(super) fn draw(graph: &GraphView) -> String {
     if !served.is_empty() {
         let _ = write!(out, "\nThe framework, on the way into an element:\n{}", served.concat());
     }
-    let met: Vec<String> = graph.elements.iter().filter_map(|element| meeting(graph, element)).collect();
+    let above = graph.above();
+    let met = graph.elements.iter().filter_map(|element| meeting(element, above.get(element.name.as_str())?));
+    let met: Vec<String> = met.collect();
     if !met.is_empty() {
         let _ = write!(out, "\nIn ports with several edges:\n{}", met.concat());
     }
@@ -61,8 +63,7 @@ fn services(element: &ElementView) -> Vec<String> {
 }
 
 /// The edges that meet at an element, if there are several.
-fn meeting(graph: &GraphView, element: &ElementView) -> Option<String> {
-    let edges: Vec<String> =
-        graph.above(&element.name).map(|edge| format!("({}, {})", edge.from, edge.port)).collect();
-    (edges.len() > 1).then(|| format!("  ({}, in) <- {}\n", element.name, edges.join(", ")))
+fn meeting(element: &ElementView, edges: &[&EdgeView]) -> Option<String> {
+    let ends: Vec<String> = edges.iter().map(|edge| format!("({}, {})", edge.from, edge.port)).collect();
+    (ends.len() > 1).then(|| format!("  ({}, in) <- {}\n", element.name, ends.join(", ")))
 }

@@ -2,16 +2,17 @@
 
 use super::{parameters, ports, printable};
 use crate::units::Bytes;
-use crate::view::{EdgeView, GraphView};
-use std::collections::HashSet;
+use crate::view::{EdgeView, ElementView, GraphView};
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 /// Draws the sources and what lies below each. What was drawn before is only named again, with `^`.
 pub(super) fn draw(graph: &GraphView) -> String {
     let mut out = format!("{}  {}\n", printable(&graph.name), printable(&graph.file));
-    let mut tree = Tree { graph, out: &mut out, drawn: HashSet::new() };
-    let entered = |name: &str| graph.above(name).next().is_some();
-    for element in graph.elements.iter().filter(|element| !entered(&element.name)) {
+    let above = graph.above();
+    let elements = graph.elements.iter().map(|element| (element.name.as_str(), element)).collect();
+    let mut tree = Tree { elements, below: graph.below(), out: &mut out, drawn: HashSet::new() };
+    for element in graph.elements.iter().filter(|element| !above.contains_key(element.name.as_str())) {
         tree.draw(&element.name);
     }
     for reference in &graph.references {
@@ -21,7 +22,8 @@ pub(super) fn draw(graph: &GraphView) -> String {
 }
 
 struct Tree<'a> {
-    graph: &'a GraphView,
+    elements: HashMap<&'a str, &'a ElementView>,
+    below: HashMap<&'a str, Vec<&'a EdgeView>>,
     out: &'a mut String,
     drawn: HashSet<&'a str>,
 }
@@ -45,7 +47,7 @@ impl<'a> Tree<'a> {
                 continue;
             }
             self.element(&head, name, &tail);
-            let edges: Vec<&EdgeView> = self.graph.below(name).collect();
+            let edges = self.below.remove(name).unwrap_or_default();
             let indent = if edges.len() > 1 { format!("{indent}   ") } else { indent };
             for edge in edges.into_iter().rev() {
                 let ports = ports(edge);
@@ -57,7 +59,7 @@ impl<'a> Tree<'a> {
     }
 
     fn element(&mut self, head: &str, name: &str, tail: &str) {
-        let Some(element) = self.graph.element(name) else { return };
+        let Some(element) = self.elements.get(name) else { return };
         let _ = write!(self.out, "{head}{name}  {}", element.ty);
         let given = parameters(element);
         if !given.is_empty() {

@@ -1,6 +1,6 @@
 //! `mason check`.
 
-use crate::harness::{Home, repository};
+use crate::harness::{Home, MASON, repository};
 
 #[test]
 fn a_good_graph_is_passed_without_a_word_and_opens_nothing() {
@@ -57,6 +57,18 @@ fn parameters_come_from_the_command_line() {
     home.mason(&["check", "vm.mason", "-D", "size=1M"]).done();
     home.mason(&["check", "vm.mason", "-Dsize=2M", "-D", "state=/x"]).done();
     assert!(home.mason(&["check", "vm.mason", "-D", "size"]).misused().contains("KEY=VALUE"));
+}
+
+#[test]
+fn a_graph_may_come_from_a_pipe() {
+    let home = Home::new();
+    let mut command = home.command("/bin/sh", &["-c", "cat vm.mason | \"$0\" check /dev/stdin", MASON]);
+    home.file(
+        "vm.mason",
+        "element Guest (type nbd) (listen unix:${run}/a)\nelement D (type mem) (size 1M)\nGuest -> D\n",
+    );
+    let output = command.env("PATH", "/usr/bin:/bin").output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! Tests that run the real `mason`, as its users do.
 
 #![allow(clippy::unwrap_used, reason = "tests panic")]
+#![allow(clippy::disallowed_methods, reason = "the program under test lives by the real clock")]
 
 mod bench;
 mod check;
 mod control;
+mod drain;
 mod elements;
 mod harness;
 mod refused;

@@ -22,6 +22,8 @@ mod receive;
 mod send;
 mod socket;
 mod task;
+#[cfg(test)]
+mod tests;
 
 use super::client::{ClientTls, Server, Wanted as Handshake, connect};
 use super::handshake::BlockSizes;

@@ -127,7 +127,7 @@ impl Link {
                 self.leave(conn).await;
                 break;
             };
-            if since.elapsed() >= HANDSHAKE {
+            if rt::now() - since >= HANDSHAKE {
                 self.attempts.set(0);
             }
             self.interrupt(&why);

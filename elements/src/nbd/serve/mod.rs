@@ -82,10 +82,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Sends what is left to send, for as long as the client takes it.
+    /// Sends what is left to send, for as long as the client takes it, and says goodbye.
     pub async fn finish(&self) {
-        let sent = std::future::poll_fn(|task| self.poll_send(task));
-        let _ = blockmason::rt::timeout(PATIENCE, sent).await;
+        let goodbye = async {
+            std::future::poll_fn(|task| self.poll_send(task)).await;
+            if !self.broken.get() {
+                // Under TLS a connection that just closes could be an attacker's doing.
+                let shut =
+                    |task: &mut Context<'_>| Pin::new(&mut *self.socket.borrow_mut()).poll_shutdown(task);
+                let _ = std::future::poll_fn(shut).await;
+            }
+        };
+        let _ = blockmason::rt::timeout(PATIENCE, goodbye).await;
     }
 
     fn is_full(&self) -> bool {
