@@ -9,6 +9,9 @@ use super::suggest;
 use crate::describe::{self, Catalogue, ElementType, Family, Outs};
 use std::collections::HashMap;
 
+/// The most edges between an export and a sink.
+const MAX_DEPTH: usize = 1000;
+
 /// Compares a graph with the table of element types.
 ///
 /// # Errors
@@ -22,6 +25,7 @@ pub fn check(spec: &Spec, catalogue: Catalogue) -> Result<(), Diagnostics> {
     checker.out_ports(&mut bag);
     checker.references(&mut bag);
     checker.edge_cycles(&mut bag);
+    checker.depth(&mut bag);
     checker.reference_cycles(&mut bag);
     checker.sources(&mut bag);
     bag.finish(spec.sources.clone())
@@ -238,6 +242,27 @@ impl<'a> Checker<'a> {
             let error =
                 Diagnostic::new("mason::cycle", span, format!("requests would go in circles: {names}"));
             bag.push(error.here("this edge closes the circle"));
+        }
+    }
+
+    /// Every element on a request's way has a frame on its shard's stack.
+    fn depth(&self, bag: &mut Bag) {
+        let mut above = vec![0; self.spec.elements.len()];
+        self.spec.edges.iter().for_each(|edge| above[edge.to] += 1);
+        let mut depth = vec![0; above.len()];
+        let mut ready: Vec<usize> = (0..above.len()).filter(|index| above[*index] == 0).collect();
+        while let Some(index) = ready.pop() {
+            for edge in &self.outs[index] {
+                depth[edge.to] = depth[edge.to].max(depth[index] + 1);
+                if depth[edge.to] > MAX_DEPTH {
+                    let message = format!("more than {MAX_DEPTH} elements follow each other");
+                    return bag.push(Diagnostic::new("mason::too-large", edge.span, message));
+                }
+                above[edge.to] -= 1;
+                if above[edge.to] == 0 {
+                    ready.push(edge.to);
+                }
+            }
         }
     }
 

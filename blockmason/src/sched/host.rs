@@ -33,6 +33,10 @@ impl HostConfig {
     }
 }
 
+/// A shard's stack, in bytes: room for the frames of the longest chain that the checker lets pass, in a
+/// debug build too. Pages that are never touched cost nothing.
+const STACK: usize = 16 << 20;
+
 type Job = Box<dyn FnOnce(&Rc<Shard>) + Send>;
 
 /// What serves.
@@ -224,6 +228,7 @@ fn start_shard(id: usize, post: &Arc<Post>) -> Result<ShardHandle> {
     };
     std::thread::Builder::new()
         .name(format!("shard-{id}"))
+        .stack_size(STACK)
         .spawn(body)
         .map_err(|error| Error::io(error, "cannot start a thread"))?;
     match started.recv() {

@@ -14,14 +14,31 @@ fn codes(text: &str) -> Vec<&'static str> {
 
 #[test]
 fn ten_thousand_elements() {
-    let mut text = String::from("element Guest (type nbd) (listen unix:/s)\nGuest -> E0\n");
+    let mut text = String::new();
     for i in 0..10_000 {
-        writeln!(text, "element E{i} (type debug_log) (logfile log{i})\nE{i} -> E{}", i + 1).unwrap();
+        match i % 500 {
+            0 => writeln!(text, "element E{i} (type nbd) (listen unix:/s{i})\nE{i} -> E{}", i + 1),
+            499 => writeln!(text, "element E{i} (type null)"),
+            _ => writeln!(text, "element E{i} (type debug_log) (logfile log{i})\nE{i} -> E{}", i + 1),
+        }
+        .unwrap();
     }
-    text.push_str("element E10000 (type null)");
     let spec = parse(&text).unwrap();
-    assert_eq!(spec.elements.len(), 10_002);
+    assert_eq!(spec.elements.len(), 10_000);
     check(&spec, CATALOGUE).unwrap();
+}
+
+#[test]
+fn chains_that_would_overflow_a_stack() {
+    for (length, fits) in [(999, true), (1000, false), (5000, false)] {
+        let mut text = String::from("element Guest (type nbd) (listen unix:/s)\nGuest -> E0\n");
+        for i in 0..length {
+            writeln!(text, "element E{i} (type debug_log) (logfile log)\nE{i} -> E{}", i + 1).unwrap();
+        }
+        writeln!(text, "element E{length} (type null)").unwrap();
+        let checked = check(&parse(&text).unwrap(), CATALOGUE);
+        assert_eq!(checked.is_ok(), fits, "{length}");
+    }
 }
 
 #[test]
