@@ -103,7 +103,7 @@ fn behaves_like_a_vector_over_any_server() {
             "blocksize-maximum=64k",
             "blocksize-error-policy=error",
         ],
-        &["--filter=fua", "memory", "300k", "fuamode=none"],
+        &["--filter=fua", "memory", "300k"],
         &["--filter=nozero", "--filter=noextents", "--no-sr", "memory", "300k"],
         &["--filter=delay", "memory", "300k", "rdelay=1ms"],
     ];
@@ -293,6 +293,41 @@ fn nobody_there_is_one_sentence() {
         assert_eq!(error.kind(), Kind::Unavailable);
         assert!(error.to_string().contains("cannot be reached: Connection refused"), "{error}");
     });
+}
+
+/// The shipped graph, before nbdkit.
+#[test]
+fn the_proxy_serves_a_disk_on() {
+    let far = Far::new();
+    let _daemon = far.nbdkit(&["memory", "1M"]);
+    let server = Server::new(2);
+    let text = std::fs::read_to_string("../graphs/proxy.mason").unwrap();
+    let socket = far.path("far.sock");
+    let text = text.replace("nbd://127.0.0.1:10809/", &format!("nbd+unix:///?socket={}", socket.display()));
+    let (_disk, uris) = server.serve(&text).unwrap();
+    let script = ["write -P 7 4096 65536", "flush", "read -P 7 4096 65536", "read -P 0 0 4096"];
+    let mut args = vec!["-f", "raw", &uris[0]];
+    script.iter().for_each(|line| args.extend(["-c", line]));
+    let said = client("qemu-io", &args);
+    assert!(!said.contains("failed") && !said.contains("rror"), "{said}");
+}
+
+#[test]
+fn fua_is_a_flush_where_the_server_has_none() {
+    let far = Far::new();
+    let log = far.path("log");
+    let logfile = format!("logfile={}", log.display());
+    let mut daemon = far.nbdkit(&["--filter=log", "--filter=fua", "memory", "1M", &logfile]);
+    on_shard(async |host| {
+        let disk = disk(&host, &far.element("")).await;
+        disk.submit(Request::write(0, Data::copy_of(&[1; 512])).with(Flags::FUA)).await.unwrap();
+        disk.disk.stop().await.unwrap();
+    });
+    terminate(&daemon.0);
+    daemon.0.wait().unwrap();
+    let log = std::fs::read_to_string(log).unwrap();
+    let (write, flush) = (log.find("Write id=1 offset=0x0 count=0x200 fua=0"), log.find("Flush id=2"));
+    assert!(write.is_some() && write < flush, "{log}");
 }
 
 const BLOCK: u64 = 512;

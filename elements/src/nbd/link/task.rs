@@ -96,10 +96,11 @@ impl Link {
     }
 
     fn wake(&self) {
-        if !self.woken.replace(true) {
-            if let Some(waker) = self.waker.borrow().as_ref() {
-                waker.wake_by_ref();
-            }
+        if self.woken.replace(true) {
+            return;
+        }
+        if let Some(waker) = self.waker.borrow().as_ref() {
+            waker.wake_by_ref();
         }
     }
 
@@ -150,10 +151,10 @@ impl Link {
     /// A connection to the same disk as before. None once the client closes.
     async fn connect(&self, orders: &mut watch::Receiver<Orders>) -> Option<Conn> {
         let first = lock(&self.client.first).take();
-        if let Some(mut server) = first {
-            if server.stream.socket_mut().unpark().is_ok() {
-                return Some(Conn::new(server));
-            }
+        if let Some(mut server) = first
+            && server.stream.socket_mut().unpark().is_ok()
+        {
+            return Some(Conn::new(server));
         }
         loop {
             if self.orders.get().close {
