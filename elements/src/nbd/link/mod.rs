@@ -155,7 +155,7 @@ impl Client {
     pub fn new(target: Target) -> Result<Arc<Client>> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let first = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 let runtime = runtime.map_err(|error| Error::io(error, "cannot make a runtime"))?;
                 runtime.block_on(async {
@@ -165,6 +165,7 @@ impl Client {
                     Ok(server)
                 })
             });
+            let thread = thread.map_err(|error| Error::io(error, "cannot start a thread"))?;
             thread.join().unwrap_or_else(|_| Err(Error::internal("connecting panicked")))
         })?;
         Ok(Arc::new(Client {

@@ -45,6 +45,8 @@ pub(super) struct Link {
     patience: Cell<Duration>,
     /// Attempts to connect in this outage.
     attempts: Cell<u32>,
+    /// What went wrong last.
+    trouble: RefCell<String>,
     /// The task has ended.
     closed: Cell<bool>,
     orders: Cell<Orders>,
@@ -68,6 +70,7 @@ impl Link {
                 // The first connection of a link is no reconnection.
                 patience: Cell::new(client.target.reconnect.max(HANDSHAKE)),
                 attempts: Cell::new(0),
+                trouble: RefCell::default(),
                 closed: Cell::new(false),
                 orders: Cell::default(),
             });
@@ -105,7 +108,8 @@ impl Link {
     }
 
     fn away(&self) -> Error {
-        Error::new(Kind::Unavailable, format!("{} is away", self.client.target.uri))
+        let trouble = self.trouble.borrow();
+        Error::new(Kind::Unavailable, format!("{} is away: {trouble}", self.client.target.uri))
     }
 
     /// Connects and serves, again and again, until the client is closed.
@@ -165,6 +169,7 @@ impl Link {
                 Some(Ok(server)) => server,
                 Some(Err(error)) => {
                     tracing::debug!("an attempt to connect failed: {error}");
+                    *self.trouble.borrow_mut() = error.to_string();
                     continue;
                 }
             };
@@ -256,6 +261,7 @@ impl Link {
             }
         };
         self.outage.set(Some(since));
+        *self.trouble.borrow_mut() = why.to_owned();
         self.calls.borrow_mut().interrupt(since, &self.client.fence);
         self.fail(self.patience.get(), &self.away());
     }
