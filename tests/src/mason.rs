@@ -66,10 +66,13 @@ impl Mason {
     /// The next line of its standard output; panics when there is none in time.
     pub fn line(&mut self) -> String {
         self.lines.recv_timeout(PATIENCE).unwrap_or_else(|_| {
-            panic!("mason said nothing more; it {}", match self.child.try_wait().unwrap() {
-                Some(status) => format!("has ended with {status}"),
-                None => "is still there".to_owned(),
-            })
+            panic!(
+                "mason said nothing more; it {}",
+                match self.child.try_wait().unwrap() {
+                    Some(status) => format!("has ended with {status}"),
+                    None => "is still there".to_owned(),
+                }
+            )
         })
     }
 
@@ -141,21 +144,9 @@ fn lines_of(stdout: impl std::io::Read + Send + 'static) -> Receiver<String> {
     receive
 }
 
-/// The program under test: `$MASON_BIN`, else the one that was built last beside this test.
+/// The program under test: `$MASON_BIN`, else the one built beside this test.
 pub fn program() -> PathBuf {
-    if let Some(named) = std::env::var_os("MASON_BIN") {
-        return PathBuf::from(named);
-    }
-    let test = std::env::current_exe().unwrap();
-    let target = test.ancestors().nth(3).unwrap();
-    let built = ["debug", "release"].map(|profile| target.join(profile).join("mason"));
-    let newest = built.into_iter().filter(|path| path.exists()).max_by_key(|path| {
-        let meta = path.metadata().and_then(|meta| meta.modified());
-        meta.unwrap()
-    });
-    newest.unwrap_or_else(|| {
-        panic!("there is no mason below {}: run `cargo build --release` first, or tests/run", target.display())
-    })
+    std::env::var_os("MASON_BIN").map_or_else(|| crate::program("mason"), PathBuf::from)
 }
 
 /// The folder of the workspace.

@@ -63,6 +63,65 @@ fn nbdcopy_moves_an_image_there_and_back() {
     client("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uris[0], from.to_str().unwrap()]);
 }
 
+#[test]
+fn nbdsh_uses_every_command() {
+    let server = Server::new(2);
+    let (_disk, uris) = server.serve(PAPER).unwrap();
+    // python3-libnbd is for Debian's Python, not for any other that comes first in the path.
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/every_command.py");
+    client("/usr/bin/python3", &[script, &uris[0]]);
+}
+
+#[test]
+fn fio_verifies_what_it_wrote_over_four_connections() {
+    let server = Server::new(2);
+    let (_disk, uris) = server.serve(PAPER).unwrap();
+    let uri = format!("--uri={}", uris[0]);
+    let name = ["--name=verify", "--ioengine=nbd", &uri, "--rw=randrw", "--verify=crc32c", "--do_verify=1"];
+    let shape = ["--bsrange=512-64k", "--iodepth=16", "--fsync=64", "--numjobs=4", "--thread"];
+    let space = ["--size=16M", "--offset_increment=16M", "--verify_fatal=1", "--output-format=json"];
+    let said = client("fio", &[&name[..], &shape, &space].concat());
+    let json: serde_json::Value = serde_json::from_str(&said[said.find('{').unwrap()..]).unwrap();
+    let jobs = json["jobs"].as_array().unwrap();
+    assert_eq!(jobs.len(), 4);
+    for job in jobs {
+        assert_eq!(job["error"], 0, "{said}");
+        assert!(job["write"]["io_bytes"].as_u64().unwrap() > 1 << 20, "{said}");
+    }
+}
+
+#[test]
+fn qemu_img_converts_compares_and_maps() {
+    let server = Server::new(2);
+    let (_disk, uris) = server.serve(PAPER).unwrap();
+    let mut image = vec![0; 64 << 20];
+    fastrand_fill(&mut image[1 << 20..3 << 20]);
+    fastrand_fill(&mut image[40 << 20..41 << 20]);
+    let (from, back) = (server.path("from.img"), server.path("back.qcow2"));
+    std::fs::write(&from, &image).unwrap();
+    let (from, back) = (from.to_str().unwrap(), back.to_str().unwrap());
+    client("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", from, &uris[0]]);
+    client("qemu-img", &["compare", "-f", "raw", "-F", "raw", from, &uris[0]]);
+    let map = client("qemu-img", &["map", "-f", "raw", "--output=json", &uris[0]]);
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let data = map.as_array().unwrap().iter().filter(|extent| extent["data"] == true);
+    let data: Vec<_> = data.map(|extent| [&extent["start"], &extent["length"]]).collect();
+    assert_eq!(data, [[1 << 20, 2 << 20], [40 << 20, 1 << 20]], "{map}");
+    client("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &uris[0], back]);
+    client("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", back, &uris[0]]);
+}
+
+#[test]
+fn qemu_img_bench_writes_and_reads() {
+    let server = Server::new(2);
+    let (_disk, uris) = server.serve(PAPER).unwrap();
+    let count = ["bench", "-f", "raw", "-c", "4000", "-d", "64", "-s", "4096"];
+    let write = ["-w", "--pattern=17", "--flush-interval=500", &uris[0]];
+    client("qemu-img", &[&count[..], &write].concat());
+    client("qemu-img", &[&count[..], &[&uris[0]]].concat());
+    assert!(read(&server.path("disk.img"))[..4000 * 4096].iter().all(|byte| *byte == 17));
+}
+
 /// Bytes that do not repeat; a seed of its own, so that a failure repeats.
 fn fastrand_fill(bytes: &mut [u8]) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -133,7 +133,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Drops a client that holds memory which others wait for, and moves nothing.
     fn watch_stall(&self, task: &mut Context<'_>) {
         let moved = self.receiver.borrow().moved() + self.sender.borrow().moved();
-        let waits = self.receiver.borrow().is_partial() || !self.sender.borrow().is_empty();
+        let waits = self.receiver.borrow().awaits_payload() || !self.sender.borrow().is_empty();
         let mut stalled = self.stalled.borrow_mut();
         if !waits {
             *stalled = None;

@@ -60,9 +60,9 @@ impl Receiver {
         self.moved
     }
 
-    /// True if a request has arrived in part.
-    pub(super) fn is_partial(&self) -> bool {
-        self.partial.is_some()
+    /// True if the client owes us bytes of a payload. False while we make it wait for memory.
+    pub(super) fn awaits_payload(&self) -> bool {
+        self.partial.as_ref().is_some_and(|partial| partial.piece.is_some())
     }
 
     /// The next request.
