@@ -64,9 +64,23 @@ const FRAGMENTS: &[Fragment] = &[
     disk("log_writes", "element X (type log_writes) (log {folder}/log) element S {sink} X -> S"),
 ];
 
+/// Types that need a server, on which time cannot be stopped, and the test that plays operations through
+/// them against the same model.
+const ELSEWHERE: &[(&str, &str)] = &[("nbd_client", "tests/tests/nbd_client.rs")];
+
+#[test]
+fn what_is_tested_elsewhere_is_tested_there() {
+    for (ty, file) in ELSEWHERE {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(ty) && text.contains("play_against_model"), "{file} does not test {ty}");
+    }
+}
+
 /// The fragments of all types in the table but exports, which have tests with real clients.
 fn fragments() -> impl Iterator<Item = &'static Fragment> {
-    let types = ALL.iter().filter(|ty| ty.family != Family::Export);
+    let elsewhere = |ty: &ElementType| ELSEWHERE.iter().any(|(name, _)| *name == ty.name);
+    let types = ALL.iter().filter(move |ty| ty.family != Family::Export && !elsewhere(ty));
     types.map(|ty| {
         let found = FRAGMENTS.iter().find(|fragment| fragment.ty == ty.name);
         found.unwrap_or_else(|| panic!("{} has no row in FRAGMENTS: how is it sent operations?", ty.name))

@@ -2,6 +2,7 @@
 //! Block Mason). Whatever it can do is passed through; the framework does the rest by other means.
 
 use crate::nbd::client::ClientTls;
+use crate::nbd::handshake::BlockSizes;
 use crate::nbd::link::{Client, Target};
 use crate::nbd::uri;
 use crate::nbd::wire::{MAX_PAYLOAD, TransmissionFlags};
@@ -76,6 +77,13 @@ pub const TYPE: ElementType = ElementType {
     build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(build.read(Params::from)?)?)),
 };
 
+/// The longest request to a server that does not say what it takes: what the specification has every
+/// server take.
+const MAX_UNKNOWN: u32 = 32 << 20;
+
+/// The largest preferred block that is believed; a power of two.
+const MAX_PREFERRED: u32 = 32 << 20;
+
 struct NbdClient {
     client: Arc<Client>,
     geometry: Geometry,
@@ -114,7 +122,8 @@ impl NbdClient {
 fn geometry(client: &Client, readonly: bool) -> Result<Geometry> {
     let offer = client.offer();
     let has = |flag| offer.flags.contains(flag);
-    let blocks = offer.blocks.unwrap_or_default();
+    let unknown = BlockSizes { maximum: MAX_UNKNOWN, ..BlockSizes::default() };
+    let blocks = offer.blocks.unwrap_or(unknown);
     let min = blocks.minimum;
     let max_len = blocks.maximum.min(MAX_PAYLOAD) / min * min;
     if offer.size > i64::MAX as u64 {
@@ -124,7 +133,7 @@ fn geometry(client: &Client, readonly: bool) -> Result<Geometry> {
         // What is left of the last block cannot be reached.
         size: offer.size / u64::from(min) * u64::from(min),
         min_block: min,
-        preferred_block: blocks.preferred,
+        preferred_block: blocks.preferred.min(MAX_PREFERRED),
         max_len,
         ops: Ops {
             discard: has(TransmissionFlags::SEND_TRIM),

@@ -46,7 +46,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
-use task::Link;
+use task::{Answered, Link};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -155,7 +155,7 @@ impl Client {
     pub fn new(target: Target) -> Result<Arc<Client>> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let first = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 let runtime = runtime.map_err(|error| Error::io(error, "cannot make a runtime"))?;
                 runtime.block_on(async {
@@ -165,6 +165,7 @@ impl Client {
                     Ok(server)
                 })
             });
+            let thread = thread.map_err(|error| Error::io(error, "cannot start a thread"))?;
             thread.join().unwrap_or_else(|_| Err(Error::internal("connecting panicked")))
         })?;
         Ok(Arc::new(Client {
@@ -224,55 +225,41 @@ impl Client {
     /// Ends every connection politely once what is in flight is answered.
     pub fn close(&self) {
         self.orders.send_modify(|orders| orders.close = true);
-        if let Some(mut server) = lock(&self.first).take() {
-            if !server.stream.is_tls() {
-                let (bytes, len) = encode(server.style, &goodbye());
-                server.stream.socket_mut().say(&bytes[..len]);
-            }
+        let first = lock(&self.first).take();
+        if let Some(mut server) = first.filter(|server| !server.stream.is_tls()) {
+            let (bytes, len) = encode(server.style, &goodbye());
+            server.stream.socket_mut().say(&bytes[..len]);
         }
     }
 
     /// Sends a request over this shard's connection, which is made when it is first needed. The request
     /// lies within the disk and keeps its block sizes. Called on a shard.
     pub fn submit(self: &Arc<Self>, shard: &Rc<Shard>, req: &Request) -> impl Future<Output = Reply> + use<> {
-        let has = |flag| self.offer.flags.contains(flag);
-        let mut flush = None;
-        let wanted = if req.op == Op::Flush && !has(TransmissionFlags::SEND_FLUSH) {
-            // Nothing to be flushed, then.
-            Ok(None)
-        } else {
-            wanted(req).map(Some)
-        };
         let link = Link::of(self, shard);
-        let mut first = None;
-        let refused = match wanted {
-            Ok(Some(mut wanted)) => {
-                if wanted.flags.contains(CommandFlags::FUA) && !has(TransmissionFlags::SEND_FUA) {
-                    wanted.flags = wanted.flags.without(CommandFlags::FUA);
-                    flush = has(TransmissionFlags::SEND_FLUSH).then(|| link.clone());
-                }
-                match link.submit(wanted) {
-                    Ok(answered) => {
-                        first = Some(answered);
-                        None
-                    }
-                    Err(error) => Some(error),
-                }
-            }
-            Ok(None) => None,
-            Err(error) => Some(error),
-        };
+        let begun = self.begin(&link, req);
         async move {
-            let answer = match (refused, first) {
-                (Some(error), _) => return Err(error),
-                (None, Some(answered)) => answered.await?,
-                (None, None) => Answer::Done,
-            };
-            if let Some(link) = flush {
+            let Some((answered, flush)) = begun? else { return Ok(Answer::Done) };
+            let answer = answered.await?;
+            if flush {
                 link.submit(Wanted::flush())?.await?;
             }
             Ok(answer)
         }
+    }
+
+    /// Queues a request; with it comes whether a flush must follow. None if there is nothing to do.
+    fn begin(&self, link: &Rc<Link>, req: &Request) -> Result<Option<(Answered, bool)>> {
+        let has = |flag| self.offer.flags.contains(flag);
+        if req.op == Op::Flush && !has(TransmissionFlags::SEND_FLUSH) {
+            return Ok(None);
+        }
+        let mut wanted = wanted(req)?;
+        let emulated = wanted.flags.contains(CommandFlags::FUA) && !has(TransmissionFlags::SEND_FUA);
+        if emulated {
+            wanted.flags = wanted.flags.without(CommandFlags::FUA);
+        }
+        let answered = link.submit(wanted)?;
+        Ok(Some((answered, emulated && has(TransmissionFlags::SEND_FLUSH))))
     }
 }
 

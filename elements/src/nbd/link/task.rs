@@ -45,6 +45,8 @@ pub(super) struct Link {
     patience: Cell<Duration>,
     /// Attempts to connect in this outage.
     attempts: Cell<u32>,
+    /// What went wrong last.
+    trouble: RefCell<String>,
     /// The task has ended.
     closed: Cell<bool>,
     orders: Cell<Orders>,
@@ -68,6 +70,7 @@ impl Link {
                 // The first connection of a link is no reconnection.
                 patience: Cell::new(client.target.reconnect.max(HANDSHAKE)),
                 attempts: Cell::new(0),
+                trouble: RefCell::default(),
                 closed: Cell::new(false),
                 orders: Cell::default(),
             });
@@ -96,15 +99,17 @@ impl Link {
     }
 
     fn wake(&self) {
-        if !self.woken.replace(true) {
-            if let Some(waker) = self.waker.borrow().as_ref() {
-                waker.wake_by_ref();
-            }
+        if self.woken.replace(true) {
+            return;
+        }
+        if let Some(waker) = self.waker.borrow().as_ref() {
+            waker.wake_by_ref();
         }
     }
 
     fn away(&self) -> Error {
-        Error::new(Kind::Unavailable, format!("{} is away", self.client.target.uri))
+        let trouble = self.trouble.borrow();
+        Error::new(Kind::Unavailable, format!("{} is away: {trouble}", self.client.target.uri))
     }
 
     /// Connects and serves, again and again, until the client is closed.
@@ -150,10 +155,10 @@ impl Link {
     /// A connection to the same disk as before. None once the client closes.
     async fn connect(&self, orders: &mut watch::Receiver<Orders>) -> Option<Conn> {
         let first = lock(&self.client.first).take();
-        if let Some(mut server) = first {
-            if server.stream.socket_mut().unpark().is_ok() {
-                return Some(Conn::new(server));
-            }
+        if let Some(mut server) = first
+            && server.stream.socket_mut().unpark().is_ok()
+        {
+            return Some(Conn::new(server));
         }
         loop {
             if self.orders.get().close {
@@ -164,6 +169,7 @@ impl Link {
                 Some(Ok(server)) => server,
                 Some(Err(error)) => {
                     tracing::debug!("an attempt to connect failed: {error}");
+                    *self.trouble.borrow_mut() = error.to_string();
                     continue;
                 }
             };
@@ -255,6 +261,7 @@ impl Link {
             }
         };
         self.outage.set(Some(since));
+        *self.trouble.borrow_mut() = why.to_owned();
         self.calls.borrow_mut().interrupt(since, &self.client.fence);
         self.fail(self.patience.get(), &self.away());
     }

@@ -73,13 +73,14 @@ struct Scripted {
 
 impl Scripted {
     fn new(script: impl FnMut(&Asked) -> Option<Vec<u8>> + Send + 'static) -> Scripted {
-        Scripted::of_sizes(script, |_| SIZE)
+        Scripted::with(script, |_| SIZE, TlsPolicy::Off)
     }
 
-    /// As `new`, with a size for each connection.
-    fn of_sizes(
+    /// As `new`, with a size for each connection, and perhaps TLS.
+    fn with(
         mut script: impl FnMut(&Asked) -> Option<Vec<u8>> + Send + 'static,
         size: impl Fn(usize) -> u64 + Send + 'static,
+        tls: TlsPolicy,
     ) -> Scripted {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
@@ -90,7 +91,7 @@ impl Scripted {
                 let listener = tokio::net::UnixListener::from_std(listener).unwrap();
                 for connection in 0.. {
                     let (stream, _) = listener.accept().await.unwrap();
-                    let _ = serve(stream, connection, size(connection), &mut script).await;
+                    let _ = serve(stream, connection, size(connection), &tls, &mut script).await;
                 }
             });
         });
@@ -98,9 +99,13 @@ impl Scripted {
     }
 
     fn client(&self, reconnect: Duration, timeout: Option<Duration>) -> Arc<Client> {
+        self.client_with(ClientTls::Off, reconnect, timeout)
+    }
+
+    fn client_with(&self, tls: ClientTls, reconnect: Duration, timeout: Option<Duration>) -> Arc<Client> {
         let socket = self.folder.path().join("s");
         let uri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
-        Client::new(Target { uri, tls: ClientTls::Off, reconnect, timeout }).unwrap()
+        Client::new(Target { uri, tls, reconnect, timeout }).unwrap()
     }
 }
 
@@ -108,12 +113,13 @@ async fn serve(
     stream: tokio::net::UnixStream,
     connection: usize,
     size: u64,
+    tls: &TlsPolicy,
     script: &mut impl FnMut(&Asked) -> Option<Vec<u8>>,
 ) -> Option<()> {
     let flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH;
     let contexts = vec![ALLOCATION.to_owned()];
     let shelf = Shelf(ExportInfo { size, flags, contexts, ..ExportInfo::default() });
-    let mut server = negotiate(stream, &shelf, &TlsPolicy::Off).await.ok()??;
+    let mut server = negotiate(stream, &shelf, tls).await.ok()??;
     for number in 0.. {
         let header = if server.is_extended() {
             let mut bytes = [0; 32];
@@ -327,7 +333,8 @@ fn a_server_that_says_nothing_is_given_up() {
 fn another_disk_is_refused_until_somebody_has_looked() {
     on_shard(async |shard| {
         let hangs_up = |asked: &Asked| if asked.connection == 0 { None } else { Some(asked.honest()) };
-        let server = Scripted::of_sizes(hangs_up, |connection| if connection == 1 { 2 * SIZE } else { SIZE });
+        let size = |connection| if connection == 1 { 2 * SIZE } else { SIZE };
+        let server = Scripted::with(hangs_up, size, TlsPolicy::Off);
         let client = server.client(Duration::from_secs(30), None);
         for _ in 0..2 {
             let error = ask(&client, &shard, Request::flush()).await.unwrap_err();
@@ -397,6 +404,62 @@ fn later_changes_wait_for_replayed_ones() {
         rest.sort_unstable();
         assert_eq!(rest, [2, 5]);
         client.close();
+    });
+}
+
+#[cfg(feature = "tls")]
+#[test]
+fn a_connection_under_tls_moves_to_its_shard_and_comes_back() {
+    use crate::nbd::tls::{ClientCertificates, client_identity, server_config};
+    on_shard(async |shard| {
+        let folder = crate::nbd::tls_tests::certificates();
+        let policy = TlsPolicy::Required(server_config(folder.path(), ClientCertificates::None).unwrap());
+        let breaks = |asked: &Asked| {
+            if asked.connection == 0 && asked.number == 1 { None } else { Some(asked.honest()) }
+        };
+        let server = Scripted::with(breaks, |_| SIZE, policy);
+        let tls = ClientTls::Required(client_identity(folder.path(), "localhost").unwrap());
+        let client = server.client_with(tls, Duration::from_secs(30), None);
+        for reconnects in [0, 1] {
+            let data = ask(&client, &shard, Request::read(0, 100_000)).await.unwrap().into_data().unwrap();
+            assert!(data.len() == 100_000 && data.is_zero());
+            assert_eq!(client.reconnects(), reconnects);
+        }
+        client.close();
+    });
+}
+
+#[test]
+fn a_closed_client_says_goodbye_and_leaves_nothing_behind() {
+    on_shard(async |shard| {
+        for used in [true, false] {
+            let (said, heard) = std::sync::mpsc::channel();
+            let server = Scripted::new(move |asked| {
+                said.send(asked.header.command).unwrap();
+                (asked.header.command != Command::DISC).then(|| asked.honest())
+            });
+            let client = server.client(Duration::from_secs(30), None);
+            let mut unanswered = None;
+            if used {
+                ask(&client, &shard, Request::flush()).await.unwrap();
+                assert_eq!(heard.recv().unwrap(), Command::FLUSH);
+                unanswered = Some(client.submit(&shard, &Request::flush()));
+            }
+            let weak = Arc::downgrade(&client);
+            client.close();
+            drop(client);
+            if let Some(unanswered) = unanswered {
+                unanswered.await.expect("what is in flight is answered first");
+                assert_eq!(heard.recv().unwrap(), Command::FLUSH);
+            }
+            let gone = async {
+                while weak.upgrade().is_some() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            rt::timeout(SOON, gone).await.expect("the task ends and the shard forgets");
+            assert_eq!(heard.recv().unwrap(), Command::DISC);
+        }
     });
 }
 
