@@ -240,3 +240,30 @@ impl Drop for NbdClient {
         self.client.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use blockmason::Kind;
+    use blockmason::testing::{TestDisk, run};
+
+    /// With a real server below, the model is played in the workspace's own tests of real servers.
+    #[test]
+    fn what_cannot_be_reached_is_one_sentence() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("none.sock");
+        let unix = format!("nbd+unix:///?socket={}", socket.display());
+        for (uri, kind, says) in [
+            (unix.as_str(), Kind::Unavailable, "none.sock"),
+            ("http://localhost/", Kind::Invalid, "scheme"),
+            ("nbds://localhost/", Kind::Invalid, "tls_certificates"),
+        ] {
+            run(1, async |host| {
+                let graph = format!("element R (type nbd_client) (uri {uri})");
+                let error = TestDisk::new(&host, crate::ALL, &graph, "R").await.err().unwrap();
+                assert_eq!(error.kind(), kind, "{error}");
+                let text = error.to_string();
+                assert!(text.starts_with("R (test.mason:1:9): ") && text.contains(says), "{text}");
+            });
+        }
+    }
+}
