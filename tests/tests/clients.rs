@@ -79,7 +79,13 @@ fn fio_verifies_what_it_wrote_over_four_connections() {
     let uri = format!("--uri={}", uris[0]);
     let name = ["--name=verify", "--ioengine=nbd", &uri, "--rw=randrw", "--verify=crc32c", "--do_verify=1"];
     let shape = ["--bsrange=512-64k", "--iodepth=16", "--fsync=64", "--numjobs=4", "--thread"];
-    let space = ["--size=16M", "--offset_increment=16M", "--verify_fatal=1", "--verify_state_save=0", "--output-format=json"];
+    let space = [
+        "--size=16M",
+        "--offset_increment=16M",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--output-format=json",
+    ];
     let said = client("fio", &[&name[..], &shape, &space].concat());
     let json: serde_json::Value = serde_json::from_str(&said[said.find('{').unwrap()..]).unwrap();
     let jobs = json["jobs"].as_array().unwrap();
