@@ -177,7 +177,9 @@ async fn serve_while(policy: TlsPolicy, program: impl FnOnce(u16) -> Program) ->
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut program = program(listener.local_addr().unwrap().port());
     let child = program.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut waiting = std::pin::pin!(tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()));
+    #[allow(clippy::disallowed_methods, reason = "a test waits for another process, which no ring can do")]
+    let waiting = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
+    let mut waiting = std::pin::pin!(waiting);
     let shelf = Shelf::default();
     loop {
         let stream = tokio::select! {
