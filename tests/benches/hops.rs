@@ -145,7 +145,9 @@ fn hops(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(1)).sample_size(20);
         for length in [0, 1, 4, 8] {
             group.bench_function(BenchmarkId::from_parameter(length), |bench| {
-                bench.iter_custom(|requests| run(1, async |host| flood(&host, hop, sink, length, requests).await));
+                bench.iter_custom(|requests| {
+                    run(1, async |host| flood(&host, hop, sink, length, requests).await)
+                });
             });
         }
         group.finish();

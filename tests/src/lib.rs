@@ -1,6 +1,8 @@
 //! What the cross-crate tests share: disks served in this process, and real clients.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
+pub mod fuzz;
+
 use blockmason::graph::build::Builder;
 use blockmason::lang::{Defines, check, parse_str};
 use blockmason::sched::HostConfig;
