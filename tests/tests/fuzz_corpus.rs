@@ -12,7 +12,7 @@ const MUTATIONS: u64 = 5000;
 
 /// The most files and bytes of one corpus, which every clone of the repository carries.
 const MOST_FILES: usize = 150;
-const MOST_BYTES: usize = 60 << 10;
+const MOST_BYTES: usize = 100 << 10;
 
 /// Numbers that lengths and offsets go wrong at.
 const NUMBERS: [u64; 12] =
