@@ -1,6 +1,7 @@
 //! What the cross-crate tests share: disks served in this process, and real clients.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
+pub mod fuzz;
 pub mod mason;
 pub mod mounts;
 pub mod raw;

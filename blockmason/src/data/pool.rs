@@ -15,8 +15,22 @@ const CLASSES: [usize; 5] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
 /// What one thread keeps of one class, in bytes: enough for a deep queue, little beside the budget.
 const KEEP_BYTES: usize = 4 << 20;
 
+/// What one thread keeps, by class. A thread that ends gives it back.
+struct Free([Vec<NonNull<u8>>; CLASSES.len()]);
+
 thread_local! {
-    static FREE: RefCell<[Vec<NonNull<u8>>; CLASSES.len()]> = const { RefCell::new([const { Vec::new() }; CLASSES.len()]) };
+    static FREE: RefCell<Free> = const { RefCell::new(Free([const { Vec::new() }; CLASSES.len()])) };
+}
+
+impl Drop for Free {
+    fn drop(&mut self) {
+        for (class, list) in CLASSES.iter().zip(&mut self.0) {
+            for ptr in list.drain(..) {
+                // SAFETY: allocated in `Block::new` with the layout of its class, and ours alone.
+                unsafe { dealloc(ptr.as_ptr(), layout(*class)) }
+            }
+        }
+    }
 }
 
 /// Page-aligned memory. All its bytes are initialised, though stale after the first use.
@@ -38,7 +52,7 @@ impl Block {
     fn new(len: usize) -> Block {
         let class = CLASSES.iter().position(|size| len <= *size);
         let cap = class.map_or(len.next_multiple_of(ALIGN), |class| CLASSES[class]);
-        let kept = class.and_then(|class| FREE.with_borrow_mut(|free| free[class].pop()));
+        let kept = class.and_then(|class| FREE.with_borrow_mut(|free| free.0[class].pop()));
         let ptr = kept.unwrap_or_else(|| {
             // SAFETY: cap is not zero: the smallest class is 4 KiB.
             let ptr = unsafe { alloc_zeroed(layout(cap)) };
@@ -64,7 +78,7 @@ impl Drop for Block {
         let kept = class.is_some_and(|class| {
             // At the end of a thread its list may be gone already.
             FREE.try_with(|free| {
-                let list = &mut free.borrow_mut()[class];
+                let list = &mut free.borrow_mut().0[class];
                 let room = list.len() * self.cap < KEEP_BYTES;
                 if room {
                     list.push(self.ptr);
@@ -137,7 +151,25 @@ mod tests {
     fn what_a_thread_keeps_is_bounded() {
         let many: Vec<_> = (0..20).map(|_| PoolBuf::new(1 << 20)).collect();
         drop(many);
-        FREE.with_borrow(|free| assert_eq!(free[4].len(), KEEP_BYTES >> 20));
+        FREE.with_borrow(|free| assert_eq!(free.0[4].len(), KEEP_BYTES >> 20));
+    }
+
+    /// Bytes of memory that this process has in use.
+    fn resident() -> usize {
+        let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+        status.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    }
+
+    #[test]
+    fn a_thread_that_ends_keeps_nothing() {
+        let before = resident();
+        for _ in 0..128 {
+            let fill = || drop([0; 4].map(|_| PoolBuf::zeroed(1 << 20)));
+            std::thread::spawn(fill).join().unwrap();
+        }
+        // They would have kept 512 MiB. Other tests of this process use memory meanwhile, but less.
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 256 << 20, "{grown} bytes");
     }
 
     #[test]

@@ -4,12 +4,14 @@ use blockmason::data::ALIGN;
 use blockmason::describe::{
     Access as HandlerAccess, Build, ElementType, Family, Handler, Handover, Ports, Survives,
 };
-use blockmason::io::{Access, FileIo, FileOptions, Registry};
+use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
 use blockmason::lang::value::{FilePath, Size};
-use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Ops, Prepared, Request, Result};
+use blockmason::{
+    Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Open, Ops, Prepared, Request, Result,
+};
 use rustix::fs::{FileType, OFlags};
 use std::path::Path;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 blockmason::params! {
     /// A file or a block device.
@@ -52,56 +54,79 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Disk\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::open(&build.read(Params::from)?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::new(build.read(Params::from)?)?)),
 };
 
 /// Every image of this process, so that successive graphs share lock and description.
 static IMAGES: LazyLock<Registry> = LazyLock::new(Registry::default);
 
 struct FileDisk {
-    io: FileIo,
+    params: Params,
     geometry: Geometry,
+    /// Set once the image is open: by `build` if it exists, else by `open`, which creates it.
+    io: OnceLock<FileIo>,
 }
 
 impl FileDisk {
-    fn open(params: &Params) -> Result<FileDisk> {
+    fn new(params: Params) -> Result<FileDisk> {
         let path = &params.path.0;
-        if let (Some(size), false) = (params.size, params.readonly) {
-            create(path, size.0)?;
-        }
-        let image = IMAGES.open(path, Access { write: !params.readonly, direct: params.direct })?;
-        let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
-        let stat = rustix::fs::fstat(image.file()).map_err(|e| refused(e, "it cannot be looked at"))?;
-        let (size, device) = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => (stat.st_size as u64, false),
-            FileType::BlockDevice => {
-                let end = rustix::fs::seek(image.file(), rustix::fs::SeekFrom::End(0));
-                (end.map_err(|e| refused(e, "its size cannot be found out"))?, true)
+        let io = OnceLock::new();
+        let geometry = match params.size {
+            // A graph that is built and thrown away leaves nothing behind; so not yet.
+            Some(size) if !params.readonly && !path.exists() => {
+                if !path.parent().is_none_or(Path::is_dir) {
+                    return Err(Error::new(Kind::Unavailable, "its folder does not exist").with_path(path));
+                }
+                geometry(&params, size.0, None)?
             }
-            _ => return Err(Error::invalid("it is neither a file nor a block device").with_path(path)),
+            _ => {
+                let (image, geometry, options) = open_image(&params)?;
+                let _ = io.set(FileIo::new(image, options));
+                geometry
+            }
         };
-        if params.direct && size % ALIGN as u64 != 0 {
-            let message = format!("its size, {size}, is no multiple of {ALIGN}, as (direct yes) needs");
-            return Err(Error::invalid(message).with_path(path));
-        }
-        let ops = Ops {
-            discard: true,
-            write_zeroes: true,
-            fast_zero: true,
-            cache: !params.direct,
-            extents: !device,
-        };
-        let geometry = Geometry {
-            min_block: if params.direct { ALIGN as u32 } else { 1 },
-            preferred_block: 4096.max(stat.st_blksize as u32).next_power_of_two().min(1 << 16),
-            ops,
-            needs_flush: true,
-            read_only: params.readonly,
-            ..Geometry::new(size)
-        };
-        let options = FileOptions { size, direct: params.direct, device };
-        Ok(FileDisk { io: FileIo::new(image, options), geometry })
+        Ok(FileDisk { params, geometry, io })
     }
+
+    fn io(&self) -> Result<&FileIo> {
+        self.io.get().ok_or_else(|| Error::internal("a request came before the file was opened"))
+    }
+}
+
+fn open_image(params: &Params) -> Result<(Arc<Image>, Geometry, FileOptions)> {
+    let path = &params.path.0;
+    let image = IMAGES.open(path, Access { write: !params.readonly, direct: params.direct })?;
+    let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
+    let stat = rustix::fs::fstat(image.file()).map_err(|e| refused(e, "it cannot be looked at"))?;
+    let (size, device) = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => (stat.st_size as u64, false),
+        FileType::BlockDevice => {
+            let end = rustix::fs::seek(image.file(), rustix::fs::SeekFrom::End(0));
+            (end.map_err(|e| refused(e, "its size cannot be found out"))?, true)
+        }
+        _ => return Err(Error::invalid("it is neither a file nor a block device").with_path(path)),
+    };
+    let geometry = geometry(params, size, Some((stat.st_blksize as u32, device)))?;
+    Ok((image, geometry, FileOptions { size, direct: params.direct, device }))
+}
+
+/// What the disk looks like; of a file that does not exist yet, what it will look like.
+fn geometry(params: &Params, size: u64, found: Option<(u32, bool)>) -> Result<Geometry> {
+    if params.direct && !size.is_multiple_of(ALIGN as u64) {
+        let message = format!("its size, {size}, is no multiple of {ALIGN}, as (direct yes) needs");
+        return Err(Error::invalid(message).with_path(&params.path.0));
+    }
+    let (block, device) = found.unwrap_or((4096, false));
+    let ops =
+        Ops { discard: true, write_zeroes: true, fast_zero: true, cache: !params.direct, extents: !device };
+    Ok(Geometry {
+        min_block: if params.direct { ALIGN as u32 } else { 1 },
+        preferred_block: block.max(4096).next_power_of_two().min(1 << 16),
+        ops,
+        needs_flush: true,
+        read_only: params.readonly,
+        ..Geometry::new(size)
+    })
 }
 
 /// Makes a sparse file unless there is something already. Complete when it appears under its name.
@@ -128,18 +153,35 @@ impl Element for FileDisk {
         Ok(Prepared::of(self.geometry))
     }
 
+    fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
+        if let (None, Some(size)) = (self.io.get(), self.params.size) {
+            create(&self.params.path.0, size.0)?;
+            let (image, geometry, options) = open_image(&self.params)?;
+            if geometry.size != self.geometry.size {
+                let path = &self.params.path.0;
+                return Err(Error::new(Kind::Busy, "it has been made by somebody else").with_path(path));
+            }
+            let _ = self.io.set(FileIo::new(image, options));
+        }
+        Ok(None)
+    }
+
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        let io = match self.io() {
+            Ok(io) => io,
+            Err(error) => return cx.fail(&req, error),
+        };
         match req.op {
             op if op.changes_data() && self.geometry.read_only => {
                 cx.fail(&req, Error::new(Kind::Denied, "the disk is read-only"))
             }
-            Op::Read => self.io.read(req, cx),
-            Op::Write => self.io.write(req, cx),
-            Op::Flush => cx.later(&req, self.io.sync(cx)),
-            Op::Discard => self.io.discard(req, cx),
-            Op::WriteZeroes => self.io.write_zeroes(req, cx),
-            Op::Cache => self.io.cache(req),
-            Op::Extents => self.io.extents(req, cx),
+            Op::Read => io.read(req, cx),
+            Op::Write => io.write(req, cx),
+            Op::Flush => cx.later(&req, io.sync(cx)),
+            Op::Discard => io.discard(req, cx),
+            Op::WriteZeroes => io.write_zeroes(req, cx),
+            Op::Cache => io.cache(req),
+            Op::Extents => io.extents(req, cx),
             Op::Control => cx.fail(&req, Error::unsupported("there is nothing to control here")),
         }
     }
@@ -147,7 +189,7 @@ impl Element for FileDisk {
     fn call(&self, handler: &str, _argument: &str) -> Result<String> {
         match handler {
             "reset" => {
-                self.io.image().reset();
+                self.io()?.image().reset();
                 Ok("flushes may succeed again".to_owned())
             }
             _ => Err(Error::no_handler(handler)),
@@ -200,6 +242,21 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains("D (") && text.contains("test.mason:1:9"), "{text}");
             assert!(text.ends_with("disk.img: there is no such file"), "{text}");
+        });
+    }
+
+    #[test]
+    fn a_graph_that_is_only_built_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        run(1, async |host| {
+            let text = disk_in(&folder, "(size 1M)");
+            drop(blockmason::testing::graph(&host, crate::ALL, &text, "D").unwrap());
+            assert!(!folder.path().join("disk.img").exists());
+            TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
+            assert_eq!(std::fs::metadata(folder.path().join("disk.img")).unwrap().len(), 1 << 20);
+            let nowhere = text.replace("disk.img", "none/disk.img");
+            let error = blockmason::testing::graph(&host, crate::ALL, &nowhere, "D").err().unwrap();
+            assert!(error.to_string().ends_with("its folder does not exist"), "{error}");
         });
     }
 
