@@ -45,7 +45,7 @@ impl Files for Parts<'_> {
     }
 }
 
-/// A graph file, and after each [`SEPARATOR`] a file that it may include as `1.mason` and so on.
+/// A graph file, and after each separator (the byte 0x1e) a file that it may include as `1.mason` and so on.
 ///
 /// A valid graph prints as a graph that prints the same; whatever is said of an invalid one can be
 /// shown.

@@ -12,6 +12,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// The buffer that requests are parsed out of, in bytes: a deep queue of small writes in one read.
 const BUFFER: usize = 256 << 10;
 
+/// A payload of this size is long, in bytes: the client's next is expected to be too, so that only its
+/// header is read into the buffer and the payload straight into memory of its own.
+const LONG: u64 = 64 << 10;
+
+/// What is read into the buffer where a long payload is expected, in bytes.
+const PEEK: usize = 4 << 10;
+
 /// A payload is received in pieces of this size at the most: memory follows what arrives.
 const PIECE: u64 = 1 << 20;
 
@@ -38,6 +45,8 @@ pub(super) struct Receiver {
     start: usize,
     end: usize,
     partial: Option<Partial>,
+    /// The last payload was long.
+    long: bool,
     moved: u64,
 }
 
@@ -90,6 +99,7 @@ impl Receiver {
                 return Poll::Ready(Received::Goodbye);
             }
             let payload = header.payload_len(rules.extended);
+            self.long = payload >= LONG;
             let refused = header.check(rules).err();
             if payload > DRAIN {
                 return Poll::Ready(Received::Broken(format!("a payload of {payload} bytes")));
@@ -140,7 +150,8 @@ impl Receiver {
             (self.start, self.end) = (0, end - start);
         }
         let buffer = self.buffer.get_or_insert_with(|| PoolBuf::new(BUFFER));
-        let mut target = ReadBuf::new(&mut buffer[self.end..]);
+        let room = if self.long { PEEK } else { BUFFER };
+        let mut target = ReadBuf::new(&mut buffer[self.end..room]);
         match socket.poll_read(task, &mut target) {
             Poll::Pending => {
                 if self.end == 0 {
