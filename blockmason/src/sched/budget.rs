@@ -1,5 +1,6 @@
 //! A bound on the bytes of requests in flight.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -15,7 +16,37 @@ pub struct Budget {
 struct State {
     used: u64,
     overdrawn: bool,
-    waiters: Vec<Waker>,
+    next: u64,
+    /// Whoever waits, in the order of arrival: what comes free is theirs before a newcomer's.
+    waiters: VecDeque<(u64, Waker)>,
+}
+
+impl State {
+    /// Takes a place in the queue, or keeps it.
+    fn wait(&mut self, permit: &mut Permit, waker: &Waker) {
+        let ticket = *permit.ticket.get_or_insert_with(|| {
+            self.next += 1;
+            self.next
+        });
+        match self.waiters.iter_mut().find(|(other, _)| *other == ticket) {
+            Some((_, known)) => known.clone_from(waker),
+            None => self.waiters.push_back((ticket, waker.clone())),
+        }
+    }
+
+    /// Gives the place in the queue up; there may be room for the next one.
+    fn leave(&mut self, permit: &mut Permit) {
+        if let Some(ticket) = permit.ticket.take() {
+            self.waiters.retain(|(other, _)| *other != ticket);
+            self.wake_first();
+        }
+    }
+
+    fn wake_first(&self) {
+        if let Some((_, waker)) = self.waiters.front() {
+            waker.wake_by_ref();
+        }
+    }
 }
 
 impl Budget {
@@ -43,10 +74,13 @@ impl Budget {
     /// they are added to, already holds some.
     pub fn poll_grow(self: &Arc<Self>, permit: &mut Permit, bytes: u64, task: &mut Context<'_>) -> Poll<()> {
         let mut state = self.state();
-        let fits = state.used + bytes <= self.limit || state.used == 0;
+        let first = state.waiters.front().is_none_or(|(ticket, _)| Some(*ticket) == permit.ticket);
+        let fits = first && (state.used + bytes <= self.limit || state.used == 0);
         if !fits && !permit.overdraws {
             if permit.bytes == 0 || state.overdrawn {
-                state.waiters.push(task.waker().clone());
+                state.wait(permit, task.waker());
+                drop(state);
+                permit.budget.get_or_insert_with(|| self.clone());
                 return Poll::Pending;
             }
             state.overdrawn = true;
@@ -54,6 +88,7 @@ impl Budget {
         }
         state.used += bytes;
         permit.bytes += bytes;
+        state.leave(permit);
         drop(state);
         permit.budget.get_or_insert_with(|| self.clone());
         Poll::Ready(())
@@ -73,6 +108,8 @@ pub struct Permit {
     budget: Option<Arc<Budget>>,
     bytes: u64,
     overdraws: bool,
+    /// The place in the queue, while it waits.
+    ticket: Option<u64>,
 }
 
 impl Permit {
@@ -90,9 +127,8 @@ impl Drop for Permit {
         if self.overdraws {
             state.overdrawn = false;
         }
-        let waiters = std::mem::take(&mut state.waiters);
-        drop(state);
-        waiters.into_iter().for_each(Waker::wake);
+        state.leave(self);
+        state.wake_first();
     }
 }
 
@@ -131,6 +167,23 @@ mod tests {
         assert!(!grow(&budget, &mut c, 1));
         drop(b);
         assert!(grow(&budget, &mut c, 1));
+    }
+
+    #[test]
+    fn what_comes_free_goes_to_whoever_came_first() {
+        let budget = Budget::new(100);
+        let (mut a, mut b, mut c) = (Permit::default(), Permit::default(), Permit::default());
+        assert!(grow(&budget, &mut a, 90));
+        assert!(!grow(&budget, &mut b, 60));
+        assert!(!grow(&budget, &mut c, 5), "there is room, but b came first");
+        drop(a);
+        assert!(!grow(&budget, &mut c, 5));
+        assert!(grow(&budget, &mut b, 60));
+        assert!(grow(&budget, &mut c, 5));
+        let mut d = Permit::default();
+        assert!(!grow(&budget, &mut d, 90));
+        drop(d);
+        assert!(!budget.is_contended(), "whoever gives up leaves the queue");
     }
 
     #[test]

@@ -214,30 +214,4 @@ mod tests {
             disk.op(Op::Flush, 0, 0).await.unwrap();
         });
     }
-
-    /// Prints what a line costs: `cargo test --release -- --ignored --nocapture cost_of_a_line`.
-    #[test]
-    #[ignore = "a measurement"]
-    fn cost_of_a_line() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("request.log");
-        let log = DebugLog::open(&Params { logfile: Some(FilePath(path)) }).unwrap();
-        let asked = Asked {
-            id: 1,
-            origin: Origin::Guest,
-            op: Op::Read,
-            offset: 1 << 30,
-            len: 4096,
-            flags: Flags::NONE,
-        };
-        let since = rt::now();
-        for _ in 0..100_000 {
-            log.write(&asked.line(
-                rt::wall_clock(),
-                Duration::from_micros(10),
-                &Ok(blockmason::Answer::Done),
-            ));
-        }
-        println!("{:?} a line", since.elapsed() / 100_000);
-    }
 }
