@@ -138,3 +138,32 @@ fn fastrand_fill(bytes: &mut [u8]) {
         chunk.copy_from_slice(&state.to_le_bytes()[..chunk.len()]);
     }
 }
+
+#[test]
+fn a_reply_that_is_being_sent_is_sent_to_its_end_when_the_disk_stops() {
+    let server = Server::new(1);
+    let graph = "element Guest (type nbd) (listen unix:guest.sock) element Disk (type null) Guest -> Disk";
+    let (disk, _) = server.serve(graph).unwrap();
+    let mut client = blockmason_tests::raw::Raw::ready(&server.path("guest.sock"));
+    client.request(0, 0, 32 << 20);
+    // The header is here, so the rest is on its way, and far too long for the socket's buffer.
+    assert_eq!(client.reply(), 0);
+    let reader = std::thread::spawn(move || client.bytes(32 << 20).len());
+    server.wait(disk.stop()).unwrap();
+    assert_eq!(reader.join().unwrap(), 32 << 20);
+}
+
+#[test]
+fn a_folder_with_a_space_in_its_name() {
+    let server = Server::new(1);
+    let folder = server.path("two words");
+    std::fs::create_dir(&folder).unwrap();
+    let spec = blockmason::lang::parse_str(
+        "spaced.mason",
+        "element Guest (type nbd) (listen unix:s) element Disk (type mem) (size 1M) Guest -> Disk",
+        &folder,
+        &Default::default(),
+    );
+    let spec = spec.unwrap();
+    blockmason::lang::check(&spec, blockmason_elements::ALL).unwrap_or_else(|errors| panic!("{errors}"));
+}

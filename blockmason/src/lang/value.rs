@@ -343,7 +343,8 @@ impl FromStr for Uri {
                 && scheme.bytes().all(scheme_char)
                 && !rest.is_empty()
         });
-        if valid && !text.contains(|c: char| c.is_control() || c.is_whitespace()) {
+        // A space may come from the folder that a relative path starts in.
+        if valid && !text.contains(char::is_control) {
             return Ok(Uri(text.to_owned()));
         }
         Err(format!(

@@ -20,6 +20,8 @@ pub struct Disk {
     host: Arc<Host>,
     graph: Mutex<Arc<Graph>>,
     budget: Arc<Budget>,
+    /// Held by whoever serves a client, until the last reply has been sent.
+    attending: Arc<()>,
 }
 
 impl Disk {
@@ -31,6 +33,7 @@ impl Disk {
             host: host.clone(),
             graph: Mutex::new(graph.clone()),
             budget: Budget::new(BUDGET_BYTES),
+            attending: Arc::default(),
         });
         let id = disk.id;
         host.on_every(move |shard| {
@@ -49,6 +52,11 @@ impl Disk {
     /// The process that serves it.
     pub fn host(&self) -> &Arc<Host> {
         &self.host
+    }
+
+    /// To be held while a client is served: the disk does not stop before its replies have been sent.
+    pub fn attend(&self) -> Arc<()> {
+        self.attending.clone()
     }
 
     /// The bytes in flight.
@@ -150,6 +158,10 @@ impl Disk {
         sources.iter().for_each(|instance| instance.element.close());
         self.close().await?;
         Disk::drained(&graph, 1 + 1).await;
+        // Replies are still being sent, for as long as their clients' patience lasts.
+        while Arc::strong_count(&self.attending) > 1 {
+            crate::rt::sleep(std::time::Duration::from_millis(1)).await;
+        }
         let mut flushed = Ok(());
         for node in (0..graph.nodes.len()).filter(|node| !graph.nodes[*node].instance.ty.ports.input) {
             if graph.nodes[node].edge_count > 0 {

@@ -3,6 +3,7 @@
 use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, StdioEnd, Terms};
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
+use crate::nbd::wire::MAX_STRING;
 use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
 use blockmason::lang::value::{FilePath, Uri};
 use blockmason::{Cx, Element, Error, Flow, Host, Open, Request, Result};
@@ -132,6 +133,9 @@ pub fn use_stdio(host: &Host) -> Arc<StdioEnd> {
 
 impl Nbd {
     fn new(params: Params) -> Result<Nbd> {
+        if params.name.len() > MAX_STRING || params.description.len() > MAX_STRING {
+            return Err(Error::invalid(format!("name and description have at most {MAX_STRING} bytes")));
+        }
         let address = params.listen.as_ref().map(address_of).transpose()?;
         let rights = SocketRights {
             mode: params.mode.map(|mode| mode.0),

@@ -3,7 +3,7 @@
 use super::serve::{Connection, flags_of};
 use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy, negotiate};
 use blockmason::sched::{Disk, Host, serve};
-use blockmason::{Error, Kind, Result};
+use blockmason::{Errno, Error, Kind, Result};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -289,12 +289,13 @@ fn open_unix(path: &Path, rights: &SocketRights) -> Result<std::os::unix::net::U
         Ok(meta) if !meta.file_type().is_socket() => {
             return Err(Error::new(Kind::Busy, "it exists and is no socket").with_path(path));
         }
-        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => {
+        Ok(_) => match probe(path) {
+            // A full backlog is one that somebody has opened.
+            Ok(()) | Err(Errno::AGAIN) => {
                 return Err(Error::new(Kind::Busy, "another process serves this socket").with_path(path));
             }
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-                return Err(refused(error, "it is a socket that belongs to somebody else"));
+            Err(Errno::ACCESS | Errno::PERM) => {
+                return Err(refused(Errno::ACCESS.into(), "it is a socket that belongs to somebody else"));
             }
             // A dead process has left it behind.
             Err(_) => tracing::info!("replacing the stale socket {}", path.display()),
@@ -317,6 +318,14 @@ fn open_unix(path: &Path, rights: &SocketRights) -> Result<std::os::unix::net::U
         let _ = std::fs::remove_file(&hidden);
     }
     made
+}
+
+/// Whether somebody listens on a socket, without waiting for them.
+fn probe(path: &Path) -> Result<(), Errno> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)
 }
 
 fn grant(path: &Path, rights: &SocketRights) -> std::io::Result<()> {
@@ -413,6 +422,7 @@ async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &A
     };
     let entry = negotiated.export.handle.clone();
     tracing::info!(export = entry.name, "an NBD client has come");
+    let _attending = entry.disk.attend();
     let connection = Connection::new(negotiated, entry.disk.budget().clone());
     match serve(&entry.disk, &entry.source, &connection).await {
         Ok(served) => tracing::info!(export = entry.name, "an NBD client has gone: {served:?}"),

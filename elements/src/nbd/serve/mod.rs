@@ -26,8 +26,11 @@ const CONNECTION_BYTES: u64 = 128 << 20;
 /// Requests in flight on one connection.
 const CONNECTION_REQUESTS: usize = 4096;
 
-/// A client that moves no byte for so long, while others wait for the memory that it holds, is dropped.
+/// A client that moves less than [`PROGRESS`] for so long, while others wait for the memory that it holds, is dropped.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What counts as moving, in bytes: one a second would hold the memory for ever.
+const PROGRESS: u64 = 64 << 10;
 
 /// The length of the shortest run of zeros that is sent as a hole, in bytes.
 const HOLE: usize = 512;
@@ -140,7 +143,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return;
         }
         let state = stalled.get_or_insert_with(|| Stalled { moved, timer: Timer::new(PATIENCE) });
-        if state.moved != moved {
+        if moved - state.moved >= PROGRESS {
             state.moved = moved;
             state.timer.reset(PATIENCE);
         }
