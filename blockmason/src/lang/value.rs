@@ -343,8 +343,9 @@ impl FromStr for Uri {
                 && scheme.bytes().all(scheme_char)
                 && !rest.is_empty()
         });
-        // A space may come from the folder that a relative path starts in.
-        if valid && !text.contains(char::is_control) {
+        // The folder that a relative path starts in may have a space in its name.
+        let spaces = text.starts_with("unix:") || !text.contains(char::is_whitespace);
+        if valid && spaces && !text.contains(char::is_control) {
             return Ok(Uri(text.to_owned()));
         }
         Err(format!(
@@ -618,6 +619,7 @@ mod tests {
                 .iter()
                 .all(|t| t.parse::<Uri>().is_err())
         );
+        assert_eq!("unix:/a b/s".parse::<Uri>().unwrap().rest(), "/a b/s");
         assert_eq!(resolve_unix("unix:vm.sock", "/srv".as_ref()), "unix:/srv/vm.sock");
         assert_eq!(resolve_unix("unix:/vm.sock", "/srv".as_ref()), "unix:/vm.sock");
         assert_eq!(resolve_unix("tcp:host", "/srv".as_ref()), "tcp:host");
