@@ -281,10 +281,12 @@ impl FileIo {
     /// Makes everything that was written and answered durable. A failure latches until
     /// [`Image::reset`]: the kernel reports it once and then calls the lost pages clean.
     pub async fn sync(&self, cx: Cx<'_>) -> Reply {
+        let _alone = self.image.syncing.lock().await;
         if self.image.has_failed() {
             let message = "an earlier flush failed and data may be lost; call the element's reset when it is dealt with";
             return Err(Error::new(Kind::Io, message));
         }
+        let outcome = Unknown(&self.image);
         let synced = match cx.shard().ring() {
             // Memory has nowhere to write to: the call returns at once.
             _ if self.memory => rustix::fs::fdatasync(&*self.image.file).map_err(io::Error::from),
@@ -297,6 +299,7 @@ impl FileIo {
                 }
             }
         };
+        std::mem::forget(outcome);
         synced.map_err(|error| {
             self.image.fail();
             Error::io(error, "the flush failed: what was written before it may be lost")
@@ -434,6 +437,16 @@ fn now() -> Instant {
 
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV))
+}
+
+/// A flush whose outcome nobody has seen. Dropped with its flow, it counts as failed: the kernel may have
+/// told of lost pages, and does so once.
+struct Unknown<'a>(&'a Image);
+
+impl Drop for Unknown<'_> {
+    fn drop(&mut self) {
+        self.0.fail();
+    }
 }
 
 /// The same bytes in memory that O_DIRECT takes.

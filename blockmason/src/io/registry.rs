@@ -28,6 +28,9 @@ pub struct Image {
     pub(super) file: Arc<OwnedFd>,
     /// Set by a failed fdatasync: the kernel has forgotten which pages were dirty.
     sync_failed: AtomicBool,
+    /// One fdatasync at a time: of two at once the kernel tells one that pages were lost, and the other
+    /// would be taken for a success.
+    pub(super) syncing: tokio::sync::Mutex<()>,
 }
 
 impl Image {
@@ -100,6 +103,7 @@ impl Registry {
             access,
             file: Arc::new(file),
             sync_failed: AtomicBool::new(false),
+            syncing: tokio::sync::Mutex::default(),
         });
         images.insert(key, Arc::downgrade(&image));
         Ok(image)
