@@ -33,6 +33,11 @@ pub struct ElementType {
     pub handover: Handover,
     /// What acknowledged writes outlive, as far as this element is concerned.
     pub survives: Survives,
+    /// True if a request that changes data goes down several of its out ports: all of them see
+    /// overlapping requests in one order, see [`crate::sched`].
+    pub mirrors: bool,
+    /// True if it writes on its own account, a copier: it holds its ranges while others wait.
+    pub serialises: bool,
     /// A small graph that checks and runs as it stands, with an export, in a folder of its own.
     pub example: &'static str,
     /// Deserialises the parameters and drops them again: the checker's call.
@@ -40,6 +45,30 @@ pub struct ElementType {
     /// Makes an instance. May open files and sockets; spawns nothing and changes nothing that a
     /// rolled-back reload would have to undo.
     pub build: fn(&Build<'_>) -> Result<Arc<dyn Element>, Error>,
+}
+
+impl ElementType {
+    /// What most types leave as it is: `..ElementType::BASE`. Whoever forgets a name, a summary or
+    /// `build` is told by the tests that walk the table.
+    pub const BASE: ElementType = ElementType {
+        name: "",
+        summary: "",
+        doc: "",
+        family: Family::Route,
+        params: &[],
+        ports: Ports::THROUGH,
+        handlers: &[],
+        provides: &[],
+        passes_through: false,
+        layout: false,
+        handover: Handover::Gate,
+        survives: Survives::Power,
+        mirrors: false,
+        serialises: false,
+        example: "",
+        check: |_| Ok(()),
+        build: |_| Err(Error::internal("a type that cannot be built")),
+    };
 }
 
 /// What [`ElementType::build`] is given.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
 use crate::data::Data;
-use crate::describe::{Catalogue, ElementType, Family, Handover, Ports, Survives};
+use crate::describe::{Catalogue, ElementType, Family, Ports};
 use crate::element::{Element, Flow};
 use crate::error::Error;
 use crate::graph::build::{Builder, connections};
@@ -43,19 +43,10 @@ impl Element for Client {
 static CLIENT: ElementType = ElementType {
     name: "client",
     summary: "sends a test's requests",
-    doc: "",
     family: Family::Export,
-    params: &[],
     ports: Ports::SOURCE,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
-    example: "",
-    check: |_| Ok(()),
     build: |_| Ok(Arc::new(Client)),
+    ..ElementType::BASE
 };
 
 /// Builds the graph of `text` and connects a client to its element `top`.

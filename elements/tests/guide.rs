@@ -2,7 +2,7 @@
 // guide
 //! Remembers the longest request that went by.
 
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::Size;
 use blockmason::{Cx, Element, Error, Flow, Request, Result};
 use std::sync::Arc;
@@ -25,11 +25,8 @@ pub const TYPE: ElementType = ElementType {
     params: Params::PARAMS,
     ports: Ports::THROUGH,
     handlers: &[Handler { name: "bytes", access: Access::Read, doc: "length of the longest request" }],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:longest.sock)\n\
               element Longest (type longest) (from 4k)\n\
               element Memory (type mem) (size 64M)\n\
@@ -39,6 +36,7 @@ pub const TYPE: ElementType = ElementType {
         let params = build.read(Params::from)?;
         Ok(Arc::new(Longest { from: params.from.0, bytes: AtomicU64::new(0) }))
     },
+    ..ElementType::BASE
 };
 
 struct Longest {

@@ -4,7 +4,7 @@
 //! breaks or refuses on purpose is tested beside its code.
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
-use blockmason::describe::{Catalogue, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Catalogue, ElementType, Family, Ports};
 use blockmason::testing::{TestDisk, play_against_model, run};
 use blockmason::{
     Answer, Children, Cx, Data, Element, Extent, ExtentState, Flags, Flow, Geometry, Host, Op, Ops, Prepared,
@@ -129,22 +129,13 @@ impl Element for Recorder {
 static RECORDER: ElementType = ElementType {
     name: "recorder",
     summary: "remembers what it was asked",
-    doc: "",
     family: Family::Sink,
-    params: &[],
     ports: Ports::SINK,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
-    example: "",
-    check: |_| Ok(()),
     build: |build| {
         let size = build.params.get("size").unwrap()[0].text();
         Ok(Arc::new(Recorder(size.parse::<blockmason::lang::value::Size>().unwrap().0)))
     },
+    ..ElementType::BASE
 };
 
 static WITH_RECORDER: LazyLock<Catalogue> =

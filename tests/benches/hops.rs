@@ -9,7 +9,7 @@ use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives
 use blockmason::sched::{Admit, Served, Stream, serve};
 use blockmason::testing::{graph, run};
 use blockmason::{
-    Answer, Children, Cx, Data, Disk, Element, Error, Flow, Geometry, Host, Ops, Prepared, Reply, Request,
+    Answer, Children, Cx, Data, Disk, Element, Flow, Geometry, Host, Ops, Prepared, Reply, Request,
 };
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::cell::Cell;
@@ -18,21 +18,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 const BASE: ElementType = ElementType {
-    name: "",
-    summary: "",
-    doc: "",
     family: Family::Sink,
-    params: &[],
-    ports: Ports::THROUGH,
-    handlers: &[],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
     survives: Survives::Nothing,
-    example: "",
-    check: |_| Ok(()),
-    build: |_| Err(Error::internal("not meant to be built")),
+    ..ElementType::BASE
 };
 
 static TYPES: &[&ElementType] = &[

@@ -2,7 +2,7 @@
 
 use super::value::{FilePath, Ref, Service, Size};
 use super::*;
-use crate::describe::{Catalogue, ElementType, Family, Handover, Outs, Param, Ports, Survives};
+use crate::describe::{Catalogue, ElementType, Family, Outs, Param, Ports};
 use std::io;
 
 mod docs;

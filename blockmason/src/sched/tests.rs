@@ -1,6 +1,6 @@
 //! Epochs, gates, panics, detached work, and the fitting of requests, with interleavings forced by hand.
 
-use crate::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use crate::describe::{Build, ElementType, Family, Ports, Survives};
 use crate::element::{Children, Element, Flow, LocalBoxFuture, Prepared};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::{Geometry, Ops};
@@ -14,21 +14,10 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::oneshot;
 
 const BASE: ElementType = ElementType {
-    name: "",
-    summary: "",
-    doc: "",
     family: Family::Sink,
-    params: &[],
     ports: Ports::SINK,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
     survives: Survives::Nothing,
-    example: "",
-    check: |_| Ok(()),
-    build: |_| Err(Error::internal("not meant to be built")),
+    ..ElementType::BASE
 };
 
 static ALL: &[&ElementType] = &[&PARK, &HOP, &PANIC, &BLOCKS, &BEHIND];

@@ -4,7 +4,7 @@ use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, Std
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
 use crate::nbd::wire::MAX_STRING;
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::lang::value::{FilePath, Uri};
 use blockmason::{Cx, Element, Error, Flow, Host, Open, Request, Result};
 use std::fmt;
@@ -100,17 +100,13 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Export,
     params: Params::PARAMS,
     ports: Ports::SOURCE,
-    handlers: &[],
-    provides: &[],
     passes_through: true,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:nbd.sock) (name vm1)\n\
               element Memory (type mem) (size 64M)\n\
               Guest -> Memory\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(Nbd::new(build.read(Params::from)?)?)),
+    ..ElementType::BASE
 };
 
 struct Nbd {

@@ -1,6 +1,6 @@
 //! Waits before it hands a request on: a slow disk, or a far one.
 
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::Time;
 use blockmason::{Cx, Element, Error, Flow, Op, Request, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,17 +41,15 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "flush", access: Access::ReadWrite, doc: "how long a flush waits" },
         Handler { name: "jitter", access: Access::ReadWrite, doc: "how much longer a wait may be" },
     ],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:delay.sock)\n\
               element Slow (type delay) (read 2ms) (write 5ms) (jitter 1ms)\n\
               element Memory (type mem) (size 64M)\n\
               Guest -> Slow -> Memory\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(Delay { times: Mutex::new(build.read(Params::from)?) })),
+    ..ElementType::BASE
 };
 
 struct Delay {

@@ -1,7 +1,7 @@
 //! Fails requests on purpose: before anything happens below, or after, as a lost acknowledgement.
 
 use super::{Chance, Count};
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::{ByteRange, Percent};
 use blockmason::{Cx, Element, Errno, Error, Flow, Op, Request, Result};
 use std::fmt;
@@ -97,11 +97,8 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "count", access: Access::ReadWrite, doc: "how many requests are left to fail" },
         Handler { name: "failed", access: Access::Read, doc: "how many requests it has failed" },
     ],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:error.sock)\n\
               element Bad (type error) (op read write) (range 1M-2M) (probability 10%)\n\
               element Memory (type mem) (size 64M)\n\
@@ -112,6 +109,7 @@ pub const TYPE: ElementType = ElementType {
         let chance = Chance::new(params.range, params.after, params.count, params.probability);
         Ok(Arc::new(Fail { params, chance }))
     },
+    ..ElementType::BASE
 };
 
 struct Fail {

@@ -1,7 +1,7 @@
 //! Corrupts data and says nothing: what checksums are for.
 
 use super::{Chance, Count};
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::{ByteRange, Percent};
 use blockmason::{Answer, Cx, Data, Element, Flow, Op, Request, Result};
 use std::ops::Range;
@@ -51,11 +51,7 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "count", access: Access::ReadWrite, doc: "how many requests are left to corrupt" },
         Handler { name: "flipped", access: Access::Read, doc: "how many requests it has corrupted" },
     ],
-    provides: &[],
-    passes_through: false,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:flip.sock)\n\
               element Rot (type flip) (probability 1%)\n\
               element Memory (type mem) (size 64M)\n\
@@ -66,6 +62,7 @@ pub const TYPE: ElementType = ElementType {
         let chance = Chance::new(params.range, params.after, params.count, params.probability);
         Ok(Arc::new(Flip { params, chance }))
     },
+    ..ElementType::BASE
 };
 
 struct Flip {

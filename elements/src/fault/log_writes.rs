@@ -2,7 +2,7 @@
 //! replay tools can walk every state in which a crash could have left the disk.
 
 use blockmason::data::Segment;
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::geometry::MAX_REQUEST;
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
@@ -77,11 +77,7 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "entries", access: Access::Read, doc: "how many entries the log has" },
         Handler { name: "mark", access: Access::Call, doc: "adds a mark, a name to replay the log up to" },
     ],
-    provides: &[],
     passes_through: true,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:log.sock)\n\
               element Log (type log_writes) (log writes.log)\n\
               element Memory (type mem) (size 64M)\n\
@@ -91,6 +87,7 @@ pub const TYPE: ElementType = ElementType {
         let Params { log, sector } = build.read(Params::from)?;
         Ok(Arc::new(LogWrites { path: log.0, sector: sector.0, state: Mutex::new(State::New) }))
     },
+    ..ElementType::BASE
 };
 
 const MAGIC: u64 = 0x6a_7366_7773_6872;

@@ -1,6 +1,6 @@
 //! Writes down every request that passes.
 
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::FilePath;
 use blockmason::{Cx, Element, Error, Flags, Flow, Op, Origin, Reply, Request, Result, rt};
 use std::fs::File;
@@ -35,17 +35,15 @@ pub const TYPE: ElementType = ElementType {
     params: Params::PARAMS,
     ports: Ports::THROUGH,
     handlers: &[Handler { name: "lost", access: Access::Read, doc: "lines that could not be written" }],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:debug_log.sock)\n\
               element MyDebug (type debug_log) (logfile request.log)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> MyDebug -> Disk\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(DebugLog::open(&build.read(Params::from)?)?)),
+    ..ElementType::BASE
 };
 
 struct DebugLog {

@@ -1,6 +1,6 @@
 //! Keeps some requests from going down.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::lang::value::ByteRange;
 use blockmason::lang::{ParamError, Params};
 use blockmason::sched::Part;
@@ -44,18 +44,14 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Route,
     params: Filter::PARAMS,
     ports: Ports::THROUGH,
-    handlers: &[],
-    provides: &[],
     passes_through: true,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:filter.sock)\n\
               element Keep (type filter) (drop discard write_zeroes) (range 0-1M)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Keep -> Disk\n",
     check,
     build: |build: &Build<'_>| Ok(Arc::new(build.read(Filter::from)?)),
+    ..ElementType::BASE
 };
 
 fn check(params: &Params) -> Result<(), Vec<ParamError>> {

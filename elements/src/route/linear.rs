@@ -1,6 +1,6 @@
 //! Disks in a row: its children one after the other are one disk.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Outs, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Outs, Ports};
 use blockmason::sched::Part;
 use blockmason::{Children, Cx, Element, Error, Flow, Op, Prepared, Request, Result};
 use std::sync::Arc;
@@ -27,12 +27,7 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Route,
     params: Linear::PARAMS,
     ports: Ports { input: true, out: Outs::Variadic { min: 1 } },
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
     layout: true,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:linear.sock)\n\
               element Both (type linear)\n\
               element Small (type file) (path small.img) (size 100001)\n\
@@ -42,6 +37,7 @@ pub const TYPE: ElementType = ElementType {
               (Both, second) -> Large\n",
     check: Linear::check,
     build: |build: &Build<'_>| Ok(Arc::new(build.read(Linear::from)?)),
+    ..ElementType::BASE
 };
 
 /// The first byte of each child, then the size of them all.

@@ -1,6 +1,6 @@
 //! Counts what passes: operations, sizes, latencies, and where on the disk it goes.
 
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::graph::{Histogram, OpReading};
 use blockmason::lang::value::Size;
 use blockmason::{Children, Cx, Element, Error, Flow, Op, Prepared, Request, Result};
@@ -36,17 +36,15 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "heat", access: Access::Read, doc: "by offset: requests from there to the next" },
         Handler { name: "reset", access: Access::Call, doc: "starts all counts from 0" },
     ],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:probe.sock)\n\
               element Probe (type probe)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Probe -> Disk\n",
     check: Params::check,
     build: |_: &Build<'_>| Ok(Arc::new(Probe::default())),
+    ..ElementType::BASE
 };
 
 /// Sizes are counted by the power of two that they do not exceed.

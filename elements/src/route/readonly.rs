@@ -1,6 +1,6 @@
 //! A disk that nobody can change from above.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Handover, Ports};
 use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Kind, Prepared, Request, Result};
 use std::sync::Arc;
 
@@ -20,18 +20,15 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Route,
     params: ReadOnly::PARAMS,
     ports: Ports::THROUGH,
-    handlers: &[],
-    provides: &[],
     passes_through: true,
-    layout: false,
     handover: Handover::Free,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:readonly.sock)\n\
               element Sealed (type readonly)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Sealed -> Disk\n",
     check: ReadOnly::check,
     build: |build: &Build<'_>| Ok(Arc::new(build.read(ReadOnly::from)?)),
+    ..ElementType::BASE
 };
 
 impl Element for ReadOnly {

@@ -1,6 +1,6 @@
 //! A window: part of a disk as a disk of its own.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::lang::value::Size;
 use blockmason::sched::Part;
 use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Op, Prepared, Request, Result};
@@ -29,18 +29,14 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Route,
     params: Slice::PARAMS,
     ports: Ports::THROUGH,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
     layout: true,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:slice.sock)\n\
               element Partition (type slice) (offset 1M) (length 32M)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Partition -> Disk\n",
     check: Slice::check,
     build: |build: &Build<'_>| Ok(Arc::new(build.read(Slice::from)?)),
+    ..ElementType::BASE
 };
 
 impl Element for Slice {

@@ -1,6 +1,6 @@
 //! Disks side by side: the chunks of one disk dealt out to its children in turn.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Outs, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Outs, Ports};
 use blockmason::lang::value::Size;
 use blockmason::sched::Part;
 use blockmason::{Children, Cx, Element, Error, Flow, Op, Prepared, Request, Result};
@@ -34,12 +34,7 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Route,
     params: Stripe::PARAMS,
     ports: Ports { input: true, out: Outs::Variadic { min: 1 } },
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
     layout: true,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:stripe.sock)\n\
               element Both (type stripe) (chunk 128k)\n\
               element Left (type file) (path left.img) (size 64M)\n\
@@ -49,6 +44,7 @@ pub const TYPE: ElementType = ElementType {
               (Both, right) -> Right\n",
     check: Stripe::check,
     build: |build: &Build<'_>| Ok(Arc::new(build.read(Stripe::from)?)),
+    ..ElementType::BASE
 };
 
 /// A power of two, at least 512 and at most 1 GiB.

@@ -1,6 +1,6 @@
 //! Elements that only tests have.
 
-use blockmason::describe::{Build, Catalogue, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, Catalogue, ElementType, Family, Ports};
 use blockmason::lang::value::{Size, Time};
 use blockmason::testing::{TestDisk, run};
 use blockmason::{
@@ -23,23 +23,7 @@ pub(crate) const CATALOGUE: Catalogue = &[
     &crate::sink::mem::TYPE,
 ];
 
-const PLAIN: ElementType = ElementType {
-    name: "",
-    summary: "",
-    doc: "",
-    family: Family::Sink,
-    params: &[],
-    ports: Ports::SINK,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
-    example: "",
-    check: |_| Ok(()),
-    build: |_| Err(Error::internal("of a test")),
-};
+const PLAIN: ElementType = ElementType { family: Family::Sink, ports: Ports::SINK, ..ElementType::BASE };
 
 blockmason::params! {
     /// Fails every request.

@@ -1,9 +1,7 @@
 //! A file or a block device: the disk that most graphs end in.
 
 use blockmason::data::ALIGN;
-use blockmason::describe::{
-    Access as HandlerAccess, Build, ElementType, Family, Handler, Handover, Ports, Survives,
-};
+use blockmason::describe::{Access as HandlerAccess, Build, ElementType, Family, Handler, Ports};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
@@ -45,16 +43,12 @@ pub const TYPE: ElementType = ElementType {
         access: HandlerAccess::Call,
         doc: "lets flushes succeed again after one has failed",
     }],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:disk.sock)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Disk\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(FileDisk::new(build.read(Params::from)?)?)),
+    ..ElementType::BASE
 };
 
 /// Every image of this process, so that successive graphs share lock and description.

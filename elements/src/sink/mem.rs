@@ -3,7 +3,7 @@
 //! Replies share its pages instead of copying them. A page that a reply still holds is copied when it
 //! is written, so that a reply never changes.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Ports, Survives};
 use blockmason::lang::value::Size;
 use blockmason::request::join_extents;
 use blockmason::{
@@ -31,17 +31,13 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Sink,
     params: Params::PARAMS,
     ports: Ports::SINK,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
     survives: Survives::Nothing,
     example: "element Guest (type nbd) (listen unix:mem.sock)\n\
               element Memory (type mem) (size 64M)\n\
               Guest -> Memory\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(Mem::new(build.read(Params::from)?.size.0))),
+    ..ElementType::BASE
 };
 
 const PAGE: usize = 4096;

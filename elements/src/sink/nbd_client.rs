@@ -6,7 +6,7 @@ use crate::nbd::handshake::BlockSizes;
 use crate::nbd::link::{Client, Target};
 use crate::nbd::uri;
 use crate::nbd::wire::{MAX_PAYLOAD, TransmissionFlags};
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::lang::value::{FilePath, Time, Uri};
 use blockmason::{
     Children, Cx, Data, Element, Error, Flags, Flow, Geometry, Kind, Op, Ops, Prepared, Request, Result,
@@ -65,16 +65,12 @@ pub const TYPE: ElementType = ElementType {
         },
         Handler { name: "reconnect", access: Access::Call, doc: "drops every connection and makes new ones" },
     ],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:near.sock)\n\
               element Remote (type nbd_client) (uri nbd+unix:///vm1?socket=far.sock)\n\
               Guest -> Remote\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(build.read(Params::from)?)?)),
+    ..ElementType::BASE
 };
 
 /// The longest request to a server that does not say what it takes: what the specification has every

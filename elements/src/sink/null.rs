@@ -1,7 +1,7 @@
 //! A disk that forgets everything: reads are zeros, writes vanish. For measuring what lies above, and
 //! for graphs that only need somewhere to end.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{Build, ElementType, Family, Ports, Survives};
 use blockmason::lang::value::Size;
 use blockmason::{
     Answer, Children, Cx, Data, Element, Error, Extent, ExtentState, Flow, Geometry, Op, Ops, Prepared,
@@ -26,17 +26,13 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Sink,
     params: Null::PARAMS,
     ports: Ports::SINK,
-    handlers: &[],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
     survives: Survives::Nothing,
     example: "element Guest (type nbd) (listen unix:null.sock)\n\
               element Nothing (type null) (size 1G)\n\
               Guest -> Nothing\n",
     check: Null::check,
     build: |build: &Build<'_>| Ok(Arc::new(build.read(Null::from)?)),
+    ..ElementType::BASE
 };
 
 impl Element for Null {

@@ -1,7 +1,7 @@
 //! A disk in memory with a write cache that can lose its power: the disk that lies the least about
 //! what a disk may do, for testing what lies above it.
 
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports, Survives};
 use blockmason::lang::value::Size;
 use blockmason::{
     Answer, Children, Cx, Data, Element, Error, Extent, ExtentState, Flow, Geometry, Kind, Op, Ops, PoolBuf,
@@ -46,16 +46,13 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "cut", access: Access::Call, doc: "cuts the power: every request fails with EIO" },
         Handler { name: "restore", access: Access::Call, doc: "restores the power: serves what survived" },
     ],
-    provides: &[],
-    passes_through: false,
-    layout: false,
-    handover: Handover::Gate,
     survives: Survives::Nothing,
     example: "element Guest (type nbd) (listen unix:volatile.sock)\n\
               element Disk (type volatile) (size 64M) (seed 7)\n\
               Guest -> Disk\n",
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(Volatile::new(&build.read(Params::from)?))),
+    ..ElementType::BASE
 };
 
 /// What is torn in no case, in bytes.

@@ -1,7 +1,7 @@
 //! The load generator: a stream of requests as deep as it was told to be.
 
 use blockmason::data::Data;
-use blockmason::describe::{ElementType, Family, Handover, Ports, Survives};
+use blockmason::describe::{ElementType, Family, Ports};
 use blockmason::sched::{Admit, Stream, serve};
 use blockmason::{Cx, Disk, Element, Error, Flow, Host, Reply, Request, Result};
 use std::cell::{Cell, RefCell};
@@ -45,19 +45,11 @@ impl Element for Load {
 pub(super) static LOAD: ElementType = ElementType {
     name: "load",
     summary: "sends requests to measure what lies below",
-    doc: "",
     family: Family::Export,
-    params: &[],
     ports: Ports::SOURCE,
-    handlers: &[],
-    provides: &[],
     passes_through: true,
-    layout: false,
-    handover: Handover::Gate,
-    survives: Survives::Power,
-    example: "",
-    check: |_| Ok(()),
     build: |_| Ok(Arc::new(Load)),
+    ..ElementType::BASE
 };
 
 /// Tells the streams to stop, and knows how many are left.

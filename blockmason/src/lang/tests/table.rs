@@ -92,23 +92,7 @@ const fn ty(
     params: &'static [Param],
     check: fn(&Params) -> Result<(), Vec<ParamError>>,
 ) -> ElementType {
-    ElementType {
-        name,
-        summary: "",
-        doc: "",
-        family,
-        params,
-        ports,
-        handlers: &[],
-        provides: &[],
-        passes_through: false,
-        layout: false,
-        handover: Handover::Gate,
-        survives: Survives::Power,
-        example: "",
-        check,
-        build,
-    }
+    ElementType { name, family, params, ports, check, build, ..ElementType::BASE }
 }
 
 const VARIADIC: Ports = Ports { input: true, out: Outs::Variadic { min: 1 } };
