@@ -79,8 +79,6 @@ pub struct Build<'a> {
     pub graph: &'a str,
     /// The parameters, checked before.
     pub params: &'a Params,
-    /// The names of its out ports, in the order of their edges.
-    pub outs: &'a [String],
     /// Where state may be kept (`--state`).
     pub state_dir: &'a Path,
 }

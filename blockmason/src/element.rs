@@ -91,7 +91,7 @@ impl Future for Flow<'_> {
 /// follows from its own parameters and its stored state; what it derives from its neighbours is
 /// computed for each graph by [`prepare`](Element::prepare) and reached through
 /// [`Cx::prepared`].
-pub trait Element: Send + Sync + 'static {
+pub trait Element: Any + Send + Sync {
     /// Takes a request. Called on a shard, which it must not block.
     ///
     /// An element that only routes returns `cx.forward(port, req)` as it is. Order: requests in
@@ -118,8 +118,9 @@ pub trait Element: Send + Sync + 'static {
         Ok(None)
     }
 
-    /// The other end of `open`: called once when the last graph with this instance closes. Paths
-    /// that only we serve go first; what is in flight has ended before.
+    /// The other end of `open`: called when no graph has this instance any more. What is in flight has
+    /// ended before; of a source, whose paths go first, not what its clients have asked for. A change
+    /// that is undone may open it again.
     fn close(&self) {}
 
     /// The value of a handler that its type declares as readable.
@@ -137,10 +138,25 @@ pub trait Element: Send + Sync + 'static {
         Err(Error::no_handler(handler))
     }
 
-    /// Takes over what `old`, an element of the same name and type, has learnt; leaves it usable.
+    /// Takes over what `old`, an element of the same name and type but with other parameters, has
+    /// learnt; leaves it usable, for the change may yet be undone. Nothing is in flight in either.
+    /// `(old as &dyn Any).downcast_ref()` gives its own type.
     fn take_state(&self, _old: &dyn Element) -> Result<()> {
         Ok(())
     }
+
+    /// Of a source: whether the clients that are connected can live with another disk `below`, or,
+    /// if there is none, without this source. Asked before a graph is replaced.
+    ///
+    /// # Errors
+    /// What was promised to them and could not be kept: the change is refused with this reason.
+    fn keeps_clients(&self, _below: Option<&Geometry>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Of a source: sends away the clients that cannot live with another disk `below`, or all if
+    /// there is none.
+    fn dismiss_clients(&self, _below: Option<&Geometry>) {}
 }
 
 /// What lies below an element, by out port.

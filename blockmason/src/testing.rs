@@ -110,8 +110,11 @@ impl TestDisk {
 
     /// Serves a graph that [`graph`] made.
     pub async fn serve(host: &Arc<Host>, graph: Arc<Graph>) -> TestDisk {
-        let disk = Disk::new(host, graph).await.unwrap();
-        disk.start().await.unwrap();
+        TestDisk::connect(Disk::serve(host, graph).await.unwrap())
+    }
+
+    /// Connects to the source `Client` of a disk.
+    pub fn connect(disk: Arc<Disk>) -> TestDisk {
         let queue = Rc::new(Queue::default());
         let (served, stream) = (disk.clone(), queue.clone());
         tokio::task::spawn_local(async move {

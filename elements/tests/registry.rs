@@ -167,8 +167,7 @@ async fn serve_in(
     let host = Host::start(HostConfig { shards: 1, ..HostConfig::new(&state) })?;
     let builder = Builder { catalogue: ALL, name, state_dir: &state, shards: host.shards() };
     let graph = Arc::new(builder.build(&spec)?);
-    let disk = Disk::new(&host, graph.clone()).await?;
-    disk.start().await?;
+    let disk = Disk::serve(&host, graph.clone()).await?;
     let exports: Vec<_> = graph
         .instances()
         .filter(|instance| instance.ty.family == Family::Export)

@@ -128,7 +128,7 @@ async fn flood(host: &Arc<Host>, hop: &str, sink: &str, hops: usize, requests: u
     for ix in (0..hops).rev() {
         text += &format!(" element E{ix} (type {hop}) E{ix} -> E{}", ix + 1);
     }
-    let disk = Disk::new(host, graph(host, TYPES, &text, "E0").unwrap()).await.unwrap();
+    let disk = Disk::serve(host, graph(host, TYPES, &text, "E0").unwrap()).await.unwrap();
     let stream = Flood { left: Cell::new(requests), in_flight: Cell::new(0) };
     let since = cpu();
     assert_eq!(serve(&disk, "Client", &stream).await.unwrap(), Served::Ended);

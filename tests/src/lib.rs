@@ -8,7 +8,7 @@ pub mod raw;
 
 use blockmason::graph::build::Builder;
 use blockmason::lang::{Defines, check, parse_str};
-use blockmason::sched::HostConfig;
+use blockmason::sched::{Change, HostConfig};
 use blockmason::{Disk, Graph, Host};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -53,9 +53,9 @@ impl Server {
     pub fn serve(&self, text: &str) -> blockmason::Result<(Arc<Disk>, Vec<String>)> {
         let graph = self.graph(text)?;
         self.wait(async {
-            let disk = Disk::new(&self.host, graph).await?;
-            let announced = disk.start().await?;
-            Ok((disk, announced.into_iter().map(|(_, uri)| uri).collect()))
+            let disk = Disk::new(&self.host, graph.name()).await?;
+            let changed = disk.replace(graph, &Change::default()).await?;
+            Ok((disk, changed.announced.into_iter().map(|(_, uri)| uri).collect()))
         })
     }
 

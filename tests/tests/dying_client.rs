@@ -236,7 +236,7 @@ fn die(path: &Path, offset: usize, len: usize, cut: usize, end: End) -> [Written
 }
 
 /// Waits, by asking for something else, until no request is in flight.
-fn wait_for_the_dead(client: &mut Client, disk: &Disk) {
+fn wait_for_the_dead(client: &mut Client, disk: &Arc<Disk>) {
     let mut byte = [0];
     for _ in 0..100_000 {
         client.read(0, &mut byte);
@@ -282,7 +282,7 @@ fn survive(server: &Server, element: &str) -> (Arc<Disk>, Found) {
     (disk, found)
 }
 
-fn stop(server: &Server, disk: &Disk) {
+fn stop(server: &Server, disk: &Arc<Disk>) {
     let stopped = server.wait(blockmason::rt::timeout(Duration::from_secs(60), disk.stop()));
     stopped.expect("the disk stops").unwrap();
 }

@@ -6,7 +6,7 @@ use crate::folders::make_run;
 use crate::graphs::{GraphArgs, GraphFile};
 use crate::output;
 use crate::socket::{Published, publish};
-use blockmason::sched::HostConfig;
+use blockmason::sched::{Change, HostConfig};
 use blockmason::{Disk, Host};
 use std::collections::HashSet;
 use std::io::IsTerminal;
@@ -170,9 +170,9 @@ async fn start(host: &Arc<Host>, files: Vec<GraphFile>) -> Outcome<Vec<Served>> 
 
 async fn open(host: &Arc<Host>, file: GraphFile, graph: Arc<blockmason::Graph>) -> Outcome<Served> {
     let failed = |error| Failure::in_graph(&error, &file.spec);
-    let disk = Disk::new(host, graph).await.map_err(failed)?;
-    let exports = disk.start().await.map_err(failed)?;
-    Ok(Served { file, disk, exports })
+    let disk = Disk::new(host, graph.name()).await.map_err(failed)?;
+    let changed = disk.replace(graph, &Change::default()).await.map_err(failed)?;
+    Ok(Served { file, disk, exports: changed.announced })
 }
 
 /// The daemon and the name of its control socket, if it has one.

@@ -28,17 +28,15 @@ impl Builder<'_> {
     /// The first element that fails, with its name and its place in the graph file.
     pub fn build(&self, spec: &Spec) -> Result<Graph> {
         let mut instances = Vec::with_capacity(spec.elements.len());
-        for (ix, element) in spec.elements.iter().enumerate() {
+        for element in &spec.elements {
             let place = spec.place(element).to_string();
             let at = format!("{} ({place})", element.name);
             let ty = find(self.catalogue, &element.ty)
                 .ok_or_else(|| Error::invalid(format!("there is no type {}", element.ty)).in_element(&at))?;
-            let outs: Vec<String> = spec.outs(ix).map(str::to_owned).collect();
             let build = Build {
                 name: &element.name,
                 graph: self.name,
                 params: &element.params,
-                outs: &outs,
                 state_dir: self.state_dir,
             };
             let made = (ty.build)(&build).map_err(|error| error.in_element(&at))?;

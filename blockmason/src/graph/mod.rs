@@ -6,16 +6,18 @@ pub(crate) mod tally;
 
 pub use tally::{EdgeReading, Histogram, OpReading, SourceReading};
 
-use crate::describe::{ElementType, Outs};
+use crate::describe::{ElementType, Handover, Outs};
 use crate::element::{Children, Element};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::sched::RangeLock;
 use edge::Edge;
 use std::any::Any;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tally::Tally;
+use tokio::sync::{Notify, watch};
 
 /// An element with its name. Two graphs share it where name, type and parameters are the same.
 pub struct Instance {
@@ -77,9 +79,48 @@ pub struct Graph {
     name: String,
     pub(crate) nodes: Vec<Node>,
     pub(crate) edges: Vec<Edge>,
+    identities: HashSet<usize>,
     pub(crate) tallies: Vec<Arc<Tally>>,
     failed: AtomicBool,
-    closing: tokio::sync::watch::Sender<bool>,
+    /// Tells the work of its own of every element to end; replaced when it may begin anew.
+    closing: Mutex<watch::Sender<bool>>,
+    pub(crate) lanes: Lanes,
+    /// Counts the elements whose work of their own goes on.
+    pub(crate) runs: Lanes,
+}
+
+/// Counts who carries requests of a graph, and tells when the last one has left.
+#[derive(Default)]
+pub(crate) struct Lanes {
+    count: AtomicUsize,
+    empty: Notify,
+}
+
+impl Lanes {
+    pub(crate) fn enter(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn leave(&self) {
+        if self.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.empty.notify_waiters();
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Acquire) == 0
+    }
+
+    /// Waits until nobody is left.
+    pub(crate) async fn emptied(&self) {
+        loop {
+            let left = self.empty.notified();
+            if self.is_empty() {
+                return;
+            }
+            left.await;
+        }
+    }
 }
 
 impl Graph {
@@ -123,8 +164,17 @@ impl Graph {
         }
         let nodes: Vec<Node> = nodes.into_iter().flatten().collect();
         let tallies = (0..shards).map(|_| Arc::new(Tally::new(&nodes, edges.len()))).collect();
-        let (closing, _) = tokio::sync::watch::channel(false);
-        Ok(Graph { name: name.to_owned(), nodes, edges, tallies, failed: AtomicBool::new(false), closing })
+        Ok(Graph {
+            name: name.to_owned(),
+            identities: instances.iter().map(identity).collect(),
+            nodes,
+            edges,
+            tallies,
+            failed: AtomicBool::new(false),
+            closing: Mutex::new(watch::channel(false).0),
+            lanes: Lanes::default(),
+            runs: Lanes::default(),
+        })
     }
 
     /// The graph's name: the stem of its file.
@@ -140,6 +190,11 @@ impl Graph {
     /// The index of an element.
     pub fn node(&self, name: &str) -> Option<usize> {
         self.nodes.iter().position(|node| node.instance.name == name)
+    }
+
+    /// The index of a source, which no edge leads to.
+    pub fn source(&self, name: &str) -> Option<usize> {
+        self.node(name).filter(|node| !self.nodes[*node].instance.ty.ports.input)
     }
 
     /// What an element looks like from above.
@@ -167,11 +222,65 @@ impl Graph {
 
     /// Tells the work of its own of every element to end.
     pub(crate) fn announce_closing(&self) {
-        self.closing.send_replace(true);
+        self.closing_sender().send_replace(true);
     }
 
-    pub(crate) fn closing(&self) -> tokio::sync::watch::Receiver<bool> {
-        self.closing.subscribe()
+    /// Takes the announcement back for what starts from now on; what has heard it ends all the same.
+    pub(crate) fn forget_closing(&self) {
+        *self.closing_sender() = watch::channel(false).0;
+    }
+
+    pub(crate) fn closing(&self) -> watch::Receiver<bool> {
+        self.closing_sender().subscribe()
+    }
+
+    fn closing_sender(&self) -> MutexGuard<'_, watch::Sender<bool>> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True if nothing of this graph is in flight on any shard. A graph that shards still admit into
+    /// may have something the next moment.
+    pub fn is_drained(&self) -> bool {
+        self.lanes.is_empty()
+    }
+
+    /// Waits until nothing of this graph is in flight on any shard.
+    pub async fn drained(&self) {
+        self.lanes.emptied().await;
+    }
+
+    /// True if that instance, not only one like it, is part of this graph.
+    pub(crate) fn has(&self, instance: &Arc<Instance>) -> bool {
+        self.identities.contains(&identity(instance))
+    }
+
+    /// The indices of its sources.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = usize> {
+        (0..self.nodes.len()).filter(|node| !self.nodes[*node].instance.ty.ports.input)
+    }
+
+    /// The graph without the elements that need not see every request: each other instance, and
+    /// what its out ports lead to. Two graphs that are equal in this can take over from each other
+    /// without a pause.
+    pub(crate) fn contracted(&self) -> BTreeMap<usize, Vec<(&str, usize)>> {
+        let identity = |node: usize| identity(&self.nodes[node].instance);
+        let through = |node: usize| {
+            let node = &self.nodes[node];
+            (node.instance.ty.handover == Handover::Free && node.edge_count == 1).then_some(node.first_edge)
+        };
+        let behind = |mut node: usize| {
+            while let Some(edge) = through(node) {
+                node = self.edges[edge as usize].to as usize;
+            }
+            identity(node)
+        };
+        let stays = (0..self.nodes.len()).filter(|node| through(*node).is_none());
+        let ports = |node: usize| {
+            let Node { first_edge, edge_count, .. } = self.nodes[node];
+            let edges = &self.edges[first_edge as usize..][..edge_count as usize];
+            edges.iter().map(|edge| (&*edge.port, behind(edge.to as usize))).collect()
+        };
+        stays.map(|node| (identity(node), ports(node))).collect()
     }
 
     /// What every edge has carried so far, on all shards.
@@ -199,6 +308,11 @@ impl Graph {
         }
         reading
     }
+}
+
+/// What tells an instance from one like it.
+fn identity(instance: &Arc<Instance>) -> usize {
+    Arc::as_ptr(instance) as usize
 }
 
 /// Each element's out ports with what they lead to, in the type's order or that of the edges.

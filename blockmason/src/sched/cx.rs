@@ -14,6 +14,7 @@ use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// One epoch of one stream on one shard: what all of its flows share and borrow from.
@@ -22,12 +23,20 @@ pub(crate) struct Lane {
     pub(crate) shard: Rc<Shard>,
     pub(crate) tally: Arc<Tally>,
     pub(crate) detached: RefCell<VecDeque<detach::Task>>,
+    closing: watch::Receiver<bool>,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.graph.lanes.leave();
+    }
 }
 
 impl Lane {
     pub(crate) fn new(graph: Arc<Graph>, shard: Rc<Shard>) -> Lane {
-        let tally = graph.tallies[shard.id()].clone();
-        Lane { graph, shard, tally, detached: RefCell::default() }
+        graph.lanes.enter();
+        let (tally, closing) = (graph.tallies[shard.id()].clone(), graph.closing());
+        Lane { graph, shard, tally, detached: RefCell::default(), closing }
     }
 
     pub(crate) fn cx(&self, node: usize) -> Cx<'_> {
@@ -162,7 +171,7 @@ impl<'a> Cx<'a> {
 
     /// Resolves when work of one's own must end, because the graph closes or is replaced.
     pub async fn closing(self) {
-        let mut closing = self.lane.graph.closing();
+        let mut closing = self.lane.closing.clone();
         // An error means that the graph is gone, which is closing too.
         let _ = closing.wait_for(|closing| *closing).await;
     }

@@ -1,52 +1,90 @@
-//! A disk: a named graph that serves, and the next ones that replace it.
+//! A disk: what serves under a name, while its graphs come and go.
 
 use super::{Budget, Host, Shard};
-use crate::element::Open;
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Instance};
-use crate::request::Request;
+use crate::graph::Graph;
 use std::cell::{Cell, RefCell};
+use std::fmt;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
+use std::time::Duration;
+use tokio::sync::mpsc;
 
 /// Bytes of requests in flight that a disk admits, over all its clients.
 const BUDGET_BYTES: u64 = 256 << 20;
 
-/// A graph that serves. Its shards' view of it is a [`Slot`] each.
+/// What serves. Its shards' view of it is a [`Slot`] each; its graph is replaced by
+/// [`replace`](Disk::replace).
 pub struct Disk {
     id: u64,
-    host: Arc<Host>,
-    graph: Mutex<Arc<Graph>>,
+    pub(super) host: Arc<Host>,
+    graphs: Mutex<Graphs>,
     budget: Arc<Budget>,
     /// Held by whoever serves a client, until the last reply has been sent.
-    attending: Arc<()>,
+    pub(super) attending: Arc<()>,
+    /// Held while the graph is being replaced: one change at a time.
+    pub(super) changing: tokio::sync::Mutex<super::handover::Past>,
+}
+
+struct Graphs {
+    /// Takes new requests, or will when the gate opens.
+    now: Arc<Graph>,
+    /// Is about to take its place.
+    next: Option<Arc<Graph>>,
 }
 
 impl Disk {
-    /// A disk served by `graph`, known to every shard when this returns.
-    pub async fn new(host: &Arc<Host>, graph: Arc<Graph>) -> Result<Arc<Disk>> {
+    /// A disk that serves nothing yet: its graph is empty. Known to every shard when this returns.
+    pub async fn new(host: &Arc<Host>, name: &str) -> Result<Arc<Disk>> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
+        let empty = Arc::new(Graph::assemble(name, &[], &[], host.shards())?);
         let disk = Arc::new(Disk {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             host: host.clone(),
-            graph: Mutex::new(graph.clone()),
+            graphs: Mutex::new(Graphs { now: empty, next: None }),
             budget: Budget::new(BUDGET_BYTES),
             attending: Arc::default(),
+            changing: tokio::sync::Mutex::default(),
         });
         let id = disk.id;
         host.on_every(move |shard| {
-            let slot = Rc::new(Slot::new(graph.clone()));
-            shard.slots.borrow_mut().insert(id, slot);
+            shard.slots.borrow_mut().insert(id, Rc::new(Slot::default()));
         })
         .await?;
         Ok(disk)
     }
 
+    /// A disk that serves `graph`.
+    pub async fn serve(host: &Arc<Host>, graph: Arc<Graph>) -> Result<Arc<Disk>> {
+        let disk = Disk::new(host, graph.name()).await?;
+        disk.replace(graph, &super::Change::default()).await?;
+        Ok(disk)
+    }
+
+    fn graphs(&self) -> MutexGuard<'_, Graphs> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The graph that takes new requests.
     pub fn graph(&self) -> Arc<Graph> {
-        self.graph.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.graphs().now.clone()
+    }
+
+    /// The graph that is about to take its place. Whoever promises something to a client, a size,
+    /// remembers the promise first and then holds it against both: whichever comes first, the promise
+    /// or the change, one of the two is seen by the other.
+    pub fn next_graph(&self) -> Option<Arc<Graph>> {
+        self.graphs().next.clone()
+    }
+
+    pub(super) fn set_graph(&self, graph: Arc<Graph>) {
+        self.graphs().now = graph;
+    }
+
+    pub(super) fn expect(&self, next: Option<Arc<Graph>>) {
+        self.graphs().next = next;
     }
 
     /// The process that serves it.
@@ -71,148 +109,102 @@ impl Disk {
         slot.ok_or_else(|| Error::new(crate::Kind::Unavailable, "the disk has been closed"))
     }
 
-    /// New requests enter `next` from now on, and those in flight end where they are. When this
-    /// returns, no shard admits into the graph before; [`drained`](Self::drained) waits for its end.
-    pub async fn swap(&self, next: Arc<Graph>) -> Result<Arc<Graph>> {
-        let before =
-            std::mem::replace(&mut *self.graph.lock().unwrap_or_else(PoisonError::into_inner), next.clone());
+    /// From now on new requests enter `graph`, or wait if there is none: the gate is closed. Those in
+    /// flight end where they are. When this returns, no shard admits into another graph.
+    pub(super) async fn admit_into(&self, graph: Option<Arc<Graph>>) -> Result<()> {
+        self.on_slots(move |slot| slot.admit_into(graph.clone())).await
+    }
+
+    async fn on_slots(&self, job: impl Fn(&Slot) + Clone + Send + 'static) -> Result<()> {
         let id = self.id;
         self.host
             .on_every(move |shard| {
-                if let Some(slot) = shard.slots.borrow().get(&id) {
-                    slot.swap(next.clone());
-                }
-            })
-            .await?;
-        Ok(before)
-    }
-
-    /// Closes the gate: no source admits a request until [`open_gate`](Self::open_gate).
-    pub async fn close_gate(&self) -> Result<()> {
-        self.set_gate(true).await
-    }
-
-    /// Opens the gate.
-    pub async fn open_gate(&self) -> Result<()> {
-        self.set_gate(false).await
-    }
-
-    async fn set_gate(&self, closed: bool) -> Result<()> {
-        let id = self.id;
-        self.host
-            .on_every(move |shard| {
-                if let Some(slot) = shard.slots.borrow().get(&id) {
-                    slot.gate.set(closed);
-                    slot.wake_all();
-                }
+                let slot = shard.slots.borrow().get(&id).cloned();
+                slot.iter().for_each(|slot| job(slot));
             })
             .await
     }
 
-    /// Ends every stream once its requests in flight are answered, and waits for that.
-    pub async fn close(&self) -> Result<()> {
+    /// Ends every stream once its requests in flight are answered; does not wait for that.
+    pub(super) async fn end_streams(&self) -> Result<()> {
         let id = self.id;
-        self.graph().announce_closing();
         self.host
             .on_every(move |shard| {
                 if let Some(slot) = shard.slots.borrow_mut().remove(&id) {
                     slot.closing.set(true);
-                    slot.wake_all();
+                    slot.admit_into(None);
                 }
             })
             .await
     }
 
-    /// Opens every element of the graph and starts what has work of its own. Returns what the exports
-    /// announce: element and URI. On an error everything that was opened is closed again.
-    pub async fn start(self: &Arc<Self>) -> Result<Vec<(String, String)>> {
-        let graph = self.graph();
-        let mut announced = Vec::new();
-        let mut opened: Vec<Arc<Instance>> = Vec::new();
-        for instance in graph.instances() {
-            let open = Open { host: &self.host, disk: self, name: &instance.name };
-            match instance.element.open(&open) {
-                Ok(uri) => announced.extend(uri.map(|uri| (instance.name.clone(), uri))),
-                Err(error) => {
-                    opened.iter().for_each(|instance| instance.element.close());
-                    return Err(error.in_element(&instance.name));
-                }
-            }
-            opened.push(instance.clone());
+    /// The requests of clients that are in flight now, the oldest first.
+    pub async fn in_flight(&self) -> Result<Vec<InFlight>> {
+        let (census, mut found) = mpsc::unbounded_channel();
+        self.on_slots(move |slot| {
+            *slot.census.borrow_mut() = Some(census.clone());
+            slot.wake_all();
+        })
+        .await?;
+        // Every stream was woken before this job came, so it has been polled before the job runs.
+        self.on_slots(|slot| drop(slot.census.borrow_mut().take())).await?;
+        let mut all = Vec::new();
+        while let Ok(one) = found.try_recv() {
+            all.push(one);
         }
-        for node in 0..graph.nodes.len() {
-            let graph = graph.clone();
-            self.host.on(node, move |shard| {
-                drop(tokio::task::spawn_local(super::run_node(graph, shard.clone(), node)));
-            })?;
-        }
-        Ok(announced)
-    }
-
-    /// Ends service: exports close, idle streams end, requests in flight are answered, what was
-    /// written is flushed, sinks close. Returns the first flush that failed.
-    pub async fn stop(&self) -> Result<()> {
-        let graph = self.graph();
-        let (sources, others): (Vec<_>, Vec<_>) =
-            graph.instances().partition(|instance| !instance.ty.ports.input);
-        sources.iter().for_each(|instance| instance.element.close());
-        self.close().await?;
-        Disk::drained(&graph, 1 + 1).await;
-        // Replies are still being sent, for as long as their clients' patience lasts.
-        while Arc::strong_count(&self.attending) > 1 {
-            crate::rt::sleep(std::time::Duration::from_millis(1)).await;
-        }
-        let mut flushed = Ok(());
-        for node in (0..graph.nodes.len()).filter(|node| !graph.nodes[*node].instance.ty.ports.input) {
-            if graph.nodes[node].edge_count > 0 {
-                let reply = self.host.submit(&graph, node, 0, Request::flush()).await;
-                flushed = flushed.and(reply.map(drop));
-            }
-        }
-        others.iter().for_each(|instance| instance.element.close());
-        flushed
-    }
-
-    /// Waits until nothing of `graph` is in flight: until only `holders` are left that hold it, the caller one of
-    /// them.
-    pub async fn drained(graph: &Arc<Graph>, holders: usize) {
-        // Epochs hold the graph for as long as they have requests; there is no count to fall out of
-        // step with them. Control plane only, so looking again and again costs nobody anything.
-        while Arc::strong_count(graph) > holders {
-            crate::rt::sleep(std::time::Duration::from_millis(1)).await;
-        }
+        all.sort_by_key(|one| one.id);
+        all.dedup_by_key(|one| one.id);
+        all.sort_by_key(|one| std::cmp::Reverse(one.age));
+        Ok(all)
     }
 }
 
+/// A client's request that has not been answered yet.
+#[derive(Clone, Debug)]
+pub struct InFlight {
+    /// The element at which it entered.
+    pub source: String,
+    /// Its number.
+    pub id: u64,
+    /// What it asks for.
+    pub op: &'static str,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// For how long it has been in flight.
+    pub age: Duration,
+}
+
+impl fmt::Display for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let InFlight { source, op, offset, len, age, .. } = self;
+        write!(f, "{source}: {op} of {len} at {offset}, for {age:.1?}")
+    }
+}
+
+/// Where streams say what they have in flight.
+pub(crate) type Census = mpsc::UnboundedSender<InFlight>;
+
 /// One shard's view of a disk.
+#[derive(Default)]
 pub struct Slot {
-    pub(crate) graph: RefCell<Arc<Graph>>,
-    /// Counts the swaps.
+    /// Takes new requests; none while the gate is closed.
+    pub(crate) graph: RefCell<Option<Arc<Graph>>>,
+    /// Counts the changes of `graph`.
     pub(crate) epoch: Cell<u64>,
-    pub(crate) gate: Cell<bool>,
     pub(crate) closing: Cell<bool>,
     /// Roots in flight on this shard, over all epochs.
     pub(crate) in_flight: Cell<usize>,
+    pub(crate) census: RefCell<Option<Census>>,
     /// The streams of this shard, by their number.
     waiters: RefCell<Vec<(u64, Waker)>>,
     next_waiter: Cell<u64>,
 }
 
 impl Slot {
-    fn new(graph: Arc<Graph>) -> Slot {
-        Slot {
-            graph: RefCell::new(graph),
-            epoch: Cell::new(0),
-            gate: Cell::new(false),
-            closing: Cell::new(false),
-            in_flight: Cell::new(0),
-            waiters: RefCell::default(),
-            next_waiter: Cell::new(0),
-        }
-    }
-
-    fn swap(&self, next: Arc<Graph>) {
-        *self.graph.borrow_mut() = next;
+    fn admit_into(&self, graph: Option<Arc<Graph>>) {
+        *self.graph.borrow_mut() = graph;
         self.epoch.set(self.epoch.get() + 1);
         self.wake_all();
     }

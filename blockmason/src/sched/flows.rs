@@ -60,6 +60,11 @@ impl<'a, T> Flows<'a, T> {
         self.slots.len() - self.free.len()
     }
 
+    /// Who waits for the flows that are parked.
+    pub(crate) fn owners(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|slot| slot.parked.as_ref()).map(|(_, owner)| owner)
+    }
+
     /// Parks a flow. It is polled by the next [`poll`](Self::poll).
     pub(crate) fn insert(&mut self, flow: LocalBoxFuture<'a, Reply>, owner: T) {
         let ix = self.free.pop().unwrap_or_else(|| self.grow());

@@ -3,7 +3,9 @@
 
 use super::cx::Lane;
 use super::detach::Done;
+use super::disk::{Census, InFlight};
 use super::flows::Flows;
+use super::handover::Working;
 use super::{Cx, Disk, Shard, Slot};
 use crate::element::{Flow, LocalBoxFuture};
 use crate::error::{Error, Kind, Result};
@@ -13,6 +15,7 @@ use crate::request::{Flags, Op, Reply, Request};
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -82,9 +85,10 @@ pub async fn serve<S: Stream>(disk: &Disk, source: &str, stream: &S) -> Result<S
         }
         if newest != Some(slot.epoch.get()) && end.get().is_none() {
             newest = Some(slot.epoch.get());
-            let graph = slot.graph.borrow().clone();
-            let serving = Serving { slot: &slot, source, stream, end: &end };
-            epochs.push(Box::pin(serving.epoch(shard.clone(), graph)));
+            if let Some(graph) = slot.graph.borrow().clone() {
+                let serving = Serving { slot: &slot, source, stream, end: &end };
+                epochs.push(Box::pin(serving.epoch(shard.clone(), graph)));
+            }
         }
         epochs.retain_mut(|epoch| epoch.as_mut().poll(task).is_pending());
         match end.get() {
@@ -116,16 +120,16 @@ struct Serving<'s, S> {
 
 /// Who waits for a flow.
 enum Owner<T> {
-    Root { tag: T, id: u64, op: Op, len: u64, since: Instant },
+    Root { tag: T, id: u64, op: Op, offset: u64, len: u64, since: Instant },
     Detached(Done),
 }
 
 impl<'s, S: Stream> Serving<'s, S> {
-    /// One epoch: owns its graph, admits while it is the newest and the gate is open, and ends when
-    /// it is not and nothing is in flight.
+    /// One epoch: owns its graph, admits while it is the newest, and ends when it is not and nothing
+    /// is in flight.
     async fn epoch(self, shard: Rc<Shard>, graph: Arc<Graph>) {
         let number = self.slot.epoch.get();
-        let Some(node) = graph.node(self.source) else { return self.end.set(Some(Served::Gone)) };
+        let Some(node) = graph.source(self.source) else { return self.end.set(Some(Served::Gone)) };
         let below = match graph.below(node) {
             Ok(below) => below,
             Err(_) => return self.end.set(Some(Served::Gone)),
@@ -151,14 +155,16 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         loop {
             self.abandon_if_failed();
             let mut progress = self.poll_flows(task);
-            let admits = slot.epoch.get() == number && !slot.gate.get();
-            if admits && left > 0 {
+            if slot.epoch.get() == number && left > 0 {
                 progress |= self.admit(task, &mut left);
             }
             progress |= self.take_up_detached();
             if !progress || left == 0 {
                 break;
             }
+        }
+        if let Some(census) = slot.census.borrow().as_ref() {
+            self.count_into(census);
         }
         // Whether everything could be sent or not, nothing here waits for it.
         let _ = self.serving.stream.poll_flush(task);
@@ -167,6 +173,18 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         }
         let over = slot.epoch.get() != number || self.serving.end.get().is_some();
         if over && self.flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Lists what is in flight.
+    fn count_into(&self, census: &Census) {
+        let now = crate::rt::now();
+        for owner in self.flows.owners() {
+            let Owner::Root { id, op, offset, len, since, .. } = owner else { continue };
+            let source = self.serving.source.to_owned();
+            let (op, age) = (op.name(), now - *since);
+            // Whoever asked may have gone.
+            let _ = census.send(InFlight { source, id: *id, op, offset: *offset, len: *len, age });
+        }
     }
 
     /// Submits what the stream has. True if there was anything.
@@ -196,7 +214,7 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         }
         let slot = self.serving.slot;
         slot.in_flight.set(slot.in_flight.get() + 1);
-        let owner = Owner::Root { tag, id: req.id, op: req.op, len: req.len, since };
+        let owner = Owner::Root { tag, id: req.id, op: req.op, offset: req.offset, len: req.len, since };
         if let Err(error) = self.refuse(&req) {
             return self.finish(owner, Some(Err(error.at(req.op.name(), req.offset))));
         }
@@ -270,7 +288,7 @@ fn finish<S: Stream>(cx: Cx<'_>, serving: &Serving<'_, S>, owner: Owner<S::Tag>,
     });
     match owner {
         Owner::Detached(done) => done.send(reply),
-        Owner::Root { tag, id, op, len, since } => {
+        Owner::Root { tag, id, op, len, since, .. } => {
             let slot = serving.slot;
             slot.in_flight.set(slot.in_flight.get() - 1);
             if let Err(error) = &reply {
@@ -302,14 +320,20 @@ fn report(cx: Cx<'_>, source: &str, id: u64, error: &Error) {
 }
 
 /// Runs an element's work of its own to its end, in one epoch.
-pub(crate) async fn run_node(graph: Arc<Graph>, shard: Rc<Shard>, node: usize) {
-    let element = graph.nodes[node].element.clone();
-    let lane = Lane::new(graph, shard);
+pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
+    let element = lane.graph.nodes[node].element.clone();
     let cx = lane.cx(node);
     let mut flows: Flows<'_, Done> = Flows::new();
     let Some(mut body) = element.run(cx) else { return };
     let mut over = false;
+    let mut closing = pin!(cx.closing());
+    let mut closed = false;
     poll_fn(|task| {
+        closed = closed || closing.as_mut().poll(task).is_ready();
+        if closed && lane.graph.is_failed() {
+            // After a panic nobody knows who would ever wake what is left.
+            return Poll::Ready(());
+        }
         if !over {
             match catch_unwind(AssertUnwindSafe(|| body.as_mut().poll(task))) {
                 Ok(poll) => over = poll.is_ready(),

@@ -4,6 +4,7 @@ use crate::describe::{Build, ElementType, Family, Ports, Survives};
 use crate::element::{Children, Element, Flow, LocalBoxFuture, Prepared};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::{Geometry, Ops};
+use crate::graph::Graph;
 use crate::request::{Answer, Extent, ExtentState, Op, Request};
 use crate::sched::{Cx, Disk};
 use crate::testing::{TestDisk, graph, play_against_model, run};
@@ -152,6 +153,14 @@ impl Element for Blocks {
     }
 }
 
+/// New requests enter `next` from now on, whatever lies between the two graphs.
+async fn swap(disk: &Disk, next: Arc<Graph>) -> Result<Arc<Graph>> {
+    let before = disk.graph();
+    disk.set_graph(next.clone());
+    disk.admit_into(Some(next)).await?;
+    Ok(before)
+}
+
 /// Lets everything that can go on go on.
 async fn settle() {
     for _ in 0..20 {
@@ -168,7 +177,7 @@ fn requests_end_in_the_graph_they_entered() {
         assert_eq!(parked("A"), 1);
 
         let next = graph(&host, ALL, "element H (type hop) element B (type park) H -> B", "H").unwrap();
-        let before = disk.disk.swap(next).await.unwrap();
+        let before = swap(&disk.disk, next).await.unwrap();
         let second = disk.send(Request::read(0, 1));
         settle().await;
         assert_eq!((parked("A"), parked("B")), (1, 1), "the new one does not wait for the old one");
@@ -189,7 +198,7 @@ fn an_idle_stream_lets_an_old_graph_go_at_once() {
         let disk = TestDisk::new(&host, ALL, "element A (type park)", "A").await.unwrap();
         settle().await;
         let next = graph(&host, ALL, "element B (type park)", "B").unwrap();
-        let before = disk.disk.swap(next).await.unwrap();
+        let before = swap(&disk.disk, next).await.unwrap();
         settle().await;
         assert_eq!(Arc::strong_count(&before), 1);
     });
@@ -203,7 +212,7 @@ fn three_epochs_at_once_answer_to_one_stream() {
         for name in ["B", "C"] {
             settle().await;
             let next = graph(&host, ALL, &format!("element {name} (type park)"), name).unwrap();
-            disk.disk.swap(next).await.unwrap();
+            swap(&disk.disk, next).await.unwrap();
             replies.push(disk.send(Request::read(0, 1)));
         }
         settle().await;
@@ -222,14 +231,14 @@ fn a_closed_gate_admits_nothing_and_lets_everything_end() {
         let disk = TestDisk::new(&host, ALL, "element A (type park)", "A").await.unwrap();
         let inside = disk.send(Request::read(0, 1));
         settle().await;
-        disk.disk.close_gate().await.unwrap();
+        disk.disk.admit_into(None).await.unwrap();
         let mut outside = disk.send(Request::read(0, 1));
         settle().await;
         assert_eq!(parked("A"), 1, "the second one waits outside");
         release("A");
         inside.await.unwrap().unwrap();
         assert!(outside.try_recv().is_err());
-        disk.disk.open_gate().await.unwrap();
+        disk.disk.admit_into(Some(disk.disk.graph())).await.unwrap();
         settle().await;
         release("A");
         outside.await.unwrap().unwrap();
@@ -244,7 +253,7 @@ fn closing_answers_what_is_in_flight() {
         settle().await;
         let closing = tokio::task::spawn_local({
             let disk = disk.disk.clone();
-            async move { disk.close().await }
+            async move { disk.end_streams().await }
         });
         settle().await;
         let mut late = disk.send(Request::read(0, 1));
@@ -275,7 +284,7 @@ fn a_panic_fails_its_graph_and_no_other() {
         release("B");
         reply.await.unwrap().unwrap();
         // A new graph serves again.
-        disk.disk.swap(graph(&host, ALL, "element C (type park)", "C").unwrap()).await.unwrap();
+        swap(&disk.disk, graph(&host, ALL, "element C (type park)", "C").unwrap()).await.unwrap();
         let reply = disk.send(Request::read(0, 1));
         settle().await;
         release("C");
@@ -309,11 +318,11 @@ fn detached_work_outlives_its_request_and_holds_its_graph() {
         settle().await;
         assert_eq!(parked("A"), 1, "answered, and still on its way");
         let next = graph(&host, ALL, "element B (type park)", "B").unwrap();
-        let before = disk.disk.swap(next).await.unwrap();
+        let before = swap(&disk.disk, next).await.unwrap();
         settle().await;
         assert!(Arc::strong_count(&before) > 1);
         release("A");
-        Disk::drained(&before, 1).await;
+        before.drained().await;
     });
 }
 

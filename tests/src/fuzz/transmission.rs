@@ -43,8 +43,7 @@ pub fn transmission(data: &[u8]) {
         let text = format!("{graph}\nelement M (type mem) (size {SIZE})\nR -> M");
         let graph = blockmason::testing::graph(&host, blockmason_elements::ALL, &text, "R")
             .expect("the graph is valid");
-        let disk = Disk::new(&host, graph).await.expect("a new disk");
-        disk.start().await.expect("nothing to open");
+        let disk = Disk::serve(&host, graph).await.expect("nothing to open");
         let peer = if terms & 16 == 0 { Peer::new(data) } else { Peer::chopped(data, STEP) };
         let traffic = peer.traffic();
         let negotiated = negotiated(terms, &disk, peer);

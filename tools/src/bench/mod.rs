@@ -135,8 +135,7 @@ fn build(file: &GraphFile, host: &Host) -> Outcome<Graph> {
 async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Report> {
     let failed = |error| Failure::in_graph(&error, &file.spec);
     let graph = build(file, host)?;
-    let disk = Disk::new(host, Arc::new(graph)).await.map_err(failed)?;
-    disk.start().await.map_err(failed)?;
+    let disk = Disk::serve(host, Arc::new(graph)).await.map_err(failed)?;
     let jobs = jobs(args, &disk.graph())?;
     let phase = Arc::new(Phase::default());
     let (cpu, start) = (cpu_seconds(), blockmason::rt::now());

@@ -1,0 +1,439 @@
+//! Handing a disk over from one graph to the next while clients use it (Block Mason, section 2.3).
+//!
+//! There are two ways. *Without a pause*, where the graphs differ only in elements that need not see
+//! every request: new requests enter the new graph, those in flight end in the old one. *With a gate*:
+//! sources admit nothing, what is in flight ends, what an element has learnt is taken over, then the
+//! gate opens on the new graph. Everything that can fail happens before requests enter the new graph,
+//! and is undone in reverse order; the old graph then goes on as if nothing had been.
+//!
+//! Starting is the same: the graph before is the empty one.
+
+use super::disk::InFlight;
+use super::{Disk, Lane};
+use crate::describe::{ElementType, Family, Handover};
+use crate::element::Open;
+use crate::error::{Error, Kind, Result};
+use crate::geometry::Geometry;
+use crate::graph::{Graph, Instance};
+use crate::request::Request;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How a graph is to be replaced.
+#[derive(Clone)]
+pub struct Change {
+    /// How long requests in flight may take to end before the change is given up.
+    pub deadline: Duration,
+    /// Clients that cannot live with the new graph are sent away, instead of the change refused.
+    pub disconnect: bool,
+    /// Handlers of elements that stay, to be set when the graph changes.
+    pub settings: Vec<Setting>,
+}
+
+impl Default for Change {
+    fn default() -> Change {
+        Change { deadline: Duration::from_secs(5), disconnect: false, settings: Vec::new() }
+    }
+}
+
+/// A parameter that changes while its element stays.
+#[derive(Clone)]
+pub struct Setting {
+    /// The element.
+    pub instance: Arc<Instance>,
+    /// The handler, named as the parameter.
+    pub handler: String,
+    /// Its value from now on.
+    pub value: String,
+    /// Its value so far.
+    pub before: String,
+}
+
+/// What a change came to.
+#[derive(Clone, Debug)]
+pub struct Changed {
+    /// The way it went.
+    pub way: Handover,
+    /// For how long no request was admitted; zero for a change without a pause.
+    pub pause: Duration,
+    /// What the exports that are new announce: element and URI.
+    pub announced: Vec<(String, String)>,
+    /// Requests that are still on their way in the graph before; only after a change without a pause.
+    pub left: Vec<InFlight>,
+}
+
+/// What is left of the graphs before, and whether the work of its own of the present one goes on.
+#[derive(Default)]
+pub(super) struct Past {
+    /// Graphs that may have requests in flight.
+    graphs: Vec<Arc<Graph>>,
+    /// True if [`Element::run`](crate::Element::run) has been started for the present graph.
+    running: bool,
+    stopped: bool,
+}
+
+/// The way from one graph to the other: without a pause if, without the elements that need not see
+/// every request, they are equal.
+pub fn way(before: &Graph, next: &Graph) -> Handover {
+    if before.contracted() == next.contracted() { Handover::Free } else { Handover::Gate }
+}
+
+impl Disk {
+    /// Replaces the graph. When this returns, all new requests enter `next`, or nothing has changed.
+    /// One change at a time: others wait.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if clients cannot live with the new graph or requests in flight do not end in
+    /// time (the error lists them); else what the element said that could not be opened or did not
+    /// take over.
+    pub async fn replace(self: &Arc<Self>, next: Arc<Graph>, change: &Change) -> Result<Changed> {
+        let mut past = self.changing.lock().await;
+        if past.stopped {
+            return Err(Error::new(Kind::Unavailable, "the disk has been stopped"));
+        }
+        let step = Step { disk: self, before: self.graph(), next: next.clone(), change };
+        self.expect(Some(next));
+        let changed = match way(&step.before, &step.next) {
+            Handover::Free => step.without_pause(&mut past).await,
+            Handover::Gate => step.with_gate(&mut past).await,
+        };
+        self.expect(None);
+        self.settle(&mut past)?;
+        if !past.is_settled() {
+            self.finish_later();
+        }
+        changed
+    }
+
+    /// Closes elements that no graph needs any more; starts the work of its own of the present graph
+    /// once nothing is in flight in those before.
+    fn settle(self: &Arc<Self>, past: &mut Past) -> Result<()> {
+        let now = self.graph();
+        let (over, graphs): (Vec<_>, Vec<_>) = past.graphs.drain(..).partition(|graph| graph.is_drained());
+        past.graphs = graphs;
+        for graph in over {
+            for gone in graph.instances() {
+                if !past.graphs.iter().chain([&now]).any(|other| other.has(gone)) {
+                    contained(|| Ok(gone.element.close())).unwrap_or_else(|error| log(gone, &error));
+                }
+            }
+        }
+        if past.graphs.is_empty() && !past.running && now.runs.is_empty() && !past.stopped {
+            past.running = true;
+            start_work(self, &now)?;
+        }
+        Ok(())
+    }
+
+    /// Settles when what is in flight has ended.
+    fn finish_later(self: &Arc<Self>) {
+        let disk = self.clone();
+        #[expect(clippy::disallowed_methods, reason = "this waits for requests, it carries none")]
+        tokio::spawn(async move {
+            loop {
+                let old = disk.changing.lock().await.graphs.first().cloned();
+                match old {
+                    Some(graph) => graph.drained().await,
+                    None => disk.graph().runs.emptied().await,
+                }
+                let mut past = disk.changing.lock().await;
+                match disk.settle(&mut past) {
+                    Ok(()) if past.is_settled() => return,
+                    Ok(()) => {}
+                    Err(error) => {
+                        return tracing::warn!("what an old graph has left cannot be settled: {error}");
+                    }
+                }
+            }
+        });
+    }
+
+    /// Ends service: exports close, idle streams end, requests in flight are answered, what was
+    /// written is flushed, sinks close. Returns the first flush that failed.
+    pub async fn stop(self: &Arc<Self>) -> Result<()> {
+        let mut past = self.changing.lock().await;
+        past.stopped = true;
+        let graph = self.graph();
+        let (sources, others): (Vec<_>, Vec<_>) =
+            graph.instances().partition(|instance| !instance.ty.ports.input);
+        sources.iter().for_each(|instance| instance.element.close());
+        graph.announce_closing();
+        self.end_streams().await?;
+        for graph in past.graphs.iter().chain([&graph]) {
+            graph.drained().await;
+        }
+        // Replies are still being sent, for as long as their clients' patience lasts.
+        while Arc::strong_count(&self.attending) > 1 {
+            crate::rt::sleep(Duration::from_millis(1)).await;
+        }
+        let flushed = self.flush(&graph).await;
+        self.settle(&mut past)?;
+        others.iter().for_each(|instance| instance.element.close());
+        flushed
+    }
+
+    /// Flushes through every source of a graph that admits nothing.
+    async fn flush(&self, graph: &Arc<Graph>) -> Result<()> {
+        let mut flushed = Ok(());
+        for node in graph.sources().filter(|node| graph.nodes[*node].edge_count > 0) {
+            let reply = self.host.submit(graph, node, 0, Request::flush()).await;
+            flushed = flushed.and(reply.map(drop));
+        }
+        flushed
+    }
+}
+
+impl Past {
+    fn is_settled(&self) -> bool {
+        self.stopped || (self.running && self.graphs.is_empty())
+    }
+}
+
+/// One change of graph.
+struct Step<'a> {
+    disk: &'a Arc<Disk>,
+    before: Arc<Graph>,
+    next: Arc<Graph>,
+    change: &'a Change,
+}
+
+/// What has been done and would have to be undone, the last first.
+type Undo<'a> = Vec<Box<dyn FnOnce() + Send + 'a>>;
+
+impl Step<'_> {
+    async fn without_pause(&self, past: &mut Past) -> Result<Changed> {
+        let (disk, change) = (self.disk, self.change);
+        self.ask_clients()?;
+        let mut undo = Undo::new();
+        let opened = self.open(&mut undo);
+        let announced = self.undo_if_failed(opened, undo)?;
+        disk.set_graph(self.next.clone());
+        disk.admit_into(Some(self.next.clone())).await?;
+        self.before.announce_closing();
+        past.graphs.push(self.before.clone());
+        past.running = false;
+        self.dismiss_clients();
+        let drained = crate::rt::timeout(change.deadline, self.before.drained()).await;
+        let left = if drained.is_some() { Vec::new() } else { disk.in_flight().await? };
+        Ok(Changed { way: Handover::Free, pause: Duration::ZERO, announced, left })
+    }
+
+    async fn with_gate(&self, past: &mut Past) -> Result<Changed> {
+        let (disk, change) = (self.disk, self.change);
+        self.ask_clients()?;
+        let holds_data = |ty: &ElementType| ty.handover == Handover::Gate && ty.family != Family::Export;
+        let flush = self.leaving().any(|instance| holds_data(instance.ty));
+        if flush {
+            // Most of what has to be flushed is flushed while requests go on.
+            self.flush_or_fail(crate::rt::timeout(change.deadline, disk.flush(&self.before)).await)?;
+        }
+        let since = crate::rt::now();
+        disk.admit_into(None).await?;
+        self.before.announce_closing();
+        let changed = self.behind_the_gate(past, since, flush).await;
+        match &changed {
+            Ok(_) => {
+                self.dismiss_clients();
+                past.graphs.push(self.before.clone());
+                disk.set_graph(self.next.clone());
+            }
+            Err(_) => self.before.forget_closing(),
+        }
+        past.running = false;
+        let entering = disk.graph();
+        disk.admit_into(Some(entering)).await?;
+        let pause = crate::rt::now() - since;
+        changed.map(|announced| Changed { way: Handover::Gate, pause, announced, left: Vec::new() })
+    }
+
+    async fn behind_the_gate(
+        &self,
+        past: &Past,
+        since: Instant,
+        flush: bool,
+    ) -> Result<Vec<(String, String)>> {
+        let body = async {
+            for graph in past.graphs.iter().chain([&self.before]) {
+                graph.drained().await;
+            }
+            if flush && !self.before.is_failed() { Some(self.disk.flush(&self.before).await) } else { None }
+        };
+        let left = self.change.deadline.saturating_sub(crate::rt::now() - since);
+        match crate::rt::timeout(left, body).await {
+            Some(Some(flushed)) => self.flush_or_fail(Some(flushed))?,
+            Some(None) => {}
+            None => return Err(self.stuck().await),
+        }
+        let mut undo = Undo::new();
+        let opened = self.take_over().and_then(|()| self.open(&mut undo));
+        self.undo_if_failed(opened, undo)
+    }
+
+    /// What could not be flushed is a reason to keep the graph, unless it has failed: only another graph
+    /// heals that.
+    fn flush_or_fail(&self, flushed: Option<Result<()>>) -> Result<()> {
+        let late = || Err(Error::new(Kind::Busy, "what leaves the graph could not be flushed in time"));
+        match flushed.unwrap_or_else(late) {
+            Err(error) if self.before.is_failed() => {
+                tracing::warn!(graph = self.before.name(), "replaced without a flush: {error}");
+                Ok(())
+            }
+            flushed => flushed,
+        }
+    }
+
+    /// The error that says what did not end in time.
+    async fn stuck(&self) -> Error {
+        const MOST: usize = 8;
+        let list = self.disk.in_flight().await.unwrap_or_default();
+        let mut lines: Vec<_> = list.iter().take(MOST).map(ToString::to_string).collect();
+        if list.len() > MOST {
+            lines.push(format!("and {} more", list.len() - MOST));
+        }
+        let what = match list.len() {
+            0 => "requests of the graph itself, or a flush,".to_owned(),
+            _ => format!("these requests ({})", lines.join("; ")),
+        };
+        let waited = self.change.deadline;
+        Error::new(Kind::Busy, format!("{what} have not ended in {waited:?}; the graph has not been changed"))
+    }
+
+    /// Instances of the graph before that the next one has not.
+    fn leaving(&self) -> impl Iterator<Item = &Arc<Instance>> {
+        self.before.instances().filter(|instance| !self.next.has(instance))
+    }
+
+    /// Instances of the next graph that are new, those that requests enter at last.
+    fn coming(&self) -> impl Iterator<Item = &Arc<Instance>> {
+        let new = |instance: &&Arc<Instance>| !self.before.has(instance);
+        let source = |instance: &&Arc<Instance>| !instance.ty.ports.input;
+        let others = self.next.instances().filter(new).filter(move |instance| !source(instance));
+        others.chain(self.next.instances().filter(new).filter(source))
+    }
+
+    /// Each source of the graph before, with what will lie below it.
+    fn sources(&self) -> impl Iterator<Item = (&Arc<Instance>, Option<Geometry>)> {
+        self.before.sources().map(|node| {
+            let instance = &self.before.nodes[node].instance;
+            let next = self.next.source(&instance.name);
+            let same = next.filter(|next| std::ptr::eq(self.next.nodes[*next].instance.ty, instance.ty));
+            (instance, same.and_then(|node| self.next.below(node).ok()))
+        })
+    }
+
+    fn ask_clients(&self) -> Result<()> {
+        if self.change.disconnect {
+            return Ok(());
+        }
+        self.sources().try_for_each(|(source, below)| {
+            contained(|| source.element.keeps_clients(below.as_ref())).map_err(|e| e.in_element(&source.name))
+        })
+    }
+
+    fn dismiss_clients(&self) {
+        for (source, below) in self.sources().filter(|_| self.change.disconnect) {
+            contained(|| Ok(source.element.dismiss_clients(below.as_ref())))
+                .unwrap_or_else(|error| log(source, &error));
+        }
+    }
+
+    /// Elements of the same name and type take over what those before have learnt.
+    fn take_over(&self) -> Result<()> {
+        let olds: HashMap<_, _> = self.leaving().map(|old| (&old.name, old)).collect();
+        for new in self.coming() {
+            if let Some(old) = olds.get(&new.name).filter(|old| std::ptr::eq(old.ty, new.ty)) {
+                contained(|| new.element.take_state(&*old.element)).map_err(|e| e.in_element(&new.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens what is new, closes the sources that go, changes what is changed in place.
+    fn open<'s>(&'s self, undo: &mut Undo<'s>) -> Result<Vec<(String, String)>> {
+        let mut announced = Vec::new();
+        let goes = |source: &Arc<Instance>| self.next.source(&source.name).is_none();
+        for source in self.leaving().filter(|old| !old.ty.ports.input && goes(old)) {
+            contained(|| Ok(source.element.close())).map_err(|e| e.in_element(&source.name))?;
+            undo.push(Box::new(|| self.open_again(source)));
+        }
+        for instance in self.coming() {
+            let open = Open { host: &self.disk.host, disk: self.disk, name: &instance.name };
+            let uri = contained(|| instance.element.open(&open)).map_err(|e| e.in_element(&instance.name))?;
+            announced.extend(uri.map(|uri| (instance.name.clone(), uri)));
+            undo.push(Box::new(|| self.close_again(instance)));
+        }
+        for Setting { instance, handler, value, before } in &self.change.settings {
+            contained(|| instance.element.set(handler, value)).map_err(|e| e.in_element(&instance.name))?;
+            undo.push(Box::new(move || {
+                let put_back = contained(|| instance.element.set(handler, before));
+                put_back.unwrap_or_else(|error| log(instance, &error));
+            }));
+        }
+        Ok(announced)
+    }
+
+    fn undo_if_failed<T>(&self, result: Result<T>, undo: Undo<'_>) -> Result<T> {
+        if result.is_err() {
+            undo.into_iter().rev().for_each(|undo| undo());
+        }
+        result
+    }
+
+    fn open_again(&self, source: &Arc<Instance>) {
+        let open = Open { host: &self.disk.host, disk: self.disk, name: &source.name };
+        contained(|| source.element.open(&open).map(drop)).unwrap_or_else(|error| log(source, &error));
+    }
+
+    /// Closes what was opened. A source that has taken the place of one of the same name makes room
+    /// for it again.
+    fn close_again(&self, instance: &Arc<Instance>) {
+        contained(|| Ok(instance.element.close())).unwrap_or_else(|error| log(instance, &error));
+        let replaced = self.leaving().find(|old| !old.ty.ports.input && old.name == instance.name);
+        if let Some(source) = replaced.filter(|_| !instance.ty.ports.input) {
+            contained(|| Ok(source.element.close())).unwrap_or_else(|error| log(source, &error));
+            self.open_again(source);
+        }
+    }
+}
+
+fn log(instance: &Instance, error: &Error) {
+    tracing::error!("{} could not be closed or put back: {error}", instance.name);
+}
+
+/// Calls into an element; a panic in it is an error.
+pub(crate) fn contained<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(Error::internal("the element panicked")))
+}
+
+/// Starts what has work of its own.
+fn start_work(disk: &Disk, graph: &Arc<Graph>) -> Result<()> {
+    for node in 0..graph.nodes.len() {
+        let working = Working::new(graph);
+        disk.host.on(node, move |shard| {
+            let lane = Lane::new(working.0.clone(), shard.clone());
+            drop(tokio::task::spawn_local(super::run_node(lane, node, working)));
+        })?;
+    }
+    Ok(())
+}
+
+/// An element's work of its own goes on, or is about to begin, while this lives.
+pub(super) struct Working(Arc<Graph>);
+
+impl Working {
+    fn new(graph: &Arc<Graph>) -> Working {
+        graph.runs.enter();
+        graph.lanes.enter();
+        Working(graph.clone())
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.runs.leave();
+        self.0.lanes.leave();
+    }
+}
