@@ -42,6 +42,11 @@ impl Timer {
     }
 }
 
+/// Runs what may wait for files or sockets on a thread where that harms nobody. None if it panicked.
+pub async fn blocking<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(body).await.ok()
+}
+
 /// The body's result, or None if it took longer than `time`.
 pub async fn timeout<T>(time: Duration, body: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(time, body).await.ok()

@@ -8,12 +8,13 @@ use crate::element::{Element, Flow};
 use crate::error::Error;
 use crate::graph::build::{Builder, connections};
 use crate::graph::{Connection, Graph, Instance};
-use crate::lang::{Defines, parse_str};
+use crate::lang::{Defines, NoFiles, Spec, parse_checked, parse_str};
+use crate::live::{Live, Setup};
 use crate::request::{Answer, Extent, Op, Reply, Request};
 use crate::sched::{Admit, Cx, Disk, Host, Served, Stream, serve};
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -40,7 +41,8 @@ impl Element for Client {
     }
 }
 
-static CLIENT: ElementType = ElementType {
+/// The source of a [`TestDisk`], for catalogues of tests.
+pub static CLIENT: ElementType = ElementType {
     name: "client",
     summary: "sends a test's requests",
     family: Family::Export,
@@ -60,6 +62,21 @@ pub fn graph(host: &Host, catalogue: Catalogue, text: &str, top: &str) -> crate:
     edges.push(Connection { from: instances.len(), port: "out".to_owned(), to });
     instances.push(Instance::new("Client", &CLIENT, "", Arc::new(Client)));
     builder.assemble(&instances, &edges).map(Arc::new)
+}
+
+/// Serves the graph of `text`, which names its source `Client` of type `client`, so that it can be changed.
+pub async fn live(host: &Arc<Host>, catalogue: Catalogue, text: &str) -> crate::Result<(Arc<Live>, TestDisk)> {
+    let setup = Setup { catalogue, name: "test".to_owned(), state_dir: host.state_dir().to_owned() };
+    let live = Live::start(host, setup, checked(catalogue, text)?).await?;
+    let disk = TestDisk::connect(live.disk().clone());
+    Ok((live, disk))
+}
+
+/// The checked graph of a text.
+pub fn checked(catalogue: Catalogue, text: &str) -> crate::Result<Spec> {
+    let name = Path::new("test.mason");
+    parse_checked(&NoFiles, name, PathBuf::from("/test.mason"), text.to_owned(), &Defines::new(), catalogue)
+        .map_err(|errors| Error::invalid(errors.first_line()))
 }
 
 /// A disk with a client.

@@ -4,6 +4,7 @@ use super::{Connection, Graph, Instance};
 use crate::describe::{Build, Catalogue, find};
 use crate::error::{Error, Result};
 use crate::lang::Spec;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,8 +28,24 @@ impl Builder<'_> {
     /// # Errors
     /// The first element that fails, with its name and its place in the graph file.
     pub fn build(&self, spec: &Spec) -> Result<Graph> {
+        self.assemble(&self.instances(spec, &HashMap::new())?, &connections(spec))
+    }
+
+    /// Makes every element of `spec` but those that are `kept`, by name.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build).
+    pub fn instances(
+        &self,
+        spec: &Spec,
+        kept: &HashMap<String, Arc<Instance>>,
+    ) -> Result<Vec<Arc<Instance>>> {
         let mut instances = Vec::with_capacity(spec.elements.len());
         for element in &spec.elements {
+            if let Some(instance) = kept.get(&element.name) {
+                instances.push(instance.clone());
+                continue;
+            }
             let place = spec.place(element).to_string();
             let at = format!("{} ({place})", element.name);
             let ty = find(self.catalogue, &element.ty)
@@ -42,7 +59,7 @@ impl Builder<'_> {
             let made = (ty.build)(&build).map_err(|error| error.in_element(&at))?;
             instances.push(Instance::new(&element.name, ty, place, made));
         }
-        self.assemble(&instances, &connections(spec))
+        Ok(instances)
     }
 
     /// Assembles instances into a graph.

@@ -30,6 +30,7 @@ pub use diag::{Diagnostic, Diagnostics, Label, Style};
 pub use files::{Disk, Files, NoFiles};
 pub use kind::ParamKind;
 pub use params::{Entry, ParamError, Params, Value};
+pub(crate) use print::meaning;
 pub use print::print;
 pub use source::{Place, Source, Sources, Span};
 pub use spec::{EdgeSpec, ElementSpec, Spec};

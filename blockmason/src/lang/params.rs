@@ -117,6 +117,16 @@ impl Params {
         &self.entries
     }
 
+    /// Gives a key this one value, instead of those that it has.
+    pub fn set(&mut self, key: &str, text: &str) {
+        let context = Arc::new(Context::default());
+        let value = Value { text: text.to_owned(), span: self.span, origin: None, context, target: None };
+        match self.entries.iter_mut().find(|entry| entry.key == key) {
+            Some(entry) => entry.values = vec![value],
+            None => self.entries.push(Entry { key: key.to_owned(), span: self.span, values: vec![value] }),
+        }
+    }
+
     /// The values of a key, if it is given.
     pub fn get(&self, key: &str) -> Option<&[Value]> {
         self.entries.iter().find(|entry| entry.key == key).map(Entry::values)

@@ -2,7 +2,7 @@
 
 use super::params::{Entry, Value};
 use super::parse::is_word_char;
-use super::spec::{ElementSpec, Spec};
+use super::spec::{EdgeSpec, ElementSpec, Spec};
 use crate::describe::{self, Catalogue, Param};
 use std::fmt::Write;
 use std::path::Path;
@@ -18,13 +18,18 @@ pub fn print(spec: &Spec, catalogue: Catalogue, folder: &Path) -> String {
         print_element(&mut out, element, catalogue, folder);
     }
     for edge in &spec.edges {
-        let (from, to) = (&spec.elements[edge.from].name, &spec.elements[edge.to].name);
-        let from = end(from, &edge.from_port, "out");
-        let to = end(to, &edge.to_port, "in");
         // Writing to a String cannot fail.
-        let _ = writeln!(out, "{from} -> {to}");
+        let _ = writeln!(out, "{}", spec.edge_text(edge));
     }
     out
+}
+
+impl Spec {
+    /// An edge as an administrator would write it.
+    pub fn edge_text(&self, edge: &EdgeSpec) -> String {
+        let (from, to) = (&self.elements[edge.from].name, &self.elements[edge.to].name);
+        format!("{} -> {}", end(from, &edge.from_port, "out"), end(to, &edge.to_port, "in"))
+    }
 }
 
 fn end(name: &str, port: &str, default: &str) -> String {
@@ -45,13 +50,18 @@ fn print_entry(out: &mut String, entry: &Entry, param: Option<&Param>, folder: &
     let _ = write!(out, "    ({}", entry.key());
     for value in entry.values() {
         out.push(' ');
-        out.push_str(&quote(&meaning(value, param, folder)));
+        out.push_str(&quote(&meaning_in(value, param, folder)));
     }
     out.push_str(")\n");
 }
 
+/// What a value means, wherever it stands: paths are absolute, references full names.
+pub(crate) fn meaning(value: &Value, param: Option<&Param>) -> String {
+    meaning_in(value, param, Path::new(""))
+}
+
 /// The text that means the same in `folder` and outside of compounds.
-fn meaning(value: &Value, param: Option<&Param>, folder: &Path) -> String {
+fn meaning_in(value: &Value, param: Option<&Param>, folder: &Path) -> String {
     match param {
         Some(param) if param.refers.is_some() => value.target().to_owned(),
         Some(param) if param.kind == "path" && value.folder() != folder => {

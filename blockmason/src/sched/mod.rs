@@ -26,6 +26,7 @@ pub use cx::Cx;
 pub(crate) use cx::Lane;
 pub use detach::Detached;
 pub use disk::{Disk, InFlight, Slot};
+pub(crate) use handover::contained;
 pub use handover::{Change, Changed, Setting, way};
 pub use host::{Host, HostConfig};
 pub use ranges::{RangeGuard, RangeLock};

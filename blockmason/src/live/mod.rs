@@ -1,0 +1,276 @@
+//! A graph that serves and can be changed: what it was read from, what runs, and the way from one to
+//! the next (Block Mason, section 2.3).
+//!
+//! Starting is a change from the empty graph. Elements with the same name, type and parameters are the
+//! same instance before and after; of the others new ones are built, and [`Disk::replace`] hands over.
+
+mod diff;
+#[cfg(test)]
+mod tests;
+
+pub use diff::{Diff, ElementDiff, Fate, ParamDiff};
+
+use crate::describe::{Access, Catalogue};
+use crate::error::{Error, Result};
+use crate::graph::build::{Builder, connections};
+use crate::graph::tally::Histogram;
+use crate::graph::{Graph, Instance};
+use crate::lang::Spec;
+use crate::sched::{Change, Changed, Disk, Host, Setting, contained};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// What a graph is built with, from its start to its end.
+#[derive(Clone)]
+pub struct Setup {
+    /// The table of types.
+    pub catalogue: Catalogue,
+    /// The graph's name: the stem of its file.
+    pub name: String,
+    /// Where state is kept.
+    pub state_dir: PathBuf,
+}
+
+/// How a change is to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How long requests in flight may take to end before the change is given up.
+    pub deadline: Duration,
+    /// Clients that cannot live with the new graph are sent away, instead of the change refused.
+    pub disconnect: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { deadline: Duration::from_secs(5), disconnect: false }
+    }
+}
+
+/// What a change has come to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// What has changed.
+    pub diff: Diff,
+    /// For how long no request was admitted, in seconds.
+    pub pause_seconds: f64,
+    /// How long all of it took, in seconds.
+    pub took_seconds: f64,
+    /// Requests that are still on their way in the graph before, in words.
+    pub left: Vec<String>,
+}
+
+/// A graph that serves and can be changed.
+pub struct Live {
+    setup: Setup,
+    disk: Arc<Disk>,
+    /// One change at a time, from the comparison to its end.
+    changing: tokio::sync::Mutex<()>,
+    state: Mutex<State>,
+    pauses: Mutex<Histogram>,
+    reloads: AtomicU64,
+    failed: AtomicU64,
+}
+
+struct State {
+    spec: Arc<Spec>,
+    /// Each export's element and URI.
+    exports: Vec<(String, String)>,
+}
+
+impl Live {
+    /// Serves a checked graph.
+    ///
+    /// # Errors
+    /// The first element that cannot be built or opened; everything is closed again.
+    pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec) -> Result<Arc<Live>> {
+        let disk = Disk::new(host, &setup.name).await?;
+        let empty = Arc::new(Spec { elements: Vec::new(), edges: Vec::new(), sources: spec.sources.clone() });
+        let live = Live {
+            setup,
+            disk,
+            changing: tokio::sync::Mutex::default(),
+            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
+            pauses: Mutex::default(),
+            reloads: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        };
+        match live.change(spec, &Options::default()).await {
+            Ok(_) => Ok(Arc::new(live)),
+            Err(error) => {
+                live.disk.stop().await?;
+                Err(error)
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The graph as it runs now, with what handlers have set.
+    pub fn spec(&self) -> Arc<Spec> {
+        self.state().spec.clone()
+    }
+
+    /// What serves.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// The name: the stem of the graph's file.
+    pub fn name(&self) -> &str {
+        &self.setup.name
+    }
+
+    /// What the exports announce: element and URI.
+    pub fn exports(&self) -> Vec<(String, String)> {
+        self.state().exports.clone()
+    }
+
+    /// What a reload would change. Opens nothing.
+    pub fn diff(&self, next: &Spec) -> Diff {
+        Diff::between(&self.spec(), next, self.setup.catalogue)
+    }
+
+    /// Replaces the graph by another checked one. When this returns all new requests enter it, or
+    /// nothing has changed and the old graph has never stopped serving. Others that want to change it
+    /// meanwhile wait.
+    ///
+    /// # Errors
+    /// What could not be built, opened or taken over; what did not end in time; what a connected
+    /// client could not live with.
+    pub async fn reload(&self, next: Spec, options: &Options) -> Result<Report> {
+        let report = self.change(next, options).await;
+        match &report {
+            Ok(report) if report.diff.is_empty() => {}
+            Ok(report) => {
+                self.reloads.fetch_add(1, Ordering::Relaxed);
+                let ns = Duration::from_secs_f64(report.pause_seconds).as_nanos() as u64;
+                self.pauses.lock().unwrap_or_else(PoisonError::into_inner).record(ns);
+            }
+            Err(_) => drop(self.failed.fetch_add(1, Ordering::Relaxed)),
+        }
+        report
+    }
+
+    async fn change(&self, next: Spec, options: &Options) -> Result<Report> {
+        let _changing = self.changing.lock().await;
+        let since = crate::rt::now();
+        let diff = self.diff(&next);
+        let next = Arc::new(next);
+        if diff.is_empty() {
+            self.state().spec = next;
+            let took_seconds = (crate::rt::now() - since).as_secs_f64();
+            return Ok(Report { diff, pause_seconds: 0.0, took_seconds, left: Vec::new() });
+        }
+        let before = self.disk.graph();
+        let graph = self.build(&next, &diff, &before).await?;
+        let settings = settings(&diff, &graph);
+        let change = Change { deadline: options.deadline, disconnect: options.disconnect, settings };
+        let changed = self.disk.replace(Arc::new(graph), &change).await?;
+        self.adopt(next, &changed);
+        Ok(Report {
+            diff,
+            pause_seconds: changed.pause.as_secs_f64(),
+            took_seconds: (crate::rt::now() - since).as_secs_f64(),
+            left: changed.left.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    /// Builds what is new, on a thread where waiting harms nobody: files and sockets are opened.
+    async fn build(&self, next: &Arc<Spec>, diff: &Diff, before: &Arc<Graph>) -> Result<Graph> {
+        let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
+        let kept = before.instances().filter(|instance| stays(&instance.name));
+        let kept: HashMap<String, Arc<Instance>> =
+            kept.map(|instance| (instance.name.clone(), instance.clone())).collect();
+        let (setup, next, shards) = (self.setup.clone(), next.clone(), self.disk.host().shards());
+        let build = move || {
+            let (name, state_dir) = (&*setup.name, &*setup.state_dir);
+            let builder = Builder { catalogue: setup.catalogue, name, state_dir, shards };
+            contained(|| builder.assemble(&builder.instances(&next, &kept)?, &connections(&next)))
+        };
+        crate::rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("building the graph was given up")))
+    }
+
+    fn adopt(&self, next: Arc<Spec>, changed: &Changed) {
+        let mut state = self.state();
+        let known = std::mem::take(&mut state.exports);
+        let uri = |name: &String| {
+            let all = changed.announced.iter().chain(&known);
+            all.clone().find(|(element, _)| element == name).map(|(_, uri)| (name.clone(), uri.clone()))
+        };
+        state.exports = next.elements.iter().filter_map(|element| uri(&element.name)).collect();
+        state.spec = next;
+    }
+
+    /// An element that runs now.
+    fn instance(&self, name: &str) -> Result<Arc<Instance>> {
+        let graph = self.disk.graph();
+        let found = graph.node(name).and_then(|node| graph.instances().nth(node));
+        found.cloned().ok_or_else(|| Error::invalid(format!("there is no element {name}")))
+    }
+
+    /// The value of a handler.
+    pub fn get(&self, element: &str, handler: &str) -> Result<String> {
+        let instance = self.instance(element)?;
+        contained(|| instance.element.get(handler)).map_err(|error| error.in_element(element))
+    }
+
+    /// Calls a handler.
+    pub fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String> {
+        let instance = self.instance(element)?;
+        contained(|| instance.element.call(handler, argument)).map_err(|error| error.in_element(element))
+    }
+
+    /// Sets a handler. One that is named as a parameter is that parameter: the graph as it runs has
+    /// changed.
+    pub async fn set(&self, element: &str, handler: &str, value: &str) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        let instance = self.instance(element)?;
+        let spec = self.spec();
+        let parameter = instance.ty.params.iter().any(|param| param.name == handler);
+        let writable = instance.ty.handlers.iter().any(|h| h.name == handler && h.access == Access::ReadWrite);
+        contained(|| instance.element.set(handler, value)).map_err(|error| error.in_element(element))?;
+        if let (true, true, Some(ix)) = (parameter, writable, spec.find(element)) {
+            let mut next = (*spec).clone();
+            next.elements[ix].params.set(handler, value);
+            self.state().spec = Arc::new(next);
+        }
+        Ok(())
+    }
+
+    /// Reloads that have changed something, and those that could not be made.
+    pub fn reloads(&self) -> (u64, u64) {
+        (self.reloads.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed))
+    }
+
+    /// The pauses of all reloads, by bucket; see [`Histogram::upper_ns`].
+    pub fn pauses(&self) -> Vec<u64> {
+        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).read()
+    }
+
+    /// Ends service. Returns the first flush that failed.
+    pub async fn stop(&self) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        self.disk.stop().await
+    }
+}
+
+/// What is changed in place.
+fn settings(diff: &Diff, graph: &Graph) -> Vec<Setting> {
+    let instances: HashMap<_, _> = graph.instances().map(|instance| (instance.name.as_str(), instance)).collect();
+    let set = diff.elements.iter().filter(|element| element.fate == Fate::Set);
+    let of = |element: &ElementDiff| -> Vec<Setting> {
+        let Some(instance) = instances.get(element.name.as_str()) else { return Vec::new() };
+        let setting = |param: &ParamDiff| {
+            let (value, before) = (param.after.clone()?, param.before.clone()?);
+            Some(Setting { instance: (*instance).clone(), handler: param.key.clone(), value, before })
+        };
+        element.parameters.iter().filter_map(setting).collect()
+    };
+    set.flat_map(of).collect()
+}
