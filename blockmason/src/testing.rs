@@ -65,7 +65,11 @@ pub fn graph(host: &Host, catalogue: Catalogue, text: &str, top: &str) -> crate:
 }
 
 /// Serves the graph of `text`, which names its source `Client` of type `client`, so that it can be changed.
-pub async fn live(host: &Arc<Host>, catalogue: Catalogue, text: &str) -> crate::Result<(Arc<Live>, TestDisk)> {
+pub async fn live(
+    host: &Arc<Host>,
+    catalogue: Catalogue,
+    text: &str,
+) -> crate::Result<(Arc<Live>, TestDisk)> {
     let setup = Setup { catalogue, name: "test".to_owned(), state_dir: host.state_dir().to_owned() };
     let live = Live::start(host, setup, checked(catalogue, text)?).await?;
     let disk = TestDisk::connect(live.disk().clone());

@@ -98,7 +98,8 @@ fn elements(before: &Spec, next: &Spec, catalogue: Catalogue) -> Vec<ElementDiff
     for element in &next.elements {
         let ty = describe::find(catalogue, &element.ty);
         let old = had.get(element.name.as_str());
-        let same_type = old.filter(|old| describe::find(catalogue, &old.ty).map(|t| t.name) == ty.map(|t| t.name));
+        let same_type =
+            old.filter(|old| describe::find(catalogue, &old.ty).map(|t| t.name) == ty.map(|t| t.name));
         let (fate, parameters) = match (same_type, ty) {
             (Some(old), Some(ty)) => {
                 let parameters = parameters(old, element, ty);
@@ -143,7 +144,8 @@ fn meanings(element: &ElementSpec, ty: &ElementType) -> BTreeMap<String, String>
 /// A parameter that is also a handler to write can change in place, if there is a value to go back to.
 fn fate_of(parameters: &[ParamDiff], ty: &ElementType) -> Fate {
     let settable = |diff: &ParamDiff| {
-        let writable = |handler: &describe::Handler| handler.access == Access::ReadWrite && handler.name == diff.key;
+        let writable =
+            |handler: &describe::Handler| handler.access == Access::ReadWrite && handler.name == diff.key;
         diff.before.is_some() && diff.after.is_some() && ty.handlers.iter().any(writable)
     };
     match parameters {
@@ -194,7 +196,9 @@ fn reordered(before: &Spec, next: &Spec, catalogue: Catalogue) -> Vec<String> {
     let changed = |element: &&ElementSpec| {
         let (Some(old), Some(new)) = (had.get(&element.name), has.get(&element.name)) else { return false };
         let (a, b): (HashSet<_>, HashSet<_>) = (old.iter().collect(), new.iter().collect());
-        let in_both = |all: &[String]| all.iter().filter(|e| a.contains(e) && b.contains(e)).cloned().collect::<Vec<_>>();
+        let in_both = |all: &[String]| {
+            all.iter().filter(|e| a.contains(e) && b.contains(e)).cloned().collect::<Vec<_>>()
+        };
         in_both(old) != in_both(new)
     };
     next.elements.iter().filter(variadic).filter(changed).map(|element| element.name.clone()).collect()
@@ -217,10 +221,15 @@ fn gate(before: &Spec, next: &Spec, catalogue: Catalogue, diffs: &[ElementDiff])
 /// None if an element that must see every request does not stay.
 fn contracted(spec: &Spec, catalogue: Catalogue, staying: &HashSet<&str>) -> Option<Contracted> {
     let outs = spec.edges_by_element();
-    let free: Vec<bool> = spec.elements.iter().enumerate().map(|(ix, element)| {
-        let ty = describe::find(catalogue, &element.ty);
-        ty.is_some_and(|ty| ty.handover == Handover::Free) && outs[ix].len() == 1
-    }).collect();
+    let free: Vec<bool> = spec
+        .elements
+        .iter()
+        .enumerate()
+        .map(|(ix, element)| {
+            let ty = describe::find(catalogue, &element.ty);
+            ty.is_some_and(|ty| ty.handover == Handover::Free) && outs[ix].len() == 1
+        })
+        .collect();
     let name = |ix: usize| &spec.elements[ix].name;
     let behind = |mut ix: usize| {
         while free[ix] {
@@ -234,7 +243,8 @@ fn contracted(spec: &Spec, catalogue: Catalogue, staying: &HashSet<&str>) -> Opt
             return None;
         }
         let ty = describe::find(catalogue, &spec.elements[ix].ty);
-        let mut ports: Vec<_> = outs[ix].iter().map(|edge| (edge.from_port.clone(), behind(edge.to))).collect();
+        let mut ports: Vec<_> =
+            outs[ix].iter().map(|edge| (edge.from_port.clone(), behind(edge.to))).collect();
         if ty.is_some_and(|ty| matches!(ty.ports.out, Outs::Named(_))) {
             ports.sort();
         }
@@ -277,6 +287,10 @@ impl fmt::Display for Diff {
         }
         let kept = self.elements.iter().filter(|element| element.fate == Fate::Kept).count();
         writeln!(f, "  {kept} kept")?;
-        f.write_str(if self.gate { "requests wait at a gate while it changes\n" } else { "without a pause\n" })
+        f.write_str(if self.gate {
+            "requests wait at a gate while it changes\n"
+        } else {
+            "without a pause\n"
+        })
     }
 }

@@ -193,7 +193,9 @@ impl Live {
             let builder = Builder { catalogue: setup.catalogue, name, state_dir, shards };
             contained(|| builder.assemble(&builder.instances(&next, &kept)?, &connections(&next)))
         };
-        crate::rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("building the graph was given up")))
+        crate::rt::blocking(build)
+            .await
+            .unwrap_or_else(|| Err(Error::internal("building the graph was given up")))
     }
 
     fn adopt(&self, next: Arc<Spec>, changed: &Changed) {
@@ -233,7 +235,8 @@ impl Live {
         let instance = self.instance(element)?;
         let spec = self.spec();
         let parameter = instance.ty.params.iter().any(|param| param.name == handler);
-        let writable = instance.ty.handlers.iter().any(|h| h.name == handler && h.access == Access::ReadWrite);
+        let writable =
+            instance.ty.handlers.iter().any(|h| h.name == handler && h.access == Access::ReadWrite);
         contained(|| instance.element.set(handler, value)).map_err(|error| error.in_element(element))?;
         if let (true, true, Some(ix)) = (parameter, writable, spec.find(element)) {
             let mut next = (*spec).clone();
@@ -262,7 +265,8 @@ impl Live {
 
 /// What is changed in place.
 fn settings(diff: &Diff, graph: &Graph) -> Vec<Setting> {
-    let instances: HashMap<_, _> = graph.instances().map(|instance| (instance.name.as_str(), instance)).collect();
+    let instances: HashMap<_, _> =
+        graph.instances().map(|instance| (instance.name.as_str(), instance)).collect();
     let set = diff.elements.iter().filter(|element| element.fate == Fate::Set);
     let of = |element: &ElementDiff| -> Vec<Setting> {
         let Some(instance) = instances.get(element.name.as_str()) else { return Vec::new() };

@@ -61,7 +61,8 @@ static FANOUT: ElementType = ElementType {
     ..BASE
 };
 /// Passes everything on, and has work of its own.
-static WORKER: ElementType = ElementType { name: "worker", build: |build| make(build, Kindof::Worker), ..BASE };
+static WORKER: ElementType =
+    ElementType { name: "worker", build: |build| make(build, Kindof::Worker), ..BASE };
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kindof {
@@ -238,13 +239,15 @@ fn the_same_graph_changes_nothing() {
 #[test]
 fn a_hop_comes_and_goes_without_a_pause() {
     run(1, async |host| {
-        let (live, disk) = start(&host, "element D (type held) element S (type store) Client -> D -> S").await;
+        let (live, disk) =
+            start(&host, "element D (type held) element S (type store) Client -> D -> S").await;
         let inside = disk.send(Request::read(0, 1));
         settle().await;
         let changing = tokio::task::spawn_local({
             let live = live.clone();
             async move {
-                let text = "element H (type hop) element D (type held) element S (type store) Client -> H -> D -> S";
+                let text =
+                    "element H (type hop) element D (type held) element S (type store) Client -> H -> D -> S";
                 reload(&live, text).await
             }
         });
@@ -272,8 +275,13 @@ fn without_a_pause_what_is_stuck_is_left_behind_and_closed_when_it_ends() {
         let (live, disk) = start(&host, with).await;
         let stuck = disk.send(Request::read(512, 7));
         settle().await;
-        let report = reload(&live, "element D (type held) element S (type store) Client -> D -> S").await.unwrap();
-        assert!(report.left.len() == 1 && report.left[0].starts_with("Client: read of 7 at 512"), "{:?}", report.left);
+        let report =
+            reload(&live, "element D (type held) element S (type store) Client -> D -> S").await.unwrap();
+        assert!(
+            report.left.len() == 1 && report.left[0].starts_with("Client: read of 7 at 512"),
+            "{:?}",
+            report.left
+        );
         assert!(log().is_empty(), "the hop is still in use");
         release("D");
         stuck.await.unwrap().unwrap();
@@ -285,7 +293,8 @@ fn without_a_pause_what_is_stuck_is_left_behind_and_closed_when_it_ends() {
 #[test]
 fn a_sink_is_exchanged_behind_the_gate() {
     run(1, async |host| {
-        let (live, disk) = start(&host, "element D (type held) element A (type store) Client -> D -> A").await;
+        let (live, disk) =
+            start(&host, "element D (type held) element A (type store) Client -> D -> A").await;
         let inside = disk.send(Request::read(0, 1));
         settle().await;
         let changing = tokio::task::spawn_local({
@@ -344,7 +353,8 @@ const FIVE: &str = "element A (type hop) (colour blue) element B (type worker) (
     element C (type fanout) (colour blue) element D (type store) (colour blue) element E (type store) (colour blue)
     element G (type fanout) (rate 5)
     Client -> A -> B -> G (G, x) -> C (C, a) -> D (C, b) -> E";
-const OLD: &str = "element A (type hop) element B (type worker) element C (type fanout) element D (type store)
+const OLD: &str =
+    "element A (type hop) element B (type worker) element C (type fanout) element D (type store)
     element Z (type store) element G (type fanout) Client -> A -> B -> G (G, x) -> C (C, a) -> D (C, z) -> Z";
 
 /// Every call that a change makes fails or panics in turn: the old graph serves on, everything that was
@@ -359,7 +369,11 @@ fn a_failure_at_every_step_undoes_all_steps_before() {
         reload(&live, FIVE).await.unwrap();
         settle().await;
         let all = log();
-        steps = all.iter().filter(|s| ["open", "take", "set"].iter().any(|c| s.starts_with(c))).cloned().collect();
+        steps = all
+            .iter()
+            .filter(|s| ["open", "take", "set"].iter().any(|c| s.starts_with(c)))
+            .cloned()
+            .collect();
     });
     assert_eq!(steps.len(), 4 + 5 + 1, "{steps:?}");
     for step in steps.iter().flat_map(|step| [step.clone(), format!("panic {step}")]) {
@@ -371,11 +385,16 @@ fn a_failure_at_every_step_undoes_all_steps_before() {
             let before = live.disk().graph();
             let error = reload(&live, FIVE).await.unwrap_err();
             fail_at("");
-            assert!(error.to_string().contains("of a test") || error.to_string().contains("panicked"), "{error}");
+            assert!(
+                error.to_string().contains("of a test") || error.to_string().contains("panicked"),
+                "{error}"
+            );
             settle().await;
             let done = log();
             // Whatever was opened is closed again, whatever was set is set back, the work goes on.
-            for line in done.iter().filter(|line| line.starts_with("open ") && **line != step.replace("panic ", "")) {
+            for line in
+                done.iter().filter(|line| line.starts_with("open ") && **line != step.replace("panic ", ""))
+            {
                 let closed = line.replace("open", "close");
                 assert!(done.contains(&closed), "{step}: {line} is not undone: {done:?}");
             }
@@ -410,7 +429,8 @@ fn what_cannot_be_built_leaves_everything_alone() {
 #[test]
 fn parameters_change_in_place_and_others_are_taken_over() {
     run(1, async |host| {
-        let (live, _disk) = start(&host, "element H (type worker) element S (type store) Client -> H -> S").await;
+        let (live, _disk) =
+            start(&host, "element H (type worker) element S (type store) Client -> H -> S").await;
         let before = live.disk().graph();
         let text = "element H (type worker) (rate 5) element S (type store) Client -> H -> S";
         let report = reload(&live, text).await.unwrap();
@@ -424,9 +444,13 @@ fn parameters_change_in_place_and_others_are_taken_over() {
         assert_eq!(report.diff.fate("H"), Some(Fate::Rebuilt));
         settle().await;
         let done = log();
-        let at = |line: &str| done.iter().position(|l| l == line).unwrap_or_else(|| panic!("{line}: {done:?}"));
+        let at =
+            |line: &str| done.iter().position(|l| l == line).unwrap_or_else(|| panic!("{line}: {done:?}"));
         assert!(at("end H red") < at("take H green") && at("take H green") < at("open H green"));
-        assert!(at("open H green") < at("close H red") && at("close H red") < at("begin H green"), "{done:?}");
+        assert!(
+            at("open H green") < at("close H red") && at("close H red") < at("begin H green"),
+            "{done:?}"
+        );
     });
 }
 
@@ -440,7 +464,10 @@ fn a_handler_named_as_a_parameter_is_the_parameter() {
         let text = crate::lang::print(&live.spec(), ALL, std::path::Path::new("/"));
         assert!(text.contains("(rate 9)"), "{text}");
         let report = reload(&live, file).await.unwrap();
-        assert_eq!(report.diff.to_string(), "~ H (hop) changed in place; rate: 9 -> 1\n  2 kept\nwithout a pause\n");
+        assert_eq!(
+            report.diff.to_string(),
+            "~ H (hop) changed in place; rate: 9 -> 1\n  2 kept\nwithout a pause\n"
+        );
     });
 }
 
@@ -465,7 +492,8 @@ fn work_of_its_own_begins_when_the_old_graph_is_empty() {
         last.await.unwrap().unwrap();
         settle().await;
         let done = log();
-        let steps: Vec<_> = done.iter().filter(|l| l.contains(" W ")).map(|l| l.split(' ').next().unwrap()).collect();
+        let steps: Vec<_> =
+            done.iter().filter(|l| l.contains(" W ")).map(|l| l.split(' ').next().unwrap()).collect();
         assert_eq!(steps, ["end", "begin", "end", "begin"], "{done:?}");
     });
 }
@@ -473,7 +501,8 @@ fn work_of_its_own_begins_when_the_old_graph_is_empty() {
 #[test]
 fn stopping_ends_everything_once() {
     run(1, async |host| {
-        let (live, disk) = start(&host, "element W (type worker) element S (type store) Client -> W -> S").await;
+        let (live, disk) =
+            start(&host, "element W (type worker) element S (type store) Client -> W -> S").await;
         disk.write(0, b"x").await.unwrap();
         live.stop().await.unwrap();
         assert_eq!(log(), ["begin W red", "end W red", "close W red", "close S red"]);
@@ -491,7 +520,10 @@ fn graphs() -> impl Strategy<Value = String> {
         for (ty, name, rate, colour) in links {
             let name = format!("{}{name}", ["H", "W", "F"][ty]);
             if !names.contains(&name) {
-                text += &format!("element {name} (type {}) (rate {rate}) (colour c{colour})\n", ["hop", "worker", "fanout"][ty]);
+                text += &format!(
+                    "element {name} (type {}) (rate {rate}) (colour c{colour})\n",
+                    ["hop", "worker", "fanout"][ty]
+                );
                 names.push(name);
             }
         }
@@ -544,7 +576,9 @@ proptest! {
 #[test]
 fn differences_in_words() {
     let spec = |text: &str| checked(ALL, &with_client(text)).unwrap();
-    let before = spec("element A (type store) element B (type store) element F (type fanout) Client -> F (F, a) -> A (F, b) -> B");
+    let before = spec(
+        "element A (type store) element B (type store) element F (type fanout) Client -> F (F, a) -> A (F, b) -> B",
+    );
     let next = spec("element B (type store) (size 128k) element A (type store) element F (type fanout) element H (type hop)
         Client -> H -> F (F, b) -> B (F, a) -> A");
     let words = "! B (store) rebuilt; size: 64k -> 128k\n+ H (hop)\n- Client -> F\n+ Client -> H\n+ H -> F\n\

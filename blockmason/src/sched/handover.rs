@@ -387,15 +387,14 @@ impl Step<'_> {
         contained(|| source.element.open(&open).map(drop)).unwrap_or_else(|error| log(source, &error));
     }
 
-    /// Closes what was opened. A source that has taken the place of one of the same name makes room
-    /// for it again.
+    /// Closes what was opened. Where a source has taken the place of one of the same name, that takes
+    /// it back before.
     fn close_again(&self, instance: &Arc<Instance>) {
-        contained(|| Ok(instance.element.close())).unwrap_or_else(|error| log(instance, &error));
         let replaced = self.leaving().find(|old| !old.ty.ports.input && old.name == instance.name);
         if let Some(source) = replaced.filter(|_| !instance.ty.ports.input) {
-            contained(|| Ok(source.element.close())).unwrap_or_else(|error| log(source, &error));
             self.open_again(source);
         }
+        contained(|| Ok(instance.element.close())).unwrap_or_else(|error| log(instance, &error));
     }
 }
 

@@ -6,12 +6,12 @@ use crate::nbd::uri;
 use crate::nbd::wire::MAX_STRING;
 use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::lang::value::{FilePath, Uri};
-use blockmason::{Cx, Element, Error, Flow, Host, Open, Request, Result};
+use blockmason::{Cx, Element, Error, Flow, Geometry, Host, Open, Request, Result};
 use std::fmt;
 use std::net::ToSocketAddrs;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 blockmason::words! {
     /// Whether clients may or must use TLS.
@@ -141,9 +141,16 @@ impl Nbd {
         let terms = Terms {
             rights,
             tls: tls_policy(&params)?,
-            written: format!("{:?}", (&rights, params.tls, &params.tls_certificates, params.tls_clients)),
+            rights_written: format!("{rights:?}"),
+            tls_written: format!("{:?}", (params.tls, &params.tls_certificates, params.tls_clients)),
         };
         Ok(Nbd { params, address, terms, listening: Mutex::new(None) })
+    }
+}
+
+impl Nbd {
+    fn listening(&self) -> MutexGuard<'_, Option<Listening>> {
+        self.listening.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -222,16 +229,27 @@ impl Element for Nbd {
             description: self.params.description.clone(),
             disk: open.disk.clone(),
             source: open.name.to_owned(),
+            clients: Arc::default(),
         };
         let listeners = open.host.service(Listeners::default);
         let listening = listeners.add(open.host, address, self.terms.clone(), entry)?;
         let uri = uri(&listening.address, &self.params.name, self.params.tls != Tls::Off);
-        *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(listening);
+        *self.listening() = Some(listening);
         Ok(Some(uri))
     }
 
     fn close(&self) {
-        self.listening.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.listening().take();
+    }
+
+    fn keeps_clients(&self, below: Option<&Geometry>) -> Result<()> {
+        self.listening().as_ref().map_or(Ok(()), |listening| listening.clients().can_live_with(below))
+    }
+
+    fn dismiss_clients(&self, below: Option<&Geometry>) {
+        if let Some(listening) = self.listening().as_ref() {
+            listening.clients().dismiss(below);
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! Listeners: sockets that several exports of several disks may share.
 
+use super::clients::{Clients, Promise};
 use super::serve::{Connection, flags_of};
 use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy, negotiate};
+use super::wire::TransmissionFlags;
 use blockmason::sched::{Disk, Host, serve};
 use blockmason::{Errno, Error, Kind, Result};
 use std::collections::HashMap;
@@ -47,8 +49,16 @@ pub struct Terms {
     pub rights: SocketRights,
     /// Whether there is TLS.
     pub tls: TlsPolicy,
-    /// Everything that decides the terms, as the administrator wrote it, to compare.
-    pub written: String,
+    /// What decides the rights, as the administrator wrote it, to compare.
+    pub rights_written: String,
+    /// What decides about TLS, as the administrator wrote it.
+    pub tls_written: String,
+}
+
+impl Terms {
+    fn agree_with(&self, other: &Terms) -> bool {
+        self.rights_written == other.rights_written && self.tls_written == other.tls_written
+    }
 }
 
 /// An export of a listener.
@@ -61,9 +71,17 @@ pub struct Entry {
     pub disk: Arc<Disk>,
     /// The element at which its requests enter.
     pub source: String,
+    /// Who is connected. An export that takes the place of another of the same disk and element
+    /// shares it.
+    pub clients: Arc<Clients>,
 }
 
 impl Entry {
+    /// True if the one takes the place of the other when a graph is replaced.
+    fn succeeds(&self, other: &Entry) -> bool {
+        Arc::ptr_eq(&self.disk, &other.disk) && self.source == other.source
+    }
+
     fn info(&self) -> Option<ExportInfo> {
         let graph = self.disk.graph();
         let below = graph.below(graph.node(&self.source)?).ok()?;
@@ -95,8 +113,11 @@ pub struct Listeners {
 
 /// A socket with its exports.
 pub struct Listener {
+    /// As it was asked for.
     address: Address,
-    terms: Terms,
+    /// As it is: port 0 has become one.
+    actual: Address,
+    terms: Mutex<Terms>,
     exports: Mutex<Vec<Arc<Entry>>>,
     closing: watch::Sender<bool>,
     /// Device and inode of a socket in the file system, by which it is known to be ours still.
@@ -112,13 +133,21 @@ pub struct Listening {
     pub address: Address,
 }
 
+impl Listening {
+    /// Who is connected.
+    pub fn clients(&self) -> &Clients {
+        &self.entry.clients
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these mutexes guard is complete before anything can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Listeners {
-    /// Adds an export to the listener of that address, which is opened for the first one.
+    /// Adds an export to the listener of that address, which is opened for the first one. An export
+    /// of the same disk and element makes room, and its clients stay unless the terms about TLS differ.
     ///
     /// # Errors
     /// [`Kind::Busy`] if another process serves the address or the name is taken;
@@ -131,22 +160,49 @@ impl Listeners {
         entry: Entry,
     ) -> Result<Listening> {
         let mut open = lock(&self.open);
-        let entry = Arc::new(entry);
+        let entry = Arc::new(succeed(&open, &terms, entry));
         if let Some(listener) = open.get(&address) {
-            if listener.terms.written != terms.written {
+            let mut exports = lock(&listener.exports);
+            let before = exports.iter().position(|other| entry.succeeds(other));
+            let alone = before.is_some() && exports.len() == 1;
+            if alone && lock(&listener.terms).rights_written != terms.rights_written {
+                drop(exports);
+                let listener = listener.clone();
+                self.shut(&mut open, &listener);
+                return self.listen(&mut open, host, address, terms, entry);
+            }
+            if alone {
+                *lock(&listener.terms) = terms;
+            } else if !lock(&listener.terms).agree_with(&terms) {
                 return Err(Error::invalid(
                     "exports of one listener must agree about TLS, mode, owner and group",
                 ));
             }
-            let mut exports = lock(&listener.exports);
-            if exports.iter().any(|other| other.name == entry.name) {
+            let taken = |(ix, other): (usize, &Arc<Entry>)| other.name == entry.name && Some(ix) != before;
+            if exports.iter().enumerate().any(taken) {
                 let message = format!("the listener has an export named {:?} already", entry.name);
                 return Err(Error::new(Kind::Busy, message));
             }
-            exports.push(entry.clone());
-            let listening = Listening { listeners: self.clone(), listener: listener.clone(), entry, address };
-            return Ok(listening);
+            match before {
+                Some(before) => exports[before] = entry.clone(),
+                None => exports.push(entry.clone()),
+            }
+            let (listener, address) = (listener.clone(), listener.actual.clone());
+            drop(exports);
+            return Ok(Listening { listeners: self.clone(), listener, entry, address });
         }
+        self.listen(&mut open, host, address, terms, entry)
+    }
+
+    /// Opens a listener with its first export.
+    fn listen(
+        self: &Arc<Self>,
+        open: &mut HashMap<Address, Arc<Listener>>,
+        host: &Arc<Host>,
+        address: Address,
+        terms: Terms,
+        entry: Arc<Entry>,
+    ) -> Result<Listening> {
         let socket = Socket::open(&address, &terms.rights)?;
         let actual = socket.address(&address);
         let inode = match &actual {
@@ -156,7 +212,8 @@ impl Listeners {
         let (closing, watch) = watch::channel(false);
         let listener = Arc::new(Listener {
             address: address.clone(),
-            terms,
+            actual: actual.clone(),
+            terms: Mutex::new(terms),
             exports: Mutex::new(vec![entry.clone()]),
             closing,
             inode,
@@ -165,6 +222,36 @@ impl Listeners {
         open.insert(address, listener.clone());
         Ok(Listening { listeners: self.clone(), listener, entry, address: actual })
     }
+
+    /// Closes a listener. Its path goes first.
+    fn shut(&self, open: &mut HashMap<Address, Arc<Listener>>, listener: &Arc<Listener>) {
+        // Another may have been opened at its address meanwhile.
+        if open.get(&listener.address).is_some_and(|known| Arc::ptr_eq(known, listener)) {
+            open.remove(&listener.address);
+        }
+        if let (Address::Unix(path), Some(inode)) = (&listener.actual, listener.inode) {
+            // Somebody else may have put theirs there meanwhile.
+            if std::fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        listener.closing.send_replace(true);
+    }
+}
+
+/// An export takes over the clients of the one whose place it takes, on whatever listener that is. With
+/// other terms about TLS they have to come again.
+fn succeed(open: &HashMap<Address, Arc<Listener>>, terms: &Terms, entry: Entry) -> Entry {
+    for listener in open.values() {
+        let Some(before) = lock(&listener.exports).iter().find(|other| entry.succeeds(other)).cloned() else {
+            continue;
+        };
+        if lock(&listener.terms).tls_written != terms.tls_written {
+            before.clients.dismiss_all();
+        }
+        return Entry { clients: before.clients.clone(), ..entry };
+    }
+    entry
 }
 
 impl Drop for Listening {
@@ -176,14 +263,7 @@ impl Drop for Listening {
             return;
         }
         drop(exports);
-        open.remove(&self.listener.address);
-        if let (Address::Unix(path), Some(inode)) = (&self.address, self.listener.inode) {
-            // Somebody else may have put theirs there meanwhile.
-            if std::fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
-                let _ = std::fs::remove_file(path);
-            }
-        }
-        self.listener.closing.send_replace(true);
+        self.listeners.shut(&mut open, &self.listener);
     }
 }
 
@@ -409,7 +489,8 @@ where
 
 async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &Arc<Listener>) {
     let mut closing = listener.closing.subscribe();
-    let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &listener.terms.tls));
+    let tls = lock(&listener.terms).tls.clone();
+    let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &tls));
     let negotiated = tokio::select! {
         negotiated = handshake => negotiated,
         _ = closing.wait_for(|closing| *closing) => return,
@@ -422,9 +503,22 @@ async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &A
     };
     let entry = negotiated.export.handle.clone();
     tracing::info!(export = entry.name, "an NBD client has come");
+    let info = &negotiated.export.info;
+    let promise = Promise { size: info.size, writable: !info.flags.contains(TransmissionFlags::READ_ONLY) };
+    let Some(mut admitted) = entry.clients.admit(promise, &entry.disk, &entry.source) else {
+        return tracing::info!(export = entry.name, "the disk changed while an NBD client came");
+    };
     let _attending = entry.disk.attend();
     let connection = Connection::new(negotiated, entry.disk.budget().clone());
-    match serve(&entry.disk, &entry.source, &connection).await {
+    let mut serving = std::pin::pin!(serve(&entry.disk, &entry.source, &connection));
+    let served = tokio::select! {
+        served = &mut serving => served,
+        _ = admitted.dismissed.wait_for(|dismissed| *dismissed) => {
+            connection.end();
+            serving.await
+        }
+    };
+    match served {
         Ok(served) => tracing::info!(export = entry.name, "an NBD client has gone: {served:?}"),
         Err(error) => tracing::warn!(export = entry.name, "an NBD client could not be served: {error}"),
     }

@@ -16,6 +16,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod client;
+pub mod clients;
 pub mod handshake;
 #[cfg(test)]
 mod interop;

@@ -104,7 +104,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             || self.requests.get() >= CONNECTION_REQUESTS
     }
 
-    fn end(&self) {
+    /// Admits nothing more; what is in flight is answered.
+    pub fn end(&self) {
         self.ended.set(true);
     }
 
