@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 /// What an image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Access {
-    /// For writing too; nobody else may then have it open through us.
+    /// For writing too; no other graph may then have it open.
     pub write: bool,
     /// Past the page cache.
     pub direct: bool,
@@ -24,6 +24,9 @@ pub struct Access {
 pub struct Image {
     path: PathBuf,
     access: Access,
+    /// The graph that has it open.
+    holder: String,
+    lock: Arc<Lock>,
     /// The description that requests use.
     pub(super) file: Arc<OwnedFd>,
     /// Set by a failed fdatasync: the kernel has forgotten which pages were dirty.
@@ -60,54 +63,102 @@ impl Image {
     }
 }
 
+/// Keeps other processes off an image, whatever descriptions of it this one has. Exclusive from the
+/// first that writes on.
+struct Lock {
+    file: OwnedFd,
+    exclusive: AtomicBool,
+}
+
+impl Lock {
+    fn new(file: &OwnedFd, exclusive: bool) -> Result<Lock, Errno> {
+        // A copy of the descriptor is the same description, and so the same lock.
+        let file = file.try_clone().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        lock(&file, exclusive)?;
+        Ok(Lock { file, exclusive: AtomicBool::new(exclusive) })
+    }
+
+    /// Makes sure that nobody else reads either.
+    fn make_exclusive(&self) -> Result<(), Errno> {
+        if !self.exclusive.load(Ordering::Acquire) {
+            // The kernel gives up the lock before it takes the other.
+            lock(&self.file, true).inspect_err(|_| {
+                let _ = lock(&self.file, false);
+            })?;
+            self.exclusive.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
 /// The open images of this process.
 #[derive(Default)]
 pub struct Registry {
-    images: Mutex<HashMap<(u64, u64, Access), Weak<Image>>>,
+    /// By device and inode.
+    images: Mutex<HashMap<(u64, u64), Vec<Weak<Image>>>>,
 }
 
 impl Registry {
-    /// Opens `path`, or returns it if it is open already with the same access.
+    /// Opens `path` for the graph `holder`, or returns it if that has it open already with the same
+    /// access. With another access it is another description under the same lock.
     ///
     /// # Errors
-    /// [`Kind::Busy`] if another process, or this one with another access, holds a lock that
-    /// conflicts; what the system says otherwise.
-    pub fn open(&self, path: &Path, access: Access) -> Result<Arc<Image>> {
+    /// [`Kind::Busy`] if another process, or another graph of this one, holds a lock that conflicts;
+    /// what the system says otherwise.
+    pub fn open(&self, path: &Path, access: Access, holder: &str) -> Result<Arc<Image>> {
         let refused = |errno: Errno, what: &'static str| Error::os(errno, what).with_path(path);
-        let mut flags = OFlags::CLOEXEC | if access.write { OFlags::RDWR } else { OFlags::RDONLY };
-        if access.direct {
-            flags |= OFlags::DIRECT;
-        }
-        let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map_err(|errno| match errno {
-            Errno::NOENT => refused(errno, "there is no such file"),
-            Errno::ACCESS | Errno::PERM => refused(errno, "permission to open it is missing"),
-            Errno::INVAL if access.direct => refused(errno, "its file system does not do O_DIRECT"),
-            Errno::ISDIR => refused(errno, "it is a folder, not a disk image"),
-            _ => refused(errno, "it cannot be opened"),
-        })?;
+        let busy = |what: String| Error::new(Kind::Busy, what).with_path(path);
+        let file = open_file(path, access)?;
         let stat = rustix::fs::fstat(&file).map_err(|errno| refused(errno, "it cannot be looked at"))?;
-        let key = (stat.st_dev, stat.st_ino, access);
         let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        images.retain(|_, image| image.strong_count() > 0);
-        if let Some(image) = images.get(&key).and_then(Weak::upgrade) {
-            return Ok(image);
+        images.retain(|_, list| list.iter().any(|image| image.strong_count() > 0));
+        let list = images.entry((stat.st_dev, stat.st_ino)).or_default();
+        let open: Vec<_> = list.iter().filter_map(Weak::upgrade).collect();
+        let excludes = |image: &&Arc<Image>| image.holder != holder && (image.access.write || access.write);
+        if let Some(other) = open.iter().find(excludes) {
+            return Err(busy(format!("the graph {} has it open", other.holder)));
         }
-        lock(&file, access.write).map_err(|errno| match errno {
-            Errno::AGAIN | Errno::ACCESS => {
-                Error::new(Kind::Busy, "it is locked: another process or graph has it open").with_path(path)
-            }
+        let same = |image: &&Arc<Image>| image.holder == holder && image.access == access;
+        if let Some(image) = open.iter().find(same) {
+            return Ok(image.clone());
+        }
+        let locked = match open.first() {
+            Some(other) if access.write => other.lock.make_exclusive().map(|()| other.lock.clone()),
+            Some(other) => Ok(other.lock.clone()),
+            None => Lock::new(&file, access.write).map(Arc::new),
+        };
+        let lock = locked.map_err(|errno| match errno {
+            Errno::AGAIN | Errno::ACCESS => busy("it is locked: another process has it open".to_owned()),
             _ => refused(errno, "it cannot be locked"),
         })?;
         let image = Arc::new(Image {
             path: path.to_owned(),
             access,
+            holder: holder.to_owned(),
+            lock,
             file: Arc::new(file),
             sync_failed: AtomicBool::new(false),
             syncing: tokio::sync::Mutex::default(),
         });
-        images.insert(key, Arc::downgrade(&image));
+        list.retain(|image| image.strong_count() > 0);
+        list.push(Arc::downgrade(&image));
         Ok(image)
     }
+}
+
+fn open_file(path: &Path, access: Access) -> Result<OwnedFd> {
+    let refused = |errno: Errno, what: &'static str| Error::os(errno, what).with_path(path);
+    let mut flags = OFlags::CLOEXEC | if access.write { OFlags::RDWR } else { OFlags::RDONLY };
+    if access.direct {
+        flags |= OFlags::DIRECT;
+    }
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map_err(|errno| match errno {
+        Errno::NOENT => refused(errno, "there is no such file"),
+        Errno::ACCESS | Errno::PERM => refused(errno, "permission to open it is missing"),
+        Errno::INVAL if access.direct => refused(errno, "its file system does not do O_DIRECT"),
+        Errno::ISDIR => refused(errno, "it is a folder, not a disk image"),
+        _ => refused(errno, "it cannot be opened"),
+    })
 }
 
 impl std::fmt::Debug for Image {

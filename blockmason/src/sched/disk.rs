@@ -179,7 +179,11 @@ pub struct InFlight {
 impl fmt::Display for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let InFlight { source, op, offset, len, age, .. } = self;
-        write!(f, "{source}: {op} of {len} at {offset}, for {age:.1?}")
+        write!(f, "{source}: {op}")?;
+        if *len > 0 {
+            write!(f, " of {len} at {offset}")?;
+        }
+        write!(f, ", for {age:.1?}")
     }
 }
 

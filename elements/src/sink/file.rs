@@ -47,7 +47,7 @@ pub const TYPE: ElementType = ElementType {
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Disk\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::new(build.read(Params::from)?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::new(build.read(Params::from)?, build.graph)?)),
     ..ElementType::BASE
 };
 
@@ -56,13 +56,14 @@ static IMAGES: LazyLock<Registry> = LazyLock::new(Registry::default);
 
 struct FileDisk {
     params: Params,
+    graph: String,
     geometry: Geometry,
     /// Set once the image is open: by `build` if it exists, else by `open`, which creates it.
     io: OnceLock<FileIo>,
 }
 
 impl FileDisk {
-    fn new(params: Params) -> Result<FileDisk> {
+    fn new(params: Params, graph: &str) -> Result<FileDisk> {
         let path = &params.path.0;
         let io = OnceLock::new();
         let geometry = match params.size {
@@ -74,12 +75,12 @@ impl FileDisk {
                 geometry(&params, size.0, None)?
             }
             _ => {
-                let (image, geometry, options) = open_image(&params)?;
+                let (image, geometry, options) = open_image(&params, graph)?;
                 let _ = io.set(FileIo::new(image, options));
                 geometry
             }
         };
-        Ok(FileDisk { params, geometry, io })
+        Ok(FileDisk { params, graph: graph.to_owned(), geometry, io })
     }
 
     fn io(&self) -> Result<&FileIo> {
@@ -87,9 +88,9 @@ impl FileDisk {
     }
 }
 
-fn open_image(params: &Params) -> Result<(Arc<Image>, Geometry, FileOptions)> {
+fn open_image(params: &Params, graph: &str) -> Result<(Arc<Image>, Geometry, FileOptions)> {
     let path = &params.path.0;
-    let image = IMAGES.open(path, Access { write: !params.readonly, direct: params.direct })?;
+    let image = IMAGES.open(path, Access { write: !params.readonly, direct: params.direct }, graph)?;
     let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
     let stat = rustix::fs::fstat(image.file()).map_err(|e| refused(e, "it cannot be looked at"))?;
     let (size, device) = match FileType::from_raw_mode(stat.st_mode) {
@@ -150,7 +151,7 @@ impl Element for FileDisk {
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
         if let (None, Some(size)) = (self.io.get(), self.params.size) {
             create(&self.params.path.0, size.0)?;
-            let (image, geometry, options) = open_image(&self.params)?;
+            let (image, geometry, options) = open_image(&self.params, &self.graph)?;
             if geometry.size != self.geometry.size {
                 let path = &self.params.path.0;
                 return Err(Error::new(Kind::Busy, "it has been made by somebody else").with_path(path));
@@ -213,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_opener_is_refused_and_a_second_graph_is_not() {
+    fn another_graph_is_refused_and_successive_ones_share_the_image() {
         let folder = tempfile::tempdir().unwrap();
         run(1, async |host| {
             let graph = disk_in(&folder, "(size 1M)");
@@ -221,9 +222,15 @@ mod tests {
             let second = TestDisk::new(&host, crate::ALL, &graph, "D").await.unwrap();
             first.write(0, b"x").await.unwrap();
             assert_eq!(second.read(0, 1).await.unwrap(), b"x");
-            let other = disk_in(&folder, "(readonly yes)");
-            let error = TestDisk::new(&host, crate::ALL, &other, "D").await.err().unwrap();
-            assert_eq!(error.kind(), Kind::Busy, "{error}");
+            let path = folder.path().join("disk.img");
+            for write in [true, false] {
+                let error = IMAGES.open(&path, Access { write, direct: false }, "other").err().unwrap();
+                assert_eq!(error.kind(), Kind::Busy);
+                assert!(error.to_string().ends_with("the graph test has it open"), "{error}");
+            }
+            let read_only = disk_in(&folder, "(readonly yes)");
+            let third = TestDisk::new(&host, crate::ALL, &read_only, "D").await.unwrap();
+            assert_eq!(third.read(0, 1).await.unwrap(), b"x");
         });
     }
 
