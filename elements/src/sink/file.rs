@@ -194,6 +194,7 @@ impl Element for FileDisk {
 
 #[cfg(test)]
 mod tests {
+    use super::{Access, IMAGES};
     use blockmason::testing::{TestDisk, play_against_model, run};
     use blockmason::{Kind, Op};
 
