@@ -152,11 +152,6 @@ impl GraphFile {
         self.run.as_deref().map_or(Ok(()), make_run)
     }
 
-    /// The absolute path of the graph file.
-    pub(crate) fn opened(&self) -> &Path {
-        self.spec.sources.get(0).map_or(self.path.as_path(), |source| source.opened())
-    }
-
     /// Makes its elements: files are opened, and created where the graph says so.
     pub(crate) fn build(&self, state_dir: &Path, shards: usize) -> blockmason::Result<Graph> {
         let builder = Builder { catalogue: CATALOGUE, name: &self.name, state_dir, shards };

@@ -85,7 +85,12 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let client = args.stdio.then(|| blockmason_elements::export::nbd::use_stdio(&host));
         let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
         let daemon = Arc::new(Daemon::new(host, reader));
-        daemon.load_all(files).await?;
+        for file in files {
+            if let Err(refusal) = daemon.load(file).await {
+                daemon.stop().await?;
+                return Err(refusal.into());
+            }
+        }
         let published = match open_control(args, &daemon, &first) {
             Ok(published) => published,
             Err(failure) => {
@@ -190,7 +195,7 @@ fn publish_default(folder: &Path, first: &str) -> Outcome<(UnixListener, Publish
 fn announce(args: &Args, daemon: &Daemon) -> Outcome {
     let mut lines = String::new();
     let served = daemon.served();
-    let exports = served.iter().flat_map(|served| &served.exports);
+    let exports = served.iter().flat_map(|served| served.live.exports());
     for (element, uri) in exports.clone() {
         lines += &match args.json {
             true => format!("{}\n", serde_json::json!({ "event": "ready", "element": element, "uri": uri })),

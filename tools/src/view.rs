@@ -1,11 +1,11 @@
 //! A graph as it is shown: what a graph file says, and what a running graph adds to it. Also the
 //! shape in which the control socket answers.
 
-use crate::graphs::{CATALOGUE, GraphFile};
+use crate::graphs::CATALOGUE;
 use blockmason::describe::find;
 use blockmason::geometry::NO_LIMIT;
 use blockmason::graph::{Graph, OpReading};
-use blockmason::lang::{Defines, Sources};
+use blockmason::lang::{Defines, Sources, Spec};
 use blockmason::{Geometry, Op};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -241,8 +241,7 @@ pub(crate) struct OpView {
 
 impl GraphView {
     /// What a graph file says.
-    pub(crate) fn of_file(file: &GraphFile) -> GraphView {
-        let spec = &file.spec;
+    pub(crate) fn of_spec(name: &str, spec: &Spec) -> GraphView {
         let name_of = |ix: usize| spec.elements[ix].name.clone();
         let edge = |edge: &blockmason::lang::EdgeSpec| EdgeView {
             from: name_of(edge.from),
@@ -263,8 +262,8 @@ impl GraphView {
             }
         }
         GraphView {
-            name: file.name.clone(),
-            file: file.path.display().to_string(),
+            name: name.to_owned(),
+            file: spec.sources.get(0).map_or_else(String::new, |source| source.path().display().to_string()),
             elements: spec.elements.iter().map(|element| ElementView::of(element, spec)).collect(),
             edges: spec.edges.iter().map(edge).collect(),
             references,
@@ -321,7 +320,7 @@ impl GraphView {
 }
 
 impl ElementView {
-    fn of(element: &blockmason::lang::ElementSpec, spec: &blockmason::lang::Spec) -> ElementView {
+    fn of(element: &blockmason::lang::ElementSpec, spec: &Spec) -> ElementView {
         let parameter = |entry: &blockmason::lang::Entry| ParameterView {
             name: entry.key().to_owned(),
             values: entry.values().iter().map(|value| value.text().to_owned()).collect(),

@@ -5,6 +5,7 @@ use crate::describe::{Access, ElementType, Handler};
 use crate::error::{Error, Result};
 use crate::lang::did_you_mean;
 use crate::lang::value::Time;
+use crate::sched::contained;
 use std::time::Duration;
 
 /// What every element can be asked. A type's own handler of the same name comes before it.
@@ -65,7 +66,7 @@ impl Graph {
     pub fn get(&self, element: &str, handler: &str) -> Result<String> {
         let (ix, node, own) = self.handler(element, handler, Wish::Get)?;
         if own {
-            return node.element.get(handler).map_err(|error| error.in_element(element));
+            return contained(|| node.element.get(handler)).map_err(|error| error.in_element(element));
         }
         self.common(ix, handler).ok_or_else(|| Error::no_handler(handler).in_element(element))
     }
@@ -76,7 +77,7 @@ impl Graph {
     /// No such element or handler, or it cannot be set; what the element says of the value.
     pub fn set(&self, element: &str, handler: &str, value: &str) -> Result<()> {
         let (_, node, _) = self.handler(element, handler, Wish::Set)?;
-        node.element.set(handler, value).map_err(|error| told(error, element, handler))
+        contained(|| node.element.set(handler, value)).map_err(|error| told(error, element, handler))
     }
 
     /// Calls a handler.
@@ -85,7 +86,7 @@ impl Graph {
     /// No such element or handler, or it cannot be called; what the element says.
     pub fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String> {
         let (_, node, _) = self.handler(element, handler, Wish::Call)?;
-        node.element.call(handler, argument).map_err(|error| told(error, element, handler))
+        contained(|| node.element.call(handler, argument)).map_err(|error| told(error, element, handler))
     }
 
     /// The element, and whether the handler is its type's own.

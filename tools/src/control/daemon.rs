@@ -1,9 +1,11 @@
 //! What a daemon serves: graphs, which come and go while it runs.
 
 use super::refusal::Refusal;
-use crate::graphs::{GraphFile, Reader};
+use crate::graphs::{CATALOGUE, GraphFile, Reader};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
-use blockmason::{Disk, Graph, Host};
+use blockmason::Host;
+use blockmason::live::{Live, Setup};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -31,10 +33,7 @@ struct Graphs {
 
 /// A graph that serves.
 pub(crate) struct Served {
-    pub(crate) file: GraphFile,
-    pub(crate) disk: Arc<Disk>,
-    /// Each export's element and URI.
-    pub(crate) exports: Vec<(String, String)>,
+    pub(crate) live: Arc<Live>,
 }
 
 /// A name that nobody else may load or unload until this goes.
@@ -72,9 +71,9 @@ impl Daemon {
     /// There is none; the sentence says which there are.
     pub(crate) fn find(&self, name: &str) -> Result<Arc<Served>, Refusal> {
         let graphs = self.graphs();
-        let found = graphs.served.iter().find(|served| served.file.name == name).cloned();
+        let found = graphs.served.iter().find(|served| served.live.name() == name).cloned();
         found.ok_or_else(|| {
-            let names: Vec<_> = graphs.served.iter().map(|served| served.file.name.as_str()).collect();
+            let names: Vec<_> = graphs.served.iter().map(|served| served.live.name()).collect();
             let there = match names.as_slice() {
                 [] => "none is served".to_owned(),
                 names => format!("served are: {}", names.join(", ")),
@@ -85,33 +84,11 @@ impl Daemon {
 
     /// Builds a graph and serves it. When this returns, its exports accept.
     pub(crate) async fn load(&self, file: GraphFile) -> Result<Arc<Served>, Refusal> {
-        let changing = self.reserve(&file)?;
-        let graph = self.build(&file)?;
-        let served = self.open(file, graph).await?;
+        let changing = self.reserve(&file.name)?;
+        let served = self.start(file).await?;
         self.graphs().served.push(served.clone());
         drop(changing);
         Ok(served)
-    }
-
-    /// Builds all graphs before the first of them serves. On a failure those that serve are stopped.
-    pub(crate) async fn load_all(&self, files: Vec<GraphFile>) -> Result<(), Refusal> {
-        let mut built = Vec::with_capacity(files.len());
-        for file in files {
-            let changing = self.reserve(&file)?;
-            let graph = self.build(&file)?;
-            built.push((file, graph, changing));
-        }
-        for (file, graph, changing) in built {
-            match self.open(file, graph).await {
-                Ok(served) => self.graphs().served.push(served),
-                Err(refusal) => {
-                    drop(changing);
-                    self.stop_served().await?;
-                    return Err(refusal);
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Ends service of a graph: its exports close, requests in flight end, everything is flushed.
@@ -153,63 +130,57 @@ impl Daemon {
         stopped
     }
 
-    fn reserve(&self, file: &GraphFile) -> Result<Changing<'_>, Refusal> {
-        let name = file.name.clone();
+    fn reserve(&self, name: &str) -> Result<Changing<'_>, Refusal> {
         let mut graphs = self.graphs();
         if graphs.stopping {
             return Err(Refusal::new("unavailable", "the daemon is about to end"));
         }
-        if graphs.served.iter().any(|served| served.file.name == name) {
+        if graphs.served.iter().any(|served| served.live.name() == name) {
             return Err(Refusal::busy(format!(
                 "a graph {name} is served already; `mason unload {name}` ends it"
             )));
         }
-        if graphs.changing.contains(&name) {
+        if graphs.changing.iter().any(|other| other == name) {
             return Err(Refusal::busy(format!("a graph {name} is being loaded or unloaded")));
         }
-        graphs.changing.push(name.clone());
-        Ok(Changing { daemon: self, name })
+        graphs.changing.push(name.to_owned());
+        Ok(Changing { daemon: self, name: name.to_owned() })
     }
 
-    /// Files are opened here, and that may take long.
-    fn build(&self, file: &GraphFile) -> Result<Graph, Refusal> {
-        let failed = |failure: crate::failure::Failure| Refusal::new("unavailable", failure);
-        file.make_folders().map_err(failed)?;
-        tokio::task::block_in_place(|| file.build(self.host.state_dir(), self.host.shards()))
-            .map_err(|error| Refusal::in_graph(&error, &file.spec))
-    }
-
-    async fn open(&self, file: GraphFile, graph: Graph) -> Result<Arc<Served>, Refusal> {
-        let failed = |error| Refusal::in_graph(&error, &file.spec);
-        let disk = Disk::new(&self.host, Arc::new(graph)).await.map_err(failed)?;
-        let exports = disk.start().await.map_err(failed)?;
-        Ok(Arc::new(Served { file, disk, exports }))
+    async fn start(&self, file: GraphFile) -> Result<Arc<Served>, Refusal> {
+        file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
+        let state_dir = self.host.state_dir().to_owned();
+        let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
+        // For the place of an element that fails.
+        let spec = file.spec.clone();
+        let live = Live::start(&self.host, setup, file.spec).await;
+        live.map(|live| Arc::new(Served { live })).map_err(|error| Refusal::in_graph(&error, &spec))
     }
 }
 
 impl Served {
     async fn stop(&self) -> Result<(), Refusal> {
-        self.disk.stop().await.map_err(|error| Refusal::in_graph(&error, &self.file.spec))
+        self.live.stop().await.map_err(|error| Refusal::in_graph(&error, &self.live.spec()))
     }
 
     /// The value of a handler.
     pub(crate) fn get(&self, element: &str, handler: &str) -> Result<String, Refusal> {
-        self.disk.graph().get(element, handler).map_err(|error| self.refused(element, &error))
+        self.live.get(element, handler).map_err(|error| self.refused(element, &error))
     }
 
     /// Sets a handler; when this returns, the new value counts.
     pub(crate) async fn set(&self, element: &str, handler: &str, value: &str) -> Result<(), Refusal> {
-        self.disk.graph().set(element, handler, value).map_err(|error| self.refused(element, &error))
+        self.live.set(element, handler, value).await.map_err(|error| self.refused(element, &error))
     }
 
     /// Calls a handler.
     pub(crate) fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String, Refusal> {
-        self.disk.graph().call(element, handler, argument).map_err(|error| self.refused(element, &error))
+        self.live.call(element, handler, argument).map_err(|error| self.refused(element, &error))
     }
 
     /// A handler's error: about the element, if there is one of that name.
     fn refused(&self, element: &str, error: &blockmason::Error) -> Refusal {
-        let spec = &self.file.spec;
+        let spec = self.live.spec();
         let found = spec.find(element).map(|ix| &spec.elements[ix]);
         let place = found.map(|found| spec.place(found).to_string());
         let element = found.map(|found| found.name.clone());
@@ -218,32 +189,32 @@ impl Served {
 
     /// For a list of graphs.
     pub(crate) fn summary(&self) -> GraphSummary {
+        let spec = self.live.spec();
+        let source = spec.sources.get(0);
         GraphSummary {
-            name: self.file.name.clone(),
-            file: self.file.path.display().to_string(),
-            path: self.file.opened().to_owned(),
-            failed: self.disk.graph().is_failed(),
+            name: self.live.name().to_owned(),
+            file: source.map_or_else(String::new, |source| source.path().display().to_string()),
+            path: source.map_or_else(PathBuf::new, |source| source.opened().to_owned()),
+            failed: self.live.disk().graph().is_failed(),
             exports: self.exports(),
         }
     }
 
     /// Everything that is to be seen.
     pub(crate) fn view(&self) -> GraphView {
-        let graph = self.disk.graph();
+        let graph = self.live.disk().graph();
         let sources = graph.instances().enumerate().filter(|(_, instance)| !instance.ty.ports.input);
         let live = LiveView {
             failed: graph.is_failed(),
-            in_flight_bytes: self.disk.budget().used(),
+            in_flight_bytes: self.live.disk().budget().used(),
             exports: self.exports(),
             sources: sources.map(|(node, instance)| SourceView::read(&graph, node, &instance.name)).collect(),
         };
-        let view = GraphView::of_file(&self.file).with_geometry(&graph).with_counters(&graph);
-        GraphView { live: Some(live), ..view }
+        let view = GraphView::of_spec(self.live.name(), &self.live.spec());
+        GraphView { live: Some(live), ..view.with_geometry(&graph).with_counters(&graph) }
     }
 
     fn exports(&self) -> Vec<ExportView> {
-        let view =
-            |(element, uri): &(String, String)| ExportView { element: element.clone(), uri: uri.clone() };
-        self.exports.iter().map(view).collect()
+        self.live.exports().into_iter().map(|(element, uri)| ExportView { element, uri }).collect()
     }
 }

@@ -71,7 +71,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
             if args.form.graph {
                 return output::text(&blockmason::lang::print(&file.spec, CATALOGUE, &reader.here));
             }
-            vec![if args.form.explain { built(&reader, &file)? } else { GraphView::of_file(&file) }]
+            vec![if args.form.explain { built(&reader, &file)? } else { GraphView::of_spec(&file.name, &file.spec) }]
         }
         None => args.control.connect()?.0.get::<Status>("/v1/status")?.graphs,
     };
@@ -97,7 +97,7 @@ fn built(reader: &Reader, file: &GraphFile) -> Outcome<GraphView> {
     let state = reader.folders.state.clone().unwrap_or_default();
     file.make_folders()?;
     let graph = file.build(&state, 1).map_err(|error| Failure::in_graph(&error, &file.spec))?;
-    Ok(GraphView::of_file(file).with_geometry(&graph))
+    Ok(GraphView::of_spec(&file.name, &file.spec).with_geometry(&graph))
 }
 
 /// `path disk.img, size 1G`.

@@ -13,7 +13,7 @@ pub(super) async fn daemon(State(daemon): State<Arc<Daemon>>) -> Json<DaemonView
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         uptime_seconds: daemon.started.elapsed().as_secs_f64(),
-        graphs: daemon.served().iter().map(|served| served.file.name.clone()).collect(),
+        graphs: daemon.served().iter().map(|served| served.live.name().to_owned()).collect(),
         state: daemon.reader.folders.state.clone(),
         run: daemon.reader.folders.run.clone(),
         defines: daemon.reader.given.clone(),

@@ -24,7 +24,7 @@ pub(super) async fn list(
 }
 
 fn all(served: &Served) -> Vec<HandlerView> {
-    let graph = served.disk.graph();
+    let graph = served.live.disk().graph();
     let mut found = Vec::new();
     for instance in graph.instances() {
         for handler in instance.ty.all_handlers() {
