@@ -31,6 +31,20 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The word of the control socket and of logs, `no_space`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Invalid => "invalid",
+            Kind::Unsupported => "unsupported",
+            Kind::Denied => "denied",
+            Kind::NoSpace => "no_space",
+            Kind::Busy => "busy",
+            Kind::Unavailable => "unavailable",
+            Kind::Io => "io",
+            Kind::Internal => "internal",
+        }
+    }
+
     /// The errno a guest sees where the error carries no more exact one.
     pub fn errno(self) -> Errno {
         match self {

@@ -18,6 +18,7 @@ pub static ALL: &[&ElementType] = &[
     &route::readonly::TYPE,
     &route::slice::TYPE,
     &route::stripe::TYPE,
+    &route::throttle::TYPE,
     &sink::file::TYPE,
     &sink::mem::TYPE,
     &sink::nbd_client::TYPE,

@@ -31,15 +31,7 @@ impl Failure {
 
     /// An error while a graph was built or started, with the place of the element it names.
     pub(crate) fn in_graph(error: &Error, spec: &Spec) -> Failure {
-        let text = sentence(error);
-        let found = error.element().and_then(|name| Some((name, &spec.elements[spec.find(name)?])));
-        Failure::Failed(match found {
-            Some((name, element)) => {
-                let rest = text.strip_prefix(name).unwrap_or(&text);
-                format!("{name} ({}){rest}", spec.place(element))
-            }
-            None => text,
-        })
+        Failure::Failed(sentence_in(error, spec))
     }
 
     /// Says it on stderr and gives the exit code.
@@ -58,8 +50,21 @@ impl Failure {
     }
 }
 
+/// The error and its cause in one line, with the place of the element it names.
+pub(crate) fn sentence_in(error: &Error, spec: &Spec) -> String {
+    let text = sentence(error);
+    let found = error.element().and_then(|name| Some((name, &spec.elements[spec.find(name)?])));
+    match found {
+        Some((name, element)) => {
+            let rest = text.strip_prefix(name).unwrap_or(&text);
+            format!("{name} ({}){rest}", spec.place(element))
+        }
+        None => text,
+    }
+}
+
 /// The error and its cause in one line.
-fn sentence(error: &Error) -> String {
+pub(crate) fn sentence(error: &Error) -> String {
     match std::error::Error::source(error) {
         Some(cause) => format!("{error}: {cause}"),
         None => error.to_string(),

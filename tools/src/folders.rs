@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// The folders of this user. Nothing is made before [`make_state`] or [`make_run`] is called.
+#[derive(Clone)]
 pub(crate) struct Folders {
     /// State that outlives the process; None if there is no home to keep it in.
     pub(crate) state: Option<PathBuf>,

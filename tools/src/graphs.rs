@@ -5,7 +5,9 @@ use crate::folders::{Folders, make_run, make_state};
 use crate::logs::colours;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
-use blockmason::lang::{Defines, Diagnostics, Disk, Files, Spec, Style, load_checked, parse_checked};
+use blockmason::lang::{
+    Defines, Diagnostics, Disk, Files, Sources, Spec, Style, load_checked, parse_checked,
+};
 use std::path::{Path, PathBuf};
 
 /// The table of types that this program serves.
@@ -14,14 +16,34 @@ pub(crate) use blockmason_elements::ALL as CATALOGUE;
 /// What every command that reads graph files takes.
 #[derive(clap::Args)]
 pub(crate) struct GraphArgs {
-    /// Sets a parameter of the graphs, used there as ${KEY}
-    #[arg(short = 'D', long = "define", value_name = "KEY=VALUE")]
-    defines: Vec<String>,
+    #[command(flatten)]
+    defines: DefineArgs,
 
     /// Keeps state here; a graph finds its own folder below as ${state}
     /// [default: $XDG_STATE_HOME/mason, else ~/.local/state/mason; for root /var/lib/mason]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+}
+
+/// Parameters on a command line.
+#[derive(clap::Args)]
+pub(crate) struct DefineArgs {
+    /// Sets a parameter of the graphs, used there as ${KEY}
+    #[arg(short = 'D', long = "define", value_name = "KEY=VALUE")]
+    defines: Vec<String>,
+}
+
+impl DefineArgs {
+    /// The current folder, where relative paths start, and the parameters.
+    pub(crate) fn read(&self) -> Outcome<(PathBuf, Defines)> {
+        let here = std::env::current_dir()
+            .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+        let mut given = Defines::new();
+        for define in &self.defines {
+            given.set_from(define, &here).map_err(|error| Failure::Usage(format!("-D: {error}")))?;
+        }
+        Ok((here, given))
+    }
 }
 
 /// A graph file that has been read.
@@ -36,22 +58,19 @@ pub(crate) struct GraphFile {
 }
 
 /// Reads graphs with one set of parameters.
+#[derive(Clone)]
 pub(crate) struct Reader {
     pub(crate) folders: Folders,
     /// Where relative paths of the command line start.
     pub(crate) here: PathBuf,
-    given: Defines,
+    /// The `-D` of the command line.
+    pub(crate) given: Defines,
 }
 
 impl GraphArgs {
     /// Checks the parameters.
     pub(crate) fn reader(&self) -> Outcome<Reader> {
-        let here = std::env::current_dir()
-            .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
-        let mut given = Defines::new();
-        for define in &self.defines {
-            given.set_from(define, &here).map_err(|error| Failure::Usage(format!("-D: {error}")))?;
-        }
+        let (here, given) = self.defines.read()?;
         Ok(Reader { folders: Folders::find(self.state.as_deref()), here, given })
     }
 }
@@ -62,18 +81,42 @@ impl Reader {
     /// `${state}` and `${run}` mean our folders where neither `-D` nor the graph gives them a meaning:
     /// they are defined only when the graph is not complete without.
     pub(crate) fn read(&self, path: &Path) -> Result<GraphFile, Diagnostics> {
-        let name = name_of(path);
-        let state = self.folders.state.as_ref().map(|state| state.join(&name));
-        let run = Some(self.folders.run.clone());
         // A pipe can be read no second time, so all ways share the text. What cannot be read at all is
         // for the language to say.
         let (Ok(text), Ok(opened)) = (Disk.read(path), std::path::absolute(path)) else {
             let spec = load_checked(path, &self.given, CATALOGUE)?;
-            return Ok(GraphFile { name, path: path.to_owned(), spec, state: None, run: None });
+            return Ok(GraphFile {
+                name: name_of(path),
+                path: path.to_owned(),
+                spec,
+                state: None,
+                run: None,
+            });
         };
+        self.read_text(&Disk, path, &opened, &text)
+    }
+
+    /// Reads and checks a graph from the texts that another process has read.
+    pub(crate) fn read_sources(&self, sources: &Sources) -> Result<GraphFile, Diagnostics> {
+        let root = sources.get(0);
+        let (path, opened, text) =
+            root.map_or((Path::new(""), Path::new(""), ""), |s| (s.path(), s.opened(), s.text()));
+        self.read_text(sources, path, opened, text)
+    }
+
+    fn read_text(
+        &self,
+        files: &dyn Files,
+        path: &Path,
+        opened: &Path,
+        text: &str,
+    ) -> Result<GraphFile, Diagnostics> {
+        let name = name_of(path);
+        let state = self.folders.state.as_ref().map(|state| state.join(&name));
+        let run = Some(self.folders.run.clone());
         let read = |(state, run): (Option<PathBuf>, Option<PathBuf>)| {
             let defines = self.defines(&state, &run);
-            let spec = parse_checked(&Disk, path, opened.clone(), text.clone(), &defines, CATALOGUE)?;
+            let spec = parse_checked(files, path, opened.to_owned(), text.to_owned(), &defines, CATALOGUE)?;
             Ok(GraphFile { name: name.clone(), path: path.to_owned(), spec, state, run })
         };
         let ways = [(None, None), (state.clone(), None), (None, run.clone())];
@@ -110,10 +153,9 @@ impl GraphFile {
     }
 
     /// Makes its elements: files are opened, and created where the graph says so.
-    pub(crate) fn build(&self, state_dir: &Path, shards: usize) -> Outcome<Graph> {
-        self.make_folders()?;
+    pub(crate) fn build(&self, state_dir: &Path, shards: usize) -> blockmason::Result<Graph> {
         let builder = Builder { catalogue: CATALOGUE, name: &self.name, state_dir, shards };
-        builder.build(&self.spec).map_err(|error| Failure::in_graph(&error, &self.spec))
+        builder.build(&self.spec)
     }
 }
 

@@ -9,13 +9,17 @@ mod elements;
 mod failure;
 mod folders;
 mod graphs;
+mod handlers;
+mod load;
 mod logs;
+mod openapi;
 mod output;
 mod run;
 mod show;
 mod socket;
 mod status;
 mod units;
+mod unload;
 mod view;
 
 use clap::{CommandFactory, Parser};
@@ -40,9 +44,16 @@ enum Command {
     Bench(bench::Args),
     Elements(elements::Args),
     Status(status::Args),
+    Load(load::Args),
+    Unload(unload::Args),
+    Get(handlers::GetArgs),
+    Set(handlers::SetArgs),
+    Call(handlers::CallArgs),
     Completions(completions::Args),
     #[command(hide = true)]
     Man(completions::ManArgs),
+    #[command(hide = true)]
+    Openapi(openapi::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +68,12 @@ fn main() -> ExitCode {
         Command::Completions(args) => completions::main(args, Cli::command()),
         Command::Man(args) => completions::man(args, Cli::command()),
         Command::Status(args) => status::main(args),
+        Command::Load(args) => load::main(args),
+        Command::Unload(args) => unload::main(args),
+        Command::Get(args) => handlers::get(args),
+        Command::Set(args) => handlers::set(args),
+        Command::Call(args) => handlers::call(args),
+        Command::Openapi(args) => openapi::main(args),
     };
     outcome.map_or_else(failure::Failure::report, |()| ExitCode::SUCCESS)
 }

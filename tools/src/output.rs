@@ -20,3 +20,8 @@ pub(crate) fn json(value: &impl Serialize) -> Outcome {
     let drawn = serde_json::to_string_pretty(value).map_err(Failure::new)?;
     text(&(drawn + "\n"))
 }
+
+/// A text from elsewhere, a graph file or a daemon, as it may be sent to a terminal.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}

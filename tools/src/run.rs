@@ -1,16 +1,18 @@
 //! `mason run`: serves graphs until it is told to stop.
 
-use crate::control::server::{Daemon, Served, serve};
+use crate::control::daemon::Daemon;
+use crate::control::server::serve;
 use crate::failure::{Failure, Outcome};
 use crate::folders::make_run;
 use crate::graphs::{GraphArgs, GraphFile};
 use crate::output;
-use crate::socket::{Published, publish};
-use blockmason::sched::{Change, HostConfig};
-use blockmason::{Disk, Host};
+use crate::socket::{Published, is_served, publish};
+use blockmason::Host;
+use blockmason::sched::HostConfig;
 use std::collections::HashSet;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -63,7 +65,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let sentence = format!("{}: another graph is called {} too", twice.path.display(), twice.name);
         return Err(Failure::Usage(sentence));
     }
-    let Some(state) = reader.folders.state else {
+    let Some(state) = reader.folders.state.clone() else {
         return Err(Failure::new("there is no folder for state: give one with --state DIR, or set HOME"));
     };
     raise_file_limit();
@@ -81,16 +83,23 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let mut signals = Signals::watch()?;
         let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
         let client = args.stdio.then(|| blockmason_elements::export::nbd::use_stdio(&host));
-        let served = start(&host, files).await?;
-        let control = match open_control(args, &reader.folders.run, served) {
-            Ok(control) => control,
-            Err((failure, daemon)) => {
-                stop(&daemon).await?;
+        let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
+        let daemon = Arc::new(Daemon::new(host, reader));
+        for file in files {
+            if let Err(refusal) = daemon.load(file).await {
+                daemon.stop().await?;
+                return Err(refusal.into());
+            }
+        }
+        let published = match open_control(args, &daemon, &first) {
+            Ok(published) => published,
+            Err(failure) => {
+                daemon.stop().await?;
                 return Err(failure);
             }
         };
         if client.is_none() {
-            announce(args, &control.daemon)?;
+            announce(args, &daemon)?;
         }
         notify(sd_notify::NotifyState::Ready);
         let gone = async {
@@ -104,11 +113,11 @@ pub(crate) fn main(args: &Args) -> Outcome {
             () = gone => {}
         }
         notify(sd_notify::NotifyState::Stopping);
-        drop(control.published);
+        drop(published);
         tokio::select! {
             biased;
             () = signals.interrupt() => std::process::exit(INTERRUPTED),
-            stopped = stop(&control.daemon) => stopped,
+            stopped = daemon.stop() => Ok(stopped?),
         }
     })
 }
@@ -148,71 +157,45 @@ impl Signals {
     }
 }
 
-/// Builds all graphs, then opens them. On a failure those that serve already are stopped.
-async fn start(host: &Arc<Host>, files: Vec<GraphFile>) -> Outcome<Vec<Served>> {
-    let mut graphs = Vec::with_capacity(files.len());
-    for file in files {
-        let graph = file.build(host.state_dir(), host.shards())?;
-        graphs.push((file, Arc::new(graph)));
-    }
-    let mut served = Vec::with_capacity(graphs.len());
-    for (file, graph) in graphs {
-        match open(host, file, graph).await {
-            Ok(disk) => served.push(disk),
-            Err(failure) => {
-                stop_all(&served).await?;
-                return Err(failure);
-            }
-        }
-    }
-    Ok(served)
-}
-
-async fn open(host: &Arc<Host>, file: GraphFile, graph: Arc<blockmason::Graph>) -> Outcome<Served> {
-    let failed = |error| Failure::in_graph(&error, &file.spec);
-    let disk = Disk::new(host, graph.name()).await.map_err(failed)?;
-    let changed = disk.replace(graph, &Change::default()).await.map_err(failed)?;
-    Ok(Served { file, disk, exports: changed.announced })
-}
-
-/// The daemon and the name of its control socket, if it has one.
-struct Control {
-    daemon: Arc<Daemon>,
-    published: Option<Published>,
-}
-
-/// Opens the control socket. Without one that was asked for by name the daemon comes back to be
-/// stopped; without the default one it serves all the same.
-fn open_control(
-    args: &Args,
-    folder: &std::path::Path,
-    served: Vec<Served>,
-) -> Result<Control, (Failure, Arc<Daemon>)> {
-    let name = served.first().map_or("mason", |served| &served.file.name);
-    let default = folder.join(format!("{name}.sock"));
-    let daemon = Arc::new(Daemon { started: blockmason::rt::now(), served });
+/// Opens the control socket. Where none was asked for by name, the daemon serves without it too.
+fn open_control(args: &Args, daemon: &Arc<Daemon>, first: &str) -> Outcome<Option<Published>> {
+    let folder = &daemon.reader.folders.run;
     let opened = match &args.control {
         Some(path) => publish(path),
-        None => make_run(folder).and_then(|()| publish(&default)),
+        None => make_run(folder).and_then(|()| publish_default(folder, first)),
     };
     let opened = opened.and_then(|(listener, published)| {
         serve(listener, daemon.clone()).map_err(Failure::new)?;
         Ok(published)
     });
     match (opened, &args.control) {
-        (Ok(published), _) => Ok(Control { daemon, published: Some(published) }),
-        (Err(failure), Some(_)) => Err((failure, daemon)),
+        (Ok(published), _) => Ok(Some(published)),
+        (Err(failure), Some(_)) => Err(failure),
         (Err(failure), None) => {
             tracing::warn!("there is no control socket: {failure}");
-            Ok(Control { daemon, published: None })
+            Ok(None)
         }
     }
+}
+
+/// Takes the first graph's name, and where another daemon has it already, the process number too.
+fn publish_default(folder: &Path, first: &str) -> Outcome<(UnixListener, Published)> {
+    let path = folder.join(format!("{first}.sock"));
+    publish(&path).or_else(|failure| {
+        if !is_served(&path).unwrap_or(false) {
+            return Err(failure);
+        }
+        let own = folder.join(format!("{first}-{}.sock", std::process::id()));
+        tracing::info!("{}: another daemon has it, the control socket is {}", path.display(), own.display());
+        publish(&own)
+    })
 }
 
 /// Says on stdout what serves; a person at a terminal is also told what to try.
 fn announce(args: &Args, daemon: &Daemon) -> Outcome {
     let mut lines = String::new();
-    let exports = daemon.served.iter().flat_map(|served| &served.exports);
+    let served = daemon.served();
+    let exports = served.iter().flat_map(|served| served.live.exports());
     for (element, uri) in exports.clone() {
         lines += &match args.json {
             true => format!("{}\n", serde_json::json!({ "event": "ready", "element": element, "uri": uri })),
@@ -232,18 +215,4 @@ fn notify(state: sd_notify::NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::info!("the service manager cannot be told: {error}");
     }
-}
-
-async fn stop(daemon: &Daemon) -> Outcome {
-    stop_all(&daemon.served).await
-}
-
-/// Stops every disk, whether others fail to flush or not.
-async fn stop_all(served: &[Served]) -> Outcome {
-    let mut stopped = Ok(());
-    for Served { file, disk, .. } in served {
-        let flushed = disk.stop().await.map_err(|error| Failure::in_graph(&error, &file.spec));
-        stopped = stopped.and(flushed);
-    }
-    stopped
 }

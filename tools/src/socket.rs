@@ -50,7 +50,7 @@ pub(crate) fn publish(path: &Path) -> Outcome<(UnixListener, Published)> {
 }
 
 /// True if somebody accepts on a socket. Never waits, not even where the queue of connections is full.
-fn is_served(path: &Path) -> std::io::Result<bool> {
+pub(crate) fn is_served(path: &Path) -> std::io::Result<bool> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

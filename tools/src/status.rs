@@ -1,6 +1,6 @@
 //! `mason status`: what a running daemon serves.
 
-use crate::control::client::ControlArgs;
+use crate::control::find::ControlArgs;
 use crate::failure::Outcome;
 use crate::output;
 use crate::units::{Bytes, Nanos, Seconds, table};
@@ -23,7 +23,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn main(args: &Args) -> Outcome {
-    let status = args.control.status()?;
+    let status: Status = args.control.connect()?.0.get("/v1/status")?;
     if args.json { output::json(&status) } else { output::text(&text(&status)) }
 }
 

@@ -1,16 +1,19 @@
 //! A graph as it is shown: what a graph file says, and what a running graph adds to it. Also the
 //! shape in which the control socket answers.
 
-use crate::graphs::{CATALOGUE, GraphFile};
+use crate::graphs::CATALOGUE;
 use blockmason::describe::find;
 use blockmason::geometry::NO_LIMIT;
 use blockmason::graph::{Graph, OpReading};
+use blockmason::lang::{Defines, Sources, Spec};
 use blockmason::{Geometry, Op};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::path::PathBuf;
+use utoipa::ToSchema;
 
 /// What `GET /v1/status` answers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Status {
     /// The version of the program that serves.
     pub(crate) version: String,
@@ -19,8 +22,107 @@ pub(crate) struct Status {
     pub(crate) graphs: Vec<GraphView>,
 }
 
+/// What `GET /v1/daemon` answers: who serves, and how it understands the graph files it is given.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DaemonView {
+    /// The version of the program that serves.
+    pub(crate) version: String,
+    pub(crate) pid: u32,
+    pub(crate) uptime_seconds: f64,
+    /// The names of its graphs, in the order in which they were loaded.
+    pub(crate) graphs: Vec<String>,
+    /// The folder that contains each graph's `${state}`.
+    #[schema(value_type = Option<String>)]
+    pub(crate) state: Option<PathBuf>,
+    /// What `${run}` means.
+    #[schema(value_type = String)]
+    pub(crate) run: PathBuf,
+    /// Parameters of graph files that do not set them: the `-D` of `mason run`.
+    #[schema(value_type = Vec<DefineView>)]
+    pub(crate) defines: Defines,
+}
+
+/// One `-D KEY=VALUE`.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes `Define` to the document of the API")]
+pub(crate) struct DefineView {
+    /// The parameter.
+    key: String,
+    /// Its value.
+    value: String,
+    /// The folder that the value starts in if it is a relative path.
+    folder: String,
+}
+
+/// What `POST /v1/graphs` is sent: a graph file and all that it includes, as text, so that the daemon reads no
+/// file of a client.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct GraphTexts {
+    /// The graph file first.
+    #[schema(value_type = Vec<SourceText>)]
+    pub(crate) sources: Sources,
+    /// What the client's command line sets; the daemon's own `-D` count where these are silent.
+    #[serde(default)]
+    #[schema(value_type = Vec<DefineView>)]
+    pub(crate) defines: Defines,
+}
+
+/// A graph file.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes `Source` to the document of the API")]
+pub(crate) struct SourceText {
+    /// What messages call it.
+    path: String,
+    /// Its absolute path: relative paths in it start in its folder.
+    opened: String,
+    text: String,
+}
+
+/// A graph in a list.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct GraphSummary {
+    pub(crate) name: String,
+    /// The graph file, as it was named.
+    pub(crate) file: String,
+    /// Its absolute path.
+    #[schema(value_type = String)]
+    pub(crate) path: PathBuf,
+    /// True once an element has panicked: the graph answers errors until it is reloaded.
+    pub(crate) failed: bool,
+    pub(crate) exports: Vec<ExportView>,
+}
+
+/// A handler of an element of a running graph.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandlerView {
+    pub(crate) element: String,
+    pub(crate) handler: String,
+    /// `read`, `read_write` or `call`.
+    pub(crate) access: String,
+    /// Its value, if it can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) value: Option<String>,
+    /// Why it has no value now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+/// The value of a handler.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandlerValue {
+    /// As an administrator writes it.
+    pub(crate) value: String,
+}
+
+/// What a handler is called with.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandlerArgument {
+    #[serde(default)]
+    pub(crate) argument: String,
+}
+
 /// A graph.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct GraphView {
     pub(crate) name: String,
     /// The graph file.
@@ -38,7 +140,7 @@ pub(crate) struct GraphView {
 }
 
 /// An element.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ElementView {
     pub(crate) name: String,
     #[serde(rename = "type")]
@@ -53,14 +155,14 @@ pub(crate) struct ElementView {
 }
 
 /// A parameter as given.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ParameterView {
     pub(crate) name: String,
     pub(crate) values: Vec<String>,
 }
 
 /// An edge.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct EdgeView {
     pub(crate) from: String,
     pub(crate) port: String,
@@ -75,7 +177,7 @@ pub(crate) struct EdgeView {
 }
 
 /// A reference: `(test Dirty)`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ReferenceView {
     pub(crate) from: String,
     pub(crate) parameter: String,
@@ -83,7 +185,7 @@ pub(crate) struct ReferenceView {
 }
 
 /// What an element looks like from above; lengths in bytes.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct GeometryView {
     pub(crate) size: u64,
     pub(crate) min_block: u32,
@@ -98,7 +200,7 @@ pub(crate) struct GeometryView {
 }
 
 /// What only a running graph has.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct LiveView {
     /// True once an element has panicked: the graph answers errors until it is reloaded.
     pub(crate) failed: bool,
@@ -109,14 +211,14 @@ pub(crate) struct LiveView {
 }
 
 /// Where clients connect.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ExportView {
     pub(crate) element: String,
     pub(crate) uri: String,
 }
 
 /// What has entered at a source.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct SourceView {
     pub(crate) element: String,
     /// Those operations that came.
@@ -124,7 +226,7 @@ pub(crate) struct SourceView {
 }
 
 /// What has entered of one operation. Latencies are in nanoseconds, at most 12.5 % too high.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct OpView {
     pub(crate) operation: String,
     pub(crate) requests: u64,
@@ -139,8 +241,7 @@ pub(crate) struct OpView {
 
 impl GraphView {
     /// What a graph file says.
-    pub(crate) fn of_file(file: &GraphFile) -> GraphView {
-        let spec = &file.spec;
+    pub(crate) fn of_spec(name: &str, spec: &Spec) -> GraphView {
         let name_of = |ix: usize| spec.elements[ix].name.clone();
         let edge = |edge: &blockmason::lang::EdgeSpec| EdgeView {
             from: name_of(edge.from),
@@ -161,8 +262,8 @@ impl GraphView {
             }
         }
         GraphView {
-            name: file.name.clone(),
-            file: file.path.display().to_string(),
+            name: name.to_owned(),
+            file: spec.sources.get(0).map_or_else(String::new, |source| source.path().display().to_string()),
             elements: spec.elements.iter().map(|element| ElementView::of(element, spec)).collect(),
             edges: spec.edges.iter().map(edge).collect(),
             references,
@@ -219,7 +320,7 @@ impl GraphView {
 }
 
 impl ElementView {
-    fn of(element: &blockmason::lang::ElementSpec, spec: &blockmason::lang::Spec) -> ElementView {
+    fn of(element: &blockmason::lang::ElementSpec, spec: &Spec) -> ElementView {
         let parameter = |entry: &blockmason::lang::Entry| ParameterView {
             name: entry.key().to_owned(),
             values: entry.values().iter().map(|value| value.text().to_owned()).collect(),

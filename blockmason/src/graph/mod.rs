@@ -2,14 +2,16 @@
 
 pub mod build;
 pub(crate) mod edge;
+pub mod handlers;
 pub(crate) mod tally;
 
-pub use tally::{EdgeReading, Histogram, OpReading, SourceReading};
+pub use tally::{EdgeReading, Histogram, Moved, OpReading, SourceReading};
 
 use crate::describe::{ElementType, Handover, Outs};
 use crate::element::{Children, Element};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
+use crate::request::Op;
 use crate::sched::RangeLock;
 use edge::Edge;
 use std::any::Any;
@@ -286,18 +288,27 @@ impl Graph {
     /// What every edge has carried so far, on all shards.
     pub fn read_edges(&self) -> Vec<EdgeReading> {
         let reading = |(ix, edge): (usize, &Edge)| {
-            let counts = self.tallies.iter().map(|tally| tally.edges[ix].read());
-            let (requests, bytes) =
-                counts.fold((0, 0), |(r, b), (requests, bytes)| (r + requests, b + bytes));
+            let mut ops = [Moved::default(); Op::ALL.len()];
+            self.tallies.iter().for_each(|tally| tally.edges[ix].read(&mut ops));
             EdgeReading {
                 from: self.nodes[edge.from as usize].instance.name.clone(),
                 port: edge.port.to_string(),
                 to: self.nodes[edge.to as usize].instance.name.clone(),
-                requests,
-                bytes,
+                requests: ops.iter().map(|op| op.requests).sum(),
+                bytes: ops.iter().map(|op| op.bytes).sum(),
+                ops,
             }
         };
         self.edges.iter().enumerate().map(reading).collect()
+    }
+
+    /// Requests that have come to an element, and the bytes that they moved, over all edges and shards.
+    pub fn arrived(&self, node: usize) -> (u64, u64) {
+        let mut ops = [Moved::default(); Op::ALL.len()];
+        for (ix, _) in self.edges.iter().enumerate().filter(|(_, edge)| edge.to as usize == node) {
+            self.tallies.iter().for_each(|tally| tally.edges[ix].read(&mut ops));
+        }
+        (ops.iter().map(|op| op.requests).sum(), ops.iter().map(|op| op.bytes).sum())
     }
 
     /// What has entered at an element, on all shards; nothing for one that is no source.

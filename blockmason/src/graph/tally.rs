@@ -29,23 +29,44 @@ pub(crate) struct Tally {
     sources: Box<[Option<Box<SourceTally>>]>,
 }
 
-/// What an edge has carried.
+/// What an edge has carried, by operation.
 #[derive(Default)]
 pub(crate) struct EdgeCount {
-    requests: Count,
-    bytes: Count,
+    requests: [Count; Op::ALL.len()],
+    /// Of reads and of writes: nothing else moves bytes.
+    bytes: [Count; 2],
 }
 
 impl EdgeCount {
     #[inline]
-    pub(crate) fn add(&self, len: u64) {
-        self.requests.add(1);
-        self.bytes.add(len);
+    pub(crate) fn add(&self, op: Op, len: u64) {
+        self.requests[op as usize].add(1);
+        if let Some(bytes) = self.bytes.get(op as usize) {
+            bytes.add(len);
+        }
     }
 
-    pub(crate) fn read(&self) -> (u64, u64) {
-        (self.requests.get(), self.bytes.get())
+    /// Adds it to a sum.
+    pub(crate) fn read(&self, sum: &mut [Moved; Op::ALL.len()]) {
+        for (count, sum) in self.requests.iter().zip(sum.iter_mut()) {
+            sum.requests += count.get();
+        }
+        for (count, sum) in self.bytes.iter().zip(sum) {
+            sum.bytes += count.get();
+        }
     }
+}
+
+// `bytes` is indexed by operation.
+const _: () = assert!(Op::Read as usize == 0 && Op::Write as usize == 1);
+
+/// How much has gone by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Requests.
+    pub requests: u64,
+    /// Bytes that they moved: the lengths of reads and writes.
+    pub bytes: u64,
 }
 
 #[derive(Default)]
@@ -71,8 +92,10 @@ pub struct EdgeReading {
     pub to: String,
     /// Requests since the graph was built.
     pub requests: u64,
-    /// Their lengths together, in bytes.
+    /// Bytes that they moved: the lengths of reads and writes.
     pub bytes: u64,
+    /// The same by operation, in the order of [`Op::ALL`].
+    pub ops: [Moved; Op::ALL.len()],
 }
 
 /// What has entered at a source, by operation in the order of [`Op::ALL`].
@@ -87,12 +110,28 @@ pub struct SourceReading {
 pub struct OpReading {
     /// Requests answered.
     pub requests: u64,
-    /// Their lengths together, in bytes.
+    /// Bytes that they moved: the lengths of reads and writes.
     pub bytes: u64,
     /// How many of them with an error.
     pub errors: u64,
     /// Requests by latency bucket; see [`Histogram::upper_ns`].
     pub latency: Vec<u64>,
+}
+
+impl SourceReading {
+    /// All operations together.
+    pub fn sum(&self) -> OpReading {
+        let mut sum = OpReading { latency: vec![0; Histogram::BUCKETS], ..OpReading::default() };
+        for op in &self.ops {
+            sum.requests += op.requests;
+            sum.bytes += op.bytes;
+            sum.errors += op.errors;
+            for (sum, count) in sum.latency.iter_mut().zip(&op.latency) {
+                *sum += count;
+            }
+        }
+        sum
+    }
 }
 
 impl OpReading {
@@ -124,7 +163,9 @@ impl Tally {
     pub(crate) fn root(&self, node: usize, op: Op, len: u64, failed: bool, took: Duration) {
         let Some(source) = &self.sources[node] else { return };
         let tally = &source.ops[op as usize];
-        tally.bytes.add(len);
+        if matches!(op, Op::Read | Op::Write) {
+            tally.bytes.add(len);
+        }
         tally.errors.add(u64::from(failed));
         tally.latency.record(took.as_nanos() as u64);
     }

@@ -34,6 +34,7 @@ pub(crate) use print::meaning;
 pub use print::print;
 pub use source::{Place, Source, Sources, Span};
 pub use spec::{EdgeSpec, ElementSpec, Spec};
+pub use suggest::did_you_mean;
 
 /// What the macros of this module expand to; not for direct use.
 #[doc(hidden)]

@@ -10,7 +10,7 @@ mod tests;
 
 pub use diff::{Diff, ElementDiff, Fate, ParamDiff};
 
-use crate::describe::{Access, Catalogue};
+use crate::describe::{self, Catalogue};
 use crate::error::{Error, Result};
 use crate::graph::build::{Builder, connections};
 use crate::graph::tally::Histogram;
@@ -209,36 +209,25 @@ impl Live {
         state.spec = next;
     }
 
-    /// An element that runs now.
-    fn instance(&self, name: &str) -> Result<Arc<Instance>> {
-        let graph = self.disk.graph();
-        let found = graph.node(name).and_then(|node| graph.instances().nth(node));
-        found.cloned().ok_or_else(|| Error::invalid(format!("there is no element {name}")))
-    }
-
     /// The value of a handler.
     pub fn get(&self, element: &str, handler: &str) -> Result<String> {
-        let instance = self.instance(element)?;
-        contained(|| instance.element.get(handler)).map_err(|error| error.in_element(element))
+        self.disk.graph().get(element, handler)
     }
 
     /// Calls a handler.
     pub fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String> {
-        let instance = self.instance(element)?;
-        contained(|| instance.element.call(handler, argument)).map_err(|error| error.in_element(element))
+        self.disk.graph().call(element, handler, argument)
     }
 
     /// Sets a handler. One that is named as a parameter is that parameter: the graph as it runs has
     /// changed.
     pub async fn set(&self, element: &str, handler: &str, value: &str) -> Result<()> {
         let _changing = self.changing.lock().await;
-        let instance = self.instance(element)?;
         let spec = self.spec();
-        let parameter = instance.ty.params.iter().any(|param| param.name == handler);
-        let writable =
-            instance.ty.handlers.iter().any(|h| h.name == handler && h.access == Access::ReadWrite);
-        contained(|| instance.element.set(handler, value)).map_err(|error| error.in_element(element))?;
-        if let (true, true, Some(ix)) = (parameter, writable, spec.find(element)) {
+        self.disk.graph().set(element, handler, value)?;
+        let Some(ix) = spec.find(element) else { return Ok(()) };
+        let ty = describe::find(self.setup.catalogue, &spec.elements[ix].ty);
+        if ty.is_some_and(|ty| ty.params.iter().any(|param| param.name == handler)) {
             let mut next = (*spec).clone();
             next.elements[ix].params.set(handler, value);
             self.state().spec = Arc::new(next);

@@ -61,7 +61,7 @@ impl<'a> Cx<'a> {
     #[inline]
     pub fn forward(self, port: usize, req: Request) -> Flow<'a> {
         let (edge, ix) = self.edge(port);
-        self.lane.tally.edges[ix].add(req.len);
+        self.lane.tally.edges[ix].add(req.op, req.len);
         let below = Cx { lane: self.lane, node: edge.to };
         if edge.takes(&req) { below.submit(req) } else { super::fit::forward(below, edge, req) }
     }

@@ -7,6 +7,7 @@ pub mod probe;
 pub mod readonly;
 pub mod slice;
 pub mod stripe;
+pub mod throttle;
 
 #[cfg(test)]
 mod testing;

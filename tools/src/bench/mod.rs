@@ -122,7 +122,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
 /// The graph with the generator in the place of its exports.
 fn build(file: &GraphFile, host: &Host) -> Outcome<Graph> {
     let failed = |error| Failure::in_graph(&error, &file.spec);
-    let graph = file.build(host.state_dir(), host.shards())?;
+    file.make_folders()?;
+    let graph = file.build(host.state_dir(), host.shards()).map_err(failed)?;
     let generator = |instance: &Arc<Instance>| match instance.ty.family {
         Family::Export => Instance::new(&instance.name, &LOAD, &instance.place, Arc::new(Load)),
         _ => instance.clone(),

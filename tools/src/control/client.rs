@@ -1,118 +1,185 @@
-//! The asking end of the control socket.
+//! The asking end of the control socket: HTTP over a unix socket, without a word about what is asked.
 
-use super::STATUS;
+use super::refusal::RefusalBody;
 use crate::failure::{Failure, Outcome};
-use crate::folders::Folders;
-use crate::view::Status;
+use crate::output::printable;
 use axum::body::{Body, to_bytes};
-use hyper::{Request, StatusCode};
+use futures::StreamExt;
+use hyper::body::Incoming;
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
-use std::os::unix::fs::FileTypeExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt::Display;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
 
-/// A daemon that does not answer within this time counts as one that hangs.
+/// A daemon that does not answer a question within this time counts as one that hangs. Changes take as long
+/// as they take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The longest answer that is read, in bytes.
 const LONGEST_ANSWER: usize = 256 << 20;
 
-/// Which daemon is meant.
-#[derive(clap::Args)]
-pub(crate) struct ControlArgs {
-    /// The control socket of the daemon [default: the only one in $XDG_RUNTIME_DIR/mason; for root
-    /// /run/mason, else /tmp/mason-UID]
-    #[arg(long, value_name = "PATH")]
-    pub(crate) control: Option<PathBuf>,
+/// The longest line of a stream, in bytes.
+const LONGEST_LINE: usize = 1 << 20;
+
+/// A daemon that can be asked.
+pub(crate) struct Client {
+    socket: PathBuf,
+    runtime: Runtime,
 }
 
-impl ControlArgs {
-    /// Asks the daemon that is meant for its status.
-    pub(crate) fn status(&self) -> Outcome<Status> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.map_err(Failure::new)?.block_on(async {
-            match &self.control {
-                Some(path) => ask(path).await.map_err(|error| refused(path, &error)),
-                None => only_daemon(&Folders::find(None).run).await,
+/// A path on the control socket. Each segment stays one, whatever a name contains.
+pub(crate) fn path(segments: &[&str]) -> String {
+    let mut out = String::new();
+    for segment in segments {
+        out.push('/');
+        for byte in segment.bytes() {
+            match byte {
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => out.push(char::from(byte)),
+                _ => out.push_str(&format!("%{byte:02X}")),
             }
+        }
+    }
+    out
+}
+
+impl Client {
+    /// A client of the daemon behind a socket. Nothing is sent yet.
+    pub(crate) fn new(socket: impl Into<PathBuf>) -> Outcome<Client> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok(Client { socket: socket.into(), runtime: runtime.map_err(Failure::new)? })
+    }
+
+    /// The socket.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Asks. Waits five seconds at most.
+    pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Outcome<T> {
+        self.runtime.block_on(async {
+            let asked = blockmason::rt::timeout(PATIENCE, self.exchange(Method::GET, path, Vec::new()));
+            let hangs = || self.about(format!("the daemon has not answered in {} s", PATIENCE.as_secs()));
+            self.parse(&asked.await.unwrap_or_else(|| Err(hangs()))?)
         })
     }
-}
 
-fn refused(path: &Path, error: &str) -> Failure {
-    Failure::new(format!("{}: {error}", path.display()))
-}
-
-/// The status of the only daemon that answers in a folder.
-async fn only_daemon(folder: &Path) -> Outcome<Status> {
-    let mut answers = Vec::new();
-    let mut silent = Vec::new();
-    for path in sockets(folder) {
-        match ask(&path).await {
-            Ok(status) => answers.push((path, status)),
-            Err(error) => silent.push(refused(&path, &error)),
-        }
+    /// Asks for something to be done, and waits until it is.
+    pub(crate) fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Outcome<T> {
+        self.change(Method::POST, path, serde_json::to_vec(body).map_err(Failure::new)?)
     }
-    match answers.len() {
-        1 => Ok(answers.swap_remove(0).1),
-        0 => Err(silent.pop().unwrap_or_else(|| {
-            Failure::new(format!("no daemon runs: there is no control socket in {}", folder.display()))
-        })),
-        _ => {
-            let name = |(path, status): &(PathBuf, Status)| {
-                let graphs: Vec<_> = status.graphs.iter().map(|graph| graph.name.as_str()).collect();
-                format!("{} (process {}: {})", path.display(), status.pid, graphs.join(", "))
-            };
-            let list: Vec<_> = answers.iter().map(name).collect();
-            Err(Failure::new(format!(
-                "several daemons run, name one with --control PATH: {}",
-                list.join(", ")
-            )))
-        }
+
+    /// Asks for something to be set, and waits until it is.
+    pub(crate) fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Outcome<T> {
+        self.change(Method::PUT, path, serde_json::to_vec(body).map_err(Failure::new)?)
     }
-}
 
-/// Every socket in a folder that is named like a control socket.
-fn sockets(folder: &Path) -> Vec<PathBuf> {
-    let entries = folder.read_dir().into_iter().flatten().flatten();
-    let is_socket = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|ty| ty.is_socket());
-    let paths = entries.filter(is_socket).map(|entry| entry.path());
-    let mut paths: Vec<_> = paths.filter(|path| path.extension().is_some_and(|e| e == "sock")).collect();
-    paths.sort();
-    paths
-}
-
-/// Asks one daemon. What goes wrong is said in a sentence without the path.
-async fn ask(path: &Path) -> Result<Status, String> {
-    match blockmason::rt::timeout(PATIENCE, exchange(path)).await {
-        Some(Ok(status)) => Ok(status),
-        Some(Err(error)) => Err(error),
-        None => Err(format!("the daemon has not answered in {} s", PATIENCE.as_secs())),
+    /// Asks for something to be taken away, and waits until it is.
+    pub(crate) fn delete(&self, path: &str) -> Outcome {
+        self.change(Method::DELETE, path, Vec::new())
     }
-}
 
-async fn exchange(path: &Path) -> Result<Status, String> {
-    let stream = UnixStream::connect(path).await.map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => "no daemon runs there: there is no such socket".to_owned(),
-        std::io::ErrorKind::ConnectionRefused => "no daemon runs there: the socket is a dead one".to_owned(),
-        _ => format!("the daemon cannot be reached: {error}"),
-    })?;
-    let broken = |error: &dyn std::fmt::Display| format!("this is no control socket of mason: {error}");
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
-    let request = Request::get(STATUS).header("host", "mason").body(Body::empty()).map_err(|e| broken(&e))?;
-    let answer = async move {
-        let answer = sender.send_request(request).await.map_err(|e| broken(&e))?;
+    fn change<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Outcome<T> {
+        let answer = self.runtime.block_on(self.exchange(method, path, body));
+        self.parse(&answer?)
+    }
+
+    /// Takes an answer line by line, for as long as `each` goes on or the daemon does.
+    pub(crate) fn lines(
+        &self,
+        path: &str,
+        mut each: impl FnMut(&str) -> Outcome<ControlFlow<()>>,
+    ) -> Outcome {
+        self.runtime.block_on(async {
+            let answer = self.ask(Method::GET, path, Vec::new()).await?;
+            let mut body = self.accepted(answer).await?.into_data_stream();
+            let mut rest = Vec::new();
+            while let Some(part) = body.next().await {
+                rest.extend_from_slice(&part.map_err(|error| self.broken(&error))?);
+                while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                    let line: Vec<u8> = rest.drain(..=end).collect();
+                    let line = std::str::from_utf8(&line[..end]).map_err(|error| self.broken(&error))?;
+                    if each(line)?.is_break() {
+                        return Ok(());
+                    }
+                }
+                if rest.len() > LONGEST_LINE {
+                    return Err(self.broken(&"a line without end"));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes an answer as text.
+    pub(crate) fn text(&self, path: &str) -> Outcome<String> {
+        let body = self.runtime.block_on(self.exchange(Method::GET, path, Vec::new()))?;
+        String::from_utf8(body).map_err(|error| self.broken(&error))
+    }
+
+    /// One request and the whole answer.
+    async fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> Outcome<Vec<u8>> {
+        let answer = self.accepted(self.ask(method, path, body).await?).await?;
+        let body = to_bytes(answer, LONGEST_ANSWER).await.map_err(|error| self.broken(&error))?;
+        Ok(body.into())
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Vec<u8>) -> Outcome<Response<Incoming>> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
+            self.about(match error.kind() {
+                std::io::ErrorKind::NotFound => "no daemon runs there: there is no such socket".to_owned(),
+                std::io::ErrorKind::ConnectionRefused => {
+                    "no daemon runs there: the socket is a dead one".to_owned()
+                }
+                _ => format!("the daemon cannot be reached: {error}"),
+            })
+        })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(&error))?;
+        // It ends with its sender and the answer's body; what goes wrong with it is seen by those.
+        super::server::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "mason")
+            .header("content-type", "application/json")
+            .body(Body::from(body))
+            .map_err(|error| self.broken(&error))?;
+        sender.send_request(request).await.map_err(|error| self.broken(&error))
+    }
+
+    fn parse<T: DeserializeOwned>(&self, body: &[u8]) -> Outcome<T> {
+        // Done, with nothing to say.
+        let body = if body.is_empty() { b"null" } else { body };
+        serde_json::from_slice(body).map_err(|error| self.broken(&error))
+    }
+
+    /// With the socket that it is about.
+    fn about(&self, sentence: impl Display) -> Failure {
+        Failure::new(format!("{}: {sentence}", self.socket.display()))
+    }
+
+    fn broken(&self, error: &dyn Display) -> Failure {
+        self.about(format!("this is no control socket of mason: {}", printable(&error.to_string())))
+    }
+
+    /// The body of an answer that says yes.
+    async fn accepted(&self, answer: Response<Incoming>) -> Outcome<Body> {
         let (head, body) = answer.into_parts();
-        let body = to_bytes(Body::new(body), LONGEST_ANSWER).await.map_err(|e| broken(&e))?;
-        Ok::<_, String>((head.status, body))
-    };
-    // The connection ends with its sender; what goes wrong with it is seen by that.
-    let (answer, _) = tokio::join!(answer, connection);
-    let (status, body) = answer?;
-    if status != StatusCode::OK {
-        return Err(format!("the daemon answers {status}"));
+        let body = Body::new(body);
+        if head.status.is_success() {
+            return Ok(body);
+        }
+        let body = to_bytes(body, LONGEST_LINE).await.unwrap_or_default();
+        match serde_json::from_slice::<RefusalBody>(&body) {
+            Ok(refused) => Err(refused.error.into()),
+            Err(_) => Err(self.about(format!("the daemon answers {}", head.status))),
+        }
     }
-    serde_json::from_slice(&body).map_err(|e| broken(&e))
 }

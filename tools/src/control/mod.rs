@@ -1,7 +1,12 @@
-//! The control socket: HTTP with JSON, for this user and root alone.
+//! The control socket: HTTP with JSON, for this user and root alone. docs/openapi.json describes it.
+//!
+//! `daemon` is what is served, `server` carries requests to it, `routes` answers them, one file for
+//! each subject; `client` asks, `find` says whom. Both ends share `refusal`, and the views.
 
 pub(crate) mod client;
+pub(crate) mod daemon;
+pub(crate) mod find;
+mod patient;
+pub(crate) mod refusal;
+pub(crate) mod routes;
 pub(crate) mod server;
-
-/// The path that answers with a [`Status`](crate::view::Status).
-const STATUS: &str = "/v1/status";

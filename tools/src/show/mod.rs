@@ -5,11 +5,11 @@ mod explain;
 mod svg;
 mod text;
 
-use crate::control::client::ControlArgs;
+use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
 use crate::graphs::{CATALOGUE, GraphArgs, GraphFile, Reader};
-use crate::output;
-use crate::view::GraphView;
+use crate::output::{self, printable};
+use crate::view::{GraphView, Status};
 use std::path::PathBuf;
 
 /// Draw a graph: a graph file, or with no GRAPH what a running daemon serves.
@@ -71,9 +71,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
             if args.form.graph {
                 return output::text(&blockmason::lang::print(&file.spec, CATALOGUE, &reader.here));
             }
-            vec![if args.form.explain { built(&reader, &file)? } else { GraphView::of_file(&file) }]
+            vec![if args.form.explain { built(&reader, &file)? } else { GraphView::of_spec(&file.name, &file.spec) }]
         }
-        None => args.control.status()?.graphs,
+        None => args.control.connect()?.0.get::<Status>("/v1/status")?.graphs,
     };
     let Form { dot, svg, json, explain, .. } = args.form;
     if json {
@@ -95,8 +95,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
 /// The graph with what is known once it is built.
 fn built(reader: &Reader, file: &GraphFile) -> Outcome<GraphView> {
     let state = reader.folders.state.clone().unwrap_or_default();
-    let graph = file.build(&state, 1)?;
-    Ok(GraphView::of_file(file).with_geometry(&graph))
+    file.make_folders()?;
+    let graph = file.build(&state, 1).map_err(|error| Failure::in_graph(&error, &file.spec))?;
+    Ok(GraphView::of_spec(&file.name, &file.spec).with_geometry(&graph))
 }
 
 /// `path disk.img, size 1G`.
@@ -112,9 +113,4 @@ fn ports(edge: &crate::view::EdgeView) -> String {
         (port, "in") => port.to_owned(),
         (port, to) => format!("{port} -> {to}"),
     }
-}
-
-/// A text from a graph file as it may be sent to a terminal.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

@@ -1,7 +1,8 @@
 //! A home of its own for each test, and daemons that end with it.
 
 use rustix::process::{Pid, Signal, kill_process};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
@@ -62,6 +63,19 @@ impl Home {
     pub(crate) fn run(&self, args: &[&str], exports: usize) -> Daemon {
         let args = [&["run"], args].concat();
         Daemon::start(&mut self.command(MASON, &args), exports)
+    }
+
+    /// One HTTP request to a socket, and the whole answer. The first line of a stream is an answer, too.
+    pub(crate) fn ask(&self, socket: &str, method: &str, path: &str, body: &str) -> String {
+        let mut stream = UnixStream::connect(self.path(socket)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = body.len();
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nhost: m\r\nconnection: close\r\ncontent-length: {length}");
+        stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer
     }
 
     /// `vm.mason`: a disk in memory behind `vm.nbd`.

@@ -9,6 +9,7 @@ mod control;
 mod drain;
 mod elements;
 mod harness;
+mod load;
 mod refused;
 mod run;
 mod show;

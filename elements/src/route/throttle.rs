@@ -1,0 +1,376 @@
+//! Limits how much goes by: bytes and requests in a second.
+
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
+use blockmason::lang::value::{Rate, Time};
+use blockmason::{Cx, Element, Error, Flow, LocalBoxFuture, Op, Reply, Request, Result, rt};
+use futures::future::select;
+use std::fmt;
+use std::pin::pin;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
+
+/// Bytes in a second, or no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bandwidth(Option<u64>);
+
+/// Requests in a second, or no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Frequency(Option<u64>);
+
+impl FromStr for Bandwidth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Bandwidth, String> {
+        match text.parse() {
+            _ if text == "unlimited" => Ok(Bandwidth(None)),
+            Ok(Rate(0)) => Err("nothing would ever pass at 0/s".to_owned()),
+            Ok(Rate(rate)) => Ok(Bandwidth(Some(rate))),
+            Err(error) => Err(error.replace("a rate such as `50M/s`", "a rate such as `50M/s`, or `unlimited`")),
+        }
+    }
+}
+
+impl fmt::Display for Bandwidth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(rate) => Rate(rate).fmt(f),
+            None => f.write_str("unlimited"),
+        }
+    }
+}
+
+impl FromStr for Frequency {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Frequency, String> {
+        match text.parse() {
+            _ if text == "unlimited" => Ok(Frequency(None)),
+            Ok(0u64) => Err("nothing would ever pass at 0 requests a second".to_owned()),
+            Ok(number) => Ok(Frequency(Some(number))),
+            Err(_) => Err(format!("expected requests in a second, or `unlimited`, found `{text:.40}`")),
+        }
+    }
+}
+
+impl fmt::Display for Frequency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(number) => number.fmt(f),
+            None => f.write_str("unlimited"),
+        }
+    }
+}
+
+blockmason::text_value!(Bandwidth, "rate or `unlimited`");
+blockmason::text_value!(Frequency, "number or `unlimited`");
+
+blockmason::params! {
+    /// Limits how much goes by.
+    struct Params {
+        /// Bytes that may be read and written in a second.
+        rate: Bandwidth = "unlimited",
+        /// Requests in a second.
+        iops: Frequency = "unlimited",
+        /// Bytes that may be read in a second.
+        read_rate: Bandwidth = "unlimited",
+        /// Reads in a second; hints and questions about extents count as reads.
+        read_iops: Frequency = "unlimited",
+        /// Bytes that may be written in a second.
+        write_rate: Bandwidth = "unlimited",
+        /// Changes in a second: writes, writes of zeros, discards.
+        write_iops: Frequency = "unlimited",
+        /// How much may pass at once after a rest: what is allowed in this time. Waits are kept to the
+        /// millisecond, rounded up: with less than a few of them here, less than the limits passes.
+        burst: Time = "100ms",
+    }
+}
+
+/// See the module.
+pub const TYPE: ElementType = ElementType {
+    name: "throttle",
+    summary: "limits bytes and requests in a second",
+    doc: "Keeps one guest from taking everything, or a slow link from being flooded. Each limit is a bucket that \
+          fills at its rate up to what `burst` allows; a request passes once the buckets that it counts in are \
+          not in debt, and takes what it costs. So a request larger than the burst passes, and the next ones \
+          wait for it. On average over any time the limits are kept, `burst` and one request aside.\n\n\
+          Requests pass in the order in which they came; reads wait for no limit of writes, nor writes for one \
+          of reads. Writes of zeros and discards count as requests that write no bytes. A flush keeps its place \
+          behind the changes that came before it and costs nothing, as does a control request.\n\n\
+          Every request that passes here counts, whoever made it: those of a copier or a cache above, too. What \
+          elements below make of a request does not. Errors from below pass.\n\n\
+          Limits that are set while the graph runs count at once, for those that wait as well. A reload starts \
+          with full buckets.",
+    family: Family::Route,
+    params: Params::PARAMS,
+    ports: Ports::THROUGH,
+    handlers: &[
+        Handler { name: "rate", access: Access::ReadWrite, doc: "bytes in a second, or `unlimited`" },
+        Handler { name: "iops", access: Access::ReadWrite, doc: "requests in a second, or `unlimited`" },
+        Handler { name: "read_rate", access: Access::ReadWrite, doc: "bytes read in a second" },
+        Handler { name: "read_iops", access: Access::ReadWrite, doc: "reads in a second" },
+        Handler { name: "write_rate", access: Access::ReadWrite, doc: "bytes written in a second" },
+        Handler { name: "write_iops", access: Access::ReadWrite, doc: "changes in a second" },
+        Handler { name: "burst", access: Access::ReadWrite, doc: "how much may pass at once, as time" },
+        Handler { name: "waiting", access: Access::Read, doc: "requests that wait now" },
+    ],
+    passes_through: true,
+    handover: Handover::Free,
+    example: "element Guest (type nbd) (listen unix:throttle.sock)\n\
+              element Limit (type throttle) (rate 20M/s) (iops 500)\n\
+              element Disk (type file) (path disk.img) (size 64M)\n\
+              Guest -> Limit -> Disk\n",
+    check: Params::check,
+    build: |build: &Build<'_>| Ok(Arc::new(Throttle::new(&build.read(Params::from)?))),
+    ..ElementType::BASE
+};
+
+/// Fills by `rate` tokens a second. Counted in billionths of a token, so that a nanosecond's worth is whole.
+#[derive(Default)]
+struct Bucket {
+    rate: Option<u64>,
+    /// In debt below zero.
+    level: i128,
+}
+
+const BILLION: i128 = 1_000_000_000;
+
+impl Bucket {
+    /// Fills it with what `time` is worth, to what `burst` is worth at the most.
+    fn fill(&mut self, time: Duration, burst: Duration) {
+        let rate = i128::from(self.rate.unwrap_or(0));
+        let worth = |time: Duration| rate.saturating_mul(time.as_nanos() as i128);
+        self.level = self.level.saturating_add(worth(time)).min(worth(burst));
+    }
+
+    /// How long it will be in debt.
+    fn debt(&self) -> Duration {
+        let (Some(rate), true) = (self.rate.map(i128::from), self.level < 0) else { return Duration::ZERO };
+        Duration::from_nanos(u64::try_from((-self.level + rate - 1) / rate).unwrap_or(u64::MAX))
+    }
+
+    fn take(&mut self, tokens: u64) {
+        if self.rate.is_some() {
+            self.level -= i128::from(tokens) * BILLION;
+        }
+    }
+
+    /// A limit where there was none starts without a debt; one that changes keeps what is owed.
+    fn limit(&mut self, rate: Option<u64>) {
+        if self.rate.is_none() || rate.is_none() {
+            self.level = 0;
+        }
+        self.rate = rate;
+    }
+}
+
+/// What requests of one kind pass, one after the other.
+struct Gate {
+    /// Whoever is first in the queue has it. Tokio's semaphore hands it on in the order of asking.
+    turn: Semaphore,
+    buckets: Mutex<Buckets>,
+    /// Told when a limit has changed.
+    changed: Notify,
+}
+
+struct Buckets {
+    bytes: Bucket,
+    requests: Bucket,
+    burst: Duration,
+    /// When they were filled last.
+    filled: Option<Instant>,
+}
+
+/// What a request takes out of the buckets; nothing for a flush.
+#[derive(Clone, Copy)]
+struct Cost {
+    bytes: u64,
+    requests: u64,
+}
+
+impl Buckets {
+    fn fill(&mut self, now: Instant) {
+        // The first time they become full.
+        let time = self.filled.map_or(Duration::MAX, |filled| now.saturating_duration_since(filled));
+        self.filled = Some(now);
+        self.bytes.fill(time, self.burst);
+        self.requests.fill(time, self.burst);
+    }
+
+    /// Takes it out, or says how long it will take before that can be tried again.
+    fn take(&mut self, cost: Cost, now: Instant) -> Duration {
+        self.fill(now);
+        let mut wait = Duration::ZERO;
+        if cost.bytes > 0 {
+            wait = wait.max(self.bytes.debt());
+        }
+        if cost.requests > 0 {
+            wait = wait.max(self.requests.debt());
+        }
+        if wait.is_zero() {
+            self.bytes.take(cost.bytes);
+            self.requests.take(cost.requests);
+        }
+        wait
+    }
+}
+
+impl Gate {
+    fn new(rate: Bandwidth, iops: Frequency, burst: Time) -> Gate {
+        let bucket = |rate| Bucket { rate, level: 0 };
+        let (bytes, requests) = (bucket(rate.0), bucket(iops.0));
+        let buckets = Buckets { bytes, requests, burst: burst.0, filled: None };
+        Gate { turn: Semaphore::new(1), buckets: Mutex::new(buckets), changed: Notify::new() }
+    }
+
+    fn buckets(&self) -> MutexGuard<'_, Buckets> {
+        // Every change of them is complete before anything can panic.
+        self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes if nobody waits and nothing has to be waited for.
+    fn try_pass(&self, cost: Cost, cx: Cx<'_>) -> bool {
+        let Ok(_turn) = self.turn.try_acquire() else { return false };
+        self.buckets().take(cost, cx.now()).is_zero()
+    }
+
+    async fn pass(&self, cost: Cost, cx: Cx<'_>) {
+        // It is never closed; an error would let the request pass.
+        let _turn = self.turn.acquire().await;
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            let wait = self.buckets().take(cost, cx.now());
+            if wait.is_zero() {
+                return;
+            }
+            select(pin!(cx.sleep(wait)), changed).await;
+        }
+    }
+
+    /// Changes limits as of now.
+    fn set(&self, change: impl FnOnce(&mut Buckets)) {
+        let mut buckets = self.buckets();
+        if buckets.filled.is_some() {
+            buckets.fill(rt::now());
+        }
+        change(&mut buckets);
+        drop(buckets);
+        self.changed.notify_waiters();
+    }
+}
+
+struct Throttle {
+    reads: Gate,
+    changes: Gate,
+    all: Gate,
+    waiting: AtomicU64,
+}
+
+impl Throttle {
+    fn new(params: &Params) -> Throttle {
+        Throttle {
+            reads: Gate::new(params.read_rate, params.read_iops, params.burst),
+            changes: Gate::new(params.write_rate, params.write_iops, params.burst),
+            all: Gate::new(params.rate, params.iops, params.burst),
+            waiting: AtomicU64::new(0),
+        }
+    }
+
+    /// The gate of its kind, and what it costs.
+    fn cost(&self, req: &Request) -> (&Gate, Cost) {
+        let (gate, bytes, requests) = match req.op {
+            Op::Read => (&self.reads, req.len, 1),
+            Op::Cache | Op::Extents => (&self.reads, 0, 1),
+            Op::Write => (&self.changes, req.len, 1),
+            Op::Discard | Op::WriteZeroes => (&self.changes, 0, 1),
+            Op::Flush | Op::Control => (&self.changes, 0, 0),
+        };
+        (gate, Cost { bytes, requests })
+    }
+}
+
+/// Counts a request that waits.
+struct Waiting<'a>(&'a AtomicU64);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicU64) -> Waiting<'a> {
+        count.fetch_add(1, Ordering::Relaxed);
+        Waiting(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Element for Throttle {
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        let (gate, cost) = self.cost(&req);
+        let passed = gate.try_pass(cost, cx);
+        if passed && self.all.try_pass(cost, cx) {
+            return cx.forward(0, req);
+        }
+        let waiting = Waiting::new(&self.waiting);
+        let mut flow: LocalBoxFuture<'a, Reply> = Box::pin(async move {
+            if !passed {
+                gate.pass(cost, cx).await;
+            }
+            self.all.pass(cost, cx).await;
+            drop(waiting);
+            cx.forward(0, req).await
+        });
+        // Takes its place in the queue now: parked flows are first polled in no order. They are polled once more
+        // by whoever parks them, so nothing is lost by a waker that wakes nobody.
+        match flow.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(reply) => Flow::Now(reply),
+            Poll::Pending => Flow::Later(flow),
+        }
+    }
+
+    fn get(&self, handler: &str) -> Result<String> {
+        let rate = |gate: &Gate| Bandwidth(gate.buckets().bytes.rate).to_string();
+        let iops = |gate: &Gate| Frequency(gate.buckets().requests.rate).to_string();
+        Ok(match handler {
+            "rate" => rate(&self.all),
+            "iops" => iops(&self.all),
+            "read_rate" => rate(&self.reads),
+            "read_iops" => iops(&self.reads),
+            "write_rate" => rate(&self.changes),
+            "write_iops" => iops(&self.changes),
+            "burst" => Time(self.all.buckets().burst).to_string(),
+            "waiting" => self.waiting.load(Ordering::Relaxed).to_string(),
+            _ => return Err(Error::no_handler(handler)),
+        })
+    }
+
+    fn set(&self, handler: &str, value: &str) -> Result<()> {
+        let gate = match handler {
+            "rate" | "iops" => &self.all,
+            "read_rate" | "read_iops" => &self.reads,
+            "write_rate" | "write_iops" => &self.changes,
+            "burst" => {
+                let Time(burst) = value.parse().map_err(Error::invalid)?;
+                for gate in [&self.all, &self.reads, &self.changes] {
+                    gate.set(|buckets| buckets.burst = burst);
+                }
+                return Ok(());
+            }
+            _ => return Err(Error::no_handler(handler)),
+        };
+        if handler.ends_with("rate") {
+            let Bandwidth(rate) = value.parse().map_err(Error::invalid)?;
+            gate.set(|buckets| buckets.bytes.limit(rate));
+        } else {
+            let Frequency(iops) = value.parse().map_err(Error::invalid)?;
+            gate.set(|buckets| buckets.requests.limit(iops));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! What a daemon serves: graphs, which come and go while it runs.
+
+use super::refusal::Refusal;
+use crate::graphs::{CATALOGUE, GraphFile, Reader};
+use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
+use blockmason::Host;
+use blockmason::live::{Live, Setup};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// What is served, and with what.
+pub(crate) struct Daemon {
+    pub(crate) started: Instant,
+    pub(crate) host: Arc<Host>,
+    /// How graph files are understood: the folders, and the `-D` of `mason run`.
+    pub(crate) reader: Reader,
+    graphs: Mutex<Graphs>,
+    /// Told when a graph has left `changing`.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Graphs {
+    /// In the order in which they were loaded.
+    served: Vec<Arc<Served>>,
+    /// Names of graphs that are being loaded or unloaded: nobody else may touch them.
+    changing: Vec<String>,
+    /// Nothing is loaded any more.
+    stopping: bool,
+}
+
+/// A graph that serves.
+pub(crate) struct Served {
+    pub(crate) live: Arc<Live>,
+}
+
+/// A name that nobody else may load or unload until this goes.
+struct Changing<'a> {
+    daemon: &'a Daemon,
+    name: String,
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.daemon.graphs().changing.retain(|name| *name != self.name);
+        self.daemon.changed.notify_waiters();
+    }
+}
+
+impl Daemon {
+    pub(crate) fn new(host: Arc<Host>, reader: Reader) -> Daemon {
+        let (graphs, changed) = Default::default();
+        Daemon { started: blockmason::rt::now(), host, reader, graphs, changed }
+    }
+
+    fn graphs(&self) -> MutexGuard<'_, Graphs> {
+        // Every change of it is complete before anything can panic.
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All graphs that serve, in the order in which they were loaded.
+    pub(crate) fn served(&self) -> Vec<Arc<Served>> {
+        self.graphs().served.clone()
+    }
+
+    /// The graph of that name.
+    ///
+    /// # Errors
+    /// There is none; the sentence says which there are.
+    pub(crate) fn find(&self, name: &str) -> Result<Arc<Served>, Refusal> {
+        let graphs = self.graphs();
+        let found = graphs.served.iter().find(|served| served.live.name() == name).cloned();
+        found.ok_or_else(|| {
+            let names: Vec<_> = graphs.served.iter().map(|served| served.live.name()).collect();
+            let there = match names.as_slice() {
+                [] => "none is served".to_owned(),
+                names => format!("served are: {}", names.join(", ")),
+            };
+            Refusal::not_found(format!("no graph {name} is served; {there}"))
+        })
+    }
+
+    /// Builds a graph and serves it. When this returns, its exports accept.
+    pub(crate) async fn load(&self, file: GraphFile) -> Result<Arc<Served>, Refusal> {
+        let changing = self.reserve(&file.name)?;
+        let served = self.start(file).await?;
+        self.graphs().served.push(served.clone());
+        drop(changing);
+        Ok(served)
+    }
+
+    /// Ends service of a graph: its exports close, requests in flight end, everything is flushed.
+    pub(crate) async fn unload(&self, name: &str) -> Result<(), Refusal> {
+        let (served, changing) = {
+            let served = self.find(name)?;
+            let mut graphs = self.graphs();
+            // Somebody else may have been faster.
+            let Some(at) = graphs.served.iter().position(|other| Arc::ptr_eq(other, &served)) else {
+                return Err(Refusal::busy(format!("{name} is being unloaded")));
+            };
+            graphs.changing.push(name.to_owned());
+            (graphs.served.remove(at), Changing { daemon: self, name: name.to_owned() })
+        };
+        let stopped = served.stop().await;
+        drop(changing);
+        stopped
+    }
+
+    /// Ends service of every graph, and loads no more. The first refusal is returned when all have ended.
+    pub(crate) async fn stop(&self) -> Result<(), Refusal> {
+        self.graphs().stopping = true;
+        loop {
+            let changed = self.changed.notified();
+            if self.graphs().changing.is_empty() {
+                break;
+            }
+            changed.await;
+        }
+        self.stop_served().await
+    }
+
+    async fn stop_served(&self) -> Result<(), Refusal> {
+        let all = std::mem::take(&mut self.graphs().served);
+        let mut stopped = Ok(());
+        for served in all {
+            stopped = stopped.and(served.stop().await);
+        }
+        stopped
+    }
+
+    fn reserve(&self, name: &str) -> Result<Changing<'_>, Refusal> {
+        let mut graphs = self.graphs();
+        if graphs.stopping {
+            return Err(Refusal::new("unavailable", "the daemon is about to end"));
+        }
+        if graphs.served.iter().any(|served| served.live.name() == name) {
+            return Err(Refusal::busy(format!(
+                "a graph {name} is served already; `mason unload {name}` ends it"
+            )));
+        }
+        if graphs.changing.iter().any(|other| other == name) {
+            return Err(Refusal::busy(format!("a graph {name} is being loaded or unloaded")));
+        }
+        graphs.changing.push(name.to_owned());
+        Ok(Changing { daemon: self, name: name.to_owned() })
+    }
+
+    async fn start(&self, file: GraphFile) -> Result<Arc<Served>, Refusal> {
+        file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
+        let state_dir = self.host.state_dir().to_owned();
+        let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
+        // For the place of an element that fails.
+        let spec = file.spec.clone();
+        let live = Live::start(&self.host, setup, file.spec).await;
+        live.map(|live| Arc::new(Served { live })).map_err(|error| Refusal::in_graph(&error, &spec))
+    }
+}
+
+impl Served {
+    async fn stop(&self) -> Result<(), Refusal> {
+        self.live.stop().await.map_err(|error| Refusal::in_graph(&error, &self.live.spec()))
+    }
+
+    /// The value of a handler.
+    pub(crate) fn get(&self, element: &str, handler: &str) -> Result<String, Refusal> {
+        self.live.get(element, handler).map_err(|error| self.refused(element, &error))
+    }
+
+    /// Sets a handler; when this returns, the new value counts.
+    pub(crate) async fn set(&self, element: &str, handler: &str, value: &str) -> Result<(), Refusal> {
+        self.live.set(element, handler, value).await.map_err(|error| self.refused(element, &error))
+    }
+
+    /// Calls a handler.
+    pub(crate) fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String, Refusal> {
+        self.live.call(element, handler, argument).map_err(|error| self.refused(element, &error))
+    }
+
+    /// A handler's error: about the element, if there is one of that name.
+    fn refused(&self, element: &str, error: &blockmason::Error) -> Refusal {
+        let spec = self.live.spec();
+        let found = spec.find(element).map(|ix| &spec.elements[ix]);
+        let place = found.map(|found| spec.place(found).to_string());
+        let element = found.map(|found| found.name.clone());
+        Refusal { element, place, ..Refusal::of(error) }
+    }
+
+    /// For a list of graphs.
+    pub(crate) fn summary(&self) -> GraphSummary {
+        let spec = self.live.spec();
+        let source = spec.sources.get(0);
+        GraphSummary {
+            name: self.live.name().to_owned(),
+            file: source.map_or_else(String::new, |source| source.path().display().to_string()),
+            path: source.map_or_else(PathBuf::new, |source| source.opened().to_owned()),
+            failed: self.live.disk().graph().is_failed(),
+            exports: self.exports(),
+        }
+    }
+
+    /// Everything that is to be seen.
+    pub(crate) fn view(&self) -> GraphView {
+        let graph = self.live.disk().graph();
+        let sources = graph.instances().enumerate().filter(|(_, instance)| !instance.ty.ports.input);
+        let live = LiveView {
+            failed: graph.is_failed(),
+            in_flight_bytes: self.live.disk().budget().used(),
+            exports: self.exports(),
+            sources: sources.map(|(node, instance)| SourceView::read(&graph, node, &instance.name)).collect(),
+        };
+        let view = GraphView::of_spec(self.live.name(), &self.live.spec());
+        GraphView { live: Some(live), ..view.with_geometry(&graph).with_counters(&graph) }
+    }
+
+    fn exports(&self) -> Vec<ExportView> {
+        self.live.exports().into_iter().map(|(element, uri)| ExportView { element, uri }).collect()
+    }
+}

@@ -1,0 +1,74 @@
+//! Graphs that serve: which there are, one more, one less.
+
+use super::Json as Body;
+use crate::control::daemon::Daemon;
+use crate::control::refusal::{Refusal, RefusalBody};
+use crate::graphs::Reader;
+use crate::view::{GraphSummary, GraphTexts, GraphView};
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use std::sync::Arc;
+
+/// The graphs that serve
+#[utoipa::path(get, path = "/v1/graphs", tag = "graphs", operation_id = "list_graphs",
+    responses((status = 200, body = Vec<GraphSummary>)))]
+pub(super) async fn list(State(daemon): State<Arc<Daemon>>) -> Json<Vec<GraphSummary>> {
+    Json(daemon.served().iter().map(|served| served.summary()).collect())
+}
+
+/// Serve one more graph
+///
+/// Answered when its exports accept. Its name is the stem of its file.
+#[utoipa::path(post, path = "/v1/graphs", tag = "graphs", operation_id = "load_graph",
+    request_body = GraphTexts,
+    responses(
+        (status = 201, body = GraphSummary),
+        (status = 400, description = "the graph is not good", body = RefusalBody),
+        (status = 409, description = "a graph of that name serves, or something it needs is in use",
+            body = RefusalBody),
+        (status = "default", description = "it cannot be served", body = RefusalBody),
+    ))]
+pub(super) async fn load(
+    State(daemon): State<Arc<Daemon>>,
+    Body(texts): Body<GraphTexts>,
+) -> Result<(StatusCode, Json<GraphSummary>), Refusal> {
+    let given = texts.defines.or(&daemon.reader.given);
+    let reader = Reader { given, ..daemon.reader.clone() };
+    let file = reader.read_sources(&texts.sources).map_err(|diagnostics| Refusal::graph(&diagnostics))?;
+    drop(texts.sources);
+    let served = daemon.load(file).await?;
+    Ok((StatusCode::CREATED, Json(served.summary())))
+}
+
+/// One graph, with its counters
+#[utoipa::path(get, path = "/v1/graphs/{name}", tag = "graphs", operation_id = "show_graph",
+    params(("name" = String, Path, description = "the graph's name")),
+    responses((status = 200, body = GraphView), (status = 404, body = RefusalBody)))]
+pub(super) async fn show(
+    State(daemon): State<Arc<Daemon>>,
+    Path(name): Path<String>,
+) -> Result<Json<GraphView>, Refusal> {
+    Ok(Json(daemon.find(&name)?.view()))
+}
+
+/// End service of a graph
+///
+/// Its exports close, requests in flight end, what was written is flushed; then comes the answer. A flush that
+/// failed is an error, and the graph has gone all the same.
+#[utoipa::path(delete, path = "/v1/graphs/{name}", tag = "graphs", operation_id = "unload_graph",
+    params(("name" = String, Path, description = "the graph's name")),
+    responses(
+        (status = 204, description = "it has gone"),
+        (status = 404, body = RefusalBody),
+        (status = 409, description = "it is being unloaded already", body = RefusalBody),
+        (status = "default", description = "it has gone, and what it held was not all flushed",
+            body = RefusalBody),
+    ))]
+pub(super) async fn unload(
+    State(daemon): State<Arc<Daemon>>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    daemon.unload(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
