@@ -88,7 +88,12 @@ impl Live {
     /// The first element that cannot be built or opened; everything is closed again.
     pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec) -> Result<Arc<Live>> {
         let disk = Disk::new(host, &setup.name).await?;
-        let empty = Arc::new(Spec { elements: Vec::new(), edges: Vec::new(), invariants: Vec::new(), sources: spec.sources.clone() });
+        let empty = Arc::new(Spec {
+            elements: Vec::new(),
+            edges: Vec::new(),
+            invariants: Vec::new(),
+            sources: spec.sources.clone(),
+        });
         let live = Live {
             setup,
             disk,
