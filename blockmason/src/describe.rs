@@ -38,6 +38,9 @@ pub struct ElementType {
     pub mirrors: bool,
     /// True if it writes on its own account, a copier: it holds its ranges while others wait.
     pub serialises: bool,
+    /// Which requests it lets through, by its parameters, which have been checked; what invariants
+    /// about read and write paths go by.
+    pub carries: fn(&Params) -> Carries,
     /// A small graph that checks and runs as it stands, with an export, in a folder of its own.
     pub example: &'static str,
     /// Deserialises the parameters and drops them again: the checker's call.
@@ -65,6 +68,7 @@ impl ElementType {
         survives: Survives::Power,
         mirrors: false,
         serialises: false,
+        carries: |_| Carries::ALL,
         example: "",
         check: |_| Ok(()),
         build: |_| Err(Error::internal("a type that cannot be built")),
@@ -154,6 +158,22 @@ impl Ports {
     pub const SINK: Ports = Ports { input: true, out: Outs::None };
     /// Only `out`.
     pub const SOURCE: Ports = Ports { input: false, out: Outs::Named(&["out"]) };
+}
+
+/// Which requests an element lets through, or takes if it is a sink. What is in doubt is let through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carries {
+    /// Reads.
+    pub reads: bool,
+    /// Changes: writes, discards, writes of zeros. One of them is enough.
+    pub writes: bool,
+}
+
+impl Carries {
+    /// Everything, in whole or in part.
+    pub const ALL: Carries = Carries { reads: true, writes: true };
+    /// No change of the disk below.
+    pub const NO_WRITES: Carries = Carries { reads: true, writes: false };
 }
 
 /// One parameter.

@@ -1,6 +1,7 @@
 //! What a graph file says, before parameters, includes and compounds are expanded.
 
 use super::source::Span;
+use super::spec::Paths;
 
 /// A name, key or port and its place.
 #[derive(Clone, Debug)]
@@ -17,6 +18,7 @@ pub(super) enum Statement {
     Param { key: Name, value: Value },
     Include(Name),
     Compound(Compound),
+    Invariant(Invariant),
 }
 
 /// `element NAME (KEY value...)...`
@@ -56,6 +58,26 @@ pub(super) struct Port {
     pub(super) port: Name,
     pub(super) name: Name,
     pub(super) inner: Name,
+}
+
+/// `invariant "SENTENCE": every write path A -> B passes C or D`
+#[derive(Debug)]
+pub(super) struct Invariant {
+    pub(super) sentence: Value,
+    pub(super) every: bool,
+    pub(super) paths: Paths,
+    pub(super) from: Which,
+    pub(super) to: Which,
+    pub(super) passes: Vec<Which>,
+    /// The rule, without the sentence.
+    pub(super) span: Span,
+}
+
+/// Some elements: `NAME`, or `any KIND`.
+#[derive(Debug)]
+pub(super) struct Which {
+    pub(super) any: bool,
+    pub(super) name: Name,
 }
 
 /// A word or a string.

@@ -1,5 +1,7 @@
 //! The checker: all that can be known to be wrong with a graph before anything is opened.
 
+mod invariant;
+
 use super::diag::{Bag, Diagnostic, Diagnostics};
 use super::params::{ParamError, Value};
 use super::parse::shorten;
@@ -28,6 +30,10 @@ pub fn check(spec: &Spec, catalogue: Catalogue) -> Result<(), Diagnostics> {
     checker.depth(&mut bag);
     checker.reference_cycles(&mut bag);
     checker.sources(&mut bag);
+    if bag.is_empty() {
+        // What they say of a graph that is wrong would be wrong too.
+        invariant::check(&checker, &mut bag);
+    }
     bag.finish(spec.sources.clone())
 }
 
@@ -324,7 +330,11 @@ impl<'a> Checker<'a> {
 
 /// Adds the place where the compound around an element is used.
 fn within(element: &ElementSpec, error: Diagnostic) -> Diagnostic {
-    error.label_maybe(element.via, "in the compound made here")
+    within_span(element.via, error)
+}
+
+fn within_span(via: Option<Span>, error: Diagnostic) -> Diagnostic {
+    error.label_maybe(via, "in the compound made here")
 }
 
 fn parameter(element: &ElementSpec, ty: &ElementType, error: ParamError) -> Diagnostic {

@@ -1,7 +1,10 @@
 //! From statements to a flat graph: parameters, includes, compounds.
 //!
 //! A scope is the body of the graph or of one instance of a compound. Order does not matter within
-//! it: parameters and compounds are collected first, then elements, then edges, then ports.
+//! it: parameters and compounds are collected first, then elements, then edges, then invariants, then
+//! ports.
+
+mod invariant;
 
 use super::Define;
 use super::ast::{Compound, Element, End, Name, Part, Setting, Statement, Value as Written};
@@ -9,7 +12,7 @@ use super::diag::{Bag, Diagnostic};
 use super::load::Loaded;
 use super::params::{Context, Entry, Params, Value};
 use super::source::Span;
-use super::spec::{EdgeSpec, ElementSpec};
+use super::spec::{self, EdgeSpec, ElementSpec};
 use super::suggest;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -90,6 +93,7 @@ pub(super) struct Expander<'a> {
     bag: &'a mut Bag,
     pub(super) elements: Vec<ElementSpec>,
     pub(super) edges: Vec<EdgeSpec>,
+    pub(super) invariants: Vec<spec::Invariant>,
     names: HashMap<String, (Named, Span)>,
     items: usize,
     bytes: usize,
@@ -108,6 +112,7 @@ impl<'a> Expander<'a> {
             bag,
             elements,
             edges,
+            invariants: Vec::new(),
             names,
             items: 0,
             bytes: 0,
@@ -199,6 +204,13 @@ impl<'a> Expander<'a> {
                 && !self.stopped
             {
                 self.chain(ends, &scope.prefix);
+            }
+        }
+        for item in &items {
+            if let Statement::Invariant(invariant) = item.statement
+                && !self.stopped
+            {
+                self.invariant(invariant, &item.context, &scope);
             }
         }
         if let Some((compound, name)) = compound {

@@ -33,7 +33,7 @@ pub use params::{Entry, ParamError, Params, Value};
 pub(crate) use print::meaning;
 pub use print::print;
 pub use source::{Place, Source, Sources, Span};
-pub use spec::{EdgeSpec, ElementSpec, Spec};
+pub use spec::{EdgeSpec, ElementSpec, Group, Invariant, Paths, Spec, What};
 pub use suggest::did_you_mean;
 
 /// What the macros of this module expand to; not for direct use.
@@ -211,6 +211,6 @@ fn read(files: &dyn Files, path: &Path, opened: PathBuf, text: String, defines: 
     if !expander.failed() {
         expander.run(defined);
     }
-    let (elements, edges) = (expander.elements, expander.edges);
-    (Spec { elements, edges, sources: Arc::new(sources) }, bag)
+    let (elements, edges, invariants) = (expander.elements, expander.edges, expander.invariants);
+    (Spec { elements, edges, invariants, sources: Arc::new(sources) }, bag)
 }

@@ -1,6 +1,8 @@
 //! From text to statements. The tokens are nom parsers; what a token means depends on where it stands
 //! (`=` ends a key but not a value), so there is no separate pass that cuts them.
 
+mod invariant;
+
 use super::ast::{Compound, Element, End, Name, Part, Port, Setting, Statement, Value};
 use super::diag::{Bag, Diagnostic};
 use super::source::Span;
@@ -254,15 +256,9 @@ impl<'a> Cursor<'a> {
                 ports.push(self.port()?);
                 return Ok(None);
             }
-            "invariant" => return Err(self.invariant(word.span)),
+            "invariant" => Statement::Invariant(self.invariant()?),
             _ => return Err(self.no_statement(&word)),
         }))
-    }
-
-    #[cold]
-    fn invariant(&mut self, span: Span) -> Box<Diagnostic> {
-        let error = Diagnostic::new("mason::invariant", span, "invariants come in a later version");
-        Box::new(error.help(String::from("take the statement out, or put a `#` before it")))
     }
 
     #[cold]
@@ -274,7 +270,7 @@ impl<'a> Cursor<'a> {
         let error = Diagnostic::new("mason::syntax", word.span, message);
         let near = super::suggest::did_you_mean(&word.text, KEYWORDS.into_iter().chain(["port"]));
         let help = near.unwrap_or_else(|| {
-            String::from("a statement is `element NAME (type TYPE) ...`, `A -> B`, `(A, PORT) -> (B, PORT)`, `param`, `include` or `compound`")
+            String::from("a statement is `element NAME (type TYPE) ...`, `A -> B`, `(A, PORT) -> (B, PORT)`, `param`, `include`, `compound` or `invariant`")
         });
         Box::new(error.here("expected a statement").help(help))
     }
@@ -535,6 +531,11 @@ fn push_text(parts: &mut Vec<Part>, text: &str) {
         Some(Part::Text(last)) => last.push_str(text),
         _ => parts.push(Part::Text(text.to_owned())),
     }
+}
+
+/// True if nothing is written there.
+fn is_empty(part: &Part) -> bool {
+    matches!(part, Part::Text(text) if text.trim().is_empty())
 }
 
 /// For messages: no more than 40 characters.

@@ -2,7 +2,7 @@
 
 use super::params::{Entry, Value};
 use super::parse::is_word_char;
-use super::spec::{EdgeSpec, ElementSpec, Spec};
+use super::spec::{EdgeSpec, ElementSpec, Group, Invariant, Paths, Spec, What};
 use crate::describe::{self, Catalogue, Param};
 use std::fmt::Write;
 use std::path::Path;
@@ -21,6 +21,9 @@ pub fn print(spec: &Spec, catalogue: Catalogue, folder: &Path) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{}", spec.edge_text(edge));
     }
+    for invariant in &spec.invariants {
+        let _ = writeln!(out, "invariant {}: {}", string(&invariant.sentence), rule(spec, invariant));
+    }
     out
 }
 
@@ -30,6 +33,26 @@ impl Spec {
         let (from, to) = (&self.elements[edge.from].name, &self.elements[edge.to].name);
         format!("{} -> {}", end(from, &edge.from_port, "out"), end(to, &edge.to_port, "in"))
     }
+}
+
+/// The rule of an invariant as it is written outside of compounds.
+fn rule(spec: &Spec, invariant: &Invariant) -> String {
+    let group = |group: &Group| match &group.what {
+        What::Element(index) => spec.elements[*index].name.clone(),
+        What::Any(kind) => format!("any {kind}"),
+    };
+    let all = if invariant.every { "every" } else { "no" };
+    let paths = match invariant.paths {
+        Paths::All => "path",
+        Paths::Read => "read path",
+        Paths::Write => "write path",
+    };
+    let passes: Vec<String> = invariant.passes.iter().map(group).collect();
+    let passes = match passes.as_slice() {
+        [] => String::new(),
+        some => format!(" passes {}", some.join(" or ")),
+    };
+    format!("{all} {paths} {} -> {}{passes}", group(&invariant.from), group(&invariant.to))
 }
 
 fn end(name: &str, port: &str, default: &str) -> String {
@@ -81,6 +104,10 @@ fn quote(text: &str) -> String {
     if word {
         return text.to_owned();
     }
+    string(text)
+}
+
+fn string(text: &str) -> String {
     let mut out = String::from("\"");
     for c in text.chars() {
         match c {

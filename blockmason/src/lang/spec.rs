@@ -11,6 +11,8 @@ pub struct Spec {
     pub elements: Vec<ElementSpec>,
     /// In the order of their statements, which matters for the edges that leave one variadic element.
     pub edges: Vec<EdgeSpec>,
+    /// What must hold, in the order of their statements.
+    pub invariants: Vec<Invariant>,
     /// The texts.
     pub sources: Arc<Sources>,
 }
@@ -47,6 +49,59 @@ pub struct EdgeSpec {
     pub span: Span,
 }
 
+/// A rule about the paths of the graph, `every write path A -> B passes C`.
+#[derive(Clone, Debug)]
+pub struct Invariant {
+    /// What it says, in the administrator's words.
+    pub sentence: String,
+    /// True if every path passes one of `passes`; false if none does, or if there is none at all where
+    /// `passes` is empty.
+    pub every: bool,
+    /// The paths it is about.
+    pub paths: Paths,
+    /// Where they begin.
+    pub from: Group,
+    /// Where they end.
+    pub to: Group,
+    /// What they pass.
+    pub passes: Vec<Group>,
+    /// Where the rule stands.
+    pub span: Span,
+    /// The compound that it belongs to was instantiated here.
+    pub via: Option<Span>,
+    /// The compound instance in which its names were looked up, `Move.`; or empty.
+    pub(super) scope: String,
+}
+
+/// Which paths an invariant is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paths {
+    /// All.
+    All,
+    /// Those that a read can travel.
+    Read,
+    /// Those that a change can travel: a write, a discard, a write of zeros.
+    Write,
+}
+
+/// Some elements of a graph.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// Which.
+    pub what: What,
+    /// Where they are named.
+    pub span: Span,
+}
+
+/// Which elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// The one with this index.
+    Element(usize),
+    /// All of a type or family: `any file`, `any sink`.
+    Any(String),
+}
+
 impl Spec {
     /// The place where an element stands: `vm1.mason:12:9`.
     pub fn place(&self, element: &ElementSpec) -> Place {
@@ -74,11 +129,28 @@ impl Spec {
     }
 }
 
-/// Equal if elements and edges are, wherever they stand.
+/// Equal if elements, edges and invariants are, wherever they stand.
 impl PartialEq for Spec {
     fn eq(&self, other: &Self) -> bool {
         let key = |edge: &EdgeSpec| (edge.from, edge.from_port.clone(), edge.to, edge.to_port.clone());
-        self.elements == other.elements && self.edges.iter().map(key).eq(other.edges.iter().map(key))
+        self.elements == other.elements
+            && self.edges.iter().map(key).eq(other.edges.iter().map(key))
+            && self.invariants == other.invariants
+    }
+}
+
+/// Equal if sentence and rule are, wherever they stand.
+impl PartialEq for Invariant {
+    fn eq(&self, other: &Self) -> bool {
+        let key = |it: &Self| (it.every, it.paths, it.from.clone(), it.to.clone(), it.passes.clone());
+        self.sentence == other.sentence && key(self) == key(other)
+    }
+}
+
+/// Equal if they are the same elements.
+impl PartialEq for Group {
+    fn eq(&self, other: &Self) -> bool {
+        self.what == other.what
     }
 }
 

@@ -88,12 +88,17 @@ impl Live {
     /// The first element that cannot be built or opened; everything is closed again.
     pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec) -> Result<Arc<Live>> {
         let disk = Disk::new(host, &setup.name).await?;
-        let empty = Arc::new(Spec { elements: Vec::new(), edges: Vec::new(), sources: spec.sources.clone() });
+        let empty = Arc::new(Spec {
+            elements: Vec::new(),
+            edges: Vec::new(),
+            invariants: Vec::new(),
+            sources: spec.sources.clone(),
+        });
         let live = Live {
             setup,
             disk,
             changing: tokio::sync::Mutex::default(),
-            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
+            state: Mutex::new(State { spec: Arc::new(empty), exports: Vec::new() }),
             pauses: Mutex::default(),
             reloads: AtomicU64::new(0),
             failed: AtomicU64::new(0),

@@ -1,6 +1,6 @@
 //! Keeps some requests from going down.
 
-use blockmason::describe::{Build, ElementType, Family, Ports};
+use blockmason::describe::{Build, Carries, ElementType, Family, Ports};
 use blockmason::lang::value::ByteRange;
 use blockmason::lang::{ParamError, Params};
 use blockmason::sched::Part;
@@ -45,6 +45,7 @@ pub const TYPE: ElementType = ElementType {
     params: Filter::PARAMS,
     ports: Ports::THROUGH,
     passes_through: true,
+    carries,
     example: "element Guest (type nbd) (listen unix:filter.sock)\n\
               element Keep (type filter) (drop discard write_zeroes) (range 0-1M)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
@@ -61,6 +62,18 @@ fn check(params: &Params) -> Result<(), Vec<ParamError>> {
         (false, false) => Err(vec![params.error("keep", "it cannot stand beside `drop`")]),
         _ => Ok(()),
     }
+}
+
+fn carries(params: &Params) -> Carries {
+    let Ok(filter) = Filter::from(params) else { return Carries::ALL };
+    // What some requests of an operation escape carries it.
+    let some_escape = filter.range.is_some() || filter.size.is_some() || !filter.origin.is_empty();
+    let passes = |op: &Op| match filter.drops() {
+        true => some_escape || !filter.drop.contains(op),
+        false => filter.keep.contains(op),
+    };
+    let changes = Op::ALL.iter().filter(|op| op.changes_data());
+    Carries { reads: passes(&Op::Read), writes: changes.into_iter().any(passes) }
 }
 
 /// In place of a port: the part is answered here.

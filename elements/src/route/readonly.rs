@@ -1,6 +1,6 @@
 //! A disk that nobody can change from above.
 
-use blockmason::describe::{Build, ElementType, Family, Handover, Ports};
+use blockmason::describe::{Build, Carries, ElementType, Family, Handover, Ports};
 use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Kind, Prepared, Request, Result};
 use std::sync::Arc;
 
@@ -21,6 +21,7 @@ pub const TYPE: ElementType = ElementType {
     params: ReadOnly::PARAMS,
     ports: Ports::THROUGH,
     passes_through: true,
+    carries: |_| Carries::NO_WRITES,
     handover: Handover::Free,
     example: "element Guest (type nbd) (listen unix:readonly.sock)\n\
               element Sealed (type readonly)\n\

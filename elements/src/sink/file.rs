@@ -1,7 +1,7 @@
 //! A file or a block device: the disk that most graphs end in.
 
 use blockmason::data::ALIGN;
-use blockmason::describe::{Access as HandlerAccess, Build, ElementType, Family, Handler, Ports};
+use blockmason::describe::{Access as HandlerAccess, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
@@ -46,6 +46,10 @@ pub const TYPE: ElementType = ElementType {
     example: "element Guest (type nbd) (listen unix:disk.sock)\n\
               element Disk (type file) (path disk.img) (size 64M)\n\
               Guest -> Disk\n",
+    carries: |params| match Params::from(params) {
+        Ok(params) if params.readonly => Carries::NO_WRITES,
+        _ => Carries::ALL,
+    },
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(FileDisk::new(build.read(Params::from)?, build.graph)?)),
     ..ElementType::BASE

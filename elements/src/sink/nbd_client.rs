@@ -6,7 +6,7 @@ use crate::nbd::handshake::BlockSizes;
 use crate::nbd::link::{Client, Target};
 use crate::nbd::uri;
 use crate::nbd::wire::{MAX_PAYLOAD, TransmissionFlags};
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
+use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::lang::value::{FilePath, Time, Uri};
 use blockmason::{
     Children, Cx, Data, Element, Error, Flags, Flow, Geometry, Kind, Op, Ops, Prepared, Request, Result,
@@ -68,6 +68,10 @@ pub const TYPE: ElementType = ElementType {
     example: "element Guest (type nbd) (listen unix:near.sock)\n\
               element Remote (type nbd_client) (uri nbd+unix:///vm1?socket=far.sock)\n\
               Guest -> Remote\n",
+    carries: |params| match Params::from(params) {
+        Ok(params) if params.readonly => Carries::NO_WRITES,
+        _ => Carries::ALL,
+    },
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(build.read(Params::from)?)?)),
     ..ElementType::BASE

@@ -41,6 +41,16 @@ fn soup() -> impl Strategy<Value = String> {
         Just("\u{0}"),
         Just("param A = ${B}"),
         Just("port in = (A, in)"),
+        Just("invariant \"x\":"),
+        Just("every"),
+        Just("no"),
+        Just("write"),
+        Just("path"),
+        Just("A -> B passes file"),
+        Just("invariant \"x\": no path A -> B"),
+        Just("invariant \"x\": every write path any export -> B passes tee"),
+        Just("or"),
+        Just("any"),
         Just("4k"),
         Just("A.B"),
         Just("-"),
@@ -121,6 +131,7 @@ fn build((elements, edges): Graph) -> Spec {
     Spec {
         elements: elements.into_iter().enumerate().map(element).collect(),
         edges: edges.into_iter().map(edge).collect(),
+        invariants: Vec::new(),
         sources: Arc::new(Sources::default()),
     }
 }

@@ -1,6 +1,7 @@
 //! A small table of types, since the framework knows none.
 
 use super::*;
+use crate::describe::Carries;
 
 /// A service of the tests.
 pub(super) trait DirtyMap {}
@@ -119,5 +120,10 @@ static LOG_DIRTY: ElementType = ElementType {
     ..ty("log_dirty", Family::Route, Ports::THROUGH, Nothing::PARAMS, Nothing::check)
 };
 
+static READONLY: ElementType = ElementType {
+    carries: |_| Carries::NO_WRITES,
+    ..ty("readonly", Family::Route, Ports::THROUGH, Nothing::PARAMS, Nothing::check)
+};
+
 pub(super) static CATALOGUE: Catalogue =
-    &[&NBD, &FILE, &NULL, &DEBUG_LOG, &FILTER, &THROTTLE, &TEE, &LINEAR, &STRIPE, &IF, &LOG_DIRTY];
+    &[&NBD, &FILE, &NULL, &DEBUG_LOG, &FILTER, &THROTTLE, &TEE, &LINEAR, &STRIPE, &IF, &LOG_DIRTY, &READONLY];

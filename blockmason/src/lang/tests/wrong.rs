@@ -40,7 +40,14 @@ wrong! {
     compound_not_closed: "compound C () {\n    element A (type null)\n";
     port_outside_of_a_compound: "port in = (A, in)\n";
     port_without_inner_port: "compound C () {\n    element A (type null)\n    port in = A\n}\n";
-    invariant: "invariant \"writes are logged\": every write path G -> D passes debug_log\n";
+    invariant_without_a_sentence: "invariant : no path A -> B\n";
+    invariant_with_an_empty_sentence: "invariant \" \": no path A -> B\n";
+    invariant_without_a_colon: "invariant \"writes are logged\" every path A -> B passes debug_log\n";
+    invariant_without_every: "invariant \"writes are logged\": all paths A -> B pass debug_log\n";
+    invariant_without_path: "invariant \"writes are logged\": every write paths A -> B passes debug_log\n";
+    invariant_without_passes: "invariant \"writes are logged\": every write path A -> B pass debug_log\n";
+    invariant_without_an_end: "invariant \"writes are logged\": no path A passes debug_log\n";
+    invariant_of_any: "invariant \"writes are logged\": every path any -> B passes debug_log\n";
     several_at_once: "element A (type null\nelement B () (type null)\nparam = 5\nelement C (type \"null)\n";
     control_characters: "element \u{1b}[31mA (type null)\n";
     letters_beyond_ascii: "element Größe (type null)\n";
@@ -69,6 +76,19 @@ wrong! {
     compound_defined_twice: "compound C () { }\ncompound C () { }\n";
     error_inside_a_compound: "compound C () {\n    element A (type file) (pth x)\n    port in = (A, in)\n}\nelement X (type C)\nelement G (type nbd) (listen unix:/s)\nG -> X\n";
     list_in_the_middle_of_a_word: "compound C (ops) {\n    element A (type file) (path x${ops})\n}\nelement X (type C) (ops a b)\n";
+
+    // Invariants.
+    invariant_broken: "element Guest (type nbd) (listen unix:/s)\nelement Cache (type throttle) (rate 5M/s)\nelement Bucket (type file) (path b)\nGuest -> Cache -> Bucket\n\ninvariant \"writes are logged\":\n    every write path Guest -> file passes debug_log or any if\n";
+    invariant_broken_on_one_of_two_ways: "invariant \"all is logged\": every path export -> sink passes Log\nelement G (type nbd) (listen unix:/s)\nelement F (type filter)\nelement Log (type debug_log)\nelement D (type file) (path d)\nG -> F\n(F, yes) -> Log -> D\n(F, no) -> D\n";
+    invariant_of_no_path: "element G (type nbd) (listen unix:/s)\nelement H (type nbd) (listen unix:/t)\nelement A (type null)\nelement B (type null)\nelement T (type tee)\nG -> A\nH -> T\n(T, a) -> A\n(T, b) -> B\ninvariant \"guests are apart\": no path H -> A\n";
+    invariant_of_what_no_path_passes: "element G (type nbd) (listen unix:/s)\nelement T (type throttle) (rate 1k/s)\nelement D (type null)\nG -> T -> D\ninvariant \"nothing is slow\": no read path export -> sink passes throttle\n";
+    invariant_about_nothing: "element G (type nbd) (listen unix:/s)\nelement D (type null)\nG -> D\ninvariant \"files are logged\": every path G -> file passes debug_log\n";
+    invariant_with_unknown_names: "element Guest (type nbd) (listen unix:/s)\nelement Disk (type null)\nGuest -> Disk\ninvariant \"x\": every path Gest -> snik passes debuglog or quantum\n";
+    invariant_with_two_meanings: "element file (type nbd) (listen unix:/s)\nelement D (type file) (path d)\nfile -> D\ninvariant \"x\": every path file -> D passes D\n";
+    invariant_about_a_compound: "compound C () {\n    element A (type null)\n    port in = (A, in)\n}\nelement X (type C)\nelement G (type nbd) (listen unix:/s)\nG -> X\ninvariant \"x\": no path G -> X\n";
+    invariant_in_a_compound: "compound C () {\n    element A (type null)\n    port in = (A, in)\n    invariant \"A is logged\": every path export -> A passes debug_log\n}\nelement X (type C)\nelement G (type nbd) (listen unix:/s)\nelement L (type debug_log)\nelement Y (type C)\nG -> L -> X\nelement H (type nbd) (listen unix:/s)\nH -> Y\n";
+    invariant_in_an_included_file: "include \"lib/safe.mason\"\nelement G (type nbd) (listen unix:/s)\nelement D (type null)\nG -> D\n",
+        "/srv/lib/safe.mason": "invariant \"nothing is lost\": no write path export -> null\n";
 
     // Names and types.
     element_twice: "element A (type null)\nelement A (type file) (path x)\n";
