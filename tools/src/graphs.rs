@@ -146,6 +146,11 @@ impl Reader {
 }
 
 impl GraphFile {
+    /// The same with another graph.
+    pub(crate) fn with(self, spec: Spec) -> GraphFile {
+        GraphFile { spec, ..self }
+    }
+
     /// Makes the folders that the graph means by `${state}` and `${run}`.
     pub(crate) fn make_folders(&self) -> Outcome {
         self.state.as_deref().map_or(Ok(()), make_state)?;

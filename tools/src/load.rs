@@ -28,6 +28,9 @@ pub(crate) struct Args {
     defines: DefineArgs,
 
     #[command(flatten)]
+    left: crate::left::LeftArgs,
+
+    #[command(flatten)]
     control: ControlArgs,
 
     /// Writes one JSON object
@@ -45,7 +48,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
         given: given.clone().or(&daemon.defines),
     };
     let file = reader.read_or_say(&args.file)?;
-    let texts = serde_json::json!({ "sources": &*file.spec.sources, "defines": given });
+    let texts =
+        serde_json::json!({ "sources": &*file.spec.sources, "defines": given, "as_it": args.left.word() });
     let loaded: GraphSummary = client.post(&path(&["v1", "graphs"]), &texts)?;
     if args.json {
         return output::json(&loaded);

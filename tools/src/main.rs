@@ -5,15 +5,18 @@ mod bench;
 mod check;
 mod completions;
 mod control;
+mod edit;
 mod elements;
 mod failure;
 mod folders;
 mod graphs;
 mod handlers;
+mod left;
 mod load;
 mod logs;
 mod openapi;
 mod output;
+mod reload;
 mod run;
 mod show;
 mod socket;
@@ -46,6 +49,14 @@ enum Command {
     Status(status::Args),
     Load(load::Args),
     Unload(unload::Args),
+    Reload(reload::Args),
+    Add(edit::AddArgs),
+    Remove(edit::RemoveArgs),
+    Connect(edit::ConnectArgs),
+    Disconnect(edit::DisconnectArgs),
+    Insert(edit::InsertArgs),
+    Replace(edit::ReplaceArgs),
+    Save(reload::SaveArgs),
     Get(handlers::GetArgs),
     Set(handlers::SetArgs),
     Call(handlers::CallArgs),
@@ -70,6 +81,14 @@ fn main() -> ExitCode {
         Command::Status(args) => status::main(args),
         Command::Load(args) => load::main(args),
         Command::Unload(args) => unload::main(args),
+        Command::Reload(args) => reload::main(args),
+        Command::Add(args) => edit::add(args),
+        Command::Remove(args) => edit::remove(args),
+        Command::Connect(args) => edit::connect(args),
+        Command::Disconnect(args) => edit::disconnect(args),
+        Command::Insert(args) => edit::insert(args),
+        Command::Replace(args) => edit::replace(args),
+        Command::Save(args) => reload::save(args),
         Command::Get(args) => handlers::get(args),
         Command::Set(args) => handlers::set(args),
         Command::Call(args) => handlers::call(args),

@@ -21,6 +21,11 @@ pub(crate) fn json(value: &impl Serialize) -> Outcome {
     text(&(drawn + "\n"))
 }
 
+/// A text of several lines from elsewhere, as it may be sent to a terminal.
+pub(crate) fn printable_lines(text: &str) -> String {
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
+}
+
 /// A text from elsewhere, a graph file or a daemon, as it may be sent to a terminal.
 pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()

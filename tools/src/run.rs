@@ -40,6 +40,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
+    #[command(flatten)]
+    left: crate::left::LeftArgs,
+
     /// Threads that carry requests [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     shards: Option<u16>,
@@ -86,7 +89,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
         let daemon = Arc::new(Daemon::new(host, reader));
         for file in files {
-            if let Err(refusal) = daemon.load(file).await {
+            if let Err(refusal) = daemon.load(file, args.left.choice()).await {
                 daemon.stop().await?;
                 return Err(refusal.into());
             }

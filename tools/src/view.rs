@@ -2,10 +2,11 @@
 //! shape in which the control socket answers.
 
 use crate::graphs::CATALOGUE;
+use crate::left::Choice;
 use blockmason::describe::find;
 use blockmason::geometry::NO_LIMIT;
 use blockmason::graph::{Graph, OpReading};
-use blockmason::lang::{Defines, Sources, Spec};
+use blockmason::lang::{Defines, Edit, Sources, Spec};
 use blockmason::{Geometry, Op};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -65,6 +66,85 @@ pub(crate) struct GraphTexts {
     #[serde(default)]
     #[schema(value_type = Vec<DefineView>)]
     pub(crate) defines: Defines,
+    /// Where the graph was left different from its file: `file` serves the file, `left` what was left.
+    #[serde(default)]
+    pub(crate) as_it: Option<String>,
+}
+
+impl GraphTexts {
+    /// What to serve where a graph was left different from its file.
+    pub(crate) fn choice(&self) -> Choice {
+        match self.as_it.as_deref() {
+            Some("file") => Choice::File,
+            Some("left") => Choice::Left,
+            _ => Choice::Ask,
+        }
+    }
+}
+
+/// What `POST /v1/graphs/{name}/reload` is sent.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct ReloadRequest {
+    /// The graph file first, then all that it includes.
+    #[schema(value_type = Vec<SourceText>)]
+    pub(crate) sources: Sources,
+    /// What the client's command line sets.
+    #[serde(default)]
+    #[schema(value_type = Vec<DefineView>)]
+    pub(crate) defines: Defines,
+    #[serde(default)]
+    pub(crate) options: ChangeOptions,
+}
+
+/// What `POST /v1/graphs/{name}/edits` is sent.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct EditRequest {
+    /// Each an object: `edit` is `add`, `remove`, `connect`, `disconnect`, `insert` or `replace`; the other
+    /// fields are what that needs.
+    #[schema(value_type = Vec<Object>)]
+    pub(crate) edits: Vec<Edit>,
+    /// Relative paths in the edits start here.
+    #[schema(value_type = String)]
+    pub(crate) folder: PathBuf,
+    #[serde(default)]
+    pub(crate) options: ChangeOptions,
+}
+
+/// How a graph is to be changed.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ChangeOptions {
+    /// Only say what would change.
+    pub(crate) dry_run: bool,
+    /// Write the graph as it then runs into its file.
+    pub(crate) save: bool,
+    /// Send clients away that cannot live with it, instead of refusing.
+    pub(crate) disconnect: bool,
+    /// How long requests in flight may take to end. Default: 5.
+    pub(crate) deadline_seconds: Option<f64>,
+}
+
+/// What a change has come to, or would.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ChangeView {
+    /// False after a dry run.
+    pub(crate) done: bool,
+    /// False if the graphs are the same.
+    pub(crate) changes: bool,
+    /// What changes, for people.
+    pub(crate) text: String,
+    /// What changes: elements and what becomes of them, edges, and whether requests wait at a gate.
+    #[schema(value_type = Object)]
+    pub(crate) diff: serde_json::Value,
+    /// For how long no request was admitted.
+    pub(crate) pause_seconds: Option<f64>,
+    pub(crate) took_seconds: Option<f64>,
+    /// Requests that are still on their way in the graph before.
+    pub(crate) left: Vec<String>,
+    /// True if the graph now runs differently from its file.
+    pub(crate) differs_from_file: bool,
+    /// The graph file that gives the same result.
+    pub(crate) graph: String,
 }
 
 /// A graph file.

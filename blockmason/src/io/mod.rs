@@ -3,8 +3,10 @@
 mod file;
 mod pool;
 mod registry;
+mod replace;
 mod ring;
 
 pub use file::{FileIo, FileOptions};
 pub use registry::{Access, Image, Registry};
+pub use replace::{remove_file, replace_file};
 pub use ring::Ring;

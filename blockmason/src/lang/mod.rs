@@ -11,6 +11,7 @@ mod ast;
 mod check;
 mod de;
 mod diag;
+mod edit;
 mod expand;
 mod files;
 mod kind;
@@ -27,6 +28,7 @@ pub mod value;
 
 pub use check::check;
 pub use diag::{Diagnostic, Diagnostics, Label, Style};
+pub use edit::{Edit, edit};
 pub use files::{Disk, Files, NoFiles};
 pub use kind::ParamKind;
 pub use params::{Entry, ParamError, Params, Value};

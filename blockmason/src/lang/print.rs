@@ -21,10 +21,23 @@ pub fn print(spec: &Spec, catalogue: Catalogue, folder: &Path) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{}", spec.edge_text(edge));
     }
+    print_invariants(&mut out, spec);
+    out
+}
+
+impl Spec {
+    /// The invariants as an administrator would write them.
+    pub fn invariant_text(&self) -> String {
+        let mut out = String::new();
+        print_invariants(&mut out, self);
+        out
+    }
+}
+
+pub(super) fn print_invariants(out: &mut String, spec: &Spec) {
     for invariant in &spec.invariants {
         let _ = writeln!(out, "invariant {}: {}", string(&invariant.sentence), rule(spec, invariant));
     }
-    out
 }
 
 impl Spec {
@@ -55,11 +68,11 @@ fn rule(spec: &Spec, invariant: &Invariant) -> String {
     format!("{all} {paths} {} -> {}{passes}", group(&invariant.from), group(&invariant.to))
 }
 
-fn end(name: &str, port: &str, default: &str) -> String {
+pub(super) fn end(name: &str, port: &str, default: &str) -> String {
     if port == default { name.to_owned() } else { format!("({name}, {port})") }
 }
 
-fn print_element(out: &mut String, element: &ElementSpec, catalogue: Catalogue, folder: &Path) {
+pub(super) fn print_element(out: &mut String, element: &ElementSpec, catalogue: Catalogue, folder: &Path) {
     let table = describe::find(catalogue, &element.ty).map_or(&[][..], |ty| ty.params);
     let _ = write!(out, "element {}\n    (type {})\n", element.name, quote(&element.ty));
     for entry in element.params.entries() {

@@ -103,6 +103,11 @@ pub enum What {
 }
 
 impl Spec {
+    /// A graph without elements.
+    pub fn empty(sources: Arc<Sources>) -> Spec {
+        Spec { elements: Vec::new(), edges: Vec::new(), invariants: Vec::new(), sources }
+    }
+
     /// The place where an element stands: `vm1.mason:12:9`.
     pub fn place(&self, element: &ElementSpec) -> Place {
         self.sources.place(element.span)

@@ -6,6 +6,7 @@ use crate::describe::{Catalogue, ElementType, Family, Outs, Param, Ports};
 use std::io;
 
 mod docs;
+mod edit;
 mod invariant;
 mod limits;
 mod random;

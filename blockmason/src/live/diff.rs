@@ -19,6 +19,10 @@ pub struct Diff {
     pub reordered: Vec<String>,
     /// True if requests wait at a gate while the graph changes.
     pub gate: bool,
+    /// True if what must hold, the invariants, is said differently.
+    pub invariants: bool,
+    /// True if data would be looked for elsewhere: the sinks differ, or the elements that lay data out.
+    pub layout: bool,
 }
 
 /// What becomes of one element.
@@ -70,7 +74,10 @@ impl Diff {
         let (had, has) = (edges(before), edges(next));
         let reordered = reordered(before, next, catalogue);
         let only = |a: &BTreeSet<String>, b: &BTreeSet<String>| a.difference(b).cloned().collect();
-        Diff { elements, edges_added: only(&has, &had), edges_removed: only(&had, &has), reordered, gate }
+        let layout = layout(before, next, catalogue, &elements);
+        let (edges_added, edges_removed) = (only(&has, &had), only(&had, &has));
+        let invariants = before.invariant_text() != next.invariant_text();
+        Diff { elements, edges_added, edges_removed, reordered, gate, invariants, layout }
     }
 
     /// True if the graphs are the same.
@@ -79,6 +86,7 @@ impl Diff {
             && self.edges_added.is_empty()
             && self.edges_removed.is_empty()
             && self.reordered.is_empty()
+            && !self.invariants
     }
 
     /// What becomes of an element of the next graph.
@@ -204,53 +212,73 @@ fn reordered(before: &Spec, next: &Spec, catalogue: Catalogue) -> Vec<String> {
     next.elements.iter().filter(variadic).filter(changed).map(|element| element.name.clone()).collect()
 }
 
-/// Each element that stays, with what its out ports lead to, in order; elements that need not see every
-/// request are passed through.
-type Contracted = BTreeMap<String, Vec<(String, String)>>;
+/// True unless the graphs are equal below their sources, without what only routes or watches.
+fn layout(before: &Spec, next: &Spec, catalogue: Catalogue, diffs: &[ElementDiff]) -> bool {
+    let places = |ty: &ElementType| ty.layout || ty.ports.out == Outs::None || !ty.passes_through;
+    let through = |ty: &ElementType| ty.ports.input && !places(ty);
+    // Of sources it only matters what lies below those that are in both.
+    let of_both = |diff: &&ElementDiff| {
+        let source = describe::find(catalogue, &diff.ty).is_some_and(|ty| !ty.ports.input);
+        matches!(diff.fate, Fate::Kept | Fate::Set) || (source && diff.fate == Fate::Rebuilt)
+    };
+    let both: HashSet<&str> = diffs.iter().filter(of_both).map(|diff| diff.name.as_str()).collect();
+    let below = |spec| {
+        let all = contracted(spec, catalogue, through);
+        let gone = |name: &String| !both.contains(name.as_str());
+        let source = |name: &String| {
+            let ty = spec_type(spec, name, catalogue);
+            ty.is_some_and(|ty| !ty.ports.input)
+        };
+        let counts = |(name, _): &(String, Ports)| !(gone(name) && source(name));
+        all.into_iter().filter(counts).map(|(name, ports)| (gone(&name), name, ports)).collect::<Vec<_>>()
+    };
+    let (had, has) = (below(before), below(next));
+    had != has || had.iter().any(|(gone, ..)| *gone)
+}
+
+fn spec_type(spec: &Spec, name: &str, catalogue: Catalogue) -> Option<&'static ElementType> {
+    describe::find(catalogue, &spec.elements[spec.find(name)?].ty)
+}
 
 /// True unless the graphs are equal without the elements that need not see every request.
 fn gate(before: &Spec, next: &Spec, catalogue: Catalogue, diffs: &[ElementDiff]) -> bool {
+    let through = |ty: &ElementType| ty.handover == Handover::Free;
     let stays = |diff: &&ElementDiff| matches!(diff.fate, Fate::Kept | Fate::Set);
     let staying: HashSet<&str> = diffs.iter().filter(stays).map(|diff| diff.name.as_str()).collect();
-    match (contracted(before, catalogue, &staying), contracted(next, catalogue, &staying)) {
-        (Some(before), Some(next)) => before != next,
-        _ => true,
-    }
+    let (had, has) = (contracted(before, catalogue, through), contracted(next, catalogue, through));
+    had != has || had.keys().any(|name| !staying.contains(name.as_str()))
 }
 
-/// None if an element that must see every request does not stay.
-fn contracted(spec: &Spec, catalogue: Catalogue, staying: &HashSet<&str>) -> Option<Contracted> {
+/// What each out port of an element leads to, in order.
+type Ports = Vec<(String, String)>;
+
+/// Each element with what its out ports lead to. Elements with one edge of the types that `through`
+/// names are passed through.
+fn contracted(
+    spec: &Spec,
+    catalogue: Catalogue,
+    through: impl Fn(&ElementType) -> bool,
+) -> BTreeMap<String, Ports> {
     let outs = spec.edges_by_element();
-    let free: Vec<bool> = spec
-        .elements
-        .iter()
-        .enumerate()
-        .map(|(ix, element)| {
-            let ty = describe::find(catalogue, &element.ty);
-            ty.is_some_and(|ty| ty.handover == Handover::Free) && outs[ix].len() == 1
-        })
-        .collect();
-    let name = |ix: usize| &spec.elements[ix].name;
+    let types: Vec<_> = spec.elements.iter().map(|element| describe::find(catalogue, &element.ty)).collect();
+    let passed: Vec<bool> =
+        (0..types.len()).map(|ix| types[ix].is_some_and(&through) && outs[ix].len() == 1).collect();
+    let name = |ix: usize| spec.elements[ix].name.clone();
     let behind = |mut ix: usize| {
-        while free[ix] {
+        while passed[ix] {
             ix = outs[ix][0].to;
         }
-        name(ix).clone()
+        name(ix)
     };
-    let mut all = Contracted::new();
-    for ix in (0..spec.elements.len()).filter(|ix| !free[*ix]) {
-        if !staying.contains(name(ix).as_str()) {
-            return None;
-        }
-        let ty = describe::find(catalogue, &spec.elements[ix].ty);
-        let mut ports: Vec<_> =
+    let ports = |ix: usize| {
+        let mut ports: Ports =
             outs[ix].iter().map(|edge| (edge.from_port.clone(), behind(edge.to))).collect();
-        if ty.is_some_and(|ty| matches!(ty.ports.out, Outs::Named(_))) {
+        if types[ix].is_some_and(|ty| matches!(ty.ports.out, Outs::Named(_))) {
             ports.sort();
         }
-        all.insert(name(ix).clone(), ports);
-    }
-    Some(all)
+        ports
+    };
+    (0..types.len()).filter(|ix| !passed[*ix]).map(|ix| (name(ix), ports(ix))).collect()
 }
 
 impl fmt::Display for Diff {
@@ -284,6 +312,9 @@ impl fmt::Display for Diff {
         }
         for element in &self.reordered {
             writeln!(f, "! {element}: its edges in another order")?;
+        }
+        if self.invariants {
+            writeln!(f, "! the invariants")?;
         }
         let kept = self.elements.iter().filter(|element| element.fate == Fate::Kept).count();
         writeln!(f, "  {kept} kept")?;

@@ -88,17 +88,12 @@ impl Live {
     /// The first element that cannot be built or opened; everything is closed again.
     pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec) -> Result<Arc<Live>> {
         let disk = Disk::new(host, &setup.name).await?;
-        let empty = Arc::new(Spec {
-            elements: Vec::new(),
-            edges: Vec::new(),
-            invariants: Vec::new(),
-            sources: spec.sources.clone(),
-        });
+        let empty = Arc::new(Spec::empty(spec.sources.clone()));
         let live = Live {
             setup,
             disk,
             changing: tokio::sync::Mutex::default(),
-            state: Mutex::new(State { spec: Arc::new(empty), exports: Vec::new() }),
+            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
             pauses: Mutex::default(),
             reloads: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -149,6 +144,24 @@ impl Live {
     /// What could not be built, opened or taken over; what did not end in time; what a connected
     /// client could not live with.
     pub async fn reload(&self, next: Spec, options: &Options) -> Result<Report> {
+        self.reload_with(options, |_| Ok::<_, Error>(next), |_, _| Ok(())).await
+    }
+
+    /// As [`reload`](Self::reload), to a graph that is made from the one that runs: what others change
+    /// meanwhile is not lost. `before` is called with the graph that is about to serve and the
+    /// difference before anything else is done.
+    ///
+    /// # Errors
+    /// Those of `make` and `before`, and those of [`reload`](Self::reload).
+    pub async fn reload_with<E: From<Error>>(
+        &self,
+        options: &Options,
+        make: impl FnOnce(&Spec) -> std::result::Result<Spec, E>,
+        before: impl FnOnce(&Spec, &Diff) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Report, E> {
+        let _changing = self.changing.lock().await;
+        let next = make(&self.spec())?;
+        before(&next, &self.diff(&next))?;
         let report = self.change(next, options).await;
         match &report {
             Ok(report) if report.diff.is_empty() => {}
@@ -159,11 +172,11 @@ impl Live {
             }
             Err(_) => drop(self.failed.fetch_add(1, Ordering::Relaxed)),
         }
-        report
+        report.map_err(E::from)
     }
 
+    /// Called by whoever holds `changing`.
     async fn change(&self, next: Spec, options: &Options) -> Result<Report> {
-        let _changing = self.changing.lock().await;
         let since = crate::rt::now();
         let diff = self.diff(&next);
         let next = Arc::new(next);

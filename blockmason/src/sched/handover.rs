@@ -224,8 +224,9 @@ impl Step<'_> {
     async fn with_gate(&self, past: &mut Past) -> Result<Changed> {
         let (disk, change) = (self.disk, self.change);
         self.ask_clients()?;
-        let holds_data = |ty: &ElementType| ty.handover == Handover::Gate && ty.family != Family::Export;
-        let flush = self.leaving().any(|instance| holds_data(instance.ty));
+        // What only routes holds nothing back.
+        let holds = |ty: &ElementType| !matches!(ty.family, Family::Export | Family::Route | Family::Fault);
+        let flush = self.leaving().any(|instance| holds(instance.ty));
         if flush {
             // Most of what has to be flushed is flushed while requests go on.
             self.flush_or_fail(crate::rt::timeout(change.deadline, disk.flush(&self.before)).await)?;

@@ -2,6 +2,7 @@
 
 use super::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile, Reader};
+use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
 use blockmason::Host;
 use blockmason::live::{Live, Setup};
@@ -34,6 +35,14 @@ struct Graphs {
 /// A graph that serves.
 pub(crate) struct Served {
     pub(crate) live: Arc<Live>,
+    /// Its file, as messages call it.
+    pub(crate) file: String,
+    /// Its file, absolute.
+    pub(crate) path: PathBuf,
+    /// What the next start must know.
+    pub(crate) left: Left,
+    /// Held while that and the file are brought up to date.
+    pub(crate) saving: tokio::sync::Mutex<()>,
 }
 
 /// A name that nobody else may load or unload until this goes.
@@ -83,9 +92,9 @@ impl Daemon {
     }
 
     /// Builds a graph and serves it. When this returns, its exports accept.
-    pub(crate) async fn load(&self, file: GraphFile) -> Result<Arc<Served>, Refusal> {
+    pub(crate) async fn load(&self, file: GraphFile, choice: Choice) -> Result<Arc<Served>, Refusal> {
         let changing = self.reserve(&file.name)?;
-        let served = self.start(file).await?;
+        let served = self.start(file, choice).await?;
         self.graphs().served.push(served.clone());
         drop(changing);
         Ok(served)
@@ -147,14 +156,25 @@ impl Daemon {
         Ok(Changing { daemon: self, name: name.to_owned() })
     }
 
-    async fn start(&self, file: GraphFile) -> Result<Arc<Served>, Refusal> {
+    async fn start(&self, file: GraphFile, choice: Choice) -> Result<Arc<Served>, Refusal> {
+        let source = file.spec.sources.get(0);
+        let path = source.map_or_else(|| file.path.clone(), |source| source.opened().to_owned());
+        let left = Left::of(self.host.state_dir(), &path);
+        let file = left.choose(file, choice)?;
         file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
         let state_dir = self.host.state_dir().to_owned();
         let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
         // For the place of an element that fails.
         let spec = file.spec.clone();
         let live = Live::start(&self.host, setup, file.spec).await;
-        live.map(|live| Arc::new(Served { live })).map_err(|error| Refusal::in_graph(&error, &spec))
+        let live = live.map_err(|error| Refusal::in_graph(&error, &spec))?;
+        if choice != Choice::Left
+            && let Err(error) = left.forget()
+        {
+            tracing::warn!("what the graph left behind cannot be forgotten: {error}");
+        }
+        let (file, saving) = (file.path.display().to_string(), Default::default());
+        Ok(Arc::new(Served { live, file, path, left, saving }))
     }
 }
 
@@ -169,8 +189,17 @@ impl Served {
     }
 
     /// Sets a handler; when this returns, the new value counts.
-    pub(crate) async fn set(&self, element: &str, handler: &str, value: &str) -> Result<(), Refusal> {
-        self.live.set(element, handler, value).await.map_err(|error| self.refused(element, &error))
+    pub(crate) async fn set(
+        &self,
+        daemon: &Daemon,
+        element: &str,
+        handler: &str,
+        value: &str,
+    ) -> Result<(), Refusal> {
+        let before = self.live.spec();
+        self.live.set(element, handler, value).await.map_err(|error| self.refused(element, &error))?;
+        // One that is a parameter has changed the graph.
+        if Arc::ptr_eq(&before, &self.live.spec()) { Ok(()) } else { self.remember_setting(daemon).await }
     }
 
     /// Calls a handler.
@@ -189,12 +218,10 @@ impl Served {
 
     /// For a list of graphs.
     pub(crate) fn summary(&self) -> GraphSummary {
-        let spec = self.live.spec();
-        let source = spec.sources.get(0);
         GraphSummary {
             name: self.live.name().to_owned(),
-            file: source.map_or_else(String::new, |source| source.path().display().to_string()),
-            path: source.map_or_else(PathBuf::new, |source| source.opened().to_owned()),
+            file: self.file.clone(),
+            path: self.path.clone(),
             failed: self.live.disk().graph().is_failed(),
             exports: self.exports(),
         }
@@ -211,7 +238,11 @@ impl Served {
             sources: sources.map(|(node, instance)| SourceView::read(&graph, node, &instance.name)).collect(),
         };
         let view = GraphView::of_spec(self.live.name(), &self.live.spec());
-        GraphView { live: Some(live), ..view.with_geometry(&graph).with_counters(&graph) }
+        GraphView {
+            file: self.file.clone(),
+            live: Some(live),
+            ..view.with_geometry(&graph).with_counters(&graph)
+        }
     }
 
     fn exports(&self) -> Vec<ExportView> {

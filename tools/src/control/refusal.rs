@@ -1,7 +1,7 @@
 //! Why something was not done, in the one shape that both ends of the control socket share.
 
 use crate::failure::{Failure, sentence, sentence_in};
-use crate::output::printable;
+use crate::output::printable_lines;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -103,6 +103,6 @@ impl IntoResponse for Refusal {
 /// As a command says it. A daemon's words are not to be trusted with a terminal.
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Failure {
-        Failure::new(printable(&refusal.message))
+        Failure::new(printable_lines(&refusal.message))
     }
 }

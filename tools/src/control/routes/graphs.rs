@@ -33,11 +33,12 @@ pub(super) async fn load(
     State(daemon): State<Arc<Daemon>>,
     Body(texts): Body<GraphTexts>,
 ) -> Result<(StatusCode, Json<GraphSummary>), Refusal> {
+    let choice = texts.choice();
     let given = texts.defines.or(&daemon.reader.given);
     let reader = Reader { given, ..daemon.reader.clone() };
     let file = reader.read_sources(&texts.sources).map_err(|diagnostics| Refusal::graph(&diagnostics))?;
     drop(texts.sources);
-    let served = daemon.load(file).await?;
+    let served = daemon.load(file, choice).await?;
     Ok((StatusCode::CREATED, Json(served.summary())))
 }
 

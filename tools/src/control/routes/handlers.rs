@@ -96,7 +96,7 @@ pub(super) async fn set(
     Path((name, element, handler)): Names,
     Body(wanted): Body<HandlerValue>,
 ) -> Result<StatusCode, Refusal> {
-    daemon.find(&name)?.set(&element, &handler, &wanted.value).await?;
+    daemon.find(&name)?.set(&daemon, &element, &handler, &wanted.value).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

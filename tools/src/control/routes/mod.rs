@@ -1,6 +1,7 @@
 //! What the control socket answers: one file for each subject. Every route is given to the router with its
 //! description, so that docs/openapi.json has all of them.
 
+mod changes;
 mod daemon;
 mod graphs;
 mod handlers;
@@ -31,6 +32,9 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(daemon::status))
         .routes(routes!(graphs::list, graphs::load))
         .routes(routes!(graphs::show, graphs::unload))
+        .routes(routes!(changes::reload))
+        .routes(routes!(changes::edit))
+        .routes(routes!(changes::save))
         .routes(routes!(handlers::list))
         .routes(routes!(handlers::get, handlers::set, handlers::call))
 }

@@ -1,0 +1,161 @@
+//! Changes of graphs that serve, and what is left of them for the next start.
+
+use super::daemon::{Daemon, Served};
+use super::refusal::Refusal;
+use crate::graphs::CATALOGUE;
+use crate::view::{ChangeOptions, ChangeView};
+use blockmason::Error;
+use blockmason::io::replace_file;
+use blockmason::lang::{Edit, Spec, edit, print};
+use blockmason::live::{Diff, Options, Report};
+use std::path::Path;
+use std::time::Duration;
+
+/// Why a change ended before its time.
+enum Stop {
+    Failed(Error),
+    Refused(Refusal),
+    /// Nothing else was wanted.
+    DryRun(Box<(Spec, Diff)>),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Stop {
+        Stop::Failed(error)
+    }
+}
+
+impl Served {
+    /// Replaces the graph.
+    pub(crate) async fn reload(
+        &self,
+        daemon: &Daemon,
+        next: Spec,
+        options: &ChangeOptions,
+    ) -> Result<ChangeView, Refusal> {
+        self.change(daemon, |_| Ok(next), options).await
+    }
+
+    /// Makes single edits. Relative paths in them start in `folder`.
+    pub(crate) async fn edit(
+        &self,
+        daemon: &Daemon,
+        edits: &[Edit],
+        folder: &Path,
+        options: &ChangeOptions,
+    ) -> Result<ChangeView, Refusal> {
+        let name = format!("{} (edited)", self.live.name());
+        let make = |spec: &Spec| {
+            let edited = edit(spec, edits, &name, folder, CATALOGUE);
+            edited.map_err(|diagnostics| Stop::Refused(Refusal::graph(&diagnostics)))
+        };
+        self.change(daemon, make, options).await
+    }
+
+    async fn change(
+        &self,
+        daemon: &Daemon,
+        make: impl FnOnce(&Spec) -> Result<Spec, Stop>,
+        options: &ChangeOptions,
+    ) -> Result<ChangeView, Refusal> {
+        let _saving = self.saving.lock().await;
+        let file = daemon.reader.read(&self.path).ok().map(|file| file.spec);
+        let how = Options {
+            deadline: options.deadline_seconds.map_or(Options::default().deadline, seconds),
+            disconnect: options.disconnect,
+        };
+        let mut next_spec = None;
+        let before = |next: &Spec, diff: &Diff| {
+            if options.dry_run {
+                return Err(Stop::DryRun(Box::new((next.clone(), diff.clone()))));
+            }
+            next_spec = Some(next.clone());
+            // Before it takes effect: whatever happens, the next start knows.
+            self.remember(file.as_ref(), next).map_err(Stop::Refused)
+        };
+        let changed = self.live.reload_with(&how, make, before).await;
+        let report = match changed {
+            Ok(report) => report,
+            Err(Stop::DryRun(dry)) => return Ok(self.view_of(None, &dry.1, &dry.0, file.as_ref())),
+            Err(stop) => {
+                self.remember(file.as_ref(), &self.live.spec())?;
+                return Err(match stop {
+                    Stop::Refused(refusal) => refusal,
+                    Stop::Failed(error) => {
+                        Refusal::in_graph(&error, &next_spec.unwrap_or_else(|| (*self.live.spec()).clone()))
+                    }
+                    Stop::DryRun(_) => Refusal::new("internal", "a dry run failed"),
+                });
+            }
+        };
+        let running = self.live.spec();
+        if options.save {
+            self.write_file(&running)?;
+            return Ok(self.view_of(Some(&report), &report.diff, &running, Some(&running)));
+        }
+        self.remember(file.as_ref(), &running)?;
+        Ok(self.view_of(Some(&report), &report.diff, &running, file.as_ref()))
+    }
+
+    /// Notes for the next start where `running` differs from what the file says, and that it does not.
+    fn remember(&self, file: Option<&Spec>, running: &Spec) -> Result<(), Refusal> {
+        let noted = match differs(file, running) {
+            true => self.left.remember(running),
+            false => self.left.forget(),
+        };
+        noted.map_err(|error| {
+            Refusal::new(
+                "unavailable",
+                format!("the graph as it runs cannot be kept for the next start: {error}"),
+            )
+        })
+    }
+
+    /// After a handler that is a parameter was set.
+    pub(super) async fn remember_setting(&self, daemon: &Daemon) -> Result<(), Refusal> {
+        let _saving = self.saving.lock().await;
+        let file = daemon.reader.read(&self.path).ok().map(|file| file.spec);
+        self.remember(file.as_ref(), &self.live.spec())
+    }
+
+    /// Replaces the graph file by the graph as it runs.
+    pub(crate) async fn save(&self) -> Result<(), Refusal> {
+        let _saving = self.saving.lock().await;
+        self.write_file(&self.live.spec())
+    }
+
+    fn write_file(&self, running: &Spec) -> Result<(), Refusal> {
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        let text = print(running, CATALOGUE, folder);
+        let cannot = |error: std::io::Error| {
+            let what = "the graph runs as asked, and its file cannot be written";
+            Refusal::new("unavailable", format!("{}: {what}: {error}", self.path.display()))
+        };
+        replace_file(&self.path, text.as_bytes()).map_err(cannot)?;
+        self.left.forget().map_err(cannot)
+    }
+
+    fn view_of(&self, report: Option<&Report>, diff: &Diff, spec: &Spec, file: Option<&Spec>) -> ChangeView {
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        ChangeView {
+            done: report.is_some(),
+            changes: !diff.is_empty(),
+            text: diff.to_string(),
+            diff: serde_json::to_value(diff).unwrap_or_default(),
+            pause_seconds: report.map(|report| report.pause_seconds),
+            took_seconds: report.map(|report| report.took_seconds),
+            left: report.map_or_else(Vec::new, |report| report.left.clone()),
+            differs_from_file: differs(file, spec),
+            graph: print(spec, CATALOGUE, folder),
+        }
+    }
+}
+
+/// A file that cannot be read says something else.
+fn differs(file: Option<&Spec>, running: &Spec) -> bool {
+    file.is_none_or(|file| !Diff::between(file, running, CATALOGUE).is_empty())
+}
+
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}

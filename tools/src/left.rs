@@ -1,0 +1,169 @@
+//! What a graph leaves behind while it runs differently from its file, so that the next start knows.
+//!
+//! One file for each graph file below STATE/left, written before a change takes effect: whatever ends the
+//! process, the next start serves what ran or says how it differs, never silently the old graph.
+
+use crate::control::refusal::Refusal;
+use crate::graphs::{CATALOGUE, GraphFile};
+use blockmason::io::{remove_file, replace_file};
+use blockmason::lang::{Defines, NoFiles, Spec, parse_checked, print};
+use blockmason::live::Diff;
+use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+/// The newest form of the record.
+const VERSION: u32 = 1;
+
+/// The longest record that is read, in bytes: a graph file has at most 16 MiB, as JSON a little more.
+const LONGEST: u64 = 32 << 20;
+
+/// What to serve where a graph was left different from its file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The file, with a warning, unless layout or sinks differ: then neither.
+    #[default]
+    Ask,
+    /// The file.
+    File,
+    /// What was left.
+    Left,
+}
+
+/// Which of the two is meant, on a command line.
+#[derive(clap::Args)]
+pub(crate) struct LeftArgs {
+    /// Serves a graph that was changed while it ran and not saved as it ran
+    #[arg(long, conflicts_with = "as_file")]
+    as_left: bool,
+
+    /// Serves a graph that was changed while it ran and not saved as its file says
+    #[arg(long)]
+    as_file: bool,
+}
+
+impl LeftArgs {
+    pub(crate) fn choice(&self) -> Choice {
+        match (self.as_left, self.as_file) {
+            (true, _) => Choice::Left,
+            (_, true) => Choice::File,
+            _ => Choice::Ask,
+        }
+    }
+
+    /// As the control socket takes it.
+    pub(crate) fn word(&self) -> Option<&'static str> {
+        match self.choice() {
+            Choice::Ask => None,
+            Choice::File => Some("file"),
+            Choice::Left => Some("left"),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    version: u32,
+    /// The graph file, absolute.
+    file: PathBuf,
+    /// The graph as it ran, as a graph file; paths in it are absolute.
+    graph: String,
+}
+
+/// The record of one graph file.
+pub(crate) struct Left {
+    file: PathBuf,
+    record: PathBuf,
+}
+
+impl Left {
+    /// The record of a graph file, by its absolute path.
+    pub(crate) fn of(state: &Path, file: &Path) -> Left {
+        let name = crate::graphs::name_of(file);
+        let short: String = name.chars().take(40).collect();
+        let record = state.join("left").join(format!("{short}-{:016x}.json", fingerprint(file)));
+        Left { file: file.to_owned(), record }
+    }
+
+    /// Remembers, durably, that `running` serves instead of what the file says.
+    pub(crate) fn remember(&self, running: &Spec) -> std::io::Result<()> {
+        let graph = print(running, CATALOGUE, Path::new("/"));
+        let record = Record { version: VERSION, file: self.file.clone(), graph };
+        replace_file(&self.record, &serde_json::to_vec(&record)?)
+    }
+
+    /// The file says what serves.
+    pub(crate) fn forget(&self) -> std::io::Result<()> {
+        remove_file(&self.record)
+    }
+
+    /// What was left, if anything was.
+    fn read(&self) -> Result<Option<Spec>, Refusal> {
+        let bad = |what: &dyn std::fmt::Display| {
+            let help = "`--as-file` serves the graph file and forgets it";
+            Refusal::invalid(format!(
+                "{}: what was left of the running graph {what}; {help}",
+                self.record.display()
+            ))
+        };
+        match self.record.metadata() {
+            Ok(meta) if meta.len() > LONGEST => return Err(bad(&"is too large to be that")),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            _ => {}
+        }
+        let bytes = std::fs::read(&self.record).map_err(|error| bad(&format!("cannot be read: {error}")))?;
+        let record: Record =
+            serde_json::from_slice(&bytes).map_err(|error| bad(&format!("is damaged: {error}")))?;
+        if record.version != VERSION {
+            return Err(bad(&format!("has version {}, not {VERSION}", record.version)));
+        }
+        if record.file != self.file {
+            return Err(bad(&format!("is that of {}", record.file.display())));
+        }
+        let name = PathBuf::from(format!("{} (as it was left)", self.file.display()));
+        let opened = Path::new("/").join(self.file.file_name().unwrap_or_default());
+        let parsed = parse_checked(&NoFiles, &name, opened, record.graph, &Defines::new(), CATALOGUE);
+        parsed
+            .map(Some)
+            .map_err(|diagnostics| bad(&format!("is no good graph: {}", diagnostics.first_line())))
+    }
+
+    /// What is to be served: `file`, or what was left.
+    ///
+    /// # Errors
+    /// They differ in what decides where data is, and nobody has said which one is meant.
+    pub(crate) fn choose(&self, file: GraphFile, choice: Choice) -> Result<GraphFile, Refusal> {
+        let left = match choice {
+            Choice::File => None,
+            Choice::Ask | Choice::Left => self.read()?,
+        };
+        let Some(left) = left else { return Ok(file) };
+        let diff = Diff::between(&file.spec, &left, CATALOGUE);
+        if choice == Choice::Left {
+            return Ok(file.with(left));
+        }
+        let shown = file.path.display();
+        if diff.layout {
+            return Err(Refusal::busy(format!(
+                "{shown}: the graph was changed while it ran and not saved, and its layout or sinks differ:\n\
+                 {diff}`--as-left` serves it as it ran, `--as-file` as the file says"
+            )));
+        }
+        if !diff.is_empty() {
+            tracing::warn!(
+                "{shown}: the graph was changed while it ran and not saved; the file is served, and `--as-left` \
+                 would serve it as it ran: {}",
+                diff.to_string().trim_end().replace('\n', "; ")
+            );
+        }
+        Ok(file)
+    }
+}
+
+/// FNV-1a, 64 bits: for names, no defence against anybody. The record says whose it is.
+fn fingerprint(path: &Path) -> u64 {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
