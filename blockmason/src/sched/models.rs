@@ -126,7 +126,7 @@ fn whoever_gives_up_wakes_those_behind() {
 
 #[test]
 fn no_wake_of_a_parked_flow_is_lost() {
-    model(3, || {
+    model(2, || {
         let mut woken = woken::Woken::default();
         let wakers = [woken.waker(0), woken.waker(1), woken.waker(70)];
         let threads = wakers.map(|waker| {
