@@ -172,7 +172,7 @@ proptest! {
                 settle(&mut present);
             }
             if *kind == 1 {
-                present.remove(leaves.index(present.len()));
+                drop(present.remove(leaves.index(present.len())));
                 settle(&mut present);
             }
             let listed: Vec<_> = lock.claims().into_iter().map(|claim| claim.ranges).collect();
@@ -181,7 +181,7 @@ proptest! {
         }
         settle(&mut present);
         while let Some(ix) = present.iter().position(|(_, state)| state.is_ok()) {
-            present.remove(ix);
+            drop(present.remove(ix));
             settle(&mut present);
         }
         prop_assert!(present.is_empty(), "somebody waits for nobody");
