@@ -75,6 +75,13 @@ impl ElementType {
         check: |_| Ok(()),
         build: |_| Err(Error::internal("a type that cannot be built")),
     };
+
+    /// True if two graphs that differ only in such elements, each with one out port, may run beside each
+    /// other. Not so for what orders overlapping requests: without it, or with another one, they
+    /// would be ordered differently.
+    pub(crate) fn comes_and_goes(&self) -> bool {
+        self.handover == Handover::Free && !self.mirrors && !self.serialises
+    }
 }
 
 /// What [`ElementType::build`] is given.

@@ -10,7 +10,7 @@ pub(crate) mod tally;
 pub use order::{Conflict, PlaceReading};
 pub use tally::{EdgeReading, Histogram, Moved, OpReading, SourceReading};
 
-use crate::describe::{ElementType, Handover, Outs};
+use crate::describe::{ElementType, Outs};
 use crate::element::{Children, Element};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
@@ -92,7 +92,8 @@ pub struct Graph {
     pub(crate) edges: Vec<Edge>,
     identities: HashSet<usize>,
     pub(crate) tallies: Vec<Arc<Tally>>,
-    groups: Vec<order::Ordered>,
+    /// The edges at which overlapping requests are ordered, group by group.
+    places: Vec<Vec<usize>>,
     failed: AtomicBool,
     /// Tells the work of its own of every element to end; replaced when it may begin anew.
     closing: Mutex<watch::Sender<bool>>,
@@ -176,7 +177,7 @@ impl Graph {
             });
         }
         let mut nodes: Vec<Node> = nodes.into_iter().flatten().collect();
-        let groups = order::apply(&mut nodes, &mut edges)?;
+        let places = order::apply(&mut nodes, &mut edges)?;
         let tallies = (0..shards).map(|_| Arc::new(Tally::new(&nodes, edges.len()))).collect();
         Ok(Graph {
             name: name.to_owned(),
@@ -184,7 +185,7 @@ impl Graph {
             nodes,
             edges,
             tallies,
-            groups,
+            places,
             failed: AtomicBool::new(false),
             closing: Mutex::new(watch::channel(false).0),
             lanes: Lanes::default(),
@@ -281,7 +282,7 @@ impl Graph {
         let identity = |node: usize| identity(&self.nodes[node].instance);
         let through = |node: usize| {
             let node = &self.nodes[node];
-            (node.instance.ty.handover == Handover::Free && node.edge_count == 1).then_some(node.first_edge)
+            (node.instance.ty.comes_and_goes() && node.edge_count == 1).then_some(node.first_edge)
         };
         let behind = |mut node: usize| {
             while let Some(edge) = through(node) {

@@ -1,29 +1,17 @@
-//! The order of overlapping requests in an assembled graph: which edges keep it, who holds and waits, and
-//! whether two graphs keep the same one.
+//! The order of overlapping requests in an assembled graph: which edges keep it, who holds and who waits.
 //!
-//! The map of a group's ranges belongs to the instance of one of its members, its leader. Where a reload
-//! keeps that instance, requests of both graphs are ordered by the one map, however long they run beside
-//! each other. Where a reload adds a copier or a mirror, or changes where requests are ordered, the two
-//! graphs keep different orders, which [`Graph::orders_alike`] tells: then they must not run beside each
-//! other. Once everything in the old graph has ended behind a closed gate, nobody holds anything that
-//! the new graph would have to know of, and a new map is as good as the old one.
+//! The map of a group's ranges belongs to the instance of one of its members, its leader. A reload without a
+//! pause keeps all mirrors and serialisers and the edges between them (see [`Graph::contracted`]), so both
+//! graphs have the same groups with the same leaders, and requests of both are ordered by the one map, however
+//! long they run beside each other. A reload that adds a copier or a mirror, or moves one, goes through
+//! the gate: once everything in the old graph has ended, nobody holds anything that the new one would have
+//! to know of, and a new map is as good as the old one.
 
 use super::places::{Clash, Shape};
-use super::{Edge, Graph, Instance, Node};
+use super::{Edge, Graph, Node};
 use crate::error::{Error, Result};
 use crate::sched::{Claim, Order};
-use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::Arc;
-
-/// A group whose order is kept by one map.
-pub(crate) struct Ordered {
-    leader: Arc<Instance>,
-    /// Edges.
-    places: Vec<usize>,
-    /// Nodes.
-    below: Vec<usize>,
-}
 
 /// An edge at which overlapping requests are ordered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,15 +47,15 @@ impl fmt::Display for Conflict {
     }
 }
 
-/// Finds the places of a graph and makes their edges slow.
-pub(super) fn apply(nodes: &mut [Node], edges: &mut [Edge]) -> Result<Vec<Ordered>> {
+/// Finds the places of a graph and makes their edges slow. Returns these edges, group by group.
+pub(super) fn apply(nodes: &mut [Node], edges: &mut [Edge]) -> Result<Vec<Vec<usize>>> {
     let types: Vec<_> = nodes.iter().map(|node| node.instance.ty).collect();
     let ends: Vec<_> = edges.iter().map(|edge| (edge.from as usize, edge.to as usize)).collect();
     let shape = Shape::new(&types, &ends);
     if let Some(clash) = shape.clash() {
         return Err(refuse(nodes, &ends, &clash));
     }
-    let mut ordered = Vec::new();
+    let mut places = Vec::new();
     for group in shape.groups() {
         // Mirrors first: copiers come and go. By name, so that the order of the file does not matter.
         let rank = |ix: &&usize| (!nodes[**ix].instance.ty.mirrors, &nodes[**ix].instance.name);
@@ -75,14 +63,14 @@ pub(super) fn apply(nodes: &mut [Node], edges: &mut [Edge]) -> Result<Vec<Ordere
         let leader = nodes[*leader].instance.clone();
         // Whoever completes a block changes all of it, wherever that is done.
         let block = group.below.iter().map(|ix| nodes[*ix].geometry.min_block).max().unwrap_or(1);
-        let order = Order::new(leader.clone(), block);
+        let order = Order::new(leader, block);
         group.places.iter().for_each(|edge| edges[*edge].set_order(order.clone()));
         for ix in group.members.iter().filter(|ix| types[**ix].serialises) {
             nodes[*ix].order = Some(order.clone());
         }
-        ordered.push(Ordered { leader, places: group.places, below: group.below });
+        places.push(group.places);
     }
-    Ok(ordered)
+    Ok(places)
 }
 
 /// The checker says the same with places.
@@ -118,7 +106,7 @@ impl Graph {
                 to: self.nodes[edge.to as usize].instance.name.clone(),
             }
         };
-        self.groups.iter().map(|group| group.places.iter().map(reading).collect()).collect()
+        self.places.iter().map(|group| group.iter().map(reading).collect()).collect()
     }
 
     /// Every request that holds ranges or waits for them, element by element in the order of arrival:
@@ -131,29 +119,5 @@ impl Graph {
             }
         }
         found
-    }
-
-    /// True if requests may be in flight in this graph and in `other` at once: above every instance that
-    /// both contain, overlapping requests are ordered by the same map, at the same elements.
-    pub fn orders_alike(&self, other: &Graph) -> bool {
-        let (mine, others) = (self.orders(), other.orders());
-        let pointer = |instance: &Arc<Instance>| Arc::as_ptr(instance);
-        let here: BTreeSet<_> = self.instances().map(pointer).collect();
-        let both = other.instances().map(pointer).filter(|instance| here.contains(instance));
-        both.into_iter().all(|instance| mine.get(&instance) == others.get(&instance))
-    }
-
-    /// For each instance below a place: the map's owner, and the elements below the places.
-    fn orders(&self) -> HashMap<*const Instance, (*const Instance, BTreeSet<*const Instance>)> {
-        let pointer = |ix: usize| Arc::as_ptr(&self.nodes[ix].instance);
-        let mut orders = HashMap::new();
-        for group in &self.groups {
-            let entries: BTreeSet<_> =
-                group.places.iter().map(|edge| pointer(self.edges[*edge].to as usize)).collect();
-            for ix in &group.below {
-                orders.insert(pointer(*ix), (Arc::as_ptr(&group.leader), entries.clone()));
-            }
-        }
-        orders
     }
 }

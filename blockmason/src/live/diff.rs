@@ -1,6 +1,6 @@
 //! What a change of graph comes to, element by element and edge by edge. Opens nothing.
 
-use crate::describe::{self, Access, Catalogue, ElementType, Handover, Outs};
+use crate::describe::{self, Access, Catalogue, ElementType, Outs};
 use crate::lang::{ElementSpec, Spec, meaning};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -227,7 +227,7 @@ fn contracted(spec: &Spec, catalogue: Catalogue, staying: &HashSet<&str>) -> Opt
         .enumerate()
         .map(|(ix, element)| {
             let ty = describe::find(catalogue, &element.ty);
-            ty.is_some_and(|ty| ty.handover == Handover::Free) && outs[ix].len() == 1
+            ty.is_some_and(ElementType::comes_and_goes) && outs[ix].len() == 1
         })
         .collect();
     let name = |ix: usize| &spec.elements[ix].name;

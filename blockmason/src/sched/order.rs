@@ -114,7 +114,7 @@ impl Held<'_> {
         req.id = self.cx.lane.shard.next_id();
         req.root = self.root;
         let (edge, ix) = self.cx.edge(port);
-        self.cx.lane.tally.edges[ix].add(req.len);
+        self.cx.lane.tally.edges[ix].add(req.op, req.len);
         super::fit::hand_on(Cx { lane: self.cx.lane, node: edge.to }, edge, req)
     }
 }

@@ -2,14 +2,14 @@
 //! tried one after the other.
 
 use super::{ALL as OTHERS, BASE, settle};
-use crate::describe::{Build, ElementType, Family, Outs, Ports};
+use crate::describe::{Build, ElementType, Family, Handover, Outs, Ports};
 use crate::element::{Children, Element, Flow, LocalBoxFuture, Prepared};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::{Geometry, Ops};
 use crate::graph::{Connection, Graph};
 use crate::lang::{Defines, parse_str};
 use crate::request::{Answer, Op, Reply, Request};
-use crate::sched::{Cx, Disk, Host};
+use crate::sched::{Change, Cx, Host, way};
 use crate::testing::{TestDisk, graph, run};
 use crate::{Data, Instance};
 use futures::future::{Either, FutureExt, join_all, select};
@@ -432,18 +432,24 @@ fn a_drain_ends_with_ranges_held_and_waited_for() {
         settle().await;
         let replies: Vec<_> = (0..4).map(|ix| disk.send(write(ix..ix + 3, 9))).collect();
         settle().await;
-        disk.disk.close_gate().await.unwrap();
         let before = disk.disk.graph();
-        assert_eq!(before.conflicts().iter().filter(|found| found.claim.waits_for > 0).count(), 4);
-        disk.disk.swap(graph(&host, ALL, "element B (type park)", "B").unwrap()).await.unwrap();
-        before.announce_closing();
+        let next = || graph(&host, ALL, "element B (type park)", "B").unwrap();
+        let stuck = disk.disk.replace(next(), &Change::default()).await.unwrap_err();
+        assert_eq!(stuck.kind(), Kind::Busy);
+        let said = stuck.to_string();
+        assert!(said.contains(", hold, holds 0..8") && said.contains("waits for 2 earlier ones"), "{said}");
+
+        // Once what is held is let go, the change goes through.
+        let (changing, next) = (disk.disk.clone(), next());
+        let changed =
+            tokio::task::spawn_local(async move { changing.replace(next, &Change::default()).await });
         release_all().await;
+        assert_eq!(changed.await.unwrap().unwrap().way, Handover::Gate);
         for reply in replies {
             reply.await.unwrap().unwrap();
         }
         copied.await.unwrap().unwrap();
-        Disk::drained(&before, 1).await;
-        assert!(before.conflicts().is_empty());
+        assert!(before.is_drained() && before.conflicts().is_empty());
     });
 }
 
@@ -517,11 +523,12 @@ fn two_epochs_keep_one_order() {
         let before = disk.disk.graph();
         let first = disk.send(write(0..10, 1));
         settle().await;
-        let hop = Instance::new("H", &super::HOP, "", Arc::new(super::Hop));
+        static FREE: ElementType = ElementType { name: "free", handover: Handover::Free, ..super::THROUGH };
+        let hop = Instance::new("H", &FREE, "", Arc::new(super::Hop));
         let legs = [("T", "a", "A"), ("T", "b", "B")];
         let next = again(&before, &[hop], &[legs[0], legs[1], ("Client", "out", "H"), ("H", "out", "T")]);
-        assert!(before.orders_alike(&next) && next.orders_alike(&before));
-        disk.disk.swap(next).await.unwrap();
+        assert_eq!(way(&before, &next), Handover::Free);
+        super::swap(&disk.disk, next).await.unwrap();
         let second = disk.send(write(5..15, 2));
         settle().await;
         assert_eq!(
@@ -538,32 +545,27 @@ fn two_epochs_keep_one_order() {
 }
 
 #[test]
-fn graphs_that_keep_different_orders_are_told_apart() {
+fn what_changes_the_order_goes_through_the_gate() {
     fresh();
     run(1, async |host| {
         let text = "element T (type tee) element A (type leg) element B (type leg) (T, a) -> A (T, b) -> B";
         let tee = graph(&host, ALL, text, "T").unwrap();
-        let made = |name: &str, ty: &'static ElementType, element: Arc<dyn Element>| {
-            Instance::new(name, ty, "", element)
-        };
         let client = ("Client", "out", "T");
         let legs = [("T", "a", "A"), ("T", "b", "B")];
-        let same = again(&tee, &[], &[legs[0], legs[1], client]);
-        assert!(tee.orders_alike(&same));
-        // A copier that works on one of the legs: what the tee does not pass through its place matters now.
-        let copier = made("Copy", &COPY, Arc::new(Copy));
-        let copies = [("Copy", "from", "A"), ("Copy", "to", "B")];
-        let copied = again(&tee, &[copier], &[legs[0], legs[1], client, copies[0], copies[1]]);
-        assert!(!tee.orders_alike(&copied) && !copied.orders_alike(&tee));
-        // The client goes past the tee, or there is none any more: nothing orders what it does to a leg.
-        let past = again(&tee, &[], &[legs[0], legs[1], ("Client", "out", "A")]);
-        assert!(!past.orders_alike(&tee) && !tee.orders_alike(&past));
-        let rest: Vec<_> = tee.instances().filter(|instance| instance.name != "T").cloned().collect();
-        let edge = Connection { from: 2, port: "out".to_owned(), to: 0 };
-        let without = Graph::assemble("test", &rest, &[edge], 1).unwrap();
-        assert!(!tee.orders_alike(&without) && !without.orders_alike(&tee));
-        // Another tee of the same name: another instance, another map.
-        assert!(tee.orders_alike(&graph(&host, ALL, text, "T").unwrap()), "nothing is shared");
+        assert_eq!(way(&tee, &again(&tee, &[], &[legs[0], legs[1], client])), Handover::Free);
+        // Whatever the types say of themselves: a copier of one port that need not see every request.
+        static READER: ElementType = ElementType {
+            name: "reader",
+            ports: Ports::SOURCE,
+            serialises: true,
+            handover: Handover::Free,
+            ..BASE
+        };
+        let reader = Instance::new("Reader", &READER, "", Arc::new(Load));
+        let with_reader = again(&tee, &[reader], &[legs[0], legs[1], client, ("Reader", "out", "A")]);
+        assert_eq!(with_reader.places()[0].len(), 2);
+        assert_eq!(way(&tee, &with_reader), Handover::Gate);
+        assert_eq!(way(&with_reader, &tee), Handover::Gate);
     });
 }
 
