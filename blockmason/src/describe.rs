@@ -33,10 +33,12 @@ pub struct ElementType {
     pub handover: Handover,
     /// What acknowledged writes outlive, as far as this element is concerned.
     pub survives: Survives,
-    /// True if a request that changes data goes down several of its out ports: all of them see
-    /// overlapping requests in one order, see [`crate::sched`].
+    /// True if a request that changes data goes down several of its out ports at the same address: all of
+    /// them see overlapping requests in one order, which is kept on every way into it.
     pub mirrors: bool,
-    /// True if it writes on its own account, a copier: it holds its ranges while others wait.
+    /// True if it reads and writes on its own account, a copier: it may hold ranges while others wait
+    /// ([`Cx::hold`](crate::Cx::hold)). Its requests are ordered with those of all others that reach what
+    /// lies below its ports.
     pub serialises: bool,
     /// Which requests it lets through, by its parameters, which have been checked; what invariants
     /// about read and write paths go by.
@@ -73,6 +75,13 @@ impl ElementType {
         check: |_| Ok(()),
         build: |_| Err(Error::internal("a type that cannot be built")),
     };
+
+    /// True if two graphs that differ only in such elements, each with one out port, may run beside each
+    /// other. Not so for what orders overlapping requests: without it, or with another one, they
+    /// would be ordered differently.
+    pub(crate) fn comes_and_goes(&self) -> bool {
+        self.handover == Handover::Free && !self.mirrors && !self.serialises
+    }
 }
 
 /// What [`ElementType::build`] is given.

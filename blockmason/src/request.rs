@@ -52,6 +52,12 @@ impl Op {
         matches!(self, Op::Write | Op::Discard | Op::WriteZeroes)
     }
 
+    /// True if a request of another stream must not overlap it where streams are ordered: it reads or
+    /// changes what the range holds. Hints, extents and flushes do not care.
+    pub fn locks(self) -> bool {
+        matches!(self, Op::Read | Op::Write | Op::Discard | Op::WriteZeroes)
+    }
+
     /// True if offset and length name a range.
     pub fn has_range(self) -> bool {
         !matches!(self, Op::Flush | Op::Control)

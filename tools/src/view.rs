@@ -5,7 +5,7 @@ use crate::graphs::CATALOGUE;
 use crate::left::Choice;
 use blockmason::describe::find;
 use blockmason::geometry::NO_LIMIT;
-use blockmason::graph::{Graph, OpReading};
+use blockmason::graph::{Graph, OpReading, PlaceReading};
 use blockmason::lang::{Defines, Edit, Sources, Spec};
 use blockmason::{Geometry, Op};
 use serde::{Deserialize, Serialize};
@@ -214,6 +214,10 @@ pub(crate) struct GraphView {
     /// What elements refer to without sending requests there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) references: Vec<ReferenceView>,
+    /// The edges at which overlapping requests are ordered, those together that are ordered as one. Known
+    /// once the graph has been built.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) ordered: Vec<Vec<PlaceView>>,
     /// Only of a running graph.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) live: Option<LiveView>,
@@ -261,6 +265,14 @@ pub(crate) struct EdgeView {
 pub(crate) struct ReferenceView {
     pub(crate) from: String,
     pub(crate) parameter: String,
+    pub(crate) to: String,
+}
+
+/// An edge at which overlapping requests are ordered.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct PlaceView {
+    pub(crate) from: String,
+    pub(crate) port: String,
     pub(crate) to: String,
 }
 
@@ -347,6 +359,7 @@ impl GraphView {
             elements: spec.elements.iter().map(|element| ElementView::of(element, spec)).collect(),
             edges: spec.edges.iter().map(edge).collect(),
             references,
+            ordered: Vec::new(),
             live: None,
         }
     }
@@ -359,6 +372,9 @@ impl GraphView {
             let node = nodes.get(element.name.as_str());
             element.geometry = node.map(|node| GeometryView::of(&graph.geometry(*node)));
         }
+        let place = |place: PlaceReading| PlaceView { from: place.from, port: place.port, to: place.to };
+        let groups = graph.places().into_iter();
+        self.ordered = groups.map(|group| group.into_iter().map(place).collect()).collect();
         self
     }
 

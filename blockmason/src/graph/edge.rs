@@ -2,6 +2,7 @@
 
 use crate::geometry::{Geometry, NO_LIMIT};
 use crate::request::{Flags, Op, Request};
+use crate::sched::Order;
 
 /// Leads from an out port to the element below.
 pub(crate) struct Edge {
@@ -12,8 +13,12 @@ pub(crate) struct Edge {
     pub(crate) mask: u64,
     /// The longest request.
     pub(crate) max_len: u64,
-    /// Bit `op` is set if requests of that operation may be handed on as they are.
+    /// Bit `op` is set if the element below can be handed requests of that operation as they are.
     ops: u8,
+    /// The same, less those that have to be ordered first.
+    unordered: u8,
+    /// What orders overlapping requests that go by, if this is the place for that.
+    pub(crate) order: Option<Order>,
     /// Size of the element below.
     pub(crate) size: u64,
 }
@@ -36,16 +41,32 @@ impl Edge {
             mask: u64::from(below.min_block) - 1,
             max_len: if below.max_len >= NO_LIMIT { u64::MAX } else { u64::from(below.max_len) },
             ops,
+            unordered: ops,
+            order: None,
             size: below.size,
         }
     }
 
-    /// True if the element below can be handed `req` as it is.
+    /// Makes this a place where overlapping requests are ordered.
+    pub(crate) fn set_order(&mut self, order: Order) {
+        let ordered = Op::ALL.into_iter().filter(|op| op.locks()).fold(0, |ops, op| ops | 1 << op as u8);
+        self.unordered = self.ops & !ordered;
+        self.order = Some(order);
+    }
+
+    /// True if `req` can be handed to the element below as it is, and nothing else has to be done.
     #[inline]
     pub(crate) fn takes(&self, req: &Request) -> bool {
-        self.ops >> req.op as u8 & 1 != 0
-            && (req.offset | req.len) & self.mask == 0
-            && req.len <= self.max_len
-            && !req.flags.has(Flags::SAMPLED)
+        self.unordered >> req.op as u8 & 1 != 0 && self.suits(req) && !req.flags.has(Flags::SAMPLED)
+    }
+
+    /// True if the element below can be handed `req` as it is.
+    pub(crate) fn fits(&self, req: &Request) -> bool {
+        self.ops >> req.op as u8 & 1 != 0 && self.suits(req)
+    }
+
+    #[inline]
+    fn suits(&self, req: &Request) -> bool {
+        (req.offset | req.len) & self.mask == 0 && req.len <= self.max_len
     }
 }

@@ -3,16 +3,19 @@
 pub mod build;
 pub(crate) mod edge;
 pub mod handlers;
+mod order;
+pub(crate) mod places;
 pub(crate) mod tally;
 
+pub use order::{Conflict, PlaceReading};
 pub use tally::{EdgeReading, Histogram, Moved, OpReading, SourceReading};
 
-use crate::describe::{ElementType, Handover, Outs};
+use crate::describe::{ElementType, Outs};
 use crate::element::{Children, Element};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::request::Op;
-use crate::sched::RangeLock;
+use crate::sched::{Order, RangeLock};
 use edge::Edge;
 use std::any::Any;
 use std::collections::{BTreeMap, HashSet};
@@ -33,6 +36,9 @@ pub struct Instance {
     pub element: Arc<dyn Element>,
     /// Orders overlapping changes where the framework reads, modifies and writes.
     pub(crate) ranges: RangeLock,
+    /// Orders overlapping requests of the streams that meet above a mirror or a serialiser. Here, so that
+    /// two graphs that share the instance share the order.
+    pub(crate) order: RangeLock,
 }
 
 impl Instance {
@@ -49,6 +55,7 @@ impl Instance {
             place: place.into(),
             element,
             ranges: RangeLock::default(),
+            order: RangeLock::default(),
         })
     }
 }
@@ -74,6 +81,8 @@ pub(crate) struct Node {
     pub(crate) edge_count: u32,
     pub(crate) geometry: Geometry,
     pub(crate) prepared: Option<Box<dyn Any + Send + Sync>>,
+    /// Of a serialiser: what its requests are ordered by.
+    pub(crate) order: Option<Order>,
 }
 
 /// A graph. Requests enter at its sources and travel along its edges.
@@ -83,6 +92,8 @@ pub struct Graph {
     pub(crate) edges: Vec<Edge>,
     identities: HashSet<usize>,
     pub(crate) tallies: Vec<Arc<Tally>>,
+    /// The edges at which overlapping requests are ordered, group by group.
+    places: Vec<Vec<usize>>,
     failed: AtomicBool,
     /// Tells the work of its own of every element to end; replaced when it may begin anew.
     closing: Mutex<watch::Sender<bool>>,
@@ -162,9 +173,11 @@ impl Graph {
                 edge_count: edges.len() as u32 - first_edge,
                 geometry: prepared.geometry,
                 prepared: prepared.state,
+                order: None,
             });
         }
-        let nodes: Vec<Node> = nodes.into_iter().flatten().collect();
+        let mut nodes: Vec<Node> = nodes.into_iter().flatten().collect();
+        let places = order::apply(&mut nodes, &mut edges)?;
         let tallies = (0..shards).map(|_| Arc::new(Tally::new(&nodes, edges.len()))).collect();
         Ok(Graph {
             name: name.to_owned(),
@@ -172,6 +185,7 @@ impl Graph {
             nodes,
             edges,
             tallies,
+            places,
             failed: AtomicBool::new(false),
             closing: Mutex::new(watch::channel(false).0),
             lanes: Lanes::default(),
@@ -268,7 +282,7 @@ impl Graph {
         let identity = |node: usize| identity(&self.nodes[node].instance);
         let through = |node: usize| {
             let node = &self.nodes[node];
-            (node.instance.ty.handover == Handover::Free && node.edge_count == 1).then_some(node.first_edge)
+            (node.instance.ty.comes_and_goes() && node.edge_count == 1).then_some(node.first_edge)
         };
         let behind = |mut node: usize| {
             while let Some(edge) = through(node) {

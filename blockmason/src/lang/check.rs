@@ -9,6 +9,7 @@ use super::source::Span;
 use super::spec::{EdgeSpec, ElementSpec, Spec};
 use super::suggest;
 use crate::describe::{self, Catalogue, ElementType, Family, Outs};
+use crate::graph::places::Shape;
 use std::collections::HashMap;
 
 /// The most edges between an export and a sink.
@@ -32,6 +33,7 @@ pub fn check(spec: &Spec, catalogue: Catalogue) -> Result<(), Diagnostics> {
     checker.sources(&mut bag);
     if bag.is_empty() {
         // What they say of a graph that is wrong would be wrong too.
+        checker.addresses(&mut bag);
         invariant::check(&checker, &mut bag);
     }
     bag.finish(spec.sources.clone())
@@ -320,6 +322,28 @@ impl<'a> Checker<'a> {
             let help = format!("add an edge to it, `ELEMENT -> {}`, or take it out", element.name);
             bag.push(within(element, error.help(help)));
         }
+    }
+
+    /// Where overlapping requests of several streams are ordered, they count addresses alike.
+    fn addresses(&self, bag: &mut Bag) {
+        let Some(types) = self.types.iter().copied().collect::<Option<Vec<_>>>() else { return };
+        let edges = &self.spec.edges;
+        let ends: Vec<_> = edges.iter().map(|edge| (edge.from, edge.to)).collect();
+        let Some(clash) = Shape::new(&types, &ends).clash() else { return };
+        let message = clash.message(&ends, |index| &self.element(index).name);
+        let span = |way: &[usize]| way.last().map_or(self.beginning(), |edge| edges[*edge].span);
+        let mut error = Diagnostic::new("mason::addresses", span(&clash.ways[0]), message)
+            .here("one way ends here")
+            .label(span(&clash.ways[1]), "the other one here");
+        for index in &clash.between {
+            let element = self.element(*index);
+            error = error.label(element.span, format!("`{}` changes data or addresses", element.ty));
+        }
+        let between = clash.between.iter().map(|index| self.element(*index).name.as_str());
+        bag.push(error.help(format!(
+            "what changes data or addresses must lie on both ways or on neither: move {}",
+            suggest::list(between)
+        )));
     }
 
     /// The beginning of the graph file.

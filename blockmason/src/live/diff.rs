@@ -1,6 +1,6 @@
 //! What a change of graph comes to, element by element and edge by edge. Opens nothing.
 
-use crate::describe::{self, Access, Catalogue, ElementType, Handover, Outs};
+use crate::describe::{self, Access, Catalogue, ElementType, Outs};
 use crate::lang::{ElementSpec, Spec, meaning};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -242,7 +242,7 @@ fn spec_type(spec: &Spec, name: &str, catalogue: Catalogue) -> Option<&'static E
 
 /// True unless the graphs are equal without the elements that need not see every request.
 fn gate(before: &Spec, next: &Spec, catalogue: Catalogue, diffs: &[ElementDiff]) -> bool {
-    let through = |ty: &ElementType| ty.handover == Handover::Free;
+    let through = ElementType::comes_and_goes;
     let stays = |diff: &&ElementDiff| matches!(diff.fate, Fate::Kept | Fate::Set);
     let staying: HashSet<&str> = diffs.iter().filter(stays).map(|diff| diff.name.as_str()).collect();
     let (had, has) = (contracted(before, catalogue, through), contracted(next, catalogue, through));

@@ -72,7 +72,7 @@ impl<'a> Cx<'a> {
     }
 
     #[inline]
-    fn edge(self, port: usize) -> (&'a Edge, usize) {
+    pub(super) fn edge(self, port: usize) -> (&'a Edge, usize) {
         let node = &self.lane.graph.nodes[self.node as usize];
         assert!(port < node.edge_count as usize, "{} has no out port {port}", node.instance.name);
         let ix = node.first_edge as usize + port;

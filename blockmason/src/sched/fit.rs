@@ -1,7 +1,8 @@
 //! Makes a request fit the element below an edge: splits it, reads, modifies and writes whole blocks,
 //! does by other means what the element does not do. Also times the hops of sampled requests.
 
-use super::{Cx, Hop};
+use super::order::ordered;
+use super::{Cx, Holder, Hop, Mode};
 use crate::data::Data;
 use crate::element::Flow;
 use crate::error::{Error, Result};
@@ -16,11 +17,12 @@ const PARALLEL: usize = 8;
 /// The longest write of zeros that stands in for a WriteZeroes, in bytes.
 const ZEROES_LEN: u64 = 4 << 20;
 
-/// Hands `req`, which the element below cannot take as it is, on in a form that it can.
+/// Hands `req`, which cannot travel this edge as it is, on: in its order, and in a form that the element
+/// below can take.
 #[cold]
 pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
     if !req.flags.has(Flags::SAMPLED) {
-        return fit(Below { cx: below, edge }, req);
+        return ordered(edge, req, move |req| hand_on(below, edge, req));
     }
     let hop = Hop {
         root: req.root,
@@ -35,18 +37,22 @@ pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'
     let since = below.now();
     let mut plain = req;
     plain.flags = plain.flags.without(Flags::SAMPLED);
-    let flow = if edge.takes(&plain) {
+    if edge.fits(&plain) {
         // The flag goes on to the edges further down.
-        below.submit(plain.with(Flags::SAMPLED))
-    } else {
-        fit(Below { cx: below, edge }, plain)
-    };
+        plain = plain.with(Flags::SAMPLED);
+    }
+    let flow = ordered(edge, plain, move |req| hand_on(below, edge, req));
     flow.then(move |reply| {
         let error = reply.as_ref().err().map(ToString::to_string);
         let took = below.now() - since;
         below.lane.shard.recorder.borrow_mut().record(Hop { took, error, ..hop });
         reply
     })
+}
+
+/// Hands `req` on in a form that the element below can take.
+pub(super) fn hand_on<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
+    if edge.fits(&req) { below.submit(req) } else { fit(Below { cx: below, edge }, req) }
 }
 
 fn fit<'a>(below: Below<'a>, req: Request) -> Flow<'a> {
@@ -153,8 +159,7 @@ impl<'a> Below<'a> {
             return Ok(Answer::Done);
         }
         let whole = self.outwards(req.offset..req.end());
-        let ranges = &self.cx.lane.graph.nodes[self.cx.node as usize].instance.ranges;
-        let _held = ranges.lock(whole.clone()).await;
+        let _held = self.hold(&req, &whole).await;
         self.write_held(req, whole).await
     }
 
@@ -199,7 +204,7 @@ impl<'a> Below<'a> {
         }
         self.zeros_by_write(&req, range.start..inner.start).await?;
         self.zeros_by_write(&req, inner.end..range.end).await?;
-        let _held = self.hold(&inner).await;
+        let _held = self.hold(&req, &inner).await;
         let mut middle = self.cx.child(&req);
         (middle.offset, middle.len) = (inner.start, inner.end - inner.start);
         self.split(middle, self.piece()).await?;
@@ -207,12 +212,12 @@ impl<'a> Below<'a> {
     }
 
     /// Holds whole blocks against read-modify-write, where that happens at all.
-    async fn hold(self, range: &Range<u64>) -> Option<super::RangeGuard<'a>> {
+    async fn hold(self, req: &Request, range: &Range<u64>) -> Option<super::RangeGuard<'a>> {
         if self.edge.mask == 0 {
             return None;
         }
         let ranges = &self.cx.lane.graph.nodes[self.cx.node as usize].instance.ranges;
-        Some(ranges.lock(range.clone()).await)
+        Some(ranges.claim(Holder::of(req), Mode::Exclusive, std::slice::from_ref(range)).await)
     }
 
     async fn zeros_by_write(self, req: &Request, range: Range<u64>) -> Reply {
@@ -237,7 +242,7 @@ impl<'a> Below<'a> {
         if inner.is_empty() {
             return Ok(Answer::Done);
         }
-        let _held = self.hold(&inner).await;
+        let _held = self.hold(&req, &inner).await;
         let mut discard = self.cx.child(&req);
         (discard.offset, discard.len) = (inner.start, inner.end - inner.start);
         self.split(discard, self.piece()).await?;

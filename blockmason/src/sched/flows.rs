@@ -3,19 +3,17 @@
 //! Slots and their wakers are reused, so that parking allocates nothing once a stream is warm. Only
 //! flows that were woken are polled.
 
+use super::woken::Woken;
 use crate::element::LocalBoxFuture;
 use crate::request::Reply;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll, Waker};
 
 /// Parked flows, each with what its owner wants back with the reply.
 pub(crate) struct Flows<'a, T> {
     slots: Vec<Slot<'a, T>>,
     free: Vec<usize>,
-    /// Which slots were woken, 64 to a word.
-    words: Vec<Arc<Word>>,
-    parent: Arc<Mutex<Option<Waker>>>,
+    /// Which slots were woken.
+    woken: Woken,
 }
 
 struct Slot<'a, T> {
@@ -23,36 +21,9 @@ struct Slot<'a, T> {
     waker: Waker,
 }
 
-/// Which of 64 slots were woken, and whom to tell.
-struct Word {
-    bits: AtomicU64,
-    parent: Arc<Mutex<Option<Waker>>>,
-}
-
-struct SlotWaker {
-    word: Arc<Word>,
-    bit: u64,
-}
-
-impl Wake for SlotWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        // The owner takes the bits after it has stored its waker, so no wake is lost.
-        if self.word.bits.fetch_or(self.bit, Ordering::AcqRel) & self.bit == 0 {
-            let parent = self.word.parent.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(waker) = parent {
-                waker.wake();
-            }
-        }
-    }
-}
-
 impl<'a, T> Flows<'a, T> {
     pub(crate) fn new() -> Self {
-        Flows { slots: Vec::new(), free: Vec::new(), words: Vec::new(), parent: Arc::default() }
+        Flows { slots: Vec::new(), free: Vec::new(), woken: Woken::default() }
     }
 
     /// How many are parked.
@@ -75,29 +46,19 @@ impl<'a, T> Flows<'a, T> {
 
     fn grow(&mut self) -> usize {
         let ix = self.slots.len();
-        if ix / 64 == self.words.len() {
-            let parent = self.parent.clone();
-            self.words.push(Arc::new(Word { bits: AtomicU64::new(0), parent }));
-        }
-        let waker = Arc::new(SlotWaker { word: self.words[ix / 64].clone(), bit: 1 << (ix % 64) });
-        self.slots.push(Slot { parked: None, waker: waker.into() });
+        self.slots.push(Slot { parked: None, waker: self.woken.waker(ix) });
         ix
     }
 
     /// Polls each flow that was woken once. `each` is given every reply, or None if the flow
     /// panicked. Returns true if a flow ended.
     pub(crate) fn poll(&mut self, task: &Context<'_>, mut each: impl FnMut(T, Option<Reply>)) -> bool {
-        {
-            let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
-            if !parent.as_ref().is_some_and(|waker| waker.will_wake(task.waker())) {
-                *parent = Some(task.waker().clone());
-            }
-        }
+        self.woken.tell(task.waker());
         let mut ended = false;
-        for word_ix in 0..self.words.len() {
-            let mut bits = self.words[word_ix].bits.swap(0, Ordering::AcqRel);
+        for word in 0..self.woken.words() {
+            let mut bits = self.woken.take(word);
             while bits != 0 {
-                let ix = word_ix * 64 + bits.trailing_zeros() as usize;
+                let ix = word * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
                 ended |= self.poll_slot(ix, &mut each);
             }
@@ -139,7 +100,9 @@ mod tests {
     use crate::request::Answer;
     use std::cell::Cell;
     use std::rc::Rc;
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
 
     struct Counting(AtomicUsize);
     impl Wake for Counting {

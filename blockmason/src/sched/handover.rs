@@ -298,8 +298,16 @@ impl Step<'_> {
             0 => "requests of the graph itself, or a flush,".to_owned(),
             _ => format!("these requests ({})", lines.join("; ")),
         };
+        let claims = self.before.conflicts();
+        let mut ranges: Vec<_> = claims.iter().take(MOST).map(|claim| format!("; {claim}")).collect();
+        if claims.len() > MOST {
+            ranges.push(format!("; and {} more ranges", claims.len() - MOST));
+        }
         let waited = self.change.deadline;
-        Error::new(Kind::Busy, format!("{what} have not ended in {waited:?}; the graph has not been changed"))
+        Error::new(
+            Kind::Busy,
+            format!("{what} have not ended in {waited:?}; the graph has not been changed{}", ranges.concat()),
+        )
     }
 
     /// Instances of the graph before that the next one has not.

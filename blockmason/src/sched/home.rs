@@ -7,18 +7,17 @@
 //! most [`DEPTH`] calls of a pair are across at once; further ones wait, in order, where they were made,
 //! and are bounded by what their sources admit.
 
+use super::bell::Bell;
 use super::flows::Flows;
 use super::{Cx, Shard};
 use crate::element::Flow;
 use crate::request::Reply;
-use futures::task::AtomicWaker;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -44,22 +43,8 @@ pub(crate) struct Post {
     shards: usize,
     /// Those from shard `a` to shard `b` at `a * shards + b`.
     boxes: Vec<Mutex<Letters>>,
+    /// Of the ferry of each shard.
     bells: Vec<Bell>,
-}
-
-/// Tells a shard's ferry that there is something for it, once a turn.
-#[derive(Default)]
-struct Bell {
-    rung: AtomicBool,
-    waker: AtomicWaker,
-}
-
-impl Bell {
-    fn ring(&self) {
-        if !self.rung.swap(true, Ordering::AcqRel) {
-            self.waker.wake();
-        }
-    }
 }
 
 impl Post {
@@ -132,9 +117,7 @@ impl Harbour {
 
     /// Moves everything that is here, both ways, until nothing is left to move.
     fn poll(&self, shard: &Rc<Shard>, flows: &mut Flows<'static, (usize, u32)>, task: &Context<'_>) {
-        let bell = &self.post.bells[self.me];
-        bell.waker.register(task.waker());
-        bell.rung.store(false, Ordering::Release);
+        self.post.bells[self.me].answer(task.waker());
         for from in 0..self.post.shards {
             let came = std::mem::take(&mut *self.post.letters(from, self.me));
             for (slot, outcome) in came.outcomes {
@@ -276,7 +259,7 @@ mod tests {
     use crate::error::Error;
     use crate::request::Answer;
     use crate::sched::{Host, HostConfig};
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::sync::oneshot;
 
     fn number(reply: Reply) -> u64 {

@@ -4,6 +4,7 @@
 //! connection, a queue) is served by [`serve`], which keeps one block of parked flows for each epoch
 //! of its disk: a new graph takes new requests while the old one finishes its own.
 
+mod bell;
 mod budget;
 mod cx;
 mod detach;
@@ -13,13 +14,18 @@ mod flows;
 mod handover;
 mod home;
 mod host;
+#[cfg(test)]
+mod models;
+mod order;
 mod ranges;
 mod recorder;
 mod scatter;
 mod serve;
 mod shard;
+mod sync;
 #[cfg(test)]
 mod tests;
+mod woken;
 
 pub use budget::{Budget, Permit};
 pub use cx::Cx;
@@ -29,7 +35,9 @@ pub use disk::{Disk, InFlight, Slot};
 pub(crate) use handover::contained;
 pub use handover::{Change, Changed, Setting, way};
 pub use host::{Host, HostConfig};
-pub use ranges::{RangeGuard, RangeLock};
+pub use order::Held;
+pub(crate) use order::Order;
+pub use ranges::{Claim, Holder, Mode, RangeGuard, RangeLock, Waiting};
 pub use recorder::Hop;
 pub use scatter::Part;
 use serve::run_node;

@@ -1,41 +1,158 @@
 //! Byte ranges that requests hold while they work on them: first come, first served.
 
+use super::sync::{Mutex, MutexGuard};
+use crate::request::Request;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::task::{Context, Poll, Waker};
+use tokio::time::Instant;
 
-/// Orders holders of overlapping ranges by arrival. A waiting range blocks later overlapping ones, so
-/// nobody starves. Shared by all shards.
+/// Orders those who want overlapping ranges by arrival. A claim that waits blocks later overlapping
+/// ones, shared ones too, so nobody starves. Shared by all shards.
+///
+/// Claims know nothing of each other, also if they are made for one root request: whoever holds a range
+/// must not wait for another one that overlaps it, and takes all ranges that it needs by one claim.
 #[derive(Default)]
 pub struct RangeLock {
     state: Mutex<State>,
 }
 
+/// How a range is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Along with others that hold it so: to read.
+    Shared,
+    /// Alone: to change what is there.
+    Exclusive,
+}
+
+/// For whom a range is held: for listings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The root request.
+    pub root: u64,
+    /// What it does, by the word of [`crate::Op::name`] or another one.
+    pub doing: &'static str,
+}
+
+impl Holder {
+    /// Whoever works on a request.
+    pub fn of(req: &Request) -> Holder {
+        Holder { root: req.root, doing: req.op.name() }
+    }
+}
+
+/// A claim as it stands: what a listing shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// For whom.
+    pub holder: Holder,
+    /// How.
+    pub mode: Mode,
+    /// What.
+    pub ranges: Vec<Range<u64>>,
+    /// When it was made.
+    pub since: Instant,
+    /// How many earlier claims it still waits for, counted once for each pair of ranges that overlap. It
+    /// holds its ranges if there are none.
+    pub waits_for: usize,
+}
+
 #[derive(Default)]
 struct State {
-    next: u64,
-    /// In the order of arrival. In flight are tens, rarely hundreds: a scan beats a tree.
-    entries: Vec<Entry>,
+    arrivals: u64,
+    /// One for each claimed range, in any order. In flight are tens, rarely hundreds: scanning these,
+    /// packed, beats a tree.
+    ranges: Vec<Range<u64>>,
+    /// What else is known of each range.
+    slots: Vec<Slot>,
+    /// Unused places in both; the lowest is used first and the end is cut off, so that both stay as
+    /// short as the claims allow. Places behind the end may linger.
+    free: BinaryHeap<Reverse<u32>>,
+    /// Claims that do not hold their ranges yet.
+    waiting: usize,
 }
 
-struct Entry {
-    id: u64,
-    range: Range<u64>,
-    granted: bool,
+/// In the place of a range that nobody claims. Overlaps nothing.
+const FREE: Range<u64> = u64::MAX..0;
+
+struct Slot {
+    arrival: u64,
+    mode: Mode,
+    /// The slot of the claim's first range.
+    head: u32,
+    /// In the head only.
+    claim: Option<Head>,
+}
+
+struct Head {
+    holder: Holder,
+    since: Instant,
+    waits_for: usize,
     waker: Option<Waker>,
+    /// The slots of the claim's further ranges.
+    more: Vec<u32>,
 }
 
+#[inline]
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
 impl State {
-    /// True if no earlier entry overlaps the one at `ix`.
-    fn is_free(&self, ix: usize) -> bool {
-        let range = &self.entries[ix].range;
-        self.entries[..ix].iter().all(|earlier| !overlap(&earlier.range, range))
+    /// The slots whose claims conflict with one of this range.
+    fn conflicts(&self, range: &Range<u64>, mode: Mode) -> impl Iterator<Item = usize> {
+        let overlapping = self.ranges.iter().enumerate().filter(move |(_, other)| overlap(range, other));
+        overlapping
+            .map(|(ix, _)| ix)
+            .filter(move |ix| mode == Mode::Exclusive || self.slots[*ix].mode == Mode::Exclusive)
+    }
+
+    fn insert(&mut self, range: Range<u64>, slot: Slot) -> u32 {
+        match self.free.pop() {
+            Some(Reverse(ix)) if (ix as usize) < self.slots.len() => {
+                self.ranges[ix as usize] = range;
+                self.slots[ix as usize] = slot;
+                ix
+            }
+            _ => {
+                // The lowest free place lies behind the end, and so do all others.
+                self.free.clear();
+                self.ranges.push(range);
+                self.slots.push(slot);
+                self.slots.len() as u32 - 1
+            }
+        }
+    }
+
+    fn remove(&mut self, ix: u32) -> Range<u64> {
+        let range = std::mem::replace(&mut self.ranges[ix as usize], FREE);
+        self.free.push(Reverse(ix));
+        while self.ranges.last() == Some(&FREE) {
+            self.ranges.pop();
+            self.slots.pop();
+        }
+        range
+    }
+
+    /// Tells the claims behind a freed range that they wait for one less. Those that now hold their
+    /// ranges leave their wakers.
+    fn freed(&mut self, range: &Range<u64>, mode: Mode, arrival: u64, wakers: &mut Vec<Waker>) {
+        let later = |ix: &usize| self.slots[*ix].arrival > arrival;
+        let behind: Vec<usize> = self.conflicts(range, mode).filter(later).collect();
+        for ix in behind {
+            let head = self.slots[ix].head as usize;
+            let Some(claim) = &mut self.slots[head].claim else { continue };
+            claim.waits_for -= 1;
+            if claim.waits_for == 0 {
+                wakers.extend(claim.waker.take());
+                self.waiting -= 1;
+            }
+        }
     }
 }
 
@@ -45,38 +162,85 @@ impl RangeLock {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a place in the order now; the guard comes when every earlier overlapping range is free.
-    /// Dropping what this returns, at any time, gives the place up.
-    pub fn lock(&self, range: Range<u64>) -> Waiting<'_> {
+    /// Takes a place in the order now, for all of `ranges` at once; the guard comes when no earlier claim
+    /// is left that one of them conflicts with. Dropping what this returns, at any time, gives the place
+    /// up. Ranges of one claim may overlap each other.
+    pub fn claim(&self, holder: Holder, mode: Mode, ranges: &[Range<u64>]) -> Waiting<'_> {
+        let since = crate::rt::now();
+        let (first, more) = ranges.split_first().map_or((&(0..0), ranges), |(first, more)| (first, more));
         let mut state = self.state();
-        let id = state.next;
-        state.next += 1;
-        state.entries.push(Entry { id, range, granted: false, waker: None });
-        let last = state.entries.len() - 1;
-        state.entries[last].granted = state.is_free(last);
-        Waiting { guard: Some(RangeGuard { lock: self, id }) }
+        let waits_for = ranges.iter().map(|range| state.conflicts(range, mode).count()).sum();
+        let arrival = state.arrivals;
+        state.arrivals += 1;
+        state.waiting += usize::from(waits_for > 0);
+        let head = state.insert(first.clone(), Slot { arrival, mode, head: 0, claim: None });
+        let slot =
+            |range: &Range<u64>| state.insert(range.clone(), Slot { arrival, mode, head, claim: None });
+        let more = more.iter().map(slot).collect();
+        let slot = &mut state.slots[head as usize];
+        slot.head = head;
+        slot.claim = Some(Head { holder, since, waits_for, waker: None, more });
+        drop(state);
+        Waiting { guard: Some(RangeGuard { lock: self, head }), granted: waits_for == 0 }
     }
 
-    fn release(&self, id: u64) {
+    fn release(&self, head: u32) {
         let mut wakers = Vec::new();
         let mut state = self.state();
-        let Some(gone) = state.entries.iter().position(|entry| entry.id == id) else { return };
-        let freed = state.entries.remove(gone).range;
-        for ix in gone..state.entries.len() {
-            let entry = &state.entries[ix];
-            if !entry.granted && overlap(&entry.range, &freed) && state.is_free(ix) {
-                state.entries[ix].granted = true;
-                wakers.extend(state.entries[ix].waker.take());
+        let slot = &mut state.slots[head as usize];
+        let (arrival, mode) = (slot.arrival, slot.mode);
+        let Some(claim) = slot.claim.take() else { return };
+        let freed = state.remove(head);
+        let more: Vec<_> = claim.more.into_iter().map(|ix| state.remove(ix)).collect();
+        state.waiting -= usize::from(claim.waits_for > 0);
+        if state.waiting > 0 {
+            for range in std::iter::once(&freed).chain(&more) {
+                state.freed(range, mode, arrival, &mut wakers);
             }
         }
         drop(state);
         wakers.into_iter().for_each(Waker::wake);
     }
+
+    /// Every claim, in the order of arrival: who holds, who waits, since when. For a drain that does not
+    /// end.
+    pub fn claims(&self) -> Vec<Claim> {
+        let state = self.state();
+        let mut found = Vec::new();
+        for (slot, range) in state.slots.iter().zip(&state.ranges) {
+            let Some(head) = &slot.claim else { continue };
+            let more = head.more.iter().map(|ix| &state.ranges[*ix as usize]);
+            let claim = Claim {
+                holder: head.holder,
+                mode: slot.mode,
+                ranges: std::iter::once(range).chain(more).cloned().collect(),
+                since: head.since,
+                waits_for: head.waits_for,
+            };
+            found.push((slot.arrival, claim));
+        }
+        drop(state);
+        found.sort_by_key(|(arrival, _)| *arrival);
+        found.into_iter().map(|(_, claim)| claim).collect()
+    }
 }
 
 /// A place in the order.
+#[must_use = "dropping it gives the place up"]
 pub struct Waiting<'a> {
     guard: Option<RangeGuard<'a>>,
+    /// It held its ranges when the claim was made.
+    granted: bool,
+}
+
+impl<'a> Waiting<'a> {
+    /// The guard if it is here already, without a future to poll.
+    pub fn now(mut self) -> Result<RangeGuard<'a>, Waiting<'a>> {
+        match self.guard.take() {
+            Some(guard) if self.granted => Ok(guard),
+            guard => Err(Waiting { guard, granted: false }),
+        }
+    }
 }
 
 impl<'a> Future for Waiting<'a> {
@@ -84,14 +248,17 @@ impl<'a> Future for Waiting<'a> {
 
     fn poll(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<RangeGuard<'a>> {
         let guard = self.guard.take().expect("a future is not polled after its end");
+        if self.granted {
+            return Poll::Ready(guard);
+        }
         let mut state = guard.lock.state();
-        let entry = state.entries.iter_mut().find(|entry| entry.id == guard.id);
-        let granted = entry.is_none_or(|entry| {
-            entry.waker = (!entry.granted).then(|| task.waker().clone());
-            entry.granted
+        let waits = state.slots[guard.head as usize].claim.as_mut().is_some_and(|claim| {
+            let waits = claim.waits_for > 0;
+            claim.waker = waits.then(|| task.waker().clone());
+            waits
         });
         drop(state);
-        if granted {
+        if !waits {
             return Poll::Ready(guard);
         }
         self.guard = Some(guard);
@@ -99,103 +266,14 @@ impl<'a> Future for Waiting<'a> {
     }
 }
 
-/// Holds a range until it is dropped.
+/// Holds ranges until it is dropped.
 pub struct RangeGuard<'a> {
     lock: &'a RangeLock,
-    id: u64,
+    head: u32,
 }
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        self.lock.release(self.id);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use futures::FutureExt;
-    use proptest::prelude::*;
-
-    fn poll<'a>(waiting: &mut Waiting<'a>) -> Option<RangeGuard<'a>> {
-        waiting.now_or_never()
-    }
-
-    #[test]
-    fn a_waiting_range_blocks_later_ones() {
-        let lock = RangeLock::default();
-        let first = poll(&mut lock.lock(0..10)).unwrap();
-        let mut second = lock.lock(5..20);
-        let mut third = lock.lock(15..30);
-        assert!(poll(&mut second).is_none());
-        assert!(poll(&mut third).is_none(), "free, but it came after one that waits");
-        assert!(poll(&mut lock.lock(30..40)).is_some());
-        drop(first);
-        let second = poll(&mut second).unwrap();
-        assert!(poll(&mut third).is_none());
-        drop(second);
-        assert!(poll(&mut third).is_some());
-    }
-
-    #[test]
-    fn giving_up_waiting_lets_others_on() {
-        let lock = RangeLock::default();
-        let first = poll(&mut lock.lock(0..10)).unwrap();
-        let waiting = lock.lock(0..20);
-        let mut third = lock.lock(15..30);
-        assert!(poll(&mut third).is_none());
-        drop(waiting);
-        assert!(poll(&mut third).is_some());
-        drop(first);
-        assert!(lock.state().entries.is_empty());
-    }
-
-    type Waiters<'a> = Vec<(usize, Range<u64>, Waiting<'a>)>;
-    type Holders<'a> = Vec<(usize, Range<u64>, RangeGuard<'a>)>;
-
-    /// Moves whoever is granted now to the holders, and checks that exactly those are who should be.
-    fn settle<'a>(waiting: &mut Waiters<'a>, held: &mut Holders<'a>) -> usize {
-        let (mut ix, mut served) = (0, 0);
-        while ix < waiting.len() {
-            let range = waiting[ix].1.clone();
-            let expected = waiting[..ix].iter().all(|other| !overlap(&other.1, &range))
-                && held.iter().all(|other| !overlap(&other.1, &range));
-            let granted = poll(&mut waiting[ix].2);
-            assert_eq!(granted.is_some(), expected);
-            match granted {
-                Some(guard) => {
-                    let (id, range, _) = waiting.remove(ix);
-                    held.push((id, range, guard));
-                    served += 1;
-                }
-                None => ix += 1,
-            }
-        }
-        served
-    }
-
-    proptest! {
-        /// Holders never overlap, grants keep the order of arrival, and everybody is served.
-        #[test]
-        fn against_a_model(steps in proptest::collection::vec((0u64..40, 1u64..20, any::<prop::sample::Index>()), 1..60)) {
-            let lock = RangeLock::default();
-            let mut waiting = Waiters::new();
-            let mut held = Holders::new();
-            let mut served = 0;
-            for (id, (start, len, release)) in steps.iter().enumerate() {
-                waiting.push((id, *start..start + len, lock.lock(*start..start + len)));
-                served += settle(&mut waiting, &mut held);
-                if id % 2 == 1 && !held.is_empty() {
-                    held.remove(release.index(held.len()));
-                    served += settle(&mut waiting, &mut held);
-                }
-            }
-            while !held.is_empty() {
-                held.remove(0);
-                served += settle(&mut waiting, &mut held);
-            }
-            prop_assert!(waiting.is_empty());
-            prop_assert_eq!(served, steps.len());
-        }
+        self.lock.release(self.head);
     }
 }

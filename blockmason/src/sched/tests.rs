@@ -1,5 +1,8 @@
 //! Epochs, gates, panics, detached work, and the fitting of requests, with interleavings forced by hand.
 
+mod conflicts;
+mod ranges;
+
 use crate::describe::{Build, ElementType, Family, Ports, Survives};
 use crate::element::{Children, Element, Flow, LocalBoxFuture, Prepared};
 use crate::error::{Error, Kind, Result};
@@ -21,16 +24,16 @@ const BASE: ElementType = ElementType {
     ..ElementType::BASE
 };
 
+const THROUGH: ElementType = ElementType { ports: Ports::THROUGH, passes_through: true, ..BASE };
+
 static ALL: &[&ElementType] = &[&PARK, &HOP, &PANIC, &BLOCKS, &BEHIND];
 static PARK: ElementType = ElementType {
     name: "park",
     build: |build: &Build<'_>| Ok(Arc::new(Park(build.name.to_owned()))),
     ..BASE
 };
-static HOP: ElementType =
-    ElementType { name: "hop", ports: Ports::THROUGH, build: |_| Ok(Arc::new(Hop)), ..BASE };
-static PANIC: ElementType =
-    ElementType { name: "panic", ports: Ports::THROUGH, build: |_| Ok(Arc::new(Panic)), ..BASE };
+static HOP: ElementType = ElementType { name: "hop", build: |_| Ok(Arc::new(Hop)), ..THROUGH };
+static PANIC: ElementType = ElementType { name: "panic", build: |_| Ok(Arc::new(Panic)), ..THROUGH };
 static BLOCKS: ElementType =
     ElementType { name: "blocks", build: |_| Ok(Arc::new(Blocks::default())), ..BASE };
 static BEHIND: ElementType =

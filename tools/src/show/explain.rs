@@ -1,10 +1,11 @@
-//! What each element looks like from above, and where streams of requests meet.
+//! What each element looks like from above, where streams of requests meet, and where they are ordered.
 
 use crate::units::{Bytes, table};
-use crate::view::{EdgeView, ElementView, GeometryView, GraphView};
+use crate::view::{EdgeView, ElementView, GeometryView, GraphView, PlaceView};
 use std::fmt::Write;
 
-/// A table of geometries, what the framework does on the edges, and the in ports with several edges.
+/// A table of geometries, what the framework does on the edges, the in ports with several edges, and the
+/// places at which overlapping requests are ordered.
 pub(super) fn draw(graph: &GraphView) -> String {
     let head = ["element", "type", "operations", "size", "min", "preferred", "max", "notes"];
     let rows = graph.elements.iter().map(row).collect();
@@ -18,6 +19,14 @@ pub(super) fn draw(graph: &GraphView) -> String {
     let met: Vec<String> = met.collect();
     if !met.is_empty() {
         let _ = write!(out, "\nIn ports with several edges:\n{}", met.concat());
+    }
+    let ordered: Vec<String> = graph.ordered.iter().map(|group| order(group)).collect();
+    if !ordered.is_empty() {
+        let _ = write!(
+            out,
+            "\nOverlapping requests are ordered, those of one line together:\n{}",
+            ordered.concat()
+        );
     }
     out
 }
@@ -66,4 +75,41 @@ fn services(element: &ElementView) -> Vec<String> {
 fn meeting(element: &ElementView, edges: &[&EdgeView]) -> Option<String> {
     let ends: Vec<String> = edges.iter().map(|edge| format!("({}, {})", edge.from, edge.port)).collect();
     (ends.len() > 1).then(|| format!("  ({}, in) <- {}\n", element.name, ends.join(", ")))
+}
+
+/// The edges at which the requests of one group are ordered.
+fn order(group: &[PlaceView]) -> String {
+    let places: Vec<String> =
+        group.iter().map(|place| format!("({}, {}) -> {}", place.from, place.port, place.to)).collect();
+    format!("  {}\n", places.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_listed_group_by_group() {
+        let place = |from: &str, port: &str, to: &str| PlaceView {
+            from: from.to_owned(),
+            port: port.to_owned(),
+            to: to.to_owned(),
+        };
+        let graph = GraphView {
+            name: "vm1".to_owned(),
+            file: "vm1.mason".to_owned(),
+            elements: Vec::new(),
+            edges: Vec::new(),
+            references: Vec::new(),
+            ordered: vec![
+                vec![place("Guest", "out", "Tee"), place("Copy", "from", "Old")],
+                vec![place("Other", "out", "Tee2")],
+            ],
+            live: None,
+        };
+        let drawn = draw(&graph);
+        let expected = "\nOverlapping requests are ordered, those of one line together:\n  \
+                        (Guest, out) -> Tee, (Copy, from) -> Old\n  (Other, out) -> Tee2\n";
+        assert!(drawn.ends_with(expected), "{drawn}");
+    }
 }
