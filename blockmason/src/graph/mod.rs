@@ -218,8 +218,9 @@ impl Graph {
         self.failed.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn fail(&self) {
-        self.failed.store(true, Ordering::Relaxed);
+    /// True if it had not failed before.
+    pub(crate) fn fail(&self) -> bool {
+        !self.failed.swap(true, Ordering::Relaxed)
     }
 
     /// Tells the work of its own of every element to end.
