@@ -6,6 +6,7 @@ mod check;
 mod completions;
 mod control;
 mod elements;
+mod events;
 mod failure;
 mod folders;
 mod graphs;
@@ -46,6 +47,7 @@ enum Command {
     Status(status::Args),
     Load(load::Args),
     Unload(unload::Args),
+    Events(events::Args),
     Get(handlers::GetArgs),
     Set(handlers::SetArgs),
     Call(handlers::CallArgs),
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::main(args),
         Command::Load(args) => load::main(args),
         Command::Unload(args) => unload::main(args),
+        Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),
         Command::Set(args) => handlers::set(args),
         Command::Call(args) => handlers::call(args),

@@ -254,9 +254,10 @@ impl Live {
         (self.reloads.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed))
     }
 
-    /// The pauses of all reloads, by bucket; see [`Histogram::upper_ns`].
-    pub fn pauses(&self) -> Vec<u64> {
-        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).read()
+    /// The pauses of all reloads, by bucket (see [`Histogram::upper_ns`]), and together in nanoseconds.
+    pub fn pauses(&self) -> (Vec<u64>, u64) {
+        let pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
+        (pauses.read(), pauses.sum_ns())
     }
 
     /// Ends service. Returns the first flush that failed.

@@ -316,7 +316,11 @@ fn report(cx: Cx<'_>, source: &str, id: u64, error: &Error) {
             let element = error.element().unwrap_or(source);
             let event = Event::new(EventKind::Error, graph, error).of(element);
             let event = event.with("source", source).with("kind", error.kind().name());
-            cx.lane.shard.events().publish(if cause.is_empty() { event } else { event.with("cause", &cause) });
+            cx.lane.shard.events().publish(if cause.is_empty() {
+                event
+            } else {
+                event.with("cause", &cause)
+            });
             for hop in cx.lane.shard.recorder.borrow().dump().iter().filter(|hop| hop.root == id) {
                 tracing::warn!(graph, "on its way: {hop:?}");
             }

@@ -16,8 +16,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Connections at a time. One more is told so, and closed.
 const MOST_CONNECTIONS: usize = 64;
@@ -43,6 +43,43 @@ pub(crate) fn serve(listener: std::os::unix::net::UnixListener, daemon: Arc<Daem
     Ok(())
 }
 
+/// Answers with counters, to whoever can connect.
+pub(crate) fn serve_metrics(listener: std::net::TcpListener, daemon: Arc<Daemon>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let router = routes::metrics_router(daemon);
+    spawn(async move {
+        let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        loop {
+            // Those who ask for counters can wait for their turn.
+            let Ok(permit) = connections.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, _)) => take(stream, permit, &router),
+                Err(error) => pause("metrics", &error).await,
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Serves a connection by itself.
+fn take<S>(stream: S, permit: OwnedSemaphorePermit, router: &Router)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let connection = attend(stream, router.clone());
+    spawn(async move {
+        connection.await;
+        drop(permit);
+    });
+}
+
+/// Out of descriptors, most likely: some time has to pass before it can be better.
+async fn pause(what: &str, error: &io::Error) {
+    tracing::info!("the {what} socket cannot accept: {error}");
+    rt::sleep(Duration::from_millis(100)).await;
+}
+
 /// Runs something of the control side by itself.
 #[expect(clippy::disallowed_methods, reason = "no request of a disk passes here: this is the control side")]
 pub(super) fn spawn<T: Send + 'static>(
@@ -59,20 +96,10 @@ async fn accept(listener: UnixListener, router: Router) {
                 tracing::info!("another user's connection to the control socket is refused");
             }
             Ok((stream, _)) => match connections.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let connection = attend(stream, router.clone());
-                    spawn(async move {
-                        connection.await;
-                        drop(permit);
-                    });
-                }
+                Ok(permit) => take(stream, permit, &router),
                 Err(_) => refuse(&stream),
             },
-            Err(error) => {
-                tracing::info!("the control socket cannot accept: {error}");
-                // Out of descriptors, most likely: some time has to pass before it can be better.
-                rt::sleep(Duration::from_millis(100)).await;
-            }
+            Err(error) => pause("control", &error).await,
         }
     }
 }
@@ -94,7 +121,7 @@ fn is_friend(stream: &UnixStream) -> bool {
 }
 
 /// Serves one connection to its end.
-pub(super) async fn attend<S>(stream: S, router: Router)
+async fn attend<S>(stream: S, router: Router)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {

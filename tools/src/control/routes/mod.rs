@@ -2,8 +2,10 @@
 //! description, so that docs/openapi.json has all of them.
 
 mod daemon;
+mod events;
 mod graphs;
 mod handlers;
+mod metrics;
 
 use super::daemon::Daemon;
 use super::refusal::Refusal;
@@ -29,8 +31,11 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(daemon::daemon))
         .routes(routes!(daemon::status))
+        .routes(routes!(events::events))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(graphs::list, graphs::load))
         .routes(routes!(graphs::show, graphs::unload))
+        .routes(routes!(graphs::print))
         .routes(routes!(handlers::list))
         .routes(routes!(handlers::get, handlers::set, handlers::call))
 }
@@ -38,6 +43,12 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
 /// Answers every request.
 pub(super) fn router(daemon: Arc<Daemon>) -> Router {
     let (router, _) = described().split_for_parts();
+    router.fallback(unknown).method_not_allowed_fallback(wrong_method).with_state(daemon)
+}
+
+/// Answers with counters, and nothing else.
+pub(super) fn metrics_router(daemon: Arc<Daemon>) -> Router {
+    let (router, _) = OpenApiRouter::new().routes(routes!(metrics::metrics)).split_for_parts();
     router.fallback(unknown).method_not_allowed_fallback(wrong_method).with_state(daemon)
 }
 
