@@ -99,7 +99,7 @@ impl Live {
             setup,
             disk,
             changing: tokio::sync::Mutex::default(),
-            state: Mutex::new(State { spec: Arc::new(empty), exports: Vec::new() }),
+            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
             pauses: Mutex::default(),
             reloads: AtomicU64::new(0),
             failed: AtomicU64::new(0),
