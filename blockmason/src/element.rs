@@ -1,6 +1,7 @@
 //! The one trait that every element implements. docs/elements.md is the author's guide.
 
 use crate::error::{Error, Result};
+use crate::events::{Event, EventKind};
 use crate::geometry::Geometry;
 use crate::request::{Reply, Request};
 use crate::sched::Cx;
@@ -214,5 +215,14 @@ pub struct Open<'a> {
 impl std::fmt::Debug for dyn Element {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("an element")
+    }
+}
+
+impl Open<'_> {
+    /// Tells the operator something about this element, as an event.
+    pub fn notice(&self, message: impl std::fmt::Display) {
+        let graph = self.disk.graph();
+        let event = Event::new(EventKind::Notice, graph.name(), message).of(self.name);
+        self.host.events().publish(event);
     }
 }

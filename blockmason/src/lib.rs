@@ -9,6 +9,7 @@ pub mod data;
 pub mod describe;
 pub mod element;
 pub mod error;
+pub mod events;
 pub mod geometry;
 pub mod graph;
 pub mod io;

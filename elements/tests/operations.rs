@@ -58,6 +58,7 @@ const FRAGMENTS: &[Fragment] = &[
         "stripe",
         "element X (type stripe) (chunk 4k) element A {odd} element B {sink} (X, a) -> A (X, b) -> B",
     ),
+    disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
     disk("delay", "element X (type delay) (all 1ms) (jitter 3ms) element S {odd} X -> S"),
     disk("error", "element X (type error) (probability 0%) element S {odd} X -> S"),
     disk("flip", "element X (type flip) (probability 0%) element S {odd} X -> S"),

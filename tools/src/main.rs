@@ -7,6 +7,7 @@ mod completions;
 mod control;
 mod edit;
 mod elements;
+mod events;
 mod failure;
 mod folders;
 mod graphs;
@@ -57,6 +58,7 @@ enum Command {
     Insert(edit::InsertArgs),
     Replace(edit::ReplaceArgs),
     Save(reload::SaveArgs),
+    Events(events::Args),
     Get(handlers::GetArgs),
     Set(handlers::SetArgs),
     Call(handlers::CallArgs),
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Insert(args) => edit::insert(args),
         Command::Replace(args) => edit::replace(args),
         Command::Save(args) => reload::save(args),
+        Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),
         Command::Set(args) => handlers::set(args),
         Command::Call(args) => handlers::call(args),

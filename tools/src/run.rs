@@ -1,7 +1,7 @@
 //! `mason run`: serves graphs until it is told to stop.
 
 use crate::control::daemon::Daemon;
-use crate::control::server::serve;
+use crate::control::server::{serve, serve_metrics};
 use crate::failure::{Failure, Outcome};
 use crate::folders::make_run;
 use crate::graphs::{GraphArgs, GraphFile};
@@ -11,6 +11,7 @@ use blockmason::Host;
 use blockmason::sched::HostConfig;
 use std::collections::HashSet;
 use std::io::IsTerminal;
+use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
   mason run graphs/quickstart.mason
   mason run vm1.mason -D image=/srv/vm1.img
   mason run vm1.mason vm2.mason --control /run/mason/control.sock
+  mason run vm1.mason --metrics tcp:127.0.0.1:9100
   nbdsh -c 'h.connect_command(["mason", "run", "vm1.mason", "--stdio"])' -c 'print(h.get_size())'
 
 When every export accepts, one line on stdout for each: ready ELEMENT URI
@@ -42,6 +44,11 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     left: crate::left::LeftArgs,
+
+    /// Answers GET /metrics here, for Prometheus, to whoever can connect: tcp:127.0.0.1:9100
+    /// [default: only on the control socket]
+    #[arg(long, value_name = "ADDRESS", value_parser = tcp_address)]
+    metrics: Option<String>,
 
     /// Threads that carry requests [default: one for each processor]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -86,6 +93,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let mut signals = Signals::watch()?;
         let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
         let client = args.stdio.then(|| blockmason_elements::export::nbd::use_stdio(&host));
+        let metrics = args.metrics.as_deref().map(bind_metrics).transpose()?;
         let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
         let daemon = Arc::new(Daemon::new(host, reader));
         for file in files {
@@ -101,6 +109,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
                 return Err(failure);
             }
         };
+        if let Some(listener) = metrics {
+            serve_metrics(listener, daemon.clone()).map_err(Failure::new)?;
+        }
         if client.is_none() {
             announce(args, &daemon)?;
         }
@@ -123,6 +134,20 @@ pub(crate) fn main(args: &Args) -> Outcome {
             stopped = daemon.stop() => Ok(stopped?),
         }
     })
+}
+
+/// `HOST:PORT` of `tcp:HOST:PORT`.
+fn tcp_address(text: &str) -> Result<String, String> {
+    let address = text.strip_prefix("tcp:").filter(|address| address.contains(':'));
+    address.map(str::to_owned).ok_or_else(|| "expected an address such as tcp:127.0.0.1:9100".to_owned())
+}
+
+/// Before anything serves, so that nothing does if this cannot be had.
+fn bind_metrics(address: &str) -> Outcome<TcpListener> {
+    let refused = |error| Failure::new(format!("tcp:{address}: the metrics cannot be served there: {error}"));
+    let listener = TcpListener::bind(address).map_err(refused)?;
+    tracing::info!("metrics are at tcp:{}", listener.local_addr().map_err(refused)?);
+    Ok(listener)
 }
 
 /// A thousand clients need more descriptors than the soft limit usually allows.

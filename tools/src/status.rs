@@ -2,7 +2,7 @@
 
 use crate::control::find::ControlArgs;
 use crate::failure::Outcome;
-use crate::output;
+use crate::output::{self, printable};
 use crate::units::{Bytes, Nanos, Seconds, table};
 use crate::view::{GraphView, LiveView, Status};
 use std::fmt::Write;
@@ -29,10 +29,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
 
 fn text(status: &Status) -> String {
     let up = Seconds(status.uptime_seconds);
-    let mut out = format!("mason {}, process {}, up {up}\n", status.version, status.pid);
+    let mut out = format!("mason {}, process {}, up {up}\n", printable(&status.version), status.pid);
     for graph in &status.graphs {
         // Writing to a String cannot fail.
-        let _ = write!(out, "\n{}  {}\n", graph.name, graph.file);
+        let _ = write!(out, "\n{}  {}\n", printable(&graph.name), printable(&graph.file));
         if let Some(live) = &graph.live {
             out += &live_text(graph, live);
         }
@@ -48,14 +48,14 @@ fn live_text(graph: &GraphView, live: &LiveView) -> String {
     for export in &live.exports {
         let size = graph.element(&export.element).and_then(|element| element.geometry.as_ref());
         let size = size.map_or_else(String::new, |geometry| format!("  {}", Bytes(geometry.size)));
-        let _ = writeln!(out, "  {}  {}{size}", export.element, export.uri);
+        let _ = writeln!(out, "  {}  {}{size}", printable(&export.element), printable(&export.uri));
     }
     let _ = writeln!(out, "  {} in flight", Bytes(live.in_flight_bytes));
     let mut rows = Vec::new();
     for source in &live.sources {
         for op in &source.operations {
             let latencies = [op.p50_ns, op.p90_ns, op.p99_ns, op.p999_ns, op.max_ns];
-            let mut row = vec![source.element.clone(), op.operation.clone(), op.requests.to_string()];
+            let mut row = vec![printable(&source.element), printable(&op.operation), op.requests.to_string()];
             row.extend([Bytes(op.bytes).to_string(), op.errors.to_string()]);
             row.extend(latencies.map(|ns| Nanos(ns).to_string()));
             rows.push(row);

@@ -48,6 +48,39 @@ impl Display for Seconds {
     }
 }
 
+/// Seconds since 1970 as a time of day, `2026-01-31T12:00:00.250Z`.
+pub(crate) struct Stamp(pub(crate) f64);
+
+impl Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Far away from where the arithmetic below ends.
+        let millis = (self.0 * 1000.0).clamp(0.0, 1e14) as u64;
+        let (seconds, millis) = (millis / 1000, millis % 1000);
+        let (year, month, day) = civil(seconds / 86400);
+        let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+    }
+}
+
+/// The date so many days after 1970-01-01: year, month, day.
+fn civil(mut days: u64) -> (u64, usize, u64) {
+    let is_leap =
+        |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970;
+    while days >= 365 + u64::from(is_leap(year)) {
+        days -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(is_leap(year));
+    let months = [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while days >= months[month] {
+        days -= months[month];
+        month += 1;
+    }
+    (year, month + 1, days + 1)
+}
+
 /// A table without lines; the columns `numbers` are set flush right.
 pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>, numbers: Range<usize>) -> String {
     use comfy_table::{CellAlignment, Table, TableStyle};
@@ -64,6 +97,18 @@ pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>, numbers: Range<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_of_day() {
+        let stamps = [0.0, 951_782_400.25, 1_709_251_199.999, 4_107_542_400.0].map(|s| Stamp(s).to_string());
+        let wanted = [
+            "1970-01-01T00:00:00.000Z",
+            "2000-02-29T00:00:00.250Z",
+            "2024-02-29T23:59:59.999Z",
+            "2100-03-01T00:00:00.000Z",
+        ];
+        assert_eq!(stamps, wanted);
+    }
 
     #[test]
     fn quantities() {

@@ -172,6 +172,12 @@ pub(crate) struct GraphSummary {
     pub(crate) exports: Vec<ExportView>,
 }
 
+/// A running graph as a graph file.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct GraphText {
+    pub(crate) text: String,
+}
+
 /// A handler of an element of a running graph.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HandlerView {
@@ -199,6 +205,24 @@ pub(crate) struct HandlerValue {
 pub(crate) struct HandlerArgument {
     #[serde(default)]
     pub(crate) argument: String,
+}
+
+/// An event.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes `Event` to the document of the API")]
+pub(crate) struct EventView {
+    /// Counts from 1, without gaps.
+    number: u64,
+    /// Seconds since 1970.
+    time: f64,
+    graph: String,
+    element: Option<String>,
+    /// `loaded`, `unloaded`, `reload`, `reload_failed`, `error`, `failed`, `notice`, `threshold`.
+    kind: String,
+    /// One sentence for people.
+    message: String,
+    /// Details for programs.
+    fields: Option<HashMap<String, String>>,
 }
 
 /// A graph.

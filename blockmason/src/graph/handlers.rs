@@ -118,19 +118,15 @@ impl Graph {
 
     /// The value of a handler that the framework answers.
     fn common(&self, node: usize, handler: &str) -> Option<String> {
-        if self.nodes[node].instance.ty.ports.input {
-            let (requests, bytes) = self.arrived(node);
-            return match handler {
-                "requests" => Some(requests.to_string()),
-                "bytes" => Some(bytes.to_string()),
-                _ => None,
-            };
+        let arrived = self.arrived(node);
+        match handler {
+            "requests" => return Some(arrived.iter().map(|op| op.requests).sum::<u64>().to_string()),
+            "bytes" => return Some(arrived.iter().map(|op| op.bytes).sum::<u64>().to_string()),
+            _ => {}
         }
         let sum = self.read_source(node).sum();
         let time = |q| Some(Time(Duration::from_nanos(sum.quantile_ns(q))).to_string());
         match handler {
-            "requests" => Some(sum.requests.to_string()),
-            "bytes" => Some(sum.bytes.to_string()),
             "errors" => Some(sum.errors.to_string()),
             "latency_p50" => time(0.5),
             "latency_p99" => time(0.99),

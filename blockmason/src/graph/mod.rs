@@ -213,6 +213,11 @@ impl Graph {
         self.node(name).filter(|node| !self.nodes[*node].instance.ty.ports.input)
     }
 
+    /// True if requests of clients enter at this element.
+    pub fn is_source(&self, node: usize) -> bool {
+        !self.nodes[node].instance.ty.ports.input
+    }
+
     /// What an element looks like from above.
     pub fn geometry(&self, node: usize) -> Geometry {
         self.nodes[node].geometry
@@ -232,8 +237,9 @@ impl Graph {
         self.failed.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn fail(&self) {
-        self.failed.store(true, Ordering::Relaxed);
+    /// True if it had not failed before.
+    pub(crate) fn fail(&self) -> bool {
+        !self.failed.swap(true, Ordering::Relaxed)
     }
 
     /// Tells the work of its own of every element to end.
@@ -316,13 +322,17 @@ impl Graph {
         self.edges.iter().enumerate().map(reading).collect()
     }
 
-    /// Requests that have come to an element, and the bytes that they moved, over all edges and shards.
-    pub fn arrived(&self, node: usize) -> (u64, u64) {
+    /// What has come to an element, from clients or by its edges, by operation in the order of [`Op::ALL`].
+    pub fn arrived(&self, node: usize) -> [Moved; Op::ALL.len()] {
         let mut ops = [Moved::default(); Op::ALL.len()];
         for (ix, _) in self.edges.iter().enumerate().filter(|(_, edge)| edge.to as usize == node) {
             self.tallies.iter().for_each(|tally| tally.edges[ix].read(&mut ops));
         }
-        (ops.iter().map(|op| op.requests).sum(), ops.iter().map(|op| op.bytes).sum())
+        for (sum, op) in ops.iter_mut().zip(&self.read_source(node).ops) {
+            sum.requests += op.requests;
+            sum.bytes += op.bytes;
+        }
+        ops
     }
 
     /// What has entered at an element, on all shards; nothing for one that is no source.

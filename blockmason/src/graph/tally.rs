@@ -116,6 +116,8 @@ pub struct OpReading {
     pub errors: u64,
     /// Requests by latency bucket; see [`Histogram::upper_ns`].
     pub latency: Vec<u64>,
+    /// Their latencies together, in nanoseconds.
+    pub latency_sum_ns: u64,
 }
 
 impl SourceReading {
@@ -126,6 +128,7 @@ impl SourceReading {
             sum.requests += op.requests;
             sum.bytes += op.bytes;
             sum.errors += op.errors;
+            sum.latency_sum_ns += op.latency_sum_ns;
             for (sum, count) in sum.latency.iter_mut().zip(&op.latency) {
                 *sum += count;
             }
@@ -175,6 +178,7 @@ impl Tally {
         for (tally, sum) in source.ops.iter().zip(&mut sum.ops) {
             sum.bytes += tally.bytes.get();
             sum.errors += tally.errors.get();
+            sum.latency_sum_ns += tally.latency.sum_ns();
             sum.latency.resize(Histogram::BUCKETS, 0);
             for (bucket, count) in sum.latency.iter_mut().enumerate() {
                 let n = tally.latency.buckets[bucket].get();
@@ -189,11 +193,13 @@ impl Tally {
 /// a quantile is at most 12.5 % off. Durations past 18 minutes count as that.
 pub struct Histogram {
     buckets: [Count; Histogram::BUCKETS],
+    sum_ns: Count,
 }
 
 impl Default for Histogram {
     fn default() -> Self {
-        Histogram { buckets: [const { Count(AtomicU64::new(0)) }; Histogram::BUCKETS] }
+        let buckets = [const { Count(AtomicU64::new(0)) }; Histogram::BUCKETS];
+        Histogram { buckets, sum_ns: Count::default() }
     }
 }
 
@@ -224,6 +230,12 @@ impl Histogram {
     #[inline]
     pub fn record(&self, ns: u64) {
         self.buckets[Histogram::bucket(ns)].add(1);
+        self.sum_ns.add(ns);
+    }
+
+    /// All durations together, in nanoseconds.
+    pub fn sum_ns(&self) -> u64 {
+        self.sum_ns.get()
     }
 
     /// The counts, by bucket.

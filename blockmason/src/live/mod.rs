@@ -12,6 +12,7 @@ pub use diff::{Diff, ElementDiff, Fate, ParamDiff};
 
 use crate::describe::{self, Catalogue};
 use crate::error::{Error, Result};
+use crate::events::{Event, EventKind};
 use crate::graph::build::{Builder, connections};
 use crate::graph::tally::Histogram;
 use crate::graph::{Graph, Instance};
@@ -99,7 +100,10 @@ impl Live {
             failed: AtomicU64::new(0),
         };
         match live.change(spec, &Options::default()).await {
-            Ok(_) => Ok(Arc::new(live)),
+            Ok(_) => {
+                live.publish(EventKind::Loaded, "the graph serves", &[]);
+                Ok(Arc::new(live))
+            }
             Err(error) => {
                 live.disk.stop().await?;
                 Err(error)
@@ -169,8 +173,13 @@ impl Live {
                 self.reloads.fetch_add(1, Ordering::Relaxed);
                 let ns = Duration::from_secs_f64(report.pause_seconds).as_nanos() as u64;
                 self.pauses.lock().unwrap_or_else(PoisonError::into_inner).record(ns);
+                let times = [("pause_seconds", report.pause_seconds), ("took_seconds", report.took_seconds)];
+                self.publish(EventKind::Reload, "the graph was changed", &times);
             }
-            Err(_) => drop(self.failed.fetch_add(1, Ordering::Relaxed)),
+            Err(error) => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                self.publish(EventKind::ReloadFailed, format!("the graph serves on as it was: {error}"), &[]);
+            }
         }
         report.map_err(E::from)
     }
@@ -258,15 +267,30 @@ impl Live {
         (self.reloads.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed))
     }
 
-    /// The pauses of all reloads, by bucket; see [`Histogram::upper_ns`].
-    pub fn pauses(&self) -> Vec<u64> {
-        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).read()
+    /// The pauses of all reloads, by bucket (see [`Histogram::upper_ns`]), and together in nanoseconds.
+    pub fn pauses(&self) -> (Vec<u64>, u64) {
+        let pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
+        (pauses.read(), pauses.sum_ns())
     }
 
     /// Ends service. Returns the first flush that failed.
     pub async fn stop(&self) -> Result<()> {
         let _changing = self.changing.lock().await;
-        self.disk.stop().await
+        let stopped = self.disk.stop().await;
+        match &stopped {
+            Ok(()) => self.publish(EventKind::Unloaded, "the graph serves no longer", &[]),
+            Err(error) => {
+                let message = format!("the graph serves no longer, and not all was flushed: {error}");
+                self.publish(EventKind::Unloaded, message, &[]);
+            }
+        }
+        stopped
+    }
+
+    fn publish(&self, kind: EventKind, message: impl std::fmt::Display, fields: &[(&str, f64)]) {
+        let event = Event::new(kind, self.name(), message);
+        let event = fields.iter().fold(event, |event, (key, value)| event.with(key, value));
+        self.disk.host().events().publish(event);
     }
 }
 

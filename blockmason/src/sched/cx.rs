@@ -4,6 +4,7 @@ use super::detach::Detached;
 use super::{Shard, detach};
 use crate::element::Flow;
 use crate::error::Error;
+use crate::events::{Event, EventKind};
 use crate::geometry::Geometry;
 use crate::graph::tally::Tally;
 use crate::graph::{Graph, edge::Edge};
@@ -37,6 +38,15 @@ impl Lane {
         graph.lanes.enter();
         let (tally, closing) = (graph.tallies[shard.id()].clone(), graph.closing());
         Lane { graph, shard, tally, detached: RefCell::default(), closing }
+    }
+
+    /// An element has panicked: the graph answers errors until it is replaced.
+    #[cold]
+    pub(crate) fn fail(&self) {
+        if self.graph.fail() {
+            let message = "an element has panicked: the graph answers errors until it is reloaded";
+            self.shard.events().publish(Event::new(EventKind::Failed, self.graph.name(), message));
+        }
     }
 
     pub(crate) fn cx(&self, node: usize) -> Cx<'_> {
@@ -152,6 +162,13 @@ impl<'a> Cx<'a> {
     /// The shard that this request lives on.
     pub fn shard(self) -> &'a Rc<Shard> {
         &self.lane.shard
+    }
+
+    /// Tells the operator something about this element, as an event: not for every request.
+    #[cold]
+    pub fn notice(self, message: impl std::fmt::Display) {
+        let event = Event::new(EventKind::Notice, self.graph_name(), message).of(self.name());
+        self.lane.shard.events().publish(event);
     }
 
     /// Now, on the clock that tests can stop.

@@ -4,6 +4,7 @@ use super::cx::Lane;
 use super::home::{Harbour, Post};
 use super::{Hop, Shard};
 use crate::error::{Error, Result};
+use crate::events::Events;
 use crate::graph::Graph;
 use crate::io::Ring;
 use crate::request::{Reply, Request};
@@ -44,6 +45,7 @@ pub struct Host {
     shards: Vec<ShardHandle>,
     state_dir: PathBuf,
     services: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
+    events: Arc<Events>,
     next: AtomicUsize,
 }
 
@@ -57,11 +59,14 @@ impl Host {
     /// Starts the shards. They end when the host is dropped.
     pub fn start(config: HostConfig) -> Result<Arc<Host>> {
         let post = Post::new(config.shards.max(1));
-        let shards = (0..config.shards.max(1)).map(|id| start_shard(id, &post)).collect::<Result<_>>()?;
+        let events = Arc::<Events>::default();
+        let shards = (0..config.shards.max(1)).map(|id| start_shard(id, &post, &events));
+        let shards = shards.collect::<Result<_>>()?;
         Ok(Arc::new(Host {
             shards,
             state_dir: config.state_dir,
             services: Mutex::default(),
+            events,
             next: AtomicUsize::new(0),
         }))
     }
@@ -70,7 +75,9 @@ impl Host {
     /// Its jobs run as local tasks of that runtime.
     #[cfg(any(test, feature = "testing"))]
     pub fn on_this_thread(seed: u64, state_dir: &Path) -> Arc<Host> {
-        let shard = Shard::new(0, Some(seed), None, Harbour::new(Post::new(1), 0));
+        let events = Arc::<Events>::default();
+        let harbour = Harbour::new(Post::new(1), 0);
+        let shard = Shard::new(0, Some(seed), None, harbour, events.clone());
         std::mem::forget(shard.enter());
         let (jobs, queue) = mpsc::unbounded_channel();
         tokio::task::spawn_local(take_jobs(shard, queue));
@@ -79,6 +86,7 @@ impl Host {
             shards: vec![handle],
             state_dir: state_dir.to_owned(),
             services: Mutex::default(),
+            events,
             next: AtomicUsize::new(0),
         })
     }
@@ -91,6 +99,11 @@ impl Host {
     /// Where state is kept.
     pub fn state_dir(&self) -> &Path {
         &self.state_dir
+    }
+
+    /// What happens that an operator wants to know of.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
     }
 
     /// The one `T` of this process, made when it is first asked for: what elements of one kind share.
@@ -200,8 +213,8 @@ async fn take_jobs(shard: Rc<Shard>, mut queue: mpsc::UnboundedReceiver<Job>) {
     }
 }
 
-fn start_shard(id: usize, post: &Arc<Post>) -> Result<ShardHandle> {
-    let post = post.clone();
+fn start_shard(id: usize, post: &Arc<Post>, events: &Arc<Events>) -> Result<ShardHandle> {
+    let (post, events) = (post.clone(), events.clone());
     let (jobs, queue) = mpsc::unbounded_channel();
     let (ready, started) = std::sync::mpsc::sync_channel(1);
     let body = move || {
@@ -215,7 +228,7 @@ fn start_shard(id: usize, post: &Arc<Post>) -> Result<ShardHandle> {
         };
         runtime.block_on(async move {
             let ring = Ring::open(id);
-            let shard = Shard::new(id, None, ring, Harbour::new(post, id));
+            let shard = Shard::new(id, None, ring, Harbour::new(post, id), events);
             let _entered = shard.enter();
             if shard.ring().is_some() {
                 tokio::task::spawn_local(Ring::reap(shard.clone()));

@@ -9,6 +9,7 @@ use super::handover::Working;
 use super::{Cx, Disk, Shard, Slot};
 use crate::element::{Flow, LocalBoxFuture};
 use crate::error::{Error, Kind, Result};
+use crate::events::{Event, EventKind};
 use crate::geometry::{Geometry, MAX_REQUEST};
 use crate::graph::Graph;
 use crate::request::{Flags, Op, Reply, Request};
@@ -283,7 +284,7 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
 
 fn finish<S: Stream>(cx: Cx<'_>, serving: &Serving<'_, S>, owner: Owner<S::Tag>, reply: Option<Reply>) {
     let reply = reply.unwrap_or_else(|| {
-        cx.lane.graph.fail();
+        cx.lane.fail();
         Err(Error::internal("an element panicked; the graph answers errors until it is reloaded"))
     });
     match owner {
@@ -312,6 +313,14 @@ fn report(cx: Cx<'_>, source: &str, id: u64, error: &Error) {
         }
         _ => {
             tracing::warn!(graph, source, cause, "{error}");
+            let element = error.element().unwrap_or(source);
+            let event = Event::new(EventKind::Error, graph, error).of(element);
+            let event = event.with("source", source).with("kind", error.kind().name());
+            cx.lane.shard.events().publish(if cause.is_empty() {
+                event
+            } else {
+                event.with("cause", &cause)
+            });
             for hop in cx.lane.shard.recorder.borrow().dump().iter().filter(|hop| hop.root == id) {
                 tracing::warn!(graph, "on its way: {hop:?}");
             }
@@ -338,7 +347,7 @@ pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
             match catch_unwind(AssertUnwindSafe(|| body.as_mut().poll(task))) {
                 Ok(poll) => over = poll.is_ready(),
                 Err(_) => {
-                    lane.graph.fail();
+                    lane.fail();
                     over = true;
                 }
             }
@@ -349,12 +358,12 @@ pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
             match catch_unwind(AssertUnwindSafe(|| cx.forward(task.port, task.req))) {
                 Ok(Flow::Now(reply)) => task.done.send(reply),
                 Ok(Flow::Later(flow)) => flows.insert(flow, task.done),
-                Err(_) => lane.graph.fail(),
+                Err(_) => lane.fail(),
             }
         }
         flows.poll(task, |done, reply| {
             done.send(reply.unwrap_or_else(|| {
-                lane.graph.fail();
+                lane.fail();
                 Err(Error::internal("an element panicked"))
             }));
         });

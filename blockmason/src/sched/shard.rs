@@ -4,11 +4,13 @@
 use super::disk::Slot;
 use super::home::Harbour;
 use super::recorder::Recorder;
+use crate::events::Events;
 use crate::io::Ring;
 use std::any::{Any, TypeId};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Shard>>> = const { RefCell::new(None) };
@@ -24,10 +26,17 @@ pub struct Shard {
     locals: RefCell<HashMap<(TypeId, u64), Rc<dyn Any>>>,
     ring: Option<Ring>,
     pub(super) harbour: Harbour,
+    events: Arc<Events>,
 }
 
 impl Shard {
-    pub(crate) fn new(id: usize, seed: Option<u64>, ring: Option<Ring>, harbour: Harbour) -> Rc<Shard> {
+    pub(crate) fn new(
+        id: usize,
+        seed: Option<u64>,
+        ring: Option<Ring>,
+        harbour: Harbour,
+        events: Arc<Events>,
+    ) -> Rc<Shard> {
         let rng = seed.map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
         Rc::new(Shard {
             id,
@@ -38,6 +47,7 @@ impl Shard {
             locals: RefCell::default(),
             ring,
             harbour,
+            events,
         })
     }
 
@@ -69,6 +79,11 @@ impl Shard {
     /// How many shards its host has.
     pub fn shards(&self) -> usize {
         self.harbour.shards()
+    }
+
+    /// What happens that an operator wants to know of, in this process.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
     }
 
     /// Its io_uring; None where the kernel refuses one.

@@ -282,6 +282,13 @@ fn a_panic_fails_its_graph_and_no_other() {
         assert_eq!((error.kind(), error.errno()), (Kind::Internal, crate::Errno::IO));
         assert!(in_flight.await.unwrap().is_err(), "nobody knows who would ever wake it");
         assert!(disk.read(0, 1).await.is_err(), "the graph answers errors from now on");
+        let events = host.events().follow(100).take(100).events;
+        let kinds: Vec<_> = events.iter().map(|event| event.kind.name()).collect();
+        assert_eq!(
+            kinds,
+            ["failed", "error", "error", "error"],
+            "it is said once, and what each request got"
+        );
         let reply = other.send(Request::read(0, 1));
         settle().await;
         release("B");

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 blockmason::params! {
@@ -15,6 +15,8 @@ blockmason::params! {
     pub struct Params {
         /// The file to append to, made when it is missing. Without it the lines go to stderr.
         logfile: Option<FilePath>,
+        /// Writes nothing for now.
+        paused: bool = "no",
     }
 }
 
@@ -34,7 +36,10 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Route,
     params: Params::PARAMS,
     ports: Ports::THROUGH,
-    handlers: &[Handler { name: "lost", access: Access::Read, doc: "lines that could not be written" }],
+    handlers: &[
+        Handler { name: "paused", access: Access::ReadWrite, doc: "yes while nothing is written" },
+        Handler { name: "lost", access: Access::Read, doc: "lines that could not be written" },
+    ],
     passes_through: true,
     handover: Handover::Free,
     example: "element Guest (type nbd) (listen unix:debug_log.sock)\n\
@@ -49,6 +54,7 @@ pub const TYPE: ElementType = ElementType {
 struct DebugLog {
     log: File,
     lost: AtomicU64,
+    paused: AtomicBool,
 }
 
 impl DebugLog {
@@ -61,7 +67,7 @@ impl DebugLog {
             let error = Error::io(error, "the log cannot be opened");
             params.logfile.iter().fold(error, |error, path| error.with_path(path))
         })?;
-        Ok(DebugLog { log, lost: AtomicU64::new(0) })
+        Ok(DebugLog { log, lost: AtomicU64::new(0), paused: AtomicBool::new(params.paused) })
     }
 
     /// Writes a line at once: when a reply is sent, its line is in the file.
@@ -104,6 +110,9 @@ impl Asked {
 
 impl Element for DebugLog {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        if self.paused.load(Ordering::Relaxed) {
+            return cx.forward(0, req);
+        }
         let Request { id, origin, op, offset, len, .. } = req;
         // Whether the framework takes a sample is no news of the guest's.
         let asked = Asked { id, origin, op, offset, len, flags: req.flags.without(Flags::SAMPLED) };
@@ -116,9 +125,19 @@ impl Element for DebugLog {
 
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
+            "paused" => Ok(if self.paused.load(Ordering::Relaxed) { "yes" } else { "no" }.to_owned()),
             "lost" => Ok(self.lost.load(Ordering::Relaxed).to_string()),
             _ => Err(Error::no_handler(handler)),
         }
+    }
+
+    fn set(&self, handler: &str, value: &str) -> Result<()> {
+        match (handler, value) {
+            ("paused", "yes" | "no") => self.paused.store(value == "yes", Ordering::Relaxed),
+            ("paused", _) => return Err(Error::invalid(format!("expected yes or no, found `{value:.40}`"))),
+            _ => return Err(Error::no_handler(handler)),
+        }
+        Ok(())
     }
 }
 
@@ -154,6 +173,30 @@ mod tests {
                 );
                 assert_eq!(rest, wanted);
             }
+        });
+    }
+
+    #[test]
+    fn nothing_is_written_while_it_is_paused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("request.log");
+        run(1, async |host| {
+            let logfile = format!("(logfile {}) (paused yes)", path.display());
+            let text = format!("element D (type debug_log) {logfile} element M (type mem) (size 1k) D -> M");
+            let made = graph(&host, crate::ALL, &text, "D").unwrap();
+            let paused =
+                made.instances().find(|instance| instance.name == "D").unwrap().element.get("paused");
+            assert_eq!(paused.unwrap(), "yes");
+            let element = made.instances().find(|instance| instance.name == "D").unwrap().element.clone();
+            let disk = TestDisk::serve(&host, made).await;
+            let lines = || std::fs::read_to_string(&path).unwrap().lines().count();
+            for (paused, wanted) in [("yes", 0), ("no", 1), ("yes", 1), ("no", 2)] {
+                element.set("paused", paused).unwrap();
+                assert_eq!(element.get("paused").unwrap(), paused);
+                disk.op(Op::Flush, 0, 0).await.unwrap();
+                assert_eq!(lines(), wanted);
+            }
+            assert!(element.set("paused", "maybe").is_err() && element.set("lost", "1").is_err());
         });
     }
 

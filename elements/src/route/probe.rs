@@ -149,7 +149,9 @@ impl Probe {
             let latency = sums.split_off(2 + SIZES);
             let sizes = sums.split_off(2);
             let requests = latency.iter().sum();
-            Passed { op, sizes, reading: OpReading { requests, bytes: sums[0], errors: sums[1], latency } }
+            let (bytes, errors) = (sums[0], sums[1]);
+            let reading = OpReading { requests, bytes, errors, latency, ..OpReading::default() };
+            Passed { op, sizes, reading }
         });
         all.filter(|passed| passed.reading.requests > 0).collect()
     }

@@ -376,3 +376,164 @@ impl Element for Throttle {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockmason::Data;
+    use blockmason::testing::{TestDisk, graph, play_against_model, run};
+    use futures::StreamExt;
+    use futures::stream::FuturesUnordered;
+
+    async fn serve(host: &Arc<blockmason::Host>, limits: &str) -> (TestDisk, Arc<dyn Element>) {
+        let text = format!("element T (type throttle) {limits} element M (type mem) (size 8M) T -> M");
+        let graph = graph(host, crate::ALL, &text, "T").unwrap();
+        let throttle = graph.instances().find(|instance| instance.name == "T").unwrap().element.clone();
+        (TestDisk::serve(host, graph).await, throttle)
+    }
+
+    fn write(len: usize) -> Request {
+        Request::write(0, Data::zeros(len))
+    }
+
+    /// Sends all at once. Returns which was answered when, in the order of the answers.
+    async fn answers(disk: &TestDisk, requests: Vec<Request>) -> Vec<(usize, u64)> {
+        let since = rt::now();
+        let sent: FuturesUnordered<_> = requests
+            .into_iter()
+            .enumerate()
+            .map(|(ix, req)| {
+                let reply = disk.send(req);
+                async move {
+                    reply.await.unwrap().unwrap();
+                    (ix, (rt::now() - since).as_millis() as u64)
+                }
+            })
+            .collect();
+        sent.collect().await
+    }
+
+    #[test]
+    fn bytes_and_requests_pass_at_their_rate_and_in_their_order() {
+        for limits in ["(rate 1M/s)", "(iops 16)", "(read_rate 1M/s)", "(read_iops 16)"] {
+            run(1, async |host| {
+                let (disk, _) = serve(&host, limits).await;
+                // 64 requests of 64k: four seconds of either.
+                let answers = answers(&disk, vec![Request::read(0, 64 << 10); 64]).await;
+                assert!(answers.iter().map(|(ix, _)| *ix).eq(0..64), "{limits}: {answers:?}");
+                for (ix, ms) in answers {
+                    // In `burst`, 1.6 of them pass at once, and another one into debt.
+                    let least = (ix as u64 * 1000 / 16).saturating_sub(163);
+                    assert!((least..least + 165).contains(&ms), "{limits}: {ix} after {ms} ms");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn what_was_not_used_is_saved_up_to_the_burst() {
+        run(1, async |host| {
+            let (disk, _) = serve(&host, "(iops 10) (burst 1s)").await;
+            for _ in 0..2 {
+                let answers = answers(&disk, vec![Request::read(0, 1); 13]).await;
+                let at_once = answers.iter().filter(|(_, ms)| *ms == 0).count();
+                assert_eq!((at_once, answers[12].1), (11, 200), "{answers:?}");
+                rt::sleep(Duration::from_secs(1000)).await;
+            }
+        });
+    }
+
+    #[test]
+    fn one_direction_does_not_wait_for_the_other() {
+        run(1, async |host| {
+            let (disk, throttle) = serve(&host, "(write_rate 1M/s) (write_iops 1000)").await;
+            let mut requests = vec![write(1 << 20), write(1 << 20), write(1)];
+            requests.extend(vec![Request::read(0, 1 << 20); 3]);
+            let waits = async {
+                rt::sleep(Duration::from_millis(1)).await;
+                throttle.get("waiting").unwrap()
+            };
+            let (answers, waiting) = tokio::join!(answers(&disk, requests), waits);
+            assert_eq!(waiting, "2");
+            assert_eq!(answers, [(0, 0), (3, 0), (4, 0), (5, 0), (1, 900), (2, 1900)]);
+            assert_eq!(throttle.get("waiting").unwrap(), "0");
+        });
+    }
+
+    #[test]
+    fn both_directions_share_what_is_for_both_in_turn() {
+        run(1, async |host| {
+            let (disk, _) = serve(&host, "(iops 10) (burst 0s)").await;
+            let requests = (0..20).map(|ix| if ix % 2 == 0 { write(1) } else { Request::read(0, 1) });
+            let answers = answers(&disk, requests.collect()).await;
+            assert!(answers.iter().map(|(ix, _)| *ix).eq(0..20), "{answers:?}");
+            assert_eq!(answers[19].1, 1900);
+        });
+    }
+
+    #[test]
+    fn a_flush_keeps_its_place_and_costs_nothing() {
+        run(1, async |host| {
+            let (disk, _) = serve(&host, "(write_iops 1) (iops 1000)").await;
+            assert!(answers(&disk, vec![Request::flush(); 100]).await.iter().all(|(_, ms)| *ms == 0));
+            let changes = [write(1), Request::new(Op::Discard, 0, 1), Request::flush(), write(1)];
+            let answers = answers(&disk, changes.into()).await;
+            assert_eq!(answers, [(0, 0), (1, 900), (2, 900), (3, 1900)]);
+        });
+    }
+
+    #[test]
+    fn a_new_limit_counts_for_those_that_wait() {
+        run(1, async |host| {
+            let (disk, throttle) = serve(&host, "(rate 1k/s) (burst 0s)").await;
+            let later = async {
+                rt::sleep(Duration::from_secs(1)).await;
+                // 99k are owed.
+                throttle.set("rate", "11k/s").unwrap();
+                rt::sleep(Duration::from_secs(20)).await;
+                throttle.set("rate", "unlimited").unwrap();
+            };
+            let requests = vec![Request::read(0, 100 << 10), Request::read(0, 1 << 20), Request::read(0, 1)];
+            let (answers, ()) = tokio::join!(answers(&disk, requests), later);
+            assert_eq!(answers, [(0, 0), (1, 10_000), (2, 21_000)]);
+            assert_eq!(throttle.get("rate").unwrap(), "unlimited");
+            throttle.set("burst", "2s").unwrap();
+            assert_eq!(throttle.get("burst").unwrap(), "2s");
+        });
+    }
+
+    #[test]
+    fn what_is_no_limit_is_refused() {
+        run(1, async |host| {
+            let (_, throttle) = serve(&host, "(iops 500)").await;
+            assert_eq!(throttle.get("iops").unwrap(), "500");
+            for (handler, value) in
+                [("iops", "0"), ("iops", "5M/s"), ("rate", "0/s"), ("rate", "5"), ("burst", "5")]
+            {
+                assert!(throttle.set(handler, value).is_err(), "{handler} {value}");
+            }
+            let said = throttle.set("write_rate", "fast").unwrap_err().to_string();
+            assert!(said.contains("50M/s") && said.contains("unlimited"), "{said}");
+            assert!(throttle.set("waiting", "1").is_err() && throttle.get("colour").is_err());
+            assert_eq!(throttle.get("iops").unwrap(), "500");
+        });
+    }
+
+    #[test]
+    fn a_client_that_goes_lets_the_next_one_pass() {
+        run(1, async |host| {
+            let (disk, _) = serve(&host, "(iops 1) (burst 0s)").await;
+            // Replies that nobody waits for: the requests run to their end all the same.
+            drop((disk.send(write(1)), disk.send(write(1))));
+            assert_eq!(answers(&disk, vec![Request::read(0, 1)]).await, [(0, 2000)]);
+        });
+    }
+
+    #[test]
+    fn is_the_disk_below_it() {
+        run(3, async |host| {
+            let (disk, _) = serve(&host, "(rate 100M/s) (write_iops 1000)").await;
+            play_against_model(&disk, 3, 100).await;
+        });
+    }
+}

@@ -73,7 +73,7 @@ pub const TYPE: ElementType = ElementType {
         _ => Carries::ALL,
     },
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(build.read(Params::from)?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(NbdClient::new(build)?)),
     ..ElementType::BASE
 };
 
@@ -92,9 +92,11 @@ struct NbdClient {
 }
 
 impl NbdClient {
-    fn new(params: Params) -> Result<NbdClient> {
+    fn new(build: &Build<'_>) -> Result<NbdClient> {
+        let params = build.read(Params::from)?;
         let uri: uri::Uri = params.uri.as_str().parse()?;
         let target = Target {
+            owner: (build.graph.to_owned(), build.name.to_owned()),
             tls: tls(&uri, &params)?,
             uri,
             reconnect: params.reconnect.0,

@@ -116,12 +116,6 @@ impl Client {
         })
     }
 
-    /// Takes an answer as text.
-    pub(crate) fn text(&self, path: &str) -> Outcome<String> {
-        let body = self.runtime.block_on(self.exchange(Method::GET, path, Vec::new()))?;
-        String::from_utf8(body).map_err(|error| self.broken(&error))
-    }
-
     /// One request and the whole answer.
     async fn exchange(&self, method: Method, path: &str, body: Vec<u8>) -> Outcome<Vec<u8>> {
         let answer = self.accepted(self.ask(method, path, body).await?).await?;
@@ -157,7 +151,9 @@ impl Client {
     fn parse<T: DeserializeOwned>(&self, body: &[u8]) -> Outcome<T> {
         // Done, with nothing to say.
         let body = if body.is_empty() { b"null" } else { body };
-        serde_json::from_slice(body).map_err(|error| self.broken(&error))
+        let mut value = serde_json::from_slice(body).map_err(|error| self.broken(&error))?;
+        harmless(&mut value);
+        serde_json::from_value(value).map_err(|error| self.broken(&error))
     }
 
     /// With the socket that it is about.
@@ -181,5 +177,18 @@ impl Client {
             Ok(refused) => Err(refused.error.into()),
             Err(_) => Err(self.about(format!("the daemon answers {}", head.status))),
         }
+    }
+}
+
+/// Takes away what could do something to a terminal. Line breaks and tabs stay: values may have several lines.
+fn harmless(value: &mut serde_json::Value) {
+    let is_harmful = |c: char| c.is_control() && c != '\n' && c != '\t';
+    match value {
+        serde_json::Value::String(text) if text.contains(is_harmful) => {
+            *text = text.replace(is_harmful, "?");
+        }
+        serde_json::Value::Array(values) => values.iter_mut().for_each(harmless),
+        serde_json::Value::Object(values) => values.values_mut().for_each(harmless),
+        _ => {}
     }
 }

@@ -7,6 +7,7 @@ mod change;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod find;
+mod metrics;
 mod patient;
 pub(crate) mod refusal;
 pub(crate) mod routes;

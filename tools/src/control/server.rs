@@ -16,8 +16,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Connections at a time. One more is told so, and closed.
 const MOST_CONNECTIONS: usize = 64;
@@ -35,12 +35,51 @@ const BODIES: usize = 2 * LONGEST_BODY;
 /// Answers on the socket for as long as the runtime lives.
 pub(crate) fn serve(listener: std::os::unix::net::UnixListener, daemon: Arc<Daemon>) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
-    let bodies = Arc::new(Semaphore::new(BODIES));
-    let router = routes::router(daemon)
-        .layer(DefaultBodyLimit::disable())
-        .layer(middleware::from_fn_with_state(bodies, receive));
-    spawn(accept(listener, router));
+    spawn(accept(listener, limited(routes::router(daemon))));
     Ok(())
+}
+
+/// The same with limits to what a body may cost.
+fn limited(router: Router) -> Router {
+    let bodies = Arc::new(Semaphore::new(BODIES));
+    router.layer(DefaultBodyLimit::disable()).layer(middleware::from_fn_with_state(bodies, receive))
+}
+
+/// Answers with counters, to whoever can connect.
+pub(crate) fn serve_metrics(listener: std::net::TcpListener, daemon: Arc<Daemon>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let router = routes::metrics_router(daemon);
+    spawn(async move {
+        let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        loop {
+            // Those who ask for counters can wait for their turn.
+            let Ok(permit) = connections.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, _)) => take(stream, permit, &router),
+                Err(error) => pause("metrics", &error).await,
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Serves a connection by itself.
+fn take<S>(stream: S, permit: OwnedSemaphorePermit, router: &Router)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let connection = attend(stream, router.clone());
+    spawn(async move {
+        connection.await;
+        drop(permit);
+    });
+}
+
+/// Out of descriptors, most likely: some time has to pass before it can be better.
+async fn pause(what: &str, error: &io::Error) {
+    tracing::info!("the {what} socket cannot accept: {error}");
+    rt::sleep(Duration::from_millis(100)).await;
 }
 
 /// Runs something of the control side by itself.
@@ -59,20 +98,10 @@ async fn accept(listener: UnixListener, router: Router) {
                 tracing::info!("another user's connection to the control socket is refused");
             }
             Ok((stream, _)) => match connections.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let connection = attend(stream, router.clone());
-                    spawn(async move {
-                        connection.await;
-                        drop(permit);
-                    });
-                }
+                Ok(permit) => take(stream, permit, &router),
                 Err(_) => refuse(&stream),
             },
-            Err(error) => {
-                tracing::info!("the control socket cannot accept: {error}");
-                // Out of descriptors, most likely: some time has to pass before it can be better.
-                rt::sleep(Duration::from_millis(100)).await;
-            }
+            Err(error) => pause("control", &error).await,
         }
     }
 }
@@ -94,7 +123,7 @@ fn is_friend(stream: &UnixStream) -> bool {
 }
 
 /// Serves one connection to its end.
-pub(super) async fn attend<S>(stream: S, router: Router)
+async fn attend<S>(stream: S, router: Router)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -138,4 +167,92 @@ async fn receive(State(bodies): State<Arc<Semaphore>>, request: Request, next: N
     answer.await.unwrap_or_else(|_| {
         Refusal::new("internal", "the daemon made a mistake; its log says more").into_response()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::routing::{get, post};
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+    use tokio::task::JoinHandle;
+
+    /// A connection to a server with a short answer at `/`, an endless one at `/long`, and work that takes a
+    /// second at `/work`, which it says it has done.
+    fn connect(done: &Arc<AtomicBool>) -> (DuplexStream, JoinHandle<()>) {
+        let (near, far) = tokio::io::duplex(4096);
+        let done = done.clone();
+        let work = async move || {
+            rt::sleep(Duration::from_secs(1)).await;
+            done.store(true, Ordering::Relaxed);
+        };
+        let router = Router::new().route("/", get(async || "hello"));
+        let router = router.route("/long", get(async || "x".repeat(1 << 20))).route("/work", post(work));
+        (near, spawn(attend(far, limited(router))))
+    }
+
+    /// Sends, and reads to the end; with the time that took in seconds.
+    async fn exchange(parts: &[&str]) -> (String, u64) {
+        let since = rt::now();
+        let (mut stream, served) = connect(&Arc::default());
+        for part in parts {
+            let _ = stream.write_all(part.as_bytes()).await;
+            rt::sleep(Duration::from_secs(1)).await;
+        }
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer).await;
+        served.await.unwrap();
+        (answer, (rt::now() - since).as_secs())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_idle_ends() {
+        assert_eq!(exchange(&[]).await.1, 10);
+        let (answer, seconds) = exchange(&["GET / HTTP/1.1\r\nhost: m\r\n\r\n"]).await;
+        assert!(answer.ends_with("hello") && (10..12).contains(&seconds), "{seconds}: {answer}");
+        let (_, seconds) = exchange(&["G"; 60]).await;
+        assert_eq!(seconds, 60, "the writer took that long; the other end had gone");
+        let (answer, seconds) = exchange(&["GET / HTTP/1.1\r\n", "host: m\r\n", "a: b\r\n"]).await;
+        assert!(!answer.contains("200") && seconds <= 11, "{seconds}: {answer}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_stalls_or_is_too_large_is_refused() {
+        let head = "POST /work HTTP/1.1\r\nhost: m\r\nconnection: close\r\ncontent-length:";
+        let (answer, seconds) = exchange(&[&format!("{head} 100\r\n\r\nabc")]).await;
+        assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("too_slow"), "{answer}");
+        assert!((10..12).contains(&seconds), "{seconds}");
+        let (answer, _) = exchange(&[&format!("{head} {}\r\n\r\n", LONGEST_BODY + 1)]).await;
+        assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("too_large"), "{answer}");
+        let chunked = "POST /work HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\n";
+        let large = format!("{chunked}{:x}\r\n{}", LONGEST_BODY + 1, "x".repeat(LONGEST_BODY + 1));
+        let (mut stream, _served) = connect(&Arc::default());
+        let (mut from, mut to) = tokio::io::split(&mut stream);
+        let mut answer = vec![0; 12];
+        let (_, read) = tokio::join!(to.write_all(large.as_bytes()), from.read_exact(&mut answer));
+        read.unwrap();
+        assert_eq!(answer, b"HTTP/1.1 413");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_read_is_left() {
+        let (mut stream, served) = connect(&Arc::default());
+        let since = rt::now();
+        stream.write_all(b"GET /long HTTP/1.1\r\nhost: m\r\n\r\n").await.unwrap();
+        served.await.unwrap();
+        assert_eq!((rt::now() - since).as_secs(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_begun_is_done_even_if_nobody_waits() {
+        let done = Arc::default();
+        let (mut stream, served) = connect(&done);
+        stream.write_all(b"POST /work HTTP/1.1\r\nhost: m\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+        rt::sleep(Duration::from_millis(500)).await;
+        drop(stream);
+        served.await.unwrap();
+        assert!(!done.load(Ordering::Relaxed));
+        rt::sleep(Duration::from_secs(1)).await;
+        assert!(done.load(Ordering::Relaxed));
+    }
 }

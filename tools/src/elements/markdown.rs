@@ -1,9 +1,10 @@
 //! The reference as pages that stand in the repository.
 
-use super::{access, families, handover, kind, one_line, ports, presence, survives};
+use super::{access, common, families, handover, kind, one_line, ports, presence, survives};
 use crate::failure::{Failure, Outcome};
 use crate::graphs::CATALOGUE;
 use blockmason::describe::ElementType;
+use blockmason::graph::handlers::{COMMON, SOURCE};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -49,6 +50,11 @@ fn index() -> String {
             let _ = writeln!(out, "| [`{0}`]({0}.md) | {1} |", ty.name, cell(ty.summary));
         }
     }
+    out += "\n## Handlers of every element\n\n| name | access | meaning |\n|---|---|---|\n";
+    let also = SOURCE.iter().map(|handler| (handler, ", where requests enter a graph"));
+    for (handler, rest) in COMMON.iter().map(|handler| (handler, "")).chain(also) {
+        let _ = writeln!(out, "| `{}` | {} | {}{rest} |", handler.name, access(handler), cell(handler.doc));
+    }
     out
 }
 
@@ -77,6 +83,7 @@ fn page(ty: &ElementType) -> String {
     for handler in ty.handlers {
         let _ = writeln!(out, "| `{}` | {} | {} |", handler.name, access(handler), cell(handler.doc));
     }
+    let _ = writeln!(out, "\n[Every such element](README.md#handlers-of-every-element) has: {}.", common(ty));
     let _ = write!(out, "\n## Example\n\n```\n{}\n```\n", ty.example.trim_end());
     out
 }

@@ -101,6 +101,13 @@ fn access(handler: &blockmason::describe::Handler) -> &'static str {
     }
 }
 
+/// The names of the handlers that the framework gives an element of this type: `requests`, `bytes`.
+fn common(ty: &ElementType) -> String {
+    let own = |name: &str| ty.handlers.iter().any(|handler| handler.name == name);
+    let names = ty.all_handlers().map(|handler| handler.name).filter(|name| !own(name));
+    names.collect::<Vec<_>>().join(", ")
+}
+
 /// How often a parameter is given.
 fn presence(param: &blockmason::describe::Param) -> String {
     match (param.default, param.required) {

@@ -1,7 +1,8 @@
 //! The reference on a terminal.
 
-use super::{access, families, handover, kind, one_line, ports, presence, survives};
+use super::{access, common, families, handover, kind, one_line, ports, presence, survives};
 use blockmason::describe::ElementType;
+use blockmason::graph::handlers::{COMMON, SOURCE};
 use std::fmt::Write;
 
 /// Columns that text is wrapped at.
@@ -19,6 +20,14 @@ pub(super) fn list() -> String {
         for ty in types {
             let _ = writeln!(out, "  {:width$}  {}", ty.name, ty.summary);
         }
+    }
+    out += "\nHandlers of every element\n";
+    for handler in COMMON {
+        let _ = writeln!(out, "  {}  {}: {}", handler.name, access(handler), handler.doc);
+    }
+    out += "Where requests enter a graph, also\n";
+    for handler in SOURCE {
+        let _ = writeln!(out, "  {}  {}: {}", handler.name, access(handler), handler.doc);
     }
     out + "\n`mason elements TYPE` describes one of them.\n"
 }
@@ -46,12 +55,11 @@ pub(super) fn page(ty: &ElementType) -> String {
         let _ = writeln!(out, "  {}  {}, {}", param.name, kind(param), presence(param));
         wrap(&mut out, "      ", param.doc);
     }
-    if !ty.handlers.is_empty() {
-        out += "\nHandlers\n";
-    }
+    out += "\nHandlers\n";
     for handler in ty.handlers {
         let _ = writeln!(out, "  {}  {}: {}", handler.name, access(handler), one_line(handler.doc));
     }
+    let _ = writeln!(out, "  and those of every such element: {}", common(ty));
     out += "\nExample\n";
     for line in ty.example.lines() {
         let _ = writeln!(out, "  {line}");

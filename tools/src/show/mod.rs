@@ -5,11 +5,12 @@ mod explain;
 mod svg;
 mod text;
 
+use crate::control::client::path;
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
 use crate::graphs::{CATALOGUE, GraphArgs, GraphFile, Reader};
 use crate::output::{self, printable};
-use crate::view::{GraphView, Status};
+use crate::view::{GraphText, GraphView, Status};
 use std::path::PathBuf;
 
 /// Draw a graph: a graph file, or with no GRAPH what a running daemon serves.
@@ -19,6 +20,7 @@ use std::path::PathBuf;
   mason show vm1.mason --svg > vm1.svg
   mason show vm1.mason --explain
   mason show                          what the running daemon serves, with counters
+  mason show --graph                  as a graph file, with what `mason set` has changed
   mason show --explain                its geometry, without opening anything
 
 --explain with a GRAPH builds the graph: it opens the files that the graph names, and makes them where
@@ -59,7 +61,7 @@ struct Form {
     explain: bool,
 
     /// As a graph file without parameters, includes and compounds
-    #[arg(long, requires = "file")]
+    #[arg(long)]
     graph: bool,
 }
 
@@ -77,6 +79,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
                 GraphView::of_spec(&file.name, &file.spec)
             }]
         }
+        None if args.form.graph => return running(&args.control),
         None => args.control.connect()?.0.get::<Status>("/v1/status")?.graphs,
     };
     let Form { dot, svg, json, explain, .. } = args.form;
@@ -94,6 +97,19 @@ pub(crate) fn main(args: &Args) -> Outcome {
     }
     let drawn: Vec<String> = graphs.iter().map(draw).collect();
     output::text(&drawn.join("\n"))
+}
+
+/// Writes what a daemon serves as graph files, each as it runs now.
+fn running(control: &ControlArgs) -> Outcome {
+    let (client, daemon) = control.connect()?;
+    for name in &daemon.graphs {
+        let graph: GraphText = client.get(&path(&["v1", "graphs", name, "text"]))?;
+        if daemon.graphs.len() > 1 {
+            output::text(&format!("# {}\n", printable(name)))?;
+        }
+        output::text(&graph.text)?;
+    }
+    Ok(())
 }
 
 /// The graph with what is known once it is built.

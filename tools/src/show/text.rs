@@ -16,7 +16,8 @@ pub(super) fn draw(graph: &GraphView) -> String {
         tree.draw(&element.name);
     }
     for reference in &graph.references {
-        let _ = writeln!(out, "{} refers to {} ({})", reference.from, reference.to, reference.parameter);
+        let line = format!("{} refers to {} ({})", reference.from, reference.to, reference.parameter);
+        let _ = writeln!(out, "{}", printable(&line));
     }
     out
 }
@@ -43,7 +44,7 @@ impl<'a> Tree<'a> {
         let mut todo = vec![Todo { head: String::new(), tail: String::new(), indent: String::new(), name }];
         while let Some(Todo { head, tail, indent, name }) = todo.pop() {
             if !self.drawn.insert(name) {
-                let _ = writeln!(self.out, "{head}{name} ^{tail}");
+                let _ = writeln!(self.out, "{head}{} ^{tail}", printable(name));
                 continue;
             }
             self.element(&head, name, &tail);
@@ -52,7 +53,7 @@ impl<'a> Tree<'a> {
             for edge in edges.into_iter().rev() {
                 let ports = ports(edge);
                 let space = if ports.is_empty() { "" } else { " " };
-                let head = format!("{indent}{ports}{space}-> ");
+                let head = format!("{indent}{}{space}-> ", printable(&ports));
                 todo.push(Todo { head, tail: counters(edge), indent: indent.clone(), name: &edge.to });
             }
         }
@@ -60,7 +61,7 @@ impl<'a> Tree<'a> {
 
     fn element(&mut self, head: &str, name: &str, tail: &str) {
         let Some(element) = self.elements.get(name) else { return };
-        let _ = write!(self.out, "{head}{name}  {}", element.ty);
+        let _ = write!(self.out, "{head}{}  {}", printable(name), printable(&element.ty));
         let given = parameters(element);
         if !given.is_empty() {
             let _ = write!(self.out, "  {given}");

@@ -94,7 +94,21 @@ fn every_graph_that_ships_is_good() {
 #[test]
 fn every_command_has_help_with_examples() {
     let home = Home::new();
-    for command in ["run", "check", "show", "elements", "bench", "status", "load", "unload", "completions"] {
+    for command in [
+        "run",
+        "check",
+        "show",
+        "elements",
+        "bench",
+        "status",
+        "load",
+        "unload",
+        "get",
+        "set",
+        "call",
+        "events",
+        "completions",
+    ] {
         let help = home.mason(&[command, "--help"]).done();
         assert!(help.contains("Examples:\n  mason"), "{help}");
     }

@@ -131,3 +131,108 @@ fn other_users_are_refused() {
     home.mason(&["status", "--control", "c.sock"]).done();
     daemon.stop().done();
 }
+
+#[test]
+fn two_daemons_may_have_a_first_graph_of_the_same_name() {
+    let home = Home::new();
+    std::fs::create_dir(home.path("more")).unwrap();
+    home.memory_graph("vm");
+    std::fs::copy(home.path("vm.mason"), home.path("more/vm.mason")).unwrap();
+    let first = home.run(&["vm.mason"], 1);
+    let second = home.run(&["more/vm.mason", "-v"], 1);
+    let own = format!("vm-{}.sock", second.pid());
+    let several = home.mason(&["status"]).failed();
+    assert!(several.contains("vm.sock") && several.contains(&own), "{several}");
+    let status = home.mason(&["status", "--json", "--control", &format!("mason/{own}")]).json();
+    assert_eq!(status["pid"], second.pid());
+    let ended = second.stop();
+    assert!(ended.err.contains("INFO") && ended.err.contains(&own), "{}", ended.err);
+    assert!(!home.path("mason").join(own).exists());
+    assert_eq!(home.mason(&["status", "--json"]).json()["pid"], first.pid());
+    first.stop().done();
+}
+
+#[test]
+fn connections_too_many_are_told_so() {
+    let home = Home::new();
+    home.memory_graph("vm");
+    let daemon = home.run(&["vm.mason"], 1);
+    let idle: Vec<_> = (0..64).map(|_| UnixStream::connect(home.path("mason/vm.sock")).unwrap()).collect();
+    let refused = home.mason(&["status"]).failed();
+    assert!(refused.contains("too many connections to the control socket"), "{refused}");
+    drop(idle);
+    // The daemon has yet to notice.
+    while home.mason(&["status"]).code != Some(0) {}
+    daemon.stop().done();
+}
+
+#[test]
+fn only_reads_and_writes_move_bytes() {
+    let home = Home::new();
+    home.memory_graph("vm");
+    let daemon = home.run(&["vm.mason"], 1);
+    let mut client = home.nbd_client("vm.nbd");
+    client.read(0, 4096).unwrap();
+    // Trim.
+    client.send(4, 0, 65536).unwrap();
+    let source = &home.mason(&["status", "--json"]).json()["graphs"][0]["live"]["sources"][0];
+    let of = |op: &str| {
+        let found = source["operations"].as_array().unwrap().iter().find(|found| found["operation"] == op);
+        found.map(|found| (found["requests"].as_u64().unwrap(), found["bytes"].as_u64().unwrap()))
+    };
+    assert_eq!((of("read"), of("discard")), (Some((1, 4096)), Some((1, 0))), "{source:#}");
+    assert_eq!(home.mason(&["get", "Disk.bytes"]).done(), "4096\n");
+    drop(client);
+    daemon.stop().done();
+}
+
+/// Answers like a daemon that wants to take over its asker's terminal.
+fn hostile(listener: &UnixListener) {
+    const EVIL: &str = "\\u001b[31mevil\\u009b\\u0007";
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        let mut asked = [0; 4096];
+        let length = stream.read(&mut asked).unwrap();
+        let asked = String::from_utf8_lossy(&asked[..length]).into_owned();
+        let body = if asked.starts_with("GET /v1/daemon") {
+            format!(
+                r#"{{"version":"{EVIL}","pid":1,"uptime_seconds":1,"graphs":["{EVIL}"],"run":"/","defines":[]}}"#
+            )
+        } else if asked.starts_with("GET /v1/status") {
+            format!(
+                r#"{{"version":"{EVIL}","pid":1,"uptime_seconds":1,"graphs":[{{"name":"{EVIL}","file":"{EVIL}",
+                "elements":[{{"name":"{EVIL}","type":"{EVIL}","family":"{EVIL}","place":"","parameters":[]}}],
+                "edges":[],"live":{{"failed":false,"in_flight_bytes":0,
+                "exports":[{{"element":"{EVIL}","uri":"{EVIL}"}}],"sources":[]}}}}]}}"#
+            )
+        } else if asked.starts_with("GET /v1/events") {
+            format!(
+                "{{\"number\":1,\"time\":1e300,\"graph\":\"{EVIL}\",\"kind\":\"notice\",\"message\":\"{EVIL}\"}}\n"
+            )
+        } else {
+            format!(r#"{{"error":{{"kind":"busy","message":"{EVIL}\\n{EVIL}"}}}}"#)
+        };
+        let status = if body.contains("\"error\"") { "409 Conflict" } else { "200 OK" };
+        let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close", body.len());
+        let _ = stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes());
+    }
+}
+
+#[test]
+fn what_a_daemon_says_does_nothing_to_a_terminal() {
+    let home = Home::new();
+    let listener = UnixListener::bind(home.path("evil.sock")).unwrap();
+    std::thread::spawn(move || hostile(&listener));
+    for args in [&["status"][..], &["show"], &["show", "--explain"], &["show", "--dot"], &["show", "--svg"]] {
+        let out = home.mason(&[args, &["--control", "evil.sock"]].concat()).done();
+        assert!(out.contains("evil") && !out.contains(|c: char| c.is_control() && c != '\n'), "{out:?}");
+    }
+    let json = home.mason(&["status", "--json", "--control", "evil.sock"]);
+    assert!(!json.out.contains(['\x1b', '\u{9b}']), "{json:?}");
+    for args in [&["events"][..], &["events", "--json"]] {
+        let out = home.mason(&[args, &["--control", "evil.sock"]].concat()).done();
+        assert!(out.contains("evil") && !out.contains(|c: char| c.is_control() && c != '\n'), "{out:?}");
+    }
+    let failed = home.mason(&["unload", "vm", "--control", "evil.sock"]).failed();
+    assert!(failed.contains("evil") && !failed.contains('\x1b'), "{failed:?}");
+}

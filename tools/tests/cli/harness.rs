@@ -89,6 +89,51 @@ impl Home {
     }
 }
 
+/// An NBD client that reads, in the simplest form of the protocol.
+pub(crate) struct NbdClient(UnixStream);
+
+impl Home {
+    /// Connects to the export of no name.
+    pub(crate) fn nbd_client(&self, socket: &str) -> NbdClient {
+        let mut stream = UnixStream::connect(self.path(socket)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.read_exact(&mut [0; 18]).unwrap();
+        // Fixed newstyle without padding; the option that goes on with the export of no name.
+        stream.write_all(&3u32.to_be_bytes()).unwrap();
+        stream.write_all(&[b"IHAVEOPT", &1u32.to_be_bytes()[..], &0u32.to_be_bytes()].concat()).unwrap();
+        stream.read_exact(&mut [0; 10]).unwrap();
+        NbdClient(stream)
+    }
+}
+
+impl NbdClient {
+    /// Sends a request without a payload.
+    fn ask(&mut self, command: u16, offset: u64, len: u32) {
+        let (flags, read) = (0u16.to_be_bytes(), command.to_be_bytes());
+        let head =
+            [&0x2560_9513u32.to_be_bytes()[..], &flags, &read, b"a cookie", &offset.to_be_bytes()].concat();
+        self.0.write_all(&[&head[..], &len.to_be_bytes()].concat()).unwrap();
+    }
+
+    /// Reads.
+    pub(crate) fn read(&mut self, offset: u64, len: u32) -> Result<Vec<u8>, u32> {
+        self.send(0, offset, len)?;
+        let mut data = vec![0; len as usize];
+        self.0.read_exact(&mut data).unwrap();
+        Ok(data)
+    }
+
+    /// Sends a request without a payload, and takes the head of the reply.
+    pub(crate) fn send(&mut self, command: u16, offset: u64, len: u32) -> Result<(), u32> {
+        self.ask(command, offset, len);
+        let mut head = [0; 16];
+        self.0.read_exact(&mut head).unwrap();
+        assert_eq!(head[..4], 0x6744_6698u32.to_be_bytes());
+        let error = u32::from_be_bytes(head[4..8].try_into().unwrap());
+        if error == 0 { Ok(()) } else { Err(error) }
+    }
+}
+
 /// What a command did.
 #[derive(Debug)]
 pub(crate) struct Ended {

@@ -33,6 +33,7 @@ use super::wire::{
     Command, CommandFlags, ReplyStyle, RequestHeader, TransmissionFlags, encode_request,
     encode_request_extended,
 };
+use blockmason::events::{Event, EventKind};
 use blockmason::{Answer, Data, Error, Flags, Kind, Op, Reply, Request, Result, Shard, rt};
 use calls::{Calls, Wanted};
 use fence::Fence;
@@ -63,6 +64,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Where a server is and how to talk to it.
 #[derive(Clone, Debug)]
 pub struct Target {
+    /// Whose client it is, for events: the graph and the element.
+    pub owner: (String, String),
     /// The export.
     pub uri: Uri,
     /// Whether to use TLS.
@@ -123,6 +126,8 @@ pub struct Client {
     links: AtomicUsize,
     connected: AtomicUsize,
     reconnects: AtomicU64,
+    /// The operator was told that the server is lost, and not yet that it is back.
+    is_lost: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -180,7 +185,30 @@ impl Client {
             links: AtomicUsize::new(0),
             connected: AtomicUsize::new(0),
             reconnects: AtomicU64::new(0),
+            is_lost: AtomicBool::new(false),
         }))
+    }
+
+    /// Tells the operator. Called on a shard.
+    fn notice(&self, message: impl std::fmt::Display) {
+        let (graph, element) = &self.target.owner;
+        if let Some(shard) = Shard::current() {
+            shard.events().publish(Event::new(EventKind::Notice, graph, message).of(element));
+        }
+    }
+
+    /// Of all links that lose the server, the first says so.
+    fn tell_lost(&self, why: &str) {
+        if !self.is_lost.swap(true, Ordering::Relaxed) {
+            self.notice(format!("{} is lost: {why}", self.target.uri));
+        }
+    }
+
+    /// And the first that gets an answer again.
+    fn tell_back(&self) {
+        if self.is_lost.swap(false, Ordering::Relaxed) {
+            self.notice(format!("{} answers again", self.target.uri));
+        }
     }
 
     /// What the server offers.

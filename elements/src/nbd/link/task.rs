@@ -237,6 +237,7 @@ impl Link {
         };
         let error = Error::new(Kind::Unavailable, format!("{uri} came back as another disk: {what}"));
         tracing::error!("{error}");
+        self.client.notice(&error);
         *lock(&self.client.changed) = Some(error.clone());
         self.client.is_changed.store(true, Ordering::Release);
         self.fail(Duration::ZERO, &error);
@@ -257,6 +258,7 @@ impl Link {
             }
             None => {
                 tracing::warn!("{uri} is lost: {why}");
+                self.client.tell_lost(why);
                 rt::now()
             }
         };
@@ -307,6 +309,7 @@ impl Link {
         if self.answered.replace(calls.answered) != calls.answered && self.outage.take().is_some() {
             self.attempts.set(0);
             tracing::debug!("{} answers again", self.client.target.uri);
+            self.client.tell_back();
         }
         let why = ready_or(broken, || self.poll_timeout(conn, &calls, task));
         why.map_or(Poll::Pending, Poll::Ready)

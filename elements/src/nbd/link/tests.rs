@@ -105,7 +105,8 @@ impl Scripted {
     fn client_with(&self, tls: ClientTls, reconnect: Duration, timeout: Option<Duration>) -> Arc<Client> {
         let socket = self.folder.path().join("s");
         let uri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
-        Client::new(Target { uri, tls, reconnect, timeout }).unwrap()
+        Client::new(Target { owner: ("vm".to_owned(), "R".to_owned()), uri, tls, reconnect, timeout })
+            .unwrap()
     }
 }
 

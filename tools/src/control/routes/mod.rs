@@ -3,8 +3,10 @@
 
 mod changes;
 mod daemon;
+mod events;
 mod graphs;
 mod handlers;
+mod metrics;
 
 use super::daemon::Daemon;
 use super::refusal::Refusal;
@@ -30,11 +32,14 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(daemon::daemon))
         .routes(routes!(daemon::status))
+        .routes(routes!(events::events))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(graphs::list, graphs::load))
         .routes(routes!(graphs::show, graphs::unload))
         .routes(routes!(changes::reload))
         .routes(routes!(changes::edit))
         .routes(routes!(changes::save))
+        .routes(routes!(graphs::print))
         .routes(routes!(handlers::list))
         .routes(routes!(handlers::get, handlers::set, handlers::call))
 }
@@ -42,6 +47,12 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
 /// Answers every request.
 pub(super) fn router(daemon: Arc<Daemon>) -> Router {
     let (router, _) = described().split_for_parts();
+    router.fallback(unknown).method_not_allowed_fallback(wrong_method).with_state(daemon)
+}
+
+/// Answers with counters, and nothing else.
+pub(super) fn metrics_router(daemon: Arc<Daemon>) -> Router {
+    let (router, _) = OpenApiRouter::new().routes(routes!(metrics::metrics)).split_for_parts();
     router.fallback(unknown).method_not_allowed_fallback(wrong_method).with_state(daemon)
 }
 
