@@ -29,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 blockmason::params! {
     /// Copy on write.
@@ -126,6 +127,11 @@ const UNLIMITED: &str = "unlimited";
 /// How long what has failed waits before it is tried again, at first and at last.
 const RETRY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
+/// How long to wait now; twice as long the next time.
+fn later(retry: &mut Duration) -> Duration {
+    std::mem::replace(retry, (*retry * 2).min(RETRY[1]))
+}
+
 /// The longest that a commit steps back for guests between two steps.
 const STEP_BACK: Duration = Duration::from_millis(100);
 
@@ -134,6 +140,15 @@ const STEP_BACK: Duration = Duration::from_millis(100);
 enum Order {
     Commit,
     Discard,
+}
+
+/// When the next step is due.
+enum Next {
+    /// When there is something to do.
+    Asked,
+    After(Duration),
+    /// So many bytes have been moved since then, and so fast may they be.
+    Paced { since: Instant, bytes: u64, earliest: Instant },
 }
 
 struct Cow {
@@ -232,55 +247,74 @@ impl Cow {
         }
     }
 
-    /// Does what there is to do, and says how long to wait before the next step; None for as long as
-    /// nobody wakes.
-    async fn step(&self, cx: Cx<'_>, retry: &mut Duration) -> Option<Duration> {
-        let wait = *retry;
-        *retry = (wait * 2).min(RETRY[1]);
+    /// Does what there is to do, and says when the next step is due.
+    async fn step(&self, cx: Cx<'_>, retry: &mut Duration) -> Next {
         // The reason has been logged, and whoever sends a request is told.
-        let Ok(overlay) = self.overlay(cx).await else { return Some(wait) };
+        let Ok(overlay) = self.overlay(cx).await else { return Next::After(later(retry)) };
         let io = Io::own(cx, Origin::Copy);
-        let order = self.now().order;
-        let done = match order {
-            Some(Order::Commit) if cx.prepared::<Place>().base_read_only => {
-                Err(Error::new(Kind::Denied, "the base is read-only"))
-            }
-            Some(Order::Commit) => overlay.start_commit(&io).await,
-            Some(Order::Discard) => overlay.discard(&io).await,
-            None => Ok(()),
-        };
-        if order.is_some() {
-            let mut now = self.now();
-            now.order = None;
-            now.error = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
-        }
-        if let Err(error) = done {
+        if let Err(error) = self.obey(overlay, &io).await {
             tracing::warn!(graph = cx.graph_name(), element = cx.name(), "neither merged nor discarded: {error}");
-            return None;
+            return Next::Asked;
         }
         if overlay.state() != State::Committing {
-            return None;
+            return Next::Asked;
         }
         let (rate, since) = (self.merge_rate.load(Ordering::Relaxed), cx.now());
         let before = overlay.served.load(Ordering::Relaxed);
         match overlay.merge_some(&io, rate.min(merge::BATCH)).await {
             Ok(0) => {
                 tracing::info!(graph = cx.graph_name(), element = cx.name(), "everything is in the base");
-                None
+                Next::Asked
             }
             Ok(bytes) => {
                 *retry = RETRY[0];
                 self.now().error.clear();
-                let took = cx.now() - since;
+                let end = cx.now();
                 let guests = overlay.served.load(Ordering::Relaxed) != before;
-                let back = if guests { took.min(STEP_BACK) } else { Duration::ZERO };
-                let pace = Duration::from_secs_f64(bytes as f64 / rate as f64).saturating_sub(took);
-                Some(back.max(pace))
+                let back = if guests { (end - since).min(STEP_BACK) } else { Duration::ZERO };
+                Next::Paced { since, bytes, earliest: end + back }
             }
             Err(error) => {
                 tracing::warn!(graph = cx.graph_name(), element = cx.name(), "the merge waits: {error}");
                 self.now().error = error.to_string();
-                Some(wait)
+                Next::After(later(retry))
+            }
+        }
+    }
+
+    /// Does what an operator has asked for.
+    async fn obey(&self, overlay: &Overlay, io: &Io<'_>) -> Result<()> {
+        let order = self.now().order;
+        let done = match order {
+            None => return Ok(()),
+            Some(Order::Commit) if io.cx.prepared::<Place>().base_read_only => {
+                Err(Error::new(Kind::Denied, "the base is read-only"))
+            }
+            Some(Order::Commit) => overlay.start_commit(io).await,
+            Some(Order::Discard) => overlay.discard(io).await,
+        };
+        let mut now = self.now();
+        now.order = None;
+        now.error = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        done
+    }
+
+    async fn wait(&self, next: Next, cx: Cx<'_>) {
+        match next {
+            Next::Asked => self.wake.notified().await,
+            Next::After(time) => drop(select(pin!(cx.sleep(time)), pin!(self.wake.notified())).await),
+            Next::Paced { since, bytes, earliest } => {
+                tokio::task::yield_now().await;
+                loop {
+                    let rate = self.merge_rate.load(Ordering::Relaxed);
+                    let due = earliest.max(since + Duration::from_secs_f64(bytes as f64 / rate as f64));
+                    let left = due.saturating_duration_since(cx.now());
+                    if left.is_zero() {
+                        return;
+                    }
+                    // The rate may change meanwhile.
+                    drop(select(pin!(cx.sleep(left)), pin!(self.wake.notified())).await);
+                }
             }
         }
     }
@@ -290,15 +324,8 @@ impl Cow {
         let mut retry = RETRY[0];
         loop {
             // Not dropped half-way: see `merge_some`.
-            let pause = self.step(cx, &mut retry).await;
-            let pause = pin!(async {
-                match pause {
-                    Some(Duration::ZERO) => tokio::task::yield_now().await,
-                    Some(pause) => drop(select(pin!(cx.sleep(pause)), pin!(self.wake.notified())).await),
-                    None => self.wake.notified().await,
-                }
-            });
-            if let Either::Left(_) = select(closing.as_mut(), pause).await {
+            let next = self.step(cx, &mut retry).await;
+            if let Either::Left(_) = select(closing.as_mut(), pin!(self.wait(next, cx))).await {
                 return;
             }
         }
