@@ -27,7 +27,8 @@ enum Nature {
 }
 
 /// A type, and a graph with an element `X` of that type on top. `{sink}` stands for a sink of 64k,
-/// `{odd}` for one whose size divides by nothing, `{folder}` for a folder of the test's own.
+/// `{odd}` for one whose size divides by nothing, `{roomy}` for one with room for that and more, `{folder}`
+/// for a folder of the test's own.
 struct Fragment {
     ty: &'static str,
     graph: &'static str,
@@ -57,6 +58,10 @@ const FRAGMENTS: &[Fragment] = &[
     disk(
         "stripe",
         "element X (type stripe) (chunk 4k) element A {odd} element B {sink} (X, a) -> A (X, b) -> B",
+    ),
+    disk(
+        "cow",
+        "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
     ),
     disk("delay", "element X (type delay) (all 1ms) (jitter 3ms) element S {odd} X -> S"),
     disk("error", "element X (type error) (probability 0%) element S {odd} X -> S"),
@@ -92,6 +97,7 @@ impl Fragment {
         self.graph
             .replace("{sink}", &format!("(type {sink}) (size 64k)"))
             .replace("{odd}", &format!("(type {sink}) (size 70001)"))
+            .replace("{roomy}", &format!("(type {sink}) (size 100k)"))
             .replace("{folder}", &folder.display().to_string())
     }
 
@@ -238,6 +244,9 @@ fn requests_arrive_below_with_their_flags() {
         let folder = tempfile::tempdir().unwrap();
         run(1, async |host| {
             let disk = fragment.serve(&host, "recorder", folder.path()).await;
+            // What the first change of a place entails is behind it.
+            let _ = disk.submit(request(Op::Write, 8192, 4096, Flags::NONE)).await;
+            disk.op(Op::Flush, 0, 0).await.unwrap();
             for (op, flags) in cases {
                 ARRIVED.take();
                 let reply = disk.submit(request(op, 8192, 4096, flags)).await;

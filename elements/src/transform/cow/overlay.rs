@@ -4,7 +4,7 @@
 
 use super::bitmap::{Bitmap, join, mask, sectors};
 use super::format::{Header, Layout, Map, PER_SECTOR, REGION, SECTOR, State, WORDS};
-use super::io::{Io, OVERLAY};
+use super::io::{BASE, Io, OVERLAY};
 use blockmason::sched::RangeLock;
 use blockmason::{Data, Error, Flags, Kind, Result};
 use std::collections::BTreeSet;
@@ -289,11 +289,13 @@ impl Overlay {
         self.change_header(io, |header| header.state = State::Committed).await
     }
 
-    /// Forgets all blocks, durably.
+    /// Forgets all blocks, durably. What was written to the base since a commit is durable too: it is what the
+    /// disk is from now on.
     pub(super) async fn discard(&self, io: &Io<'_>) -> Result<()> {
         let _all = self.ranges.lock(0..u64::MAX).await;
         let _alone = self.flushing.lock().await;
         self.check()?;
+        io.flush(BASE).await?;
         self.change_header(io, |header| {
             header.state = State::Overlaying;
             header.maps.iter_mut().for_each(|generation| *generation += 1);

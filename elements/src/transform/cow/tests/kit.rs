@@ -101,8 +101,9 @@ impl Element for Plug {
             if fuse.power || req.op != Op::Write {
                 return Flow::fail(dead());
             }
-            // It dies in the middle of a write.
-            let half = req.part(0, req.len / 1024 * 512, req.offset);
+            // It dies in the middle of a write, between two sectors.
+            let middle = (req.offset + req.len / 2) / 512 * 512;
+            let half = req.part(0, middle.saturating_sub(req.offset), req.offset);
             return cx.forward(0, half).then(|_| Err(dead()));
         }
         cx.forward(0, req).then(|reply| if fuse.is_dead() { Err(dead()) } else { reply })
