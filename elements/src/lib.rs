@@ -5,6 +5,7 @@ pub mod fault;
 pub mod nbd;
 pub mod route;
 pub mod sink;
+pub mod transform;
 
 use blockmason::describe::ElementType;
 
@@ -24,6 +25,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::nbd_client::TYPE,
     &sink::null::TYPE,
     &sink::volatile::TYPE,
+    &transform::cow::TYPE,
     &fault::delay::TYPE,
     &fault::error::TYPE,
     &fault::flip::TYPE,

@@ -27,7 +27,8 @@ enum Nature {
 }
 
 /// A type, and a graph with an element `X` of that type on top. `{sink}` stands for a sink of 64k,
-/// `{odd}` for one whose size divides by nothing, `{folder}` for a folder of the test's own.
+/// `{odd}` for one whose size divides by nothing, `{roomy}` for one with room for that and more, `{folder}`
+/// for a folder of the test's own.
 struct Fragment {
     ty: &'static str,
     graph: &'static str,
@@ -59,6 +60,10 @@ const FRAGMENTS: &[Fragment] = &[
         "element X (type stripe) (chunk 4k) element A {odd} element B {sink} (X, a) -> A (X, b) -> B",
     ),
     disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
+    disk(
+        "cow",
+        "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
+    ),
     disk("delay", "element X (type delay) (all 1ms) (jitter 3ms) element S {odd} X -> S"),
     disk("error", "element X (type error) (probability 0%) element S {odd} X -> S"),
     disk("flip", "element X (type flip) (probability 0%) element S {odd} X -> S"),
@@ -93,6 +98,7 @@ impl Fragment {
         self.graph
             .replace("{sink}", &format!("(type {sink}) (size 64k)"))
             .replace("{odd}", &format!("(type {sink}) (size 70001)"))
+            .replace("{roomy}", &format!("(type {sink}) (size 100k)"))
             .replace("{folder}", &folder.display().to_string())
     }
 
@@ -239,6 +245,9 @@ fn requests_arrive_below_with_their_flags() {
         let folder = tempfile::tempdir().unwrap();
         run(1, async |host| {
             let disk = fragment.serve(&host, "recorder", folder.path()).await;
+            // What the first change of a place entails is behind it.
+            let _ = disk.submit(request(Op::Write, 8192, 4096, Flags::NONE)).await;
+            disk.op(Op::Flush, 0, 0).await.unwrap();
             for (op, flags) in cases {
                 ARRIVED.take();
                 let reply = disk.submit(request(op, 8192, 4096, flags)).await;

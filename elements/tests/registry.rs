@@ -208,6 +208,11 @@ fn every_example_checks_and_serves() {
 }
 
 #[test]
+fn graphs_of_overlays_check_and_serve() {
+    run("cow", include_str!("../../graphs/cow.mason")).unwrap();
+}
+
+#[test]
 fn graphs_of_faults_check_and_serve() {
     run("faulty", include_str!("../../graphs/faulty.mason")).unwrap();
     run("powerloss", include_str!("../../graphs/powerloss.mason")).unwrap();

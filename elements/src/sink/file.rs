@@ -1,5 +1,6 @@
 //! A file or a block device: the disk that most graphs end in.
 
+use super::control;
 use blockmason::data::ALIGN;
 use blockmason::describe::{Access as HandlerAccess, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
@@ -57,6 +58,12 @@ pub const TYPE: ElementType = ElementType {
 
 /// Every image of this process, so that successive graphs share lock and description.
 static IMAGES: LazyLock<Registry> = LazyLock::new(Registry::default);
+
+/// The kernel's life: what was written to a file outlives this process, and not the kernel.
+static BOOT: LazyLock<Option<String>> = LazyLock::new(|| {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(format!("boot {}", id.trim())).filter(|text| text.len() > "boot ".len())
+});
 
 struct FileDisk {
     params: Params,
@@ -181,7 +188,7 @@ impl Element for FileDisk {
             Op::WriteZeroes => io.write_zeroes(req, cx),
             Op::Cache => io.cache(req),
             Op::Extents => io.extents(req, cx),
-            Op::Control => cx.fail(&req, Error::unsupported("there is nothing to control here")),
+            Op::Control => control(&req, cx, || BOOT.clone()),
         }
     }
 

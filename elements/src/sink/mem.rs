@@ -3,6 +3,7 @@
 //! Replies share its pages instead of copying them. A page that a reply still holds is copied when it
 //! is written, so that a reply never changes.
 
+use super::{control, unique};
 use blockmason::describe::{Build, ElementType, Family, Ports, Survives};
 use blockmason::lang::value::Size;
 use blockmason::request::join_extents;
@@ -50,13 +51,15 @@ struct Stretch(Vec<Option<Data>>);
 
 struct Mem {
     size: u64,
+    incarnation: String,
     stretches: Vec<Mutex<Stretch>>,
 }
 
 impl Mem {
     fn new(size: u64) -> Mem {
         let count = size.div_ceil((PAGE * PAGES) as u64) as usize;
-        Mem { size, stretches: (0..count).map(|_| Mutex::new(Stretch(Vec::new()))).collect() }
+        let stretches = (0..count).map(|_| Mutex::new(Stretch(Vec::new()))).collect();
+        Mem { size, incarnation: unique("memory"), stretches }
     }
 
     /// Calls `visit` with every page that a range touches, in order: its place, and which of its bytes.
@@ -149,7 +152,7 @@ impl Element for Mem {
                 return cx.fail(&req, Error::unsupported("memory knows of no such map"));
             }
             Op::Extents => return Flow::Now(Ok(Answer::Extents(self.extents(&req)))),
-            Op::Control => return cx.fail(&req, Error::unsupported("there is nothing to control here")),
+            Op::Control => return control(&req, cx, || Some(self.incarnation.clone())),
         }
         Flow::done()
     }

@@ -1,6 +1,7 @@
 //! A disk in memory with a write cache that can lose its power: the disk that lies the least about
 //! what a disk may do, for testing what lies above it.
 
+use super::{control, unique};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports, Survives};
 use blockmason::lang::value::Size;
 use blockmason::{
@@ -79,6 +80,8 @@ struct State {
     /// The changes that are not answered yet, by number.
     in_flight: BTreeSet<u64>,
     next: u64,
+    /// How often the power went.
+    losses: u64,
     rng: fastrand::Rng,
 }
 
@@ -174,12 +177,14 @@ impl State {
             settle(&mut self.durable, sector, &mut versions, survivor);
         }
         self.in_flight.clear();
+        self.losses += 1;
         unflushed
     }
 }
 
 struct Volatile {
     size: u64,
+    name: String,
     state: Mutex<State>,
 }
 
@@ -195,9 +200,10 @@ impl Volatile {
             cache: BTreeMap::new(),
             in_flight: BTreeSet::new(),
             next: 0,
+            losses: 0,
             rng: fastrand::Rng::with_seed(params.seed),
         };
-        Volatile { size: params.size.0, state: Mutex::new(state) }
+        Volatile { size: params.size.0, name: unique("volatile"), state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -243,7 +249,7 @@ impl Element for Volatile {
             Op::Extents => {
                 Flow::Now(Ok(Answer::Extents(vec![Extent { len: req.len, state: ExtentState::DATA }])))
             }
-            Op::Control => unsupported("there is nothing to control here"),
+            Op::Control => control(&req, cx, || Some(format!("{}, loss {}", self.name, self.state().losses))),
         }
     }
 

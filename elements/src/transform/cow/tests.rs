@@ -1,0 +1,5 @@
+mod crash;
+mod hostile;
+mod kit;
+mod model;
+mod races;

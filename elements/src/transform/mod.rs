@@ -1,0 +1,3 @@
+//! What changes data or addresses on the way.
+
+pub mod cow;
