@@ -11,6 +11,7 @@ pub mod element;
 pub mod error;
 pub mod geometry;
 pub mod graph;
+pub mod heads;
 pub mod io;
 pub mod lang;
 pub mod live;

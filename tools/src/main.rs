@@ -19,6 +19,7 @@ mod output;
 mod reload;
 mod run;
 mod show;
+mod sign;
 mod socket;
 mod status;
 mod units;
@@ -44,6 +45,7 @@ enum Command {
     Run(run::Args),
     Check(check::Args),
     Show(show::Args),
+    Sign(sign::Args),
     Bench(bench::Args),
     Elements(elements::Args),
     Status(status::Args),
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Show(args) => show::main(args),
+        Command::Sign(args) => sign::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Elements(args) => elements::main(args),
         Command::Completions(args) => completions::main(args, Cli::command()),
