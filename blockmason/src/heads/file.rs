@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The version of the format.
 const VERSION: u64 = 1;
@@ -17,6 +18,9 @@ pub(super) const LARGEST: usize = 64 << 10;
 
 /// Lines of all ways together.
 const MOST_LINES: usize = 4096;
+
+/// Numbers temporary files, since several graphs may change at once.
+static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// The layout elements from an export down to a volume, as lines.
 pub(super) type Way = Vec<String>;
@@ -136,7 +140,8 @@ pub(super) fn read(path: &Path) -> Result<Option<Head>> {
     // A pipe in its place must not hold up the start.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(None),
+        // Where no file can be there is none; whether one can be written shows when it has to.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => return Ok(None),
         opened => opened.map_err(refused)?,
     };
     let stat = rustix::fs::fstat(&file).map_err(refused)?;
@@ -160,7 +165,8 @@ pub(super) fn write(path: &Path, head: &Head) -> Result<()> {
     let folder = folder(path);
     make_folder(folder).map_err(refused)?;
     // Short, so that an image with the longest name is the only one that has no room for a head.
-    let temporary = folder.join(format!(".mason-head.{}", std::process::id()));
+    let nth = NEXT.fetch_add(1, Ordering::Relaxed);
+    let temporary = folder.join(format!(".mason-head.{}.{nth}", std::process::id()));
     let written = write_new(&temporary, &bytes).and_then(|()| std::fs::rename(&temporary, path));
     if written.is_err() {
         let _ = std::fs::remove_file(&temporary);

@@ -33,6 +33,8 @@ pub(super) struct Layout<'a> {
     outs: Vec<Vec<(&'a str, usize)>>,
     /// What sinks are called.
     labels: &'a [Option<Label>],
+    /// True for elements with a volume below; ways to others do not matter.
+    leads: Vec<bool>,
     /// Volumes of one name under one layout element.
     pub(super) copies: BTreeSet<(usize, usize)>,
 }
@@ -56,7 +58,8 @@ impl<'a> Layout<'a> {
                 outs.sort_by_key(|(port, _)| names.iter().position(|name| name == port));
             }
         }
-        Ok(Layout { spec, graph, known, outs, labels, copies: BTreeSet::new() })
+        let leads = leads(&outs, labels);
+        Ok(Layout { spec, graph, known, outs, labels, leads, copies: BTreeSet::new() })
     }
 
     /// The ways to each element that has a label.
@@ -64,7 +67,8 @@ impl<'a> Layout<'a> {
         let mut waiting = vec![0; self.outs.len()];
         self.outs.iter().flatten().for_each(|(_, to)| waiting[*to] += 1);
         let mut ways: Vec<BTreeSet<Rc<Way>>> = vec![BTreeSet::new(); self.outs.len()];
-        let mut ready: Vec<usize> = (0..waiting.len()).filter(|ix| waiting[*ix] == 0).collect();
+        let mut ready: Vec<usize> =
+            (0..waiting.len()).filter(|ix| waiting[*ix] == 0 && self.leads[*ix]).collect();
         ready.iter().for_each(|ix| ways[*ix] = BTreeSet::from([Rc::default()]));
         let mut ended = Vec::new();
         while let Some(ix) = ready.pop() {
@@ -72,6 +76,9 @@ impl<'a> Layout<'a> {
             let parts = self.parts(ix)?;
             for position in 0..self.outs[ix].len() {
                 let to = self.outs[ix][position].1;
+                if !self.leads[to] {
+                    continue;
+                }
                 match &parts {
                     None => ways[to].extend(own.iter().cloned()),
                     Some(parts) => {
@@ -165,6 +172,23 @@ impl<'a> Layout<'a> {
         }
         lines.iter().map(|line| plain(line)).collect()
     }
+}
+
+/// Which elements have a volume below them, themselves included.
+fn leads(outs: &[Vec<(&str, usize)>], labels: &[Option<Label>]) -> Vec<bool> {
+    let mut above: Vec<Vec<usize>> = vec![Vec::new(); outs.len()];
+    for (ix, outs) in outs.iter().enumerate() {
+        outs.iter().for_each(|(_, to)| above[*to].push(ix));
+    }
+    let volume = |label: &Option<Label>| label.as_ref().is_some_and(|label| label.volume.is_some());
+    let mut leads = vec![false; outs.len()];
+    let mut work: Vec<usize> = (0..outs.len()).filter(|ix| volume(&labels[*ix])).collect();
+    while let Some(ix) = work.pop() {
+        if !std::mem::replace(&mut leads[ix], true) {
+            work.extend(&above[ix]);
+        }
+    }
+    leads
 }
 
 /// True if the line says what a neighbouring part is.

@@ -250,7 +250,9 @@ pub fn verify(graphs: &[(&Spec, &Graph)]) -> Result<Plan> {
         Finding::Plain | Finding::New | Finding::Signed | Finding::Unfinished => None,
     });
     let count = refused.clone().count();
+    let mut differ = false;
     for (volume, why, lines) in refused.take(MOST_SHOWN) {
+        differ |= !lines.is_empty();
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{} ({}): {why}", volume.element, volume.place);
         text.extend(lines.iter().map(|line| format!("    {line}\n")));
@@ -259,8 +261,11 @@ pub fn verify(graphs: &[(&Spec, &Graph)]) -> Result<Plan> {
         let _ = writeln!(text, "and {} more volumes", count - MOST_SHOWN);
     }
     if count > 0 {
-        text += "`-` is what the volume was made with, `+` what the graph says: correct the graph. To serve it so \
-                 once, and leave the heads as they are: mason run --force. To make this its layout: mason sign";
+        if differ {
+            text += "`-` is what the volume was made with, `+` what the graph says.\n";
+        }
+        text += "Correct the graph. To serve it so once, and leave the heads as they are: mason run --force. To \
+                 make this the layout: mason sign";
         return Err(Error::invalid(text));
     }
     let new = |volume: &&Volume| matches!(volume.finding, Finding::New | Finding::Unfinished);
