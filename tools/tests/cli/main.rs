@@ -10,6 +10,7 @@ mod drain;
 mod elements;
 mod harness;
 mod load;
+mod heads;
 mod refused;
 mod run;
 mod show;
