@@ -27,8 +27,13 @@ pub struct ElementType {
     pub provides: &'static [&'static str],
     /// True if it only routes or watches: data and addresses below it are those above it.
     pub passes_through: bool,
-    /// True if the graph must be the same at the next start for the data to make sense.
+    /// True if the graph must be the same at the next start for the data to make sense: it stands in the
+    /// heads of the volumes below, see [`crate::heads`].
     pub layout: bool,
+    /// Parameters of a layout type that may change from start to start all the same.
+    pub tuning: &'static [&'static str],
+    /// True if the sizes of its parts, but for the last one's, belong to the layout.
+    pub sizes: bool,
     /// How a reload replaces it.
     pub handover: Handover,
     /// What acknowledged writes outlive, as far as this element is concerned.
@@ -66,6 +71,8 @@ impl ElementType {
         provides: &[],
         passes_through: false,
         layout: false,
+        tuning: &[],
+        sizes: false,
         handover: Handover::Gate,
         survives: Survives::Power,
         mirrors: false,

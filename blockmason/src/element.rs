@@ -124,6 +124,12 @@ pub trait Element: Any + Send + Sync {
     /// that is undone may open it again.
     fn close(&self) {}
 
+    /// Where the head of what it stores is; none where nothing outlives the process. See
+    /// [`crate::heads`].
+    fn head(&self) -> Option<crate::heads::HeadPlace> {
+        None
+    }
+
     /// The value of a handler that its type declares as readable.
     fn get(&self, handler: &str) -> Result<String> {
         Err(Error::no_handler(handler))

@@ -12,6 +12,7 @@ pub mod error;
 pub mod events;
 pub mod geometry;
 pub mod graph;
+pub mod heads;
 pub mod io;
 pub mod lang;
 pub mod live;

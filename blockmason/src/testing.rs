@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::graph::build::{Builder, connections};
 use crate::graph::{Connection, Graph, Instance};
 use crate::lang::{Defines, NoFiles, Spec, parse_checked, parse_str};
-use crate::live::{Live, Setup};
+use crate::live::{Heads, Live, Setup};
 use crate::request::{Answer, Extent, Op, Reply, Request};
 use crate::sched::{Admit, Cx, Disk, Host, Served, Stream, serve};
 use std::cell::RefCell;
@@ -71,7 +71,7 @@ pub async fn live(
     text: &str,
 ) -> crate::Result<(Arc<Live>, TestDisk)> {
     let setup = Setup { catalogue, name: "test".to_owned(), state_dir: host.state_dir().to_owned() };
-    let live = Live::start(host, setup, checked(catalogue, text)?).await?;
+    let live = Live::start(host, setup, checked(catalogue, text)?, Heads::Verify).await?;
     let disk = TestDisk::connect(live.disk().clone());
     Ok((live, disk))
 }

@@ -7,7 +7,7 @@ use crate::control::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile};
 use blockmason::io::{remove_file, replace_file};
 use blockmason::lang::{Defines, NoFiles, Spec, parse_checked, print};
-use blockmason::live::Diff;
+use blockmason::live::{Diff, Heads};
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -40,6 +40,10 @@ pub(crate) struct LeftArgs {
     /// Serves a graph that was changed while it ran and not saved as its file says
     #[arg(long)]
     as_file: bool,
+
+    /// Serves volumes even if their heads name another layout; the heads stay as they are
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 impl LeftArgs {
@@ -49,6 +53,10 @@ impl LeftArgs {
             (_, true) => Choice::File,
             _ => Choice::Ask,
         }
+    }
+
+    pub(crate) fn heads(&self) -> Heads {
+        if self.force { Heads::Ignore } else { Heads::Verify }
     }
 
     /// As the control socket takes it.

@@ -48,8 +48,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         given: given.clone().or(&daemon.defines),
     };
     let file = reader.read_or_say(&args.file)?;
-    let texts =
-        serde_json::json!({ "sources": &*file.spec.sources, "defines": given, "as_it": args.left.word() });
+    let texts = serde_json::json!({ "sources": &*file.spec.sources, "defines": given, "as_it": args.left.word(), "force": args.left.force });
     let loaded: GraphSummary = client.post(&path(&["v1", "graphs"]), &texts)?;
     if args.json {
         return output::json(&loaded);

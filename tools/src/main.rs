@@ -20,6 +20,7 @@ mod output;
 mod reload;
 mod run;
 mod show;
+mod sign;
 mod socket;
 mod status;
 mod units;
@@ -45,6 +46,7 @@ enum Command {
     Run(run::Args),
     Check(check::Args),
     Show(show::Args),
+    Sign(sign::Args),
     Bench(bench::Args),
     Elements(elements::Args),
     Status(status::Args),
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Show(args) => show::main(args),
+        Command::Sign(args) => sign::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Elements(args) => elements::main(args),
         Command::Completions(args) => completions::main(args, Cli::command()),

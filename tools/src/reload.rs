@@ -55,6 +55,14 @@ pub(crate) struct ChangeArgs {
     #[arg(long)]
     disconnect: bool,
 
+    /// Serves volumes even if their heads name another layout; the heads stay as they are
+    #[arg(long)]
+    force: bool,
+
+    /// Makes the graph's layout that of its volumes: their heads are written anew
+    #[arg(long, conflicts_with = "force")]
+    sign: bool,
+
     /// How long requests in flight may take to end before the change is given up
     #[arg(long, value_name = "TIME", default_value = "5s")]
     deadline: Time,
@@ -73,6 +81,8 @@ impl ChangeArgs {
             dry_run: self.dry_run,
             save: self.save,
             disconnect: self.disconnect,
+            force: self.force,
+            sign: self.sign,
             deadline_seconds: Some(self.deadline.0.as_secs_f64()),
         }
     }

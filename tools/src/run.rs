@@ -97,7 +97,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
         let daemon = Arc::new(Daemon::new(host, reader));
         for file in files {
-            if let Err(refusal) = daemon.load(file, args.left.choice()).await {
+            if let Err(refusal) = daemon.load(file, args.left.choice(), args.left.heads()).await {
                 daemon.stop().await?;
                 return Err(refusal.into());
             }

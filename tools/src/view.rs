@@ -6,6 +6,7 @@ use crate::left::Choice;
 use blockmason::describe::find;
 use blockmason::geometry::NO_LIMIT;
 use blockmason::graph::{Graph, OpReading, PlaceReading};
+use blockmason::heads::{Finding, Volume};
 use blockmason::lang::{Defines, Edit, Sources, Spec};
 use blockmason::{Geometry, Op};
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,9 @@ pub(crate) struct GraphTexts {
     /// Where the graph was left different from its file: `file` serves the file, `left` what was left.
     #[serde(default)]
     pub(crate) as_it: Option<String>,
+    /// Serve volumes through another layout than their heads name, and leave the heads as they are.
+    #[serde(default)]
+    pub(crate) force: bool,
 }
 
 impl GraphTexts {
@@ -120,6 +124,10 @@ pub(crate) struct ChangeOptions {
     pub(crate) save: bool,
     /// Send clients away that cannot live with it, instead of refusing.
     pub(crate) disconnect: bool,
+    /// Serve volumes through another layout than their heads name, and leave the heads as they are.
+    pub(crate) force: bool,
+    /// Make the layout of the graph that of its volumes.
+    pub(crate) sign: bool,
     /// How long requests in flight may take to end. Default: 5.
     pub(crate) deadline_seconds: Option<f64>,
 }
@@ -260,6 +268,9 @@ pub(crate) struct ElementView {
     /// Known once the graph has been built.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) geometry: Option<GeometryView>,
+    /// How the head of its volume and the graph fit; of a graph file that has been built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) head: Option<String>,
 }
 
 /// A parameter as given.
@@ -402,6 +413,24 @@ impl GraphView {
         self
     }
 
+    /// The same with what the volumes' heads say.
+    pub(crate) fn with_heads(mut self, volumes: &[Volume]) -> GraphView {
+        for volume in volumes {
+            let element = self.elements.iter_mut().find(|element| element.name == volume.element);
+            let path = volume.at.path.display();
+            if let Some(element) = element {
+                element.head = match &volume.finding {
+                    Finding::Plain => None,
+                    Finding::New => Some(format!("no head yet, {path} is to be written")),
+                    Finding::Signed => Some(format!("signed in {path}")),
+                    Finding::Unfinished => Some(format!("signed by an interrupted start in {path}")),
+                    Finding::Refused(why, _) => Some(format!("refused: {why}")),
+                };
+            }
+        }
+        self
+    }
+
     /// The same with what the edges have carried.
     pub(crate) fn with_counters(mut self, graph: &Graph) -> GraphView {
         let readings = graph.read_edges();
@@ -453,6 +482,7 @@ impl ElementView {
             place: spec.place(element).to_string(),
             parameters: element.params.entries().iter().map(parameter).collect(),
             geometry: None,
+            head: None,
         }
     }
 }

@@ -111,7 +111,7 @@ fn meaning_in(value: &Value, param: Option<&Param>, folder: &Path) -> String {
 }
 
 /// A word if it can be one, else a string.
-fn quote(text: &str) -> String {
+pub(crate) fn quote(text: &str) -> String {
     let word =
         !text.is_empty() && !text.starts_with('#') && !text.contains("${") && text.chars().all(is_word_char);
     if word {

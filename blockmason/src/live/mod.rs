@@ -16,6 +16,7 @@ use crate::events::{Event, EventKind};
 use crate::graph::build::{Builder, connections};
 use crate::graph::tally::Histogram;
 use crate::graph::{Graph, Instance};
+use crate::heads::{self, Finding, Names, Volume};
 use crate::lang::Spec;
 use crate::sched::{Change, Changed, Disk, Host, Setting, contained};
 use serde::{Deserialize, Serialize};
@@ -43,11 +44,25 @@ pub struct Options {
     pub deadline: Duration,
     /// Clients that cannot live with the new graph are sent away, instead of the change refused.
     pub disconnect: bool,
+    /// What the heads of volumes have to say.
+    pub heads: Heads,
+}
+
+/// What the heads of volumes have to say to a graph; see [`heads`](crate::heads).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Heads {
+    /// A volume is served through no other layout than its head names; new ones are signed.
+    #[default]
+    Verify,
+    /// Nothing. They stay as they are.
+    Ignore,
+    /// The layout of the graph becomes that of the volumes.
+    Sign,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { deadline: Duration::from_secs(5), disconnect: false }
+        Options { deadline: Duration::from_secs(5), disconnect: false, heads: Heads::Verify }
     }
 }
 
@@ -87,7 +102,7 @@ impl Live {
     ///
     /// # Errors
     /// The first element that cannot be built or opened; everything is closed again.
-    pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec) -> Result<Arc<Live>> {
+    pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec, heads: Heads) -> Result<Arc<Live>> {
         let disk = Disk::new(host, &setup.name).await?;
         let empty = Arc::new(Spec::empty(spec.sources.clone()));
         let live = Live {
@@ -99,7 +114,7 @@ impl Live {
             reloads: AtomicU64::new(0),
             failed: AtomicU64::new(0),
         };
-        match live.change(spec, &Options::default()).await {
+        match live.change(spec, &Options { heads, ..Options::default() }).await {
             Ok(_) => {
                 live.publish(EventKind::Loaded, "the graph serves", &[]);
                 Ok(Arc::new(live))
@@ -196,9 +211,13 @@ impl Live {
         }
         let before = self.disk.graph();
         let graph = self.build(&next, &diff, &before).await?;
+        let signed = Signing::of(&next, &graph, options.heads)?;
+        signed.plan.begin()?;
         let settings = settings(&diff, &graph);
         let change = Change { deadline: options.deadline, disconnect: options.disconnect, settings };
-        let changed = self.disk.replace(Arc::new(graph), &change).await?;
+        let changed = self.disk.replace(Arc::new(graph), &change).await;
+        let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
+        signed.complete();
         self.adopt(next, &changed);
         Ok(Report {
             diff,
@@ -291,6 +310,41 @@ impl Live {
         let event = Event::new(kind, self.name(), message);
         let event = fields.iter().fold(event, |event, (key, value)| event.with(key, value));
         self.disk.host().events().publish(event);
+    }
+}
+
+/// The heads that a change writes, and those that it removes.
+struct Signing {
+    plan: heads::Plan,
+    needless: Vec<Volume>,
+}
+
+impl Signing {
+    /// Changes nothing yet.
+    fn of(spec: &Spec, graph: &Graph, heads: Heads) -> Result<Signing> {
+        let none = Vec::new();
+        match heads {
+            Heads::Verify => Ok(Signing { plan: heads::verify(&[(spec, graph)])?, needless: none }),
+            Heads::Ignore => Ok(Signing { plan: heads::Plan::default(), needless: none }),
+            Heads::Sign => {
+                let volumes = heads::survey(&[(spec, graph)], Names::Adopt)?;
+                let plan = heads::Plan::of(volumes.iter());
+                let needless = |volume: &Volume| {
+                    volume.wanted().is_none()
+                        && !volume.at.read_only
+                        && !matches!(volume.finding, Finding::Plain)
+                };
+                Ok(Signing { plan, needless: volumes.into_iter().filter(needless).collect() })
+            }
+        }
+    }
+
+    /// The graph serves. What cannot be written now is at the next start, or refused then.
+    fn complete(&self) {
+        let removed = || self.needless.iter().try_for_each(heads::remove);
+        if let Err(error) = self.plan.complete().and_then(|()| removed()) {
+            tracing::warn!("{error}; it is tried again at the next start");
+        }
     }
 }
 

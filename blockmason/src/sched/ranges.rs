@@ -202,6 +202,11 @@ impl RangeLock {
         wakers.into_iter().for_each(Waker::wake);
     }
 
+    /// Claims one range alone, for an element's own bookkeeping.
+    pub fn lock(&self, range: Range<u64>) -> Waiting<'_> {
+        self.claim(Holder { root: 0, doing: "internal" }, Mode::Exclusive, &[range])
+    }
+
     /// Every claim, in the order of arrival: who holds, who waits, since when. For a drain that does not
     /// end.
     pub fn claims(&self) -> Vec<Claim> {

@@ -28,6 +28,7 @@ pub const TYPE: ElementType = ElementType {
     params: Linear::PARAMS,
     ports: Ports { input: true, out: Outs::Variadic { min: 1 } },
     layout: true,
+    sizes: true,
     example: "element Guest (type nbd) (listen unix:linear.sock)\n\
               element Both (type linear)\n\
               element Small (type file) (path small.img) (size 100001)\n\

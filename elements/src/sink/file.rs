@@ -3,13 +3,14 @@
 use super::control;
 use blockmason::data::ALIGN;
 use blockmason::describe::{Access as HandlerAccess, Build, Carries, ElementType, Family, Handler, Ports};
+use blockmason::heads::HeadPlace;
 use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Open, Ops, Prepared, Request, Result,
 };
 use rustix::fs::{FileType, OFlags};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, OnceLock};
 
 blockmason::params! {
@@ -23,6 +24,9 @@ blockmason::params! {
         direct: bool = "no",
         /// Opens for reading only; several processes may then share the image.
         readonly: bool = "no",
+        /// Keeps the head of the volume here. Without it the head is beside the image, and that of a block
+        /// device in the folder for state.
+        head: Option<FilePath>,
     }
 }
 
@@ -35,6 +39,9 @@ pub const TYPE: ElementType = ElementType {
           A write is answered when the kernel has it, which outlives this process but not the power; a \
           flush or FUA is answered after fdatasync. When an fdatasync fails, the kernel forgets what \
           was not written: so every later flush and FUA fails too, until `reset` is called.\n\n\
+          Where a graph has a layout above it (`stripe`, `linear`, `slice`), the image has a *head*, a small \
+          file `IMAGE.mason-head` that names it and its layout; through another one it is not served. Keep \
+          it with the image.\n\n\
           Discarded and zeroed ranges become holes where the file system can make them.",
     family: Family::Sink,
     params: Params::PARAMS,
@@ -52,7 +59,9 @@ pub const TYPE: ElementType = ElementType {
         _ => Carries::ALL,
     },
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(FileDisk::new(build.read(Params::from)?, build.graph)?)),
+    build: |build: &Build<'_>| {
+        Ok(Arc::new(FileDisk::new(build.read(Params::from)?, build.graph, build.state_dir)?))
+    },
     ..ElementType::BASE
 };
 
@@ -68,13 +77,14 @@ static BOOT: LazyLock<Option<String>> = LazyLock::new(|| {
 struct FileDisk {
     params: Params,
     graph: String,
+    state_dir: PathBuf,
     geometry: Geometry,
     /// Set once the image is open: by `build` if it exists, else by `open`, which creates it.
     io: OnceLock<FileIo>,
 }
 
 impl FileDisk {
-    fn new(params: Params, graph: &str) -> Result<FileDisk> {
+    fn new(params: Params, graph: &str, state_dir: &Path) -> Result<FileDisk> {
         let path = &params.path.0;
         let io = OnceLock::new();
         let geometry = match params.size {
@@ -91,7 +101,8 @@ impl FileDisk {
                 geometry
             }
         };
-        Ok(FileDisk { params, graph: graph.to_owned(), geometry, io })
+        let (graph, state_dir) = (graph.to_owned(), state_dir.to_owned());
+        Ok(FileDisk { params, graph, state_dir, geometry, io })
     }
 
     fn io(&self) -> Result<&FileIo> {
@@ -170,6 +181,11 @@ impl Element for FileDisk {
             let _ = self.io.set(FileIo::new(image, options));
         }
         Ok(None)
+    }
+
+    fn head(&self) -> Option<HeadPlace> {
+        let place = HeadPlace::of_image(&self.params.path.0, &self.state_dir).read_only(self.params.readonly);
+        Some(place.kept_at(self.params.head.as_ref().map(|path| path.0.as_path())))
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {

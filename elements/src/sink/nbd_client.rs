@@ -7,6 +7,7 @@ use crate::nbd::link::{Client, Target};
 use crate::nbd::uri;
 use crate::nbd::wire::{MAX_PAYLOAD, TransmissionFlags};
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
+use blockmason::heads::HeadPlace;
 use blockmason::lang::value::{FilePath, Time, Uri};
 use blockmason::{
     Children, Cx, Data, Element, Error, Flags, Flow, Geometry, Kind, Op, Ops, Prepared, Request, Result,
@@ -31,6 +32,8 @@ blockmason::params! {
         tls_certificates: Option<FilePath>,
         /// Refuses to write, whatever the server says.
         readonly: bool = "no",
+        /// Keeps the head of the volume here, instead of in the folder for state.
+        head: Option<FilePath>,
     }
 }
 
@@ -51,6 +54,9 @@ pub const TYPE: ElementType = ElementType {
           flushed when the *server* died are the server's to keep or lose, as with any disk. A disk \
           that comes back with another size or other abilities is refused until `reconnect` is called; \
           if it has really changed, reload the graph.\n\n\
+          Where a graph has a layout above it (`stripe`, `linear`, `slice`), the disk has a *head* that names it \
+          and its layout, for each URI in the folder for state: on other hosts the disk has none, or \
+          another one. Through another layout it is not served.\n\n\
           What the server sends is not trusted: whatever is no legal reply costs it the connection.",
     family: Family::Sink,
     params: Params::PARAMS,
@@ -87,6 +93,7 @@ const MAX_PREFERRED: u32 = 32 << 20;
 struct NbdClient {
     client: Arc<Client>,
     geometry: Geometry,
+    head: HeadPlace,
     /// The most connections; None for as many as there are shards.
     connections: Option<usize>,
 }
@@ -94,6 +101,8 @@ struct NbdClient {
 impl NbdClient {
     fn new(build: &Build<'_>) -> Result<NbdClient> {
         let params = build.read(Params::from)?;
+        let head = HeadPlace::keyed("nbd", params.uri.as_str(), build.state_dir);
+        let head = head.kept_at(params.head.as_ref().map(|path| path.0.as_path()));
         let uri: uri::Uri = params.uri.as_str().parse()?;
         let target = Target {
             owner: (build.graph.to_owned(), build.name.to_owned()),
@@ -107,7 +116,8 @@ impl NbdClient {
         let connections =
             if several { params.connections.map(|most| usize::from(most.max(1))) } else { Some(1) };
         let geometry = geometry(&client, params.readonly)?;
-        Ok(NbdClient { client, geometry, connections })
+        let head = head.read_only(geometry.read_only);
+        Ok(NbdClient { client, geometry, head, connections })
     }
 
     /// The shard whose connection serves the requests of a shard.
@@ -214,6 +224,10 @@ impl Element for NbdClient {
 
     fn close(&self) {
         self.client.close();
+    }
+
+    fn head(&self) -> Option<HeadPlace> {
+        Some(self.head.clone())
     }
 
     fn get(&self, handler: &str) -> Result<String> {

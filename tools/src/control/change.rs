@@ -7,7 +7,7 @@ use crate::view::{ChangeOptions, ChangeView};
 use blockmason::Error;
 use blockmason::io::replace_file;
 use blockmason::lang::{Edit, Spec, edit, print};
-use blockmason::live::{Diff, Options, Report};
+use blockmason::live::{Diff, Heads, Options, Report};
 use std::path::Path;
 use std::time::Duration;
 
@@ -63,6 +63,11 @@ impl Served {
         let how = Options {
             deadline: options.deadline_seconds.map_or(Options::default().deadline, seconds),
             disconnect: options.disconnect,
+            heads: match (options.sign, options.force) {
+                (true, _) => Heads::Sign,
+                (_, true) => Heads::Ignore,
+                _ => Heads::Verify,
+            },
         };
         let mut next_spec = None;
         let before = |next: &Spec, diff: &Diff| {

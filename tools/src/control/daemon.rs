@@ -5,7 +5,7 @@ use crate::graphs::{CATALOGUE, GraphFile, Reader};
 use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
 use blockmason::Host;
-use blockmason::live::{Live, Setup};
+use blockmason::live::{Heads, Live, Setup};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -92,9 +92,14 @@ impl Daemon {
     }
 
     /// Builds a graph and serves it. When this returns, its exports accept.
-    pub(crate) async fn load(&self, file: GraphFile, choice: Choice) -> Result<Arc<Served>, Refusal> {
+    pub(crate) async fn load(
+        &self,
+        file: GraphFile,
+        choice: Choice,
+        heads: Heads,
+    ) -> Result<Arc<Served>, Refusal> {
         let changing = self.reserve(&file.name)?;
-        let served = self.start(file, choice).await?;
+        let served = self.start(file, choice, heads).await?;
         self.graphs().served.push(served.clone());
         drop(changing);
         Ok(served)
@@ -156,7 +161,7 @@ impl Daemon {
         Ok(Changing { daemon: self, name: name.to_owned() })
     }
 
-    async fn start(&self, file: GraphFile, choice: Choice) -> Result<Arc<Served>, Refusal> {
+    async fn start(&self, file: GraphFile, choice: Choice, heads: Heads) -> Result<Arc<Served>, Refusal> {
         let source = file.spec.sources.get(0);
         let path = source.map_or_else(|| file.path.clone(), |source| source.opened().to_owned());
         let left = Left::of(self.host.state_dir(), &path);
@@ -166,7 +171,7 @@ impl Daemon {
         let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
         // For the place of an element that fails.
         let spec = file.spec.clone();
-        let live = Live::start(&self.host, setup, file.spec).await;
+        let live = Live::start(&self.host, setup, file.spec, heads).await;
         let live = live.map_err(|error| Refusal::in_graph(&error, &spec))?;
         if choice != Choice::Left
             && let Err(error) = left.forget()

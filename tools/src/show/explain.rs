@@ -14,6 +14,11 @@ pub(super) fn draw(graph: &GraphView) -> String {
     if !served.is_empty() {
         let _ = write!(out, "\nThe framework, on the way into an element:\n{}", served.concat());
     }
+    let signed = graph.elements.iter().filter_map(|element| Some((&element.name, element.head.as_ref()?)));
+    let signed: Vec<String> = signed.map(|(name, head)| format!("  {name}: {head}\n")).collect();
+    if !signed.is_empty() {
+        let _ = write!(out, "\nVolumes with a layout:\n{}", signed.concat());
+    }
     let above = graph.above();
     let met = graph.elements.iter().filter_map(|element| meeting(element, above.get(element.name.as_str())?));
     let met: Vec<String> = met.collect();

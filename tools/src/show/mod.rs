@@ -11,6 +11,7 @@ use crate::failure::{Failure, Outcome};
 use crate::graphs::{CATALOGUE, GraphArgs, GraphFile, Reader};
 use crate::output::{self, printable};
 use crate::view::{GraphText, GraphView, Status};
+use blockmason::heads;
 use std::path::PathBuf;
 
 /// Draw a graph: a graph file, or with no GRAPH what a running daemon serves.
@@ -117,7 +118,9 @@ fn built(reader: &Reader, file: &GraphFile) -> Outcome<GraphView> {
     let state = reader.folders.state.clone().unwrap_or_default();
     file.make_folders()?;
     let graph = file.build(&state, 1).map_err(|error| Failure::in_graph(&error, &file.spec))?;
-    Ok(GraphView::of_spec(&file.name, &file.spec).with_geometry(&graph))
+    let volumes = heads::survey(&[(&file.spec, &graph)], heads::Names::Keep);
+    let volumes = volumes.map_err(|error| Failure::from_error(&error))?;
+    Ok(GraphView::of_spec(&file.name, &file.spec).with_geometry(&graph).with_heads(&volumes))
 }
 
 /// `path disk.img, size 1G`.

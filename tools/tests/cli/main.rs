@@ -11,6 +11,7 @@ mod elements;
 mod events;
 mod handlers;
 mod harness;
+mod heads;
 mod load;
 mod metrics;
 mod refused;

@@ -8,6 +8,7 @@ use crate::view::{GraphSummary, GraphText, GraphTexts, GraphView};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use blockmason::live::Heads;
 use std::sync::Arc;
 
 /// The graphs that serve
@@ -33,12 +34,12 @@ pub(super) async fn load(
     State(daemon): State<Arc<Daemon>>,
     Body(texts): Body<GraphTexts>,
 ) -> Result<(StatusCode, Json<GraphSummary>), Refusal> {
-    let choice = texts.choice();
+    let (choice, heads) = (texts.choice(), if texts.force { Heads::Ignore } else { Heads::Verify });
     let given = texts.defines.or(&daemon.reader.given);
     let reader = Reader { given, ..daemon.reader.clone() };
     let file = reader.read_sources(&texts.sources).map_err(|diagnostics| Refusal::graph(&diagnostics))?;
     drop(texts.sources);
-    let served = daemon.load(file, choice).await?;
+    let served = daemon.load(file, choice, heads).await?;
     Ok((StatusCode::CREATED, Json(served.summary())))
 }
 

@@ -1,0 +1,338 @@
+//! Heads of volumes: signatures of the layout that data was written with, compared before a graph is
+//! handed over to (Block Mason, section 5). The format and the rules are docs/formats/head.md.
+//!
+//! [`verify`] comes after a graph has been built and before it is opened; it changes nothing. The
+//! [`Plan`] that it returns is begun before anything is opened, completed once everything is, and
+//! withdrawn if that fails.
+
+mod diff;
+mod file;
+mod layout;
+mod place;
+#[cfg(test)]
+mod tests;
+
+pub use file::Head;
+pub use place::HeadPlace;
+
+use crate::describe::Outs;
+use crate::error::{Error, Kind, Result};
+use crate::graph::Graph;
+use crate::lang::{ElementSpec, Spec};
+use layout::{Label, Layout, is_neighbour};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Bytes of a volume's name.
+const NAME: usize = 32;
+
+/// Volumes whose differences one error shows.
+const MOST_SHOWN: usize = 4;
+
+/// A volume, its head, and how they fit.
+pub struct Volume {
+    /// The element that it belongs to.
+    pub element: String,
+    /// Where the element stands, `vm1.mason:3:9`.
+    pub place: String,
+    /// Where its head is.
+    pub at: HeadPlace,
+    /// How the graph and the head fit.
+    pub finding: Finding,
+    /// The head that is there, if it could be read.
+    pub found: Option<Head>,
+    /// The name that it has, or is given; a read-only one without a head has none.
+    name: Option<String>,
+    ways: BTreeSet<Vec<String>>,
+}
+
+/// How a graph and a volume's head fit.
+#[derive(Debug)]
+pub enum Finding {
+    /// It is served as it is and has no head.
+    Plain,
+    /// It has a layout and no head yet.
+    New,
+    /// The head names this layout.
+    Signed,
+    /// The head names this layout, and was left by a start that was interrupted.
+    Unfinished,
+    /// It must not be served so: why, and the difference as a diff, which may be empty.
+    Refused(String, Vec<String>),
+}
+
+impl Volume {
+    /// The head that the layout of the graph asks for; None if the volume is served as it is.
+    pub fn wanted(&self) -> Option<Head> {
+        let volume = self.name.clone()?;
+        let layout = self.ways.iter().any(|way| !way.is_empty());
+        layout.then(|| Head { volume, complete: true, ways: self.ways.clone() })
+    }
+
+    /// From the head that is there to the one that the layout asks for, as a diff.
+    pub fn difference(&self) -> Vec<String> {
+        let none = BTreeSet::new();
+        diff::diff(self.found.as_ref().map_or(&none, |head| &head.ways), &self.ways)
+    }
+
+    fn judge(&self, head: Result<Option<Head>>) -> Finding {
+        let head = match head {
+            Ok(Some(head)) => head,
+            Ok(None) if self.wanted().is_some() => return Finding::New,
+            Ok(None) => return Finding::Plain,
+            Err(error) => return Finding::Refused(with_source(&error), Vec::new()),
+        };
+        let known = |ways: &BTreeSet<Vec<String>>| ways.is_subset(&head.ways);
+        let elements = |ways: &BTreeSet<Vec<String>>| -> BTreeSet<Vec<String>> {
+            ways.iter().map(|way| way.iter().filter(|line| !is_neighbour(line)).cloned().collect()).collect()
+        };
+        match &self.at.missing {
+            _ if !head.complete && elements(&self.ways).is_subset(&elements(&head.ways)) => {
+                Finding::Unfinished
+            }
+            Some(image) if head.complete => {
+                let message = format!("{} is gone, but its head is there", image.display());
+                Finding::Refused(message, Vec::new())
+            }
+            _ if head.complete && known(&self.ways) => Finding::Signed,
+            _ => {
+                let message = format!("its layout is another one: {}", self.at.path.display());
+                Finding::Refused(message, diff::diff(&head.ways, &self.ways))
+            }
+        }
+    }
+}
+
+/// How names are given to the volumes of a survey.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// Those of the heads; new ones where there is no head.
+    Keep,
+    /// New ones also for copies, and for volumes that are gone: for adopting the layout of a graph.
+    Adopt,
+}
+
+/// The volumes of graphs that are built and not open, and how their heads fit. Changes nothing.
+///
+/// # Errors
+/// A layout that is too large. What is wrong with a head is a finding.
+pub fn survey(graphs: &[(&Spec, &Graph)], names: Names) -> Result<Vec<Volume>> {
+    let (mut volumes, sinks) = volumes(graphs);
+    let mut heads = Vec::with_capacity(volumes.len());
+    let mut taken = HashSet::new();
+    for volume in &mut volumes {
+        let head = file::read(&volume.at.path);
+        volume.found = head.as_ref().ok().cloned().flatten();
+        let kept = |head: &&Head| {
+            names == Names::Keep || (volume.at.missing.is_none() && !taken.contains(&head.volume))
+        };
+        volume.name = match volume.found.as_ref().filter(kept) {
+            Some(head) => Some(head.volume.clone()),
+            None if volume.at.read_only => None,
+            None => Some(random_name()?),
+        };
+        taken.extend(volume.name.clone());
+        heads.push(head);
+    }
+    let mut copies = HashMap::new();
+    for ((spec, graph), sinks) in graphs.iter().zip(&sinks) {
+        let labels = labels(spec, graph, sinks, &volumes);
+        let mut layout = Layout::new(spec, graph, &labels)?;
+        for (element, ways) in layout.ways()? {
+            if let Some(volume) = sinks[element] {
+                volumes[volume].ways.extend(ways.iter().map(|way| way.to_vec()));
+            }
+        }
+        for (one, other) in layout.copies {
+            copies.insert(one, volumes[other].at.path.clone());
+            copies.insert(other, volumes[one].at.path.clone());
+        }
+    }
+    let fresh = volumes.iter().filter(|volume| volume.found.is_none());
+    let fresh: HashSet<String> = fresh.filter_map(|volume| volume.name.clone()).collect();
+    for (ix, (volume, head)) in volumes.iter_mut().zip(heads).enumerate() {
+        volume.finding = volume.judge(head);
+        if let Finding::Refused(_, lines) = &mut volume.finding {
+            lines.iter_mut().for_each(|line| *line = without(line, &fresh));
+        }
+        if let Some(other) = copies.get(&ix) {
+            let message = format!("its head names the same volume as {}: one is a copy", other.display());
+            volume.finding = Finding::Refused(message, Vec::new());
+        }
+    }
+    Ok(volumes)
+}
+
+/// The volumes of all graphs, each once, and for each graph the volume of each element.
+fn volumes(graphs: &[(&Spec, &Graph)]) -> (Vec<Volume>, Vec<Vec<Option<usize>>>) {
+    let mut volumes: Vec<Volume> = Vec::new();
+    let mut known: HashMap<PathBuf, usize> = HashMap::new();
+    let mut sinks = Vec::with_capacity(graphs.len());
+    for (spec, graph) in graphs {
+        let instances: HashMap<_, _> = graph.instances().map(|it| (it.name.as_str(), it)).collect();
+        let mut volume_of = |element: &ElementSpec| {
+            let at = instances.get(element.name.as_str())?.element.head()?;
+            let next = volumes.len();
+            let ix = *known.entry(at.path.clone()).or_insert(next);
+            match volumes.get_mut(ix) {
+                // One that may write is enough.
+                Some(volume) => volume.at.read_only &= at.read_only,
+                None => volumes.push(Volume {
+                    element: element.name.clone(),
+                    place: spec.place(element).to_string(),
+                    at,
+                    finding: Finding::Plain,
+                    found: None,
+                    name: None,
+                    ways: BTreeSet::new(),
+                }),
+            }
+            Some(ix)
+        };
+        sinks.push(spec.elements.iter().map(&mut volume_of).collect());
+    }
+    (volumes, sinks)
+}
+
+/// What the sinks of a graph are called by their neighbours.
+fn labels(spec: &Spec, graph: &Graph, sinks: &[Option<usize>], volumes: &[Volume]) -> Vec<Option<Label>> {
+    let types: HashMap<&str, _> = graph.instances().map(|it| (it.name.as_str(), it.ty)).collect();
+    let label = |(element, sink): (&ElementSpec, &Option<usize>)| match sink {
+        Some(volume) => {
+            let name = volumes[*volume].name.as_deref();
+            let text = name.unwrap_or("read-only without a head").to_owned();
+            Some(Label { text, volume: Some(*volume) })
+        }
+        None => {
+            let ty = types.get(element.name.as_str()).filter(|ty| ty.ports.out == Outs::None)?;
+            Some(Label { text: ty.name.to_owned(), volume: None })
+        }
+    };
+    spec.elements.iter().zip(sinks).map(label).collect()
+}
+
+/// A name that no other volume has.
+fn random_name() -> Result<String> {
+    let mut bytes = [0; NAME / 2];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    match got {
+        Ok(count) if count == bytes.len() => {
+            Ok(bytes.iter().fold(String::new(), |name, byte| format!("{name}{byte:02x}")))
+        }
+        _ => Err(Error::new(Kind::Unavailable, "the system gives no random numbers to name a volume with")),
+    }
+}
+
+/// A line of a diff, with the names that were only just made up in words.
+fn without(line: &str, fresh: &HashSet<String>) -> String {
+    let word = |word| if fresh.contains(word) { "(without a head)" } else { word };
+    line.split(' ').map(word).collect::<Vec<_>>().join(" ")
+}
+
+fn with_source(error: &Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// Compares the heads of all volumes of graphs that are built and not open, and says which are to be
+/// written. Changes nothing.
+///
+/// # Errors
+/// All volumes that must not be served so, each with the difference.
+pub fn verify(graphs: &[(&Spec, &Graph)]) -> Result<Plan> {
+    let volumes = survey(graphs, Names::Keep)?;
+    let mut text = String::new();
+    let refused = volumes.iter().filter_map(|volume| match &volume.finding {
+        Finding::Refused(why, lines) => Some((volume, why, lines)),
+        Finding::Plain | Finding::New | Finding::Signed | Finding::Unfinished => None,
+    });
+    let count = refused.clone().count();
+    let mut differ = false;
+    for (volume, why, lines) in refused.take(MOST_SHOWN) {
+        differ |= !lines.is_empty();
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{} ({}): {why}", volume.element, volume.place);
+        text.extend(lines.iter().map(|line| format!("    {line}\n")));
+    }
+    if count > MOST_SHOWN {
+        let _ = writeln!(text, "and {} more volumes", count - MOST_SHOWN);
+    }
+    if count > 0 {
+        if differ {
+            text += "`-` is what the volume was made with, `+` what the graph says.\n";
+        }
+        text += "Correct the graph. To serve it so and leave the heads as they are: --force. To make this the \
+                 layout: mason sign, or for a running graph mason reload --sign";
+        return Err(Error::invalid(text));
+    }
+    let new = |volume: &&Volume| matches!(volume.finding, Finding::New | Finding::Unfinished);
+    Ok(Plan::of(volumes.iter().filter(new)))
+}
+
+/// The heads to be written for a hand-over.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Each with what is there now.
+    heads: Vec<(PathBuf, Head, Option<Head>)>,
+}
+
+impl Plan {
+    /// The heads that volumes want and do not have; those of read-only ones stay as they are.
+    pub fn of<'a>(volumes: impl Iterator<Item = &'a Volume>) -> Plan {
+        let head = |volume: &Volume| {
+            let wanted = volume.wanted().filter(|_| !volume.at.read_only)?;
+            let differs = volume.found.as_ref() != Some(&wanted);
+            differs.then(|| (volume.at.path.clone(), wanted, volume.found.clone()))
+        };
+        Plan { heads: volumes.filter_map(head).collect() }
+    }
+
+    /// True if all heads are as they should be.
+    pub fn is_empty(&self) -> bool {
+        self.heads.is_empty()
+    }
+
+    /// Writes the heads, not complete yet. When it returns they are durable.
+    ///
+    /// # Errors
+    /// The first that cannot be written; those that were not there before are removed again.
+    pub fn begin(&self) -> Result<()> {
+        let begun = self.heads.iter().try_for_each(|(path, head, before)| {
+            let begun = Head { complete: false, ..head.clone() };
+            if before.as_ref() == Some(&begun) { Ok(()) } else { file::write(path, &begun) }
+        });
+        if begun.is_err() {
+            self.withdraw();
+        }
+        begun
+    }
+
+    /// Completes the heads: the graph has been handed over to. When it returns they are durable.
+    ///
+    /// # Errors
+    /// The first that cannot be written. What is not complete is completed at the next start.
+    pub fn complete(&self) -> Result<()> {
+        self.heads.iter().try_for_each(|(path, head, _)| file::write(path, head))
+    }
+
+    /// Removes the heads that were not there before: the graph is not served.
+    pub fn withdraw(&self) {
+        for (path, ..) in self.heads.iter().filter(|(_, _, before)| before.is_none()) {
+            // One that stays is not complete, and taken up again.
+            if let Err(error) = file::remove(path) {
+                tracing::warn!("{}", with_source(&error));
+            }
+        }
+    }
+}
+
+/// Removes the head of a volume that is to be served as it is. When it returns, it is gone for good.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn remove(volume: &Volume) -> Result<()> {
+    file::remove(&volume.at.path)
+}
