@@ -321,7 +321,7 @@ fn a_sink_is_exchanged_behind_the_gate() {
         outside.await.unwrap().unwrap();
         assert_eq!(log(), ["open B red", "close A red"]);
         assert_eq!(live.reloads(), (1, 0));
-        assert_eq!(live.pauses().iter().sum::<u64>(), 1);
+        assert_eq!(live.pauses().0.iter().sum::<u64>(), 1);
     });
 }
 
