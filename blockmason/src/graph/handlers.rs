@@ -1,10 +1,11 @@
 //! The handlers of a running graph's elements: those of their types, and those that all of them have.
 
-use super::{Graph, Node};
+use super::{Graph, Moved, Node};
 use crate::describe::{Access, ElementType, Handler};
 use crate::error::{Error, Result};
 use crate::lang::did_you_mean;
 use crate::lang::value::Time;
+use crate::request::Op;
 use crate::sched::contained;
 use std::time::Duration;
 
@@ -30,6 +31,16 @@ impl ElementType {
         let known = |handler: &&Handler| own.iter().all(|other| other.name != handler.name);
         own.iter().chain(COMMON.iter().chain(source).filter(known))
     }
+}
+
+/// A handler of an element of a running graph.
+pub struct HandlerReading<'a> {
+    /// The element.
+    pub element: &'a str,
+    /// The handler.
+    pub handler: &'static Handler,
+    /// Its value; None of one that can only be called.
+    pub value: Option<Result<String>>,
 }
 
 /// What somebody wants of a handler.
@@ -68,7 +79,30 @@ impl Graph {
         if own {
             return contained(|| node.element.get(handler)).map_err(|error| error.in_element(element));
         }
-        self.common(ix, handler).ok_or_else(|| Error::no_handler(handler).in_element(element))
+        self.common(ix, handler, &self.arrived()[ix])
+    }
+
+    /// Every handler of every element, in the order of the graph file, with its value if it can be read.
+    pub fn readings(&self) -> Vec<HandlerReading<'_>> {
+        let arrived = self.arrived();
+        let value = |ix: usize, handler: &Handler| {
+            let node = &self.nodes[ix];
+            match handler.access {
+                Access::Call => None,
+                _ if is_own(node.instance.ty, handler.name) => {
+                    Some(contained(|| node.element.get(handler.name)))
+                }
+                _ => Some(self.common(ix, handler.name, &arrived[ix])),
+            }
+        };
+        let mut readings = Vec::new();
+        for (ix, instance) in self.instances().enumerate() {
+            for handler in instance.ty.all_handlers() {
+                let value = value(ix, handler);
+                readings.push(HandlerReading { element: &instance.name, handler, value });
+            }
+        }
+        readings
     }
 
     /// Sets a handler.
@@ -100,8 +134,9 @@ impl Graph {
         let ty = node.instance.ty;
         let Some(found) = ty.all_handlers().find(|handler| handler.name == name) else {
             let names = ty.all_handlers().map(|handler| handler.name);
-            let hint = did_you_mean(name, names.clone())
-                .unwrap_or_else(|| format!("a {} has: {}", ty.name, names.collect::<Vec<_>>().join(", ")));
+            let hint = did_you_mean(name, names.clone()).unwrap_or_else(|| {
+                format!("the type {} has: {}", ty.name, names.collect::<Vec<_>>().join(", "))
+            });
             return Err(Error::invalid(format!("{element} has no handler {name}; {hint}")));
         };
         if !wish.is_granted(found.access) {
@@ -112,28 +147,31 @@ impl Graph {
             };
             return Err(Error::invalid(format!("{element}.{name} can be {can}, not {}", wish.word())));
         }
-        let own = ty.handlers.iter().any(|handler| handler.name == name);
-        Ok((ix, node, own))
+        Ok((ix, node, is_own(ty, name)))
     }
 
     /// The value of a handler that the framework answers.
-    fn common(&self, node: usize, handler: &str) -> Option<String> {
-        let arrived = self.arrived(node);
+    fn common(&self, node: usize, handler: &str, arrived: &[Moved; Op::ALL.len()]) -> Result<String> {
         match handler {
-            "requests" => return Some(arrived.iter().map(|op| op.requests).sum::<u64>().to_string()),
-            "bytes" => return Some(arrived.iter().map(|op| op.bytes).sum::<u64>().to_string()),
+            "requests" => return Ok(arrived.iter().map(|op| op.requests).sum::<u64>().to_string()),
+            "bytes" => return Ok(arrived.iter().map(|op| op.bytes).sum::<u64>().to_string()),
             _ => {}
         }
         let sum = self.read_source(node).sum();
-        let time = |q| Some(Time(Duration::from_nanos(sum.quantile_ns(q))).to_string());
+        let time = |q| Ok(Time(Duration::from_nanos(sum.quantile_ns(q))).to_string());
         match handler {
-            "errors" => Some(sum.errors.to_string()),
+            "errors" => Ok(sum.errors.to_string()),
             "latency_p50" => time(0.5),
             "latency_p99" => time(0.99),
             "latency_max" => time(1.0),
-            _ => None,
+            _ => Err(Error::no_handler(handler)),
         }
     }
+}
+
+/// True if a type answers a handler itself.
+fn is_own(ty: &ElementType, name: &str) -> bool {
+    ty.handlers.iter().any(|handler| handler.name == name)
 }
 
 fn hint(hint: Option<String>) -> String {

@@ -322,17 +322,20 @@ impl Graph {
         self.edges.iter().enumerate().map(reading).collect()
     }
 
-    /// What has come to an element, from clients or by its edges, by operation in the order of [`Op::ALL`].
-    pub fn arrived(&self, node: usize) -> [Moved; Op::ALL.len()] {
-        let mut ops = [Moved::default(); Op::ALL.len()];
-        for (ix, _) in self.edges.iter().enumerate().filter(|(_, edge)| edge.to as usize == node) {
-            self.tallies.iter().for_each(|tally| tally.edges[ix].read(&mut ops));
+    /// What has come to each element, from clients or by its edges, by operation in the order of [`Op::ALL`].
+    pub fn arrived(&self) -> Vec<[Moved; Op::ALL.len()]> {
+        let mut arrived = vec![[Moved::default(); Op::ALL.len()]; self.nodes.len()];
+        for (ix, edge) in self.edges.iter().enumerate() {
+            let ops = &mut arrived[edge.to as usize];
+            self.tallies.iter().for_each(|tally| tally.edges[ix].read(ops));
         }
-        for (sum, op) in ops.iter_mut().zip(&self.read_source(node).ops) {
-            sum.requests += op.requests;
-            sum.bytes += op.bytes;
+        for node in self.sources() {
+            for (sum, op) in arrived[node].iter_mut().zip(&self.read_source(node).ops) {
+                sum.requests += op.requests;
+                sum.bytes += op.bytes;
+            }
         }
-        ops
+        arrived
     }
 
     /// What has entered at an element, on all shards; nothing for one that is no source.

@@ -4,6 +4,10 @@ use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Result, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Numbers temporary files, since several may be written at once.
+static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// Writes a file, durably: when this returns it is there whole, and when it fails, or the process ends
 /// at any moment, what was there before is. Keeps the permissions of a file that is there; makes missing
@@ -16,7 +20,8 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // A long name is cut, so that there is room for what makes it another one.
     let short: String = name.chars().take(40).collect();
-    let temporary = folder.join(format!(".{short}.{}", std::process::id()));
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let temporary = folder.join(format!(".{short}.{}.{number}", std::process::id()));
     // What a process of this number left when it was killed.
     let _ = std::fs::remove_file(&temporary);
     let written = write_new(path, &temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));

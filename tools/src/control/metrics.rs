@@ -109,8 +109,7 @@ fn elements(page: &mut Page, graphs: &[Snapshot]) {
     let mut each = |name: &str, help: &str, ops: &[Op], value: fn(&Moved) -> u64| {
         page.family(name, "counter", help);
         for graph in graphs {
-            for (node, instance) in graph.graph.instances().enumerate() {
-                let arrived = graph.graph.arrived(node);
+            for (instance, arrived) in graph.graph.instances().zip(graph.graph.arrived()) {
                 for op in ops {
                     let labels = [
                         ("graph", graph.name()),

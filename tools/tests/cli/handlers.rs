@@ -75,7 +75,7 @@ fn what_is_wrong_is_one_sentence() {
         (&["get", "Nowhere.rate"], "there is no element Nowhere"),
         (
             &["get", "Move.Bad.colour"],
-            "Move.Bad has no handler colour; a error has: probability, count, failed, requests, bytes",
+            "Move.Bad has no handler colour; the type error has: probability, count, failed, requests, bytes",
         ),
         (&["get", "Move.Probe.reset"], "Move.Probe.reset can be called, not read"),
         (&["set", "Move.Bad.failed", "3"], "Move.Bad.failed can be read, not set"),

@@ -8,6 +8,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use blockmason::describe::Access;
+use blockmason::graph::handlers::HandlerReading;
 use std::sync::Arc;
 
 type Names = Path<(String, String, String)>;
@@ -20,38 +21,27 @@ pub(super) async fn list(
     State(daemon): State<Arc<Daemon>>,
     Path(name): Path<String>,
 ) -> Result<Json<Vec<HandlerView>>, Refusal> {
-    Ok(Json(all(&*daemon.find(&name)?)))
+    let served = daemon.find(&name)?;
+    Ok(Json(all(&served)))
 }
 
 fn all(served: &Served) -> Vec<HandlerView> {
     let graph = served.live.disk().graph();
-    let mut found = Vec::new();
-    for instance in graph.instances() {
-        for handler in instance.ty.all_handlers() {
-            let value = match handler.access {
-                Access::Call => None,
-                Access::Read | Access::ReadWrite => Some(served.get(&instance.name, handler.name)),
-            };
-            let (value, error) = match value {
-                None => (None, None),
-                Some(Ok(value)) => (Some(value), None),
-                Some(Err(refusal)) => (None, Some(refusal.message)),
-            };
-            let access = match handler.access {
-                Access::Read => "read",
-                Access::ReadWrite => "read_write",
-                Access::Call => "call",
-            };
-            found.push(HandlerView {
-                element: instance.name.clone(),
-                handler: handler.name.to_owned(),
-                access: access.to_owned(),
-                value,
-                error,
-            });
-        }
-    }
-    found
+    let view = |reading: HandlerReading<'_>| {
+        let (value, error) = match reading.value {
+            None => (None, None),
+            Some(Ok(value)) => (Some(value), None),
+            Some(Err(error)) => (None, Some(error.to_string())),
+        };
+        let access = match reading.handler.access {
+            Access::Read => "read",
+            Access::ReadWrite => "read_write",
+            Access::Call => "call",
+        };
+        let (element, handler) = (reading.element.to_owned(), reading.handler.name.to_owned());
+        HandlerView { element, handler, access: access.to_owned(), value, error }
+    };
+    graph.readings().into_iter().map(view).collect()
 }
 
 /// The value of a handler
