@@ -35,7 +35,8 @@ pub struct Conflict {
 
 impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Claim { holder, ranges, waits_for, .. } = &self.claim;
+        let Claim { holder, ranges, since, waits_for, .. } = &self.claim;
+        let time = crate::rt::now().saturating_duration_since(*since);
         let ranges: Vec<_> = ranges.iter().map(|range| format!("{}..{}", range.start, range.end)).collect();
         let state = match waits_for {
             0 => "holds".to_owned(),
@@ -43,7 +44,7 @@ impl fmt::Display for Conflict {
             more => format!("waits for {more} earlier ones to release"),
         };
         let (element, doing, ranges) = (&self.element, holder.doing, ranges.join(", "));
-        write!(f, "{element}: request {}, {doing}, {state} {ranges}", holder.root)
+        write!(f, "{element}: request {}, {doing}, {state} {ranges}, for {time:.1?}", holder.root)
     }
 }
 

@@ -64,9 +64,9 @@ pub(super) fn ordered<'a>(
 }
 
 impl<'a> Cx<'a> {
-    /// Claims ranges for work that a serialiser does on its own account, copying them, say: comes once no
-    /// request that came before overlaps them, and keeps out those that come later until the guard is
-    /// dropped. All ranges come at once. Addresses are those below the element's ports.
+    /// Claims a range for work that a serialiser does on its own account, copying it, say: comes once no
+    /// request that came before overlaps it, and keeps out those that come later until the guard is
+    /// dropped. Addresses are those below the element's ports.
     ///
     /// Whoever holds ranges does not ask for further ones, nor for any on behalf of a request that came in:
     /// two such would wait for each other.
@@ -74,7 +74,12 @@ impl<'a> Cx<'a> {
     /// # Panics
     /// If the type of the element does not say that it serialises: a mistake of the element, contained as any
     /// panic is.
-    pub async fn hold(self, ranges: impl IntoIterator<Item = Range<u64>>) -> Held<'a> {
+    pub async fn hold(self, range: Range<u64>) -> Held<'a> {
+        self.hold_all([range]).await
+    }
+
+    /// As [`Cx::hold`], for several ranges, which all come at once.
+    pub async fn hold_all(self, ranges: impl IntoIterator<Item = Range<u64>>) -> Held<'a> {
         let order = self.lane.graph.nodes[self.node as usize].order.as_ref();
         let order = order.unwrap_or_else(|| panic!("the type of {} does not serialise", self.name()));
         let root = self.lane.shard.next_id();

@@ -78,7 +78,7 @@ struct State {
 }
 
 /// In the place of a range that nobody claims. Overlaps nothing.
-const FREE: Range<u64> = u64::MAX..0;
+const FREE: Range<u64> = Range { start: u64::MAX, end: 0 };
 
 struct Slot {
     arrival: u64,
