@@ -89,3 +89,33 @@ pub(super) fn join(a: &[u64; WORDS], b: &[u64; WORDS], f: impl Fn(u64, u64) -> u
 pub(super) fn sectors(blocks: &Range<u64>) -> Range<u64> {
     blocks.start / PER_SECTOR..blocks.end.div_ceil(PER_SECTOR)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn against_a_vector(runs in proptest::collection::vec((0u64..9000, 1u64..5000, any::<bool>()), 0..20)) {
+            let (bitmap, mut model) = (Bitmap::new(3), vec![false; 3 * PER_SECTOR as usize]);
+            for (start, len, insert) in runs {
+                let run = start..(start + len).min(model.len() as u64);
+                for sector in sectors(&run) {
+                    let mask = mask(sector, &run);
+                    if insert { bitmap.insert(sector, &mask) } else { bitmap.remove(sector, &mask) }
+                }
+                model[run.start as usize..run.end as usize].fill(insert);
+                let end = model.len() as u64;
+                for held in [true, false] {
+                    let found = model[start as usize..].iter().position(|bit| *bit == held);
+                    prop_assert_eq!(bitmap.find(held, start..end), found.map_or(end, |ix| start + ix as u64));
+                    prop_assert_eq!(bitmap.find(held, start..start + 1), start + u64::from(model[start as usize] != held));
+                }
+                prop_assert_eq!(bitmap.all(run.clone()), insert);
+                prop_assert_eq!(bitmap.count(), model.iter().filter(|bit| **bit).count() as u64);
+                prop_assert!((0..end).all(|block| bitmap.has(block) == model[block as usize]));
+            }
+        }
+    }
+}

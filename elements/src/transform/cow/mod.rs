@@ -71,8 +71,8 @@ pub const TYPE: ElementType = ElementType {
           is not written before `commit`. Several overlays may share one base that nobody writes, each \
           under a `cow` of its own.\n\n\
           The overlay is any disk with room for the whole base and the maps of blocks: the size of the base, \
-          a 3968th of a 1000th more, and up to a block; a disk that is too small is refused with the size it \
-          needs. A `file` makes it persistent and takes room only for blocks that were changed; `mem` makes it \
+          12 KiB, a quarter of a byte for each block, and up to a block more; a disk that is too small is refused \
+          with the size it needs. A `file` makes it persistent and takes room only for blocks that were changed; `mem` makes it \
           temporary. An empty disk (4096 zeros) is formatted by the first request; a disk with anything else \
           on it is refused, never overwritten, as is an overlay of a base of another size. Format: \
           [formats/cow.md](../formats/cow.md).\n\n\
@@ -261,7 +261,7 @@ impl Cow {
     fn serve<'a>(&self, overlay: &'a Overlay, req: Request, cx: Cx<'a>) -> Flow<'a> {
         match req.op {
             Op::Extents if req.extra.as_ref().is_some_and(|extra| extra.map.is_some()) => {
-                cx.answer(&req, serve::no_map())
+                cx.fail(&req, Error::unsupported("an overlay knows of no such map"))
             }
             Op::Read | Op::Cache | Op::Extents => overlay.look(req, cx),
             Op::Write | Op::WriteZeroes | Op::Discard => overlay.change(req, cx),
@@ -327,10 +327,15 @@ impl Cow {
         done
     }
 
+    /// Waits, or until there is something to do.
+    async fn pause(&self, time: Duration) {
+        let _ = blockmason::rt::timeout(time, self.wake.notified()).await;
+    }
+
     async fn wait(&self, next: Next, cx: Cx<'_>) {
         match next {
             Next::Asked => self.wake.notified().await,
-            Next::After(time) => drop(select(pin!(cx.sleep(time)), pin!(self.wake.notified())).await),
+            Next::After(time) => self.pause(time).await,
             Next::Paced { since, bytes, earliest } => {
                 tokio::task::yield_now().await;
                 loop {
@@ -341,7 +346,7 @@ impl Cow {
                         return;
                     }
                     // The rate may change meanwhile.
-                    drop(select(pin!(cx.sleep(left)), pin!(self.wake.notified())).await);
+                    self.pause(left).await;
                 }
             }
         }

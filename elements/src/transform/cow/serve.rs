@@ -4,7 +4,7 @@ use super::format::{PER_SECTOR, State};
 use super::io::{BASE, Io, OVERLAY};
 use super::overlay::Overlay;
 use blockmason::sched::Part;
-use blockmason::{Answer, Cx, Data, Error, Flags, Flow, Op, Reply, Request, Result};
+use blockmason::{Answer, Cx, Data, Error, Flags, Flow, Op, Request, Result};
 use futures::FutureExt;
 use futures::future::join;
 use std::ops::Range;
@@ -168,9 +168,4 @@ impl Overlay {
             ours.and(base)
         })
     }
-}
-
-/// The answer to a request that nobody below can answer.
-pub(super) fn no_map() -> Reply {
-    Err(Error::unsupported("an overlay knows of no such map"))
 }

@@ -230,7 +230,7 @@ impl Story {
             }
             blockmason::rt::sleep(std::time::Duration::from_millis(1)).await;
         }
-        if served.get("error") != "" {
+        if !served.get("error").is_empty() {
             return Err(blockmason::Error::internal("dead"));
         }
         self.model.answered(true);

@@ -48,21 +48,15 @@ impl Order {
     }
 }
 
-/// A cow over an image, opened; the disks of both; the image's own.
+/// A cow over an image, opened, and the image by itself.
 async fn opened(host: &std::sync::Arc<blockmason::Host>) -> (Served, TestDisk) {
     share(host, "B", "(type mem) (size 20000)").await;
     share(host, "O", "(type mem) (size 64k)").await;
     let base = TestDisk::new(host, CATALOGUE, "element B (type shared)", "B").await.unwrap();
     base.write(0, &[IMAGE; 20_000]).await.unwrap();
     let served = Served::new(host, GRAPH).await.unwrap();
-    drain(0, async || served.get_ready()).await;
+    drain(0, async || served.cow.get("state").is_ok()).await;
     (served, base)
-}
-
-impl Served {
-    fn get_ready(&self) -> bool {
-        self.cow.get("state").is_ok()
-    }
 }
 
 /// Lets everything go, the first first, until `done`.
