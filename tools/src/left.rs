@@ -154,14 +154,15 @@ impl Left {
         if diff.layout {
             return Err(Refusal::busy(format!(
                 "{shown}: the graph was changed while it ran and not saved, and its layout or sinks differ:\n\
-                 {diff}`--as-left` serves it as it ran, `--as-file` as the file says"
+                 {}`--as-left` serves it as it ran, `--as-file` as the file says",
+                diff.changes()
             )));
         }
         if !diff.is_empty() {
             tracing::warn!(
                 "{shown}: the graph was changed while it ran and not saved; the file is served, and `--as-left` \
                  would serve it as it ran: {}",
-                diff.to_string().trim_end().replace('\n', "; ")
+                diff.changes().trim_end().replace('\n', "; ")
             );
         }
         Ok(file)

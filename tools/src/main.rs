@@ -23,6 +23,7 @@ mod show;
 mod sign;
 mod socket;
 mod status;
+mod trial;
 mod units;
 mod unload;
 mod view;
@@ -60,6 +61,9 @@ enum Command {
     Insert(edit::InsertArgs),
     Replace(edit::ReplaceArgs),
     Save(reload::SaveArgs),
+    Try(trial::TryArgs),
+    Commit(trial::CommitArgs),
+    Discard(trial::DiscardArgs),
     Events(events::Args),
     Get(handlers::GetArgs),
     Set(handlers::SetArgs),
@@ -94,6 +98,9 @@ fn main() -> ExitCode {
         Command::Insert(args) => edit::insert(args),
         Command::Replace(args) => edit::replace(args),
         Command::Save(args) => reload::save(args),
+        Command::Try(args) => trial::try_graph(args),
+        Command::Commit(args) => trial::commit(args),
+        Command::Discard(args) => trial::discard(args),
         Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),
         Command::Set(args) => handlers::set(args),

@@ -1,15 +1,15 @@
 //! `mason reload`, and what all commands share that change a running graph.
 
-use crate::control::client::path;
+use crate::control::client::{Client, path};
 use crate::control::find::{self, ControlArgs};
 use crate::failure::{Failure, Outcome};
 use crate::folders::Folders;
 use crate::graphs::{DefineArgs, Reader};
 use crate::output::{self, printable_lines};
 use crate::units::Nanos;
-use crate::view::{ChangeOptions, ChangeView};
+use crate::view::{ChangeOptions, ChangeView, GraphSummary};
 use blockmason::lang::value::Time;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Replace a running graph by another one, while its clients use it.
 #[derive(clap::Args)]
@@ -113,20 +113,30 @@ fn time(seconds: f64) -> Nanos {
     Nanos((seconds * 1e9) as u64)
 }
 
-pub(crate) fn main(args: &Args) -> Outcome {
-    let (here, given) = args.defines.read()?;
-    let (client, daemon) = args.change.control.connect()?;
-    let graph = find::graph(&client, args.change.graph.as_deref())?;
+/// Reads a graph file for a running graph: the daemon, the graph, and what it is to be sent.
+pub(crate) fn read(
+    file: &Path,
+    defines: &DefineArgs,
+    change: &ChangeArgs,
+) -> Outcome<(Client, GraphSummary, serde_json::Value)> {
+    let (here, given) = defines.read()?;
+    let (client, daemon) = change.control.connect()?;
+    let graph = find::graph(&client, change.graph.as_deref())?;
     // As the daemon will read it, so that what is wrong is drawn here, where the file is.
     let reader = Reader {
         folders: Folders { state: daemon.state, run: daemon.run },
         here,
         given: given.clone().or(&daemon.defines),
     };
-    let file = reader.read_or_say(&args.file)?;
+    let file = reader.read_or_say(file)?;
     let request = serde_json::json!({
-        "sources": &*file.spec.sources, "defines": given, "options": args.change.options(),
+        "sources": &*file.spec.sources, "defines": given, "options": change.options(),
     });
+    Ok((client, graph, request))
+}
+
+pub(crate) fn main(args: &Args) -> Outcome {
+    let (client, graph, request) = read(&args.file, &args.defines, &args.change)?;
     let view: ChangeView = client.post(&path(&["v1", "graphs", &graph.name, "reload"]), &request)?;
     if args.change.json { output::json(&view) } else { output::text(&summary(&view)) }
 }

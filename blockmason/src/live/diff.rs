@@ -281,11 +281,16 @@ fn contracted(
     (0..types.len()).filter(|ix| !passed[*ix]).map(|ix| (name(ix), ports(ix))).collect()
 }
 
-impl fmt::Display for Diff {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_empty() {
-            return writeln!(f, "nothing changes");
-        }
+impl Diff {
+    /// What changes, a line for each element and edge.
+    pub fn changes(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write_changes(&mut out);
+        out
+    }
+
+    fn write_changes(&self, f: &mut impl fmt::Write) -> fmt::Result {
         for element in &self.elements {
             let sign = match element.fate {
                 Fate::Kept => continue,
@@ -316,6 +321,16 @@ impl fmt::Display for Diff {
         if self.invariants {
             writeln!(f, "! the invariants")?;
         }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Diff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return writeln!(f, "nothing changes");
+        }
+        self.write_changes(f)?;
         let kept = self.elements.iter().filter(|element| element.fate == Fate::Kept).count();
         writeln!(f, "  {kept} kept")?;
         f.write_str(if self.gate {

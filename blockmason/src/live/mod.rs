@@ -44,6 +44,8 @@ pub struct Options {
     pub deadline: Duration,
     /// Clients that cannot live with the new graph are sent away, instead of the change refused.
     pub disconnect: bool,
+    /// No client may stay connected: see [`Change::alone`].
+    pub alone: bool,
     /// What the heads of volumes have to say.
     pub heads: Heads,
 }
@@ -62,7 +64,7 @@ pub enum Heads {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { deadline: Duration::from_secs(5), disconnect: false, heads: Heads::Verify }
+        Options { deadline: Duration::from_secs(5), disconnect: false, alone: false, heads: Heads::Verify }
     }
 }
 
@@ -214,7 +216,8 @@ impl Live {
         let signed = Signing::of(&next, &graph, options.heads)?;
         signed.plan.begin()?;
         let settings = settings(&diff, &graph);
-        let change = Change { deadline: options.deadline, disconnect: options.disconnect, settings };
+        let Options { deadline, disconnect, alone, .. } = *options;
+        let change = Change { deadline, disconnect, alone, settings };
         let changed = self.disk.replace(Arc::new(graph), &change).await;
         let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
         signed.complete();

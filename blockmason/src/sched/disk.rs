@@ -33,6 +33,8 @@ struct Graphs {
     now: Arc<Graph>,
     /// Is about to take its place.
     next: Option<Arc<Graph>>,
+    /// Clients that come now are turned away.
+    turns_away: bool,
 }
 
 impl Disk {
@@ -43,7 +45,7 @@ impl Disk {
         let disk = Arc::new(Disk {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             host: host.clone(),
-            graphs: Mutex::new(Graphs { now: empty, next: None }),
+            graphs: Mutex::new(Graphs { now: empty, next: None, turns_away: false }),
             budget: Budget::new(BUDGET_BYTES),
             attending: Arc::default(),
             changing: tokio::sync::Mutex::default(),
@@ -83,8 +85,14 @@ impl Disk {
         self.graphs().now = graph;
     }
 
-    pub(super) fn expect(&self, next: Option<Arc<Graph>>) {
-        self.graphs().next = next;
+    /// False while a change goes on that no client may see: to be asked after a promise was remembered.
+    pub fn takes_clients(&self) -> bool {
+        !self.graphs().turns_away
+    }
+
+    pub(super) fn expect(&self, next: Option<Arc<Graph>>, turns_away: bool) {
+        let mut graphs = self.graphs();
+        (graphs.next, graphs.turns_away) = (next, turns_away);
     }
 
     /// The process that serves it.

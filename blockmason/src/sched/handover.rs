@@ -29,13 +29,16 @@ pub struct Change {
     pub deadline: Duration,
     /// Clients that cannot live with the new graph are sent away, instead of the change refused.
     pub disconnect: bool,
+    /// No client may stay connected, whatever it was promised: the disk goes back to an earlier state,
+    /// which a mounted file system must not see.
+    pub alone: bool,
     /// Handlers of elements that stay, to be set when the graph changes.
     pub settings: Vec<Setting>,
 }
 
 impl Default for Change {
     fn default() -> Change {
-        Change { deadline: Duration::from_secs(5), disconnect: false, settings: Vec::new() }
+        Change { deadline: Duration::from_secs(5), disconnect: false, alone: false, settings: Vec::new() }
     }
 }
 
@@ -95,12 +98,12 @@ impl Disk {
             return Err(Error::new(Kind::Unavailable, "the disk has been stopped"));
         }
         let step = Step { disk: self, before: self.graph(), next: next.clone(), change };
-        self.expect(Some(next));
+        self.expect(Some(next), change.alone);
         let changed = match way(&step.before, &step.next) {
             Handover::Free => step.without_pause(&mut past).await,
             Handover::Gate => step.with_gate(&mut past).await,
         };
-        self.expect(None);
+        self.expect(None, false);
         self.settle(&mut past)?;
         if !past.is_settled() {
             self.finish_later();
@@ -329,7 +332,8 @@ impl Step<'_> {
             let instance = &self.before.nodes[node].instance;
             let next = self.next.source(&instance.name);
             let same = next.filter(|next| std::ptr::eq(self.next.nodes[*next].instance.ty, instance.ty));
-            (instance, same.and_then(|node| self.next.below(node).ok()))
+            let below = same.and_then(|node| self.next.below(node).ok());
+            (instance, below.filter(|_| !self.change.alone))
         })
     }
 

@@ -71,7 +71,7 @@ impl Clients {
             let below = graph.source(source).and_then(|source| graph.below(source).ok());
             below.is_some_and(|below| promise.broken_by(&below).is_none())
         });
-        kept.then_some(admitted)
+        (kept && disk.takes_clients()).then_some(admitted)
     }
 
     /// Whether all clients can live with another disk, or without the export.

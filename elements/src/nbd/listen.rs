@@ -512,11 +512,13 @@ async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &A
     let connection = Connection::new(negotiated, entry.disk.budget().clone());
     let mut serving = std::pin::pin!(serve(&entry.disk, &entry.source, &connection));
     let served = tokio::select! {
-        served = &mut serving => served,
+        // In this order: whoever is sent away gets no request into the graph that it does not fit.
+        biased;
         _ = admitted.dismissed.wait_for(|dismissed| *dismissed) => {
             connection.end();
             serving.await
         }
+        served = &mut serving => served,
     };
     match served {
         Ok(served) => tracing::info!(export = entry.name, "an NBD client has gone: {served:?}"),

@@ -10,9 +10,10 @@ use blockmason::lang::{Edit, Spec, edit, print};
 use blockmason::live::{Diff, Heads, Options, Report};
 use std::path::Path;
 use std::time::Duration;
+use tokio::sync::MutexGuard;
 
 /// Why a change ended before its time.
-enum Stop {
+pub(super) enum Stop {
     Failed(Error),
     Refused(Refusal),
     /// Nothing else was wanted.
@@ -33,7 +34,11 @@ impl Served {
         next: Spec,
         options: &ChangeOptions,
     ) -> Result<ChangeView, Refusal> {
-        self.change(daemon, |_| Ok(next), options).await
+        let saving = self.saving.lock().await;
+        if self.trial().is_some() {
+            return Err(self.on_trial());
+        }
+        self.change(&saving, daemon, |_| Ok(next), options, false).await
     }
 
     /// Makes single edits. Relative paths in them start in `folder`.
@@ -49,20 +54,27 @@ impl Served {
             let edited = edit(spec, edits, &name, folder, CATALOGUE);
             edited.map_err(|diagnostics| Stop::Refused(Refusal::graph(&diagnostics)))
         };
-        self.change(daemon, make, options).await
+        let saving = self.saving.lock().await;
+        if self.trial().is_some() {
+            return Err(self.on_trial());
+        }
+        self.change(&saving, daemon, make, options, false).await
     }
 
-    async fn change(
+    /// Makes a change for whoever holds `saving`. With `alone` no client may stay connected.
+    pub(super) async fn change(
         &self,
+        _saving: &MutexGuard<'_, ()>,
         daemon: &Daemon,
         make: impl FnOnce(&Spec) -> Result<Spec, Stop>,
         options: &ChangeOptions,
+        alone: bool,
     ) -> Result<ChangeView, Refusal> {
-        let _saving = self.saving.lock().await;
         let file = daemon.reader.read(&self.path).ok().map(|file| file.spec);
         let how = Options {
             deadline: options.deadline_seconds.map_or(Options::default().deadline, seconds),
             disconnect: options.disconnect,
+            alone,
             heads: match (options.sign, options.force) {
                 (true, _) => Heads::Sign,
                 (_, true) => Heads::Ignore,

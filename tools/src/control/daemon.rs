@@ -1,6 +1,7 @@
 //! What a daemon serves: graphs, which come and go while it runs.
 
 use super::refusal::Refusal;
+use super::trial::Trial;
 use crate::graphs::{CATALOGUE, GraphFile, Reader};
 use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
@@ -43,6 +44,8 @@ pub(crate) struct Served {
     pub(crate) left: Left,
     /// Held while that and the file are brought up to date.
     pub(crate) saving: tokio::sync::Mutex<()>,
+    /// Set while a graph is being tried.
+    trial: Mutex<Option<Trial>>,
 }
 
 /// A name that nobody else may load or unload until this goes.
@@ -166,11 +169,21 @@ impl Daemon {
         let path = source.map_or_else(|| file.path.clone(), |source| source.opened().to_owned());
         let left = Left::of(self.host.state_dir(), &path);
         let file = left.choose(file, choice)?;
+        let trial = Trial::read(self, &file.name)?;
+        let going_on = choice == Choice::Left;
+        if trial.as_ref().is_some_and(|trial| trial.is_committing() && !going_on) {
+            let message =
+                "a commit of a trial was under way, and its disks are half merged: `--as-left` goes on";
+            return Err(Refusal::busy(format!("{}: {message}", file.path.display())));
+        }
+        let name = file.name.clone();
         file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
         let state_dir = self.host.state_dir().to_owned();
         let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
         // For the place of an element that fails.
         let spec = file.spec.clone();
+        // On trial the disks are not written: their heads have nothing to say.
+        let heads = if going_on && trial.is_some() { Heads::Ignore } else { heads };
         let live = Live::start(&self.host, setup, file.spec, heads).await;
         let live = live.map_err(|error| Refusal::in_graph(&error, &spec))?;
         if choice != Choice::Left
@@ -178,14 +191,28 @@ impl Daemon {
         {
             tracing::warn!("what the graph left behind cannot be forgotten: {error}");
         }
+        if !going_on && trial.is_some() {
+            tracing::warn!("{name}: what was written while a graph was tried is forgotten");
+            Trial::forget(self, &name);
+        }
+        let trial = Mutex::new(trial.filter(|_| going_on));
         let (file, saving) = (file.path.display().to_string(), Default::default());
-        Ok(Arc::new(Served { live, file, path, left, saving }))
+        Ok(Arc::new(Served { live, file, path, left, saving, trial }))
     }
 }
 
 impl Served {
     async fn stop(&self) -> Result<(), Refusal> {
         self.live.stop().await.map_err(|error| Refusal::in_graph(&error, &self.live.spec()))
+    }
+
+    /// The trial that goes on, if one does.
+    pub(crate) fn trial(&self) -> Option<Trial> {
+        self.trial.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_trial(&self, trial: Option<Trial>) {
+        *self.trial.lock().unwrap_or_else(PoisonError::into_inner) = trial;
     }
 
     /// The value of a handler.

@@ -12,3 +12,4 @@ mod patient;
 pub(crate) mod refusal;
 pub(crate) mod routes;
 pub(crate) mod server;
+pub(crate) mod trial;

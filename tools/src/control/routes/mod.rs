@@ -7,6 +7,7 @@ mod events;
 mod graphs;
 mod handlers;
 mod metrics;
+mod trials;
 
 use super::daemon::Daemon;
 use super::refusal::Refusal;
@@ -39,6 +40,9 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(changes::reload))
         .routes(routes!(changes::edit))
         .routes(routes!(changes::save))
+        .routes(routes!(trials::try_graph))
+        .routes(routes!(trials::commit))
+        .routes(routes!(trials::discard))
         .routes(routes!(graphs::print))
         .routes(routes!(handlers::list))
         .routes(routes!(handlers::get, handlers::set, handlers::call))

@@ -1,0 +1,261 @@
+//! Trying a graph: it runs over copies on write of all disks, until what it wrote is merged or forgotten
+//! (Block Mason, section 5: "wrap complicated operations with a COW module").
+//!
+//! What a later process must know lies in STATE/try/NAME: `trial.json`, and an overlay for each disk.
+
+use super::change::Stop;
+use super::daemon::{Daemon, Served};
+use super::refusal::Refusal;
+use crate::graphs::{CATALOGUE, GraphFile};
+use crate::view::{ChangeOptions, ChangeView};
+use blockmason::describe::Outs;
+use blockmason::graph::Graph;
+use blockmason::graph::build::Builder;
+use blockmason::io::replace_file;
+use blockmason::lang::{Defines, Edit, NoFiles, Spec, edit, parse_checked, print};
+use blockmason::rt;
+use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The newest form of the record.
+const VERSION: u32 = 1;
+
+/// What the overlay of a disk needs beyond its size: maps of two bits for each block of 64 KiB, headers, and
+/// room to spare.
+fn room(size: u64) -> u64 {
+    size + (size >> 16) + (1 << 20)
+}
+
+/// A graph that is being tried.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Trial {
+    version: u32,
+    /// The graph before, as a graph file with absolute paths.
+    before: String,
+    /// The disks that have an overlay.
+    disks: Vec<String>,
+    /// Blocks are on their way to the disks: the way back is closed.
+    committing: bool,
+}
+
+impl Trial {
+    fn folder(daemon: &Daemon, name: &str) -> PathBuf {
+        daemon.host.state_dir().join("try").join(name)
+    }
+
+    /// The record of a graph, if it was being tried when it ran last.
+    pub(crate) fn read(daemon: &Daemon, name: &str) -> Result<Option<Trial>, Refusal> {
+        let path = Trial::folder(daemon, name).join("trial.json");
+        let bad = |what: String| Refusal::invalid(format!("{}: {what}", path.display()));
+        let bytes = match std::fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(|error| bad(format!("the record of a trial cannot be read: {error}")))?,
+        };
+        let trial: Trial = serde_json::from_slice(&bytes)
+            .map_err(|error| bad(format!("the record of a trial is damaged: {error}")))?;
+        let known = trial.version == VERSION;
+        known
+            .then_some(Some(trial))
+            .ok_or_else(|| bad("the record of a trial has an unknown version".to_owned()))
+    }
+
+    fn write(&self, daemon: &Daemon, name: &str) -> Result<(), Refusal> {
+        let path = Trial::folder(daemon, name).join("trial.json");
+        let cannot = |error: std::io::Error| {
+            Refusal::new("unavailable", format!("{}: the trial cannot be noted: {error}", path.display()))
+        };
+        replace_file(&path, &serde_json::to_vec(self).map_err(|error| cannot(error.into()))?).map_err(cannot)
+    }
+
+    /// Forgets a trial, with its overlays.
+    pub(crate) fn forget(daemon: &Daemon, name: &str) {
+        match std::fs::remove_dir_all(Trial::folder(daemon, name)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!("what a trial of {name} left cannot be removed: {error}");
+            }
+            _ => {}
+        }
+    }
+
+    /// True if disks are half merged: they make sense only below their overlays.
+    pub(crate) fn is_committing(&self) -> bool {
+        self.committing
+    }
+}
+
+fn cow(disk: &str) -> String {
+    format!("{disk}_try")
+}
+
+/// The disks of a graph that can be written, with their sizes.
+fn disks(graph: &Graph) -> Vec<(String, u64)> {
+    let sinks = graph.instances().enumerate().filter(|(_, instance)| instance.ty.ports.out == Outs::None);
+    let writable = sinks.filter(|(node, _)| !graph.geometry(*node).read_only);
+    writable.map(|(node, instance)| (instance.name.clone(), graph.geometry(node).size)).collect()
+}
+
+/// The graph with an overlay above each disk.
+fn covered(spec: &Spec, disks: &[(String, u64)], folder: &Path, name: &str) -> Result<Spec, Refusal> {
+    let over = |(disk, size): &(String, u64)| {
+        let (cow, path) = (cow(disk), folder.join(format!("{disk}.cow")));
+        let by = format!(
+            "element {cow} (type cow)\nelement {cow}_overlay (type file) (path \"{}\") (size {})\n\
+             ({cow}, base) -> {disk}\n({cow}, overlay) -> {cow}_overlay\n",
+            path.display(),
+            room(*size)
+        );
+        Edit::Replace { element: disk.clone(), by }
+    };
+    let edits: Vec<_> = disks.iter().map(over).collect();
+    edit(spec, &edits, &format!("{name} (on trial)"), Path::new("/"), CATALOGUE)
+        .map_err(|d| Refusal::graph(&d))
+}
+
+/// The graph without them.
+fn uncovered(spec: &Spec, disks: &[String], name: &str) -> Result<Spec, Refusal> {
+    let mut edits = Vec::new();
+    for disk in disks {
+        let cow = spec.find(&cow(disk));
+        for edge in spec.edges.iter().filter(|edge| Some(edge.to) == cow) {
+            let from = &spec.elements[edge.from].name;
+            edits.push(Edit::Connect { edge: format!("({from}, {}) -> {disk}", edge.from_port) });
+        }
+    }
+    edit(spec, &edits, &format!("{name} (tried)"), Path::new("/"), CATALOGUE).map_err(|d| Refusal::graph(&d))
+}
+
+impl Served {
+    /// Runs a graph over copies on write of its disks.
+    pub(crate) async fn try_graph(
+        &self,
+        daemon: &Daemon,
+        file: GraphFile,
+        options: &ChangeOptions,
+    ) -> Result<ChangeView, Refusal> {
+        let saving = self.saving.lock().await;
+        if self.trial().is_some() {
+            return Err(self.on_trial());
+        }
+        let name = self.live.name();
+        // Built once as it is: what is wrong with it shows now, and the sizes are known.
+        let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
+        let next = file.spec.clone();
+        let own = name.to_owned();
+        let build = move || {
+            let builder = Builder { catalogue: CATALOGUE, name: &own, state_dir: &state_dir, shards };
+            builder.build(&file.spec).map(|graph| disks(&graph))
+        };
+        let built = rt::blocking(build).await;
+        let disks = built.unwrap_or_else(|| Err(blockmason::Error::internal("an element panicked")));
+        let disks = disks.map_err(|error| Refusal::in_graph(&error, &next))?;
+        let folder = Trial::folder(daemon, name);
+        let tried = covered(&next, &disks, &folder, name)?;
+        let trial = Trial {
+            version: VERSION,
+            before: print(&self.live.spec(), CATALOGUE, Path::new("/")),
+            disks: disks.into_iter().map(|(disk, _)| disk).collect(),
+            committing: false,
+        };
+        if !options.dry_run {
+            Trial::forget(daemon, name);
+            trial.write(daemon, name)?;
+        }
+        // The disks are not written: their heads have nothing to say yet.
+        let how = ChangeOptions { force: true, sign: false, save: false, ..options.clone() };
+        let changed = self.change(&saving, daemon, |_| Ok(tried), &how, false).await;
+        match &changed {
+            Ok(view) if view.done => self.set_trial(Some(trial)),
+            Ok(_) => {}
+            Err(_) => Trial::forget(daemon, name),
+        }
+        changed
+    }
+
+    /// Merges what was written, while the graph runs, and takes the overlays out.
+    pub(crate) async fn commit(
+        &self,
+        daemon: &Daemon,
+        options: &ChangeOptions,
+    ) -> Result<ChangeView, Refusal> {
+        let saving = self.saving.lock().await;
+        let Some(mut trial) = self.trial() else { return Err(self.not_on_trial()) };
+        let name = self.live.name();
+        let after = uncovered(&self.live.spec(), &trial.disks, name)?;
+        if !options.dry_run {
+            trial.committing = true;
+            trial.write(daemon, name)?;
+            self.set_trial(Some(trial.clone()));
+            for disk in &trial.disks {
+                self.call(&cow(disk), "commit", "")?;
+            }
+            for disk in &trial.disks {
+                self.merged(&cow(disk)).await?;
+            }
+        }
+        let changed = self.change(&saving, daemon, |_| Ok(after), options, false).await?;
+        if changed.done {
+            self.set_trial(None);
+            Trial::forget(daemon, name);
+        }
+        Ok(changed)
+    }
+
+    /// Waits until everything of an overlay is in its disk.
+    async fn merged(&self, cow: &str) -> Result<(), Refusal> {
+        while self.get(cow, "state")? != "committed" {
+            let error = self.get(cow, "error")?;
+            if !error.is_empty() {
+                let message = format!("{cow}: {error}; `mason commit` goes on when it is mended");
+                return Err(Refusal::new("io", message));
+            }
+            rt::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Goes back to the graph before; what was written meanwhile is forgotten.
+    pub(crate) async fn discard(
+        &self,
+        daemon: &Daemon,
+        options: &ChangeOptions,
+    ) -> Result<ChangeView, Refusal> {
+        let saving = self.saving.lock().await;
+        let Some(trial) = self.trial() else { return Err(self.not_on_trial()) };
+        if trial.committing {
+            let message =
+                "a commit has begun, and what is merged cannot be taken back: `mason commit` ends it";
+            return Err(Refusal::busy(message));
+        }
+        let name = self.live.name();
+        let (path, opened) =
+            (PathBuf::from(format!("{name} (before the trial)")), Path::new("/before.mason"));
+        let none = Defines::new();
+        let before =
+            parse_checked(&NoFiles, &path, opened.to_owned(), trial.before.clone(), &none, CATALOGUE);
+        let before = before.map_err(|diagnostics| Refusal::graph(&diagnostics))?;
+        let changed = self.change(&saving, daemon, |_| Ok(before), options, true).await?;
+        if changed.done {
+            self.set_trial(None);
+            Trial::forget(daemon, name);
+        }
+        Ok(changed)
+    }
+
+    /// The graph may not change otherwise while it is being tried.
+    pub(super) fn on_trial(&self) -> Refusal {
+        let name = self.live.name();
+        Refusal::busy(format!("{name} is being tried: `mason commit` or `mason discard` ends that first"))
+    }
+
+    fn not_on_trial(&self) -> Refusal {
+        Refusal::invalid(format!("{} is not being tried", self.live.name()))
+    }
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Stop {
+        Stop::Refused(refusal)
+    }
+}
