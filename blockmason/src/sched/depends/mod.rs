@@ -89,8 +89,15 @@ impl<'a> Cx<'a> {
             return Err(Error::invalid(message).in_element(self.name()));
         }
         lineage.iter().for_each(|own| own.add_predecessor(&watch));
+        watch.await_it();
         ties_mut(dependent).after.push(After { watch, until, path: Vec::new() });
         Ok(())
+    }
+
+    /// Lets others depend on `req` later, when it is on its way already: on a clone of it that is kept.
+    /// To be called before it is forwarded; not needed for one that is an independent by then.
+    pub fn watch(self, req: &mut Request) {
+        self.watched(req);
     }
 
     /// True if nothing holds `req` back: all that it depends on has come as far as it must.

@@ -24,6 +24,8 @@ pub(crate) struct Watch {
     /// True if what this one reaches counts for its parent: a flush of more would be of no use.
     counts_above: bool,
     issued: AtomicBool,
+    /// True once others depend on it.
+    awaited: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -72,6 +74,7 @@ impl Watch {
             parent,
             counts_above,
             issued: AtomicBool::new(false),
+            awaited: AtomicBool::new(false),
             state: Mutex::default(),
         }
     }
@@ -117,6 +120,11 @@ impl Watch {
             wakers.into_iter().for_each(Waker::wake);
             above = watch.parent.upgrade();
         }
+    }
+
+    /// Others depend on it from now on.
+    pub(super) fn await_it(&self) {
+        self.awaited.store(true, Ordering::Release);
     }
 
     pub(super) fn add_predecessor(&self, watch: &Arc<Watch>) {
@@ -166,8 +174,11 @@ impl Watch {
     /// # Errors
     /// There is too much to look at.
     pub(super) fn waits_for(self: &Arc<Self>, others: &[Arc<Watch>]) -> Result<bool> {
-        if others.is_empty() {
-            // Nobody waits for the dependent, so this one does not.
+        if others.iter().any(|other| Arc::ptr_eq(other, self)) {
+            return Ok(true);
+        }
+        if !others.iter().any(|other| other.awaited.load(Ordering::Acquire)) {
+            // Nobody waits for any of them, so this one does not.
             return Ok(false);
         }
         let mut seen = vec![self.clone()];
