@@ -357,7 +357,7 @@ mod tests {
             }
             let mut damaged = bytes;
             let at = place.index(HEADER + record.data.len());
-            damaged[at] ^= 1 << bit;
+            damaged[at] ^= 1u8 << bit;
             prop_assert!(read(&damaged, &log, record.sequence).is_none(), "byte {}", at);
         }
 

@@ -71,11 +71,14 @@ static TYPES: LazyLock<Catalogue> =
 /// A graph with two disks that can lose their power, and plugs above them.
 fn text(seed: u64, format: bool) -> String {
     let format = if format { "(format yes)" } else { "" };
+    let (delay, jitter) = [("0s", "0s"), ("1ms", "3ms")][seed as usize % 2];
     format!(
         "element W (type wal) {format} element P (type plug) element Q (type plug) \
          element D (type volatile) (size {SIZE}) (seed {seed}) \
          element L (type volatile) (size 73728) (seed {}) \
-         (W, out) -> P P -> D (W, log) -> Q Q -> L",
+         element S (type delay) (write {delay}) (jitter {jitter}) \
+         element T (type delay) (all {delay}) (jitter {jitter}) \
+         (W, out) -> S S -> P P -> D (W, log) -> T T -> Q Q -> L",
         seed + 1000
     )
 }
@@ -95,7 +98,15 @@ fn reborn(host: &Arc<Host>, before: &Graph, text: &str) -> Arc<Graph> {
         .map(|instance| if instance.name == "W" { instance.clone() } else { find(before, &instance.name) })
         .collect();
     let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
-    let edges = [("W", "out", "P"), ("P", "out", "D"), ("W", "log", "Q"), ("Q", "out", "L"), ("Client", "out", "W")];
+    let edges = [
+        ("W", "out", "S"),
+        ("S", "out", "P"),
+        ("P", "out", "D"),
+        ("W", "log", "T"),
+        ("T", "out", "Q"),
+        ("Q", "out", "L"),
+        ("Client", "out", "W"),
+    ];
     let edges = edges.map(|(from, port, to)| Connection { from: place(from), port: port.into(), to: place(to) });
     Arc::new(Graph::assemble("test", &instances, &edges, host.shards()).unwrap())
 }
@@ -132,7 +143,9 @@ impl Client {
         Client { disk, before, sent: Vec::new(), flushes: Vec::new(), flushed: 0, answered: 0 }
     }
 
-    fn change(&mut self, rng: &mut fastrand::Rng) {
+    /// Sends a change, and lets it take its place in the log: what arrives in one turn of the shard has
+    /// no order.
+    async fn change(&mut self, rng: &mut fastrand::Rng) {
         let start = rng.usize(0..SIZE as usize);
         let longest = [200, 1500, 8000][rng.usize(0..3)].min(SIZE as usize - start);
         let mut range = start..start + rng.usize(1..=longest);
@@ -151,6 +164,7 @@ impl Client {
         let req = if fua { req.with(Flags::FUA) } else { req };
         let reply = self.disk.send(req);
         self.sent.push(Sent { range, byte, fua, reply, done: false });
+        settle(2).await;
     }
 
     fn flush(&mut self) {
@@ -192,8 +206,13 @@ impl Client {
         let fits = (at_least..=self.sent.len()).any(|count| self.after(count) == found);
         if !fits {
             let short = (0..at_least).find(|count| self.after(*count) == found);
+            let whole = self.after(self.sent.len());
+            let wrong = (0..found.len()).filter(|ix| found[*ix] != whole[*ix]);
+            let wrong: Vec<_> = wrong.map(|ix| (ix, found[ix], whole[ix], self.before[ix])).collect();
+            let (first, last) = (wrong.first(), wrong.last());
             let sent: Vec<_> = self.sent.iter().map(|sent| (&sent.range, sent.byte, sent.done)).collect();
-            panic!("{place}: no prefix of at least {at_least}, but {short:?}: {sent:?}");
+            panic!("{place}: no prefix of at least {at_least}, but {short:?}: {first:?} to {last:?} ({}) is not as at \
+                    the end: {sent:?}", wrong.len());
         }
     }
 }
@@ -202,8 +221,9 @@ impl Client {
 fn crash(graph: &Graph, power: bool) {
     pull(&["P", "Q"]);
     if power {
+        // Off until the next start: what is held on its way to a disk is not stopped by a plug above it.
         for name in ["D", "L"] {
-            find(graph, name).element.call("lose_power", "").unwrap();
+            find(graph, name).element.call("cut", "").unwrap();
         }
     }
 }
@@ -214,7 +234,13 @@ async fn restart(host: &Arc<Host>, before: &TestDisk, text: &str) -> TestDisk {
     // What it cannot flush any more it says, and that is right.
     let _ = before.disk.stop().await;
     plug_in();
-    TestDisk::serve(host, reborn(host, &graph, text)).await
+    for name in ["D", "L"] {
+        find(&graph, name).element.call("restore", "").unwrap();
+    }
+    let disk = TestDisk::serve(host, reborn(host, &graph, text)).await;
+    // Its client is there before it can be stopped.
+    settle(1).await;
+    disk
 }
 
 /// Lives of one disk that all end in a crash; returns how many changes the log had to bring back, or so.
@@ -222,17 +248,23 @@ async fn lives(host: &Arc<Host>, seed: u64, power: bool) -> usize {
     let mut rng = fastrand::Rng::with_seed(seed);
     let text = text(seed, false);
     let disk = TestDisk::new(host, *TYPES, &text, "W").await.unwrap();
-    let mut client = Client::new(disk, vec![0; SIZE as usize]);
+    let found = disk.read(0, SIZE).await.unwrap();
+    let mut client = Client::new(disk, found);
     let mut missing = 0;
     for life in 0..3 {
         for _ in 0..rng.usize(1..40) {
             match rng.u8(0..8) {
                 0 => client.flush(),
-                1 => settle(rng.usize(0..30)).await,
-                _ => client.change(&mut rng),
+                1 if seed % 2 == 0 => settle(rng.usize(0..30)).await,
+                1 => blockmason::rt::sleep(Duration::from_micros(rng.u64(0..5000))).await,
+                _ => client.change(&mut rng).await,
             }
         }
-        settle(rng.usize(0..60)).await;
+        let most = [1, 6, 60][rng.usize(0..3)];
+        settle(rng.usize(0..most)).await;
+        if seed % 2 == 1 {
+            blockmason::rt::sleep(Duration::from_micros(rng.u64(0..100) * most as u64)).await;
+        }
         client.look();
         let graph = client.disk.disk.graph();
         crash(&graph, power);
@@ -241,6 +273,9 @@ async fn lives(host: &Arc<Host>, seed: u64, power: bool) -> usize {
         // Sometimes it crashes again while it recovers.
         while rng.u8(0..3) == 0 {
             settle(rng.usize(0..50)).await;
+            if seed % 2 == 1 {
+                blockmason::rt::sleep(Duration::from_millis(rng.u64(0..50))).await;
+            }
             crash(&disk.disk.graph(), power);
             disk = restart(host, &disk, &text).await;
         }
@@ -261,7 +296,7 @@ fn a_loss_of_power_leaves_a_prefix_that_reaches_to_the_last_flush() {
 #[test]
 fn the_death_of_the_process_loses_nothing_that_was_answered() {
     let missing: usize = (0..300).map(|seed| run(seed, async |host| lives(&host, seed, false).await)).sum();
-    assert!(missing > 30, "only {missing} crashes lost anything: they test little");
+    assert!(missing > 20, "only {missing} crashes lost anything: they test little");
 }
 
 #[test]
