@@ -1,8 +1,9 @@
 //! Requests that must not reach persistent storage before others (Block Mason, section 2.4).
 //!
 //! A dependent travels the graph like any other request, and is held on the edge into a sink until what
-//! it depends on has ended. It is held earlier, on an edge on which the framework would lock its blocks:
-//! the request that it waits for may need the same ones. Where overlapping requests are ordered, it takes
+//! it depends on has ended. It is held earlier on an edge on which the framework would lock its blocks,
+//! and on one into an element that transforms, which may lock some itself: the request that it waits for
+//! may need the same ones. Where overlapping requests are ordered, it takes
 //! its place after those that it depends on. What is held is in flight, so a graph that is
 //! drained waits for it; and as its predecessors were admitted before, they end.
 //!
@@ -192,6 +193,11 @@ pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'
     })
 }
 
+/// True for a sink, and for an element that may do something of its own with a request, or keep it.
+fn is_end(cx: Cx<'_>) -> bool {
+    cx.outs() == 0 || cx.instance().ty.family == Family::Transform
+}
+
 /// Goes on with a request that is tied to others when it need not wait on the edge to `below`.
 pub(super) fn hold<'a>(
     below: Cx<'a>,
@@ -201,9 +207,8 @@ pub(super) fn hold<'a>(
 ) -> Flow<'a> {
     let issued = issue(&req);
     reach(below, &mut req);
-    let sink = below.outs() == 0;
     let locks = edge.mask != 0 && req.op.changes_data();
-    if !(sink || locks) || below.is_independent(&req) {
+    if !(is_end(below) || locks) || below.is_independent(&req) {
         return issued.over(go(req));
     }
     let (op, offset) = (req.op, req.offset);
@@ -262,9 +267,8 @@ async fn flush(cx: Cx<'_>, point: &Arc<Instance>, root: u64) -> Result<()> {
 
 /// Remembers that `req` enters the element at `below`, if that is where it will have to be flushed.
 fn reach(below: Cx<'_>, req: &mut Request) {
-    let instance = below.instance();
-    let point = below.outs() == 0 || instance.ty.family == Family::Transform;
-    let Some(ties) = req.extra.as_mut().map(|extra| &mut extra.ties).filter(|ties| point && !ties.covered)
+    let (instance, end) = (below.instance(), is_end(below));
+    let Some(ties) = req.extra.as_mut().map(|extra| &mut extra.ties).filter(|ties| end && !ties.covered)
     else {
         return;
     };

@@ -45,7 +45,9 @@ fn checksum(bytes: &[u8], at: usize, payload: &Data) -> u32 {
         Segment::Bytes(bytes) => hasher.update(bytes),
         Segment::Zeros(len) => {
             let zeros = [0; 4096];
-            (0..len).step_by(zeros.len()).for_each(|from| hasher.update(&zeros[..zeros.len().min(len - from)]));
+            (0..len)
+                .step_by(zeros.len())
+                .for_each(|from| hasher.update(&zeros[..zeros.len().min(len - from)]));
         }
         Segment::Foreign(_) => unreachable!("the payload has been made stable"),
     });
@@ -264,8 +266,8 @@ impl Header {
 
     /// The record, if its payload is right.
     pub(super) fn with(self, data: Data) -> Option<Record> {
-        let right = data.len() as u64 == self.payload
-            && checksum(&self.bytes, 4, &data) == u32_at(&self.bytes, 4);
+        let right =
+            data.len() as u64 == self.payload && checksum(&self.bytes, 4, &data) == u32_at(&self.bytes, 4);
         let sequence = u64_at(&self.bytes, 24);
         right.then_some(Record { sequence, kind: self.kind, range: self.range, data })
     }

@@ -94,7 +94,10 @@ impl Log {
         let changes = end.sequence - log.sequence;
         let log = publish(end, cx).await?;
         if changes > 0 {
-            tracing::info!(element = cx.name(), "{changes} changes were in the log and may not have been on the disk");
+            tracing::info!(
+                element = cx.name(),
+                "{changes} changes were in the log and may not have been on the disk"
+            );
         }
         *self.state() = Some(State::new(log));
         self.changed.notify_waiters();
@@ -144,8 +147,7 @@ async fn find(cx: Cx<'_>) -> Result<Option<Superblock>> {
     }
     let Some(found) = found else { return Ok(None) };
     if found.disk != *disk {
-        let message =
-            format!("the log belongs to a disk of {} bytes, not to one of {disk}", found.disk);
+        let message = format!("the log belongs to a disk of {} bytes, not to one of {disk}", found.disk);
         return Err(Error::invalid(message));
     }
     if found.end() > log.size {

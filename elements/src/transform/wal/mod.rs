@@ -10,8 +10,8 @@ mod tests;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Outs, Ports, Survives};
 use blockmason::sched::Coalesced;
 use blockmason::{
-    Answer, Children, Cx, Data, Element, Error, Flags, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Prepared,
-    Reply, Request, Result, Until,
+    Answer, Children, Cx, Data, Element, Error, Flags, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops,
+    Prepared, Reply, Request, Result, Until,
 };
 use format::{Kind as Change, Record, Superblock};
 use futures::future::{Either, join_all, select};
@@ -140,8 +140,6 @@ impl Log {
     /// Makes a change.
     async fn change(self: &Arc<Self>, mut req: Request, cx: Cx<'_>) -> Reply {
         self.recovered(cx).await?;
-        // Once it has a place in the log, what comes after waits for it: it must wait for nobody.
-        cx.await_dependencies(&mut req).await?;
         req.stabilise();
         let longest = self.with(|state| state.log.payload()).unwrap_or(0);
         let piece = if req.op == Op::Write { longest } else { req.len };
@@ -360,7 +358,8 @@ impl Element for Wal {
             );
             return Err(Error::invalid(message));
         }
-        let ops = Ops { write_zeroes: true, fast_zero: disk.ops.fast_zero && disk.ops.write_zeroes, ..disk.ops };
+        let ops =
+            Ops { write_zeroes: true, fast_zero: disk.ops.fast_zero && disk.ops.write_zeroes, ..disk.ops };
         let geometry = Geometry { ops, needs_flush: log.needs_flush, ..disk.above() };
         Ok(Prepared::with(geometry, Below { disk: disk.size, log }))
     }
@@ -404,7 +403,9 @@ impl Element for Wal {
                 closing = rest;
                 let Err(error) = log.maintain(cx).await else { continue };
                 tracing::warn!(graph = cx.graph_name(), element = cx.name(), "no checkpoint: {error}");
-                let Either::Right(((), rest)) = select(closing, pin!(cx.sleep(PATIENCE))).await else { return };
+                let Either::Right(((), rest)) = select(closing, pin!(cx.sleep(PATIENCE))).await else {
+                    return;
+                };
                 closing = rest;
                 if log.with(|state| state.first_failed().is_some()) == Some(true) {
                     log.wanted.notify_one();

@@ -110,8 +110,7 @@ impl State {
             return Some(Room::Maintain);
         }
         let (payload, size) = (record.payload(), self.log.record(record.payload()));
-        let held = self.pending.is_empty()
-            || self.pending.len() < HELD && self.held + payload <= HELD_BYTES;
+        let held = self.pending.is_empty() || self.pending.len() < HELD && self.held + payload <= HELD_BYTES;
         let full = self.used() + size > self.log.ring;
         if full || !held {
             let frees = full && self.first_needed().0 > self.log.tail;

@@ -107,7 +107,8 @@ fn reborn(host: &Arc<Host>, before: &Graph, text: &str) -> Arc<Graph> {
         ("Q", "out", "L"),
         ("Client", "out", "W"),
     ];
-    let edges = edges.map(|(from, port, to)| Connection { from: place(from), port: port.into(), to: place(to) });
+    let edges =
+        edges.map(|(from, port, to)| Connection { from: place(from), port: port.into(), to: place(to) });
     Arc::new(Graph::assemble("test", &instances, &edges, host.shards()).unwrap())
 }
 
@@ -211,8 +212,11 @@ impl Client {
             let wrong: Vec<_> = wrong.map(|ix| (ix, found[ix], whole[ix], self.before[ix])).collect();
             let (first, last) = (wrong.first(), wrong.last());
             let sent: Vec<_> = self.sent.iter().map(|sent| (&sent.range, sent.byte, sent.done)).collect();
-            panic!("{place}: no prefix of at least {at_least}, but {short:?}: {first:?} to {last:?} ({}) is not as at \
-                    the end: {sent:?}", wrong.len());
+            panic!(
+                "{place}: no prefix of at least {at_least}, but {short:?}: {first:?} to {last:?} ({}) is not as at \
+                    the end: {sent:?}",
+                wrong.len()
+            );
         }
     }
 }
@@ -478,7 +482,10 @@ fn what_is_no_log_of_this_disk_is_left_alone() {
         disk.disk.stop().await.unwrap();
 
         let error = first_error(&host, &text(131072, "")).await;
-        assert!(error.to_string().contains("belongs to a disk of 65536 bytes, not to one of 131072"), "{error}");
+        assert!(
+            error.to_string().contains("belongs to a disk of 65536 bytes, not to one of 131072"),
+            "{error}"
+        );
 
         let good = std::fs::read(&log).unwrap();
         std::fs::write(&log, &good[..75_000]).unwrap();
@@ -571,8 +578,11 @@ fn a_graph_that_is_replaced_goes_on_with_the_same_log() {
         let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
         // The same instances without the plugs.
         let kept: Vec<_> = ["W", "D", "L", "Client"].map(|name| instances[place(name)].clone()).into();
-        let edges = [(0, "out", 1), (0, "log", 2), (3, "out", 0)]
-            .map(|(from, port, to)| Connection { from, port: port.into(), to });
+        let edges = [(0, "out", 1), (0, "log", 2), (3, "out", 0)].map(|(from, port, to)| Connection {
+            from,
+            port: port.into(),
+            to,
+        });
         let next = Arc::new(Graph::assemble("test", &kept, &edges, host.shards()).unwrap());
         disk.disk.replace(next, &Default::default()).await.unwrap();
         assert_eq!(disk.read(0, 512).await.unwrap(), [2; 512]);
