@@ -247,8 +247,17 @@ async fn restart(host: &Arc<Host>, before: &TestDisk, text: &str) -> TestDisk {
     disk
 }
 
-/// Lives of one disk that all end in a crash; returns how many changes the log had to bring back, or so.
-async fn lives(host: &Arc<Host>, seed: u64, power: bool) -> usize {
+/// What a crash takes away.
+#[derive(Clone, Copy, Debug)]
+enum Crash {
+    Process,
+    Power,
+    /// Now the one, now the other.
+    Either,
+}
+
+/// Lives of one disk that all end in a crash; returns how many crashes lost a change.
+async fn lives(host: &Arc<Host>, seed: u64, what: Crash) -> usize {
     let mut rng = fastrand::Rng::with_seed(seed);
     let text = text(seed, false);
     let disk = TestDisk::new(host, *TYPES, &text, "W").await.unwrap();
@@ -271,8 +280,13 @@ async fn lives(host: &Arc<Host>, seed: u64, power: bool) -> usize {
         }
         client.look();
         let graph = client.disk.disk.graph();
+        let is_power = |rng: &mut fastrand::Rng| match what {
+            Crash::Process => false,
+            Crash::Power => true,
+            Crash::Either => rng.bool(),
+        };
+        let mut power = is_power(&mut rng);
         crash(&graph, power);
-        let at_least = if power { client.flushed } else { client.answered };
         let mut disk = restart(host, &client.disk, &text).await;
         // Sometimes it crashes again while it recovers.
         while rng.u8(0..3) == 0 {
@@ -280,11 +294,14 @@ async fn lives(host: &Arc<Host>, seed: u64, power: bool) -> usize {
             if seed % 2 == 1 {
                 blockmason::rt::sleep(Duration::from_millis(rng.u64(0..50))).await;
             }
-            crash(&disk.disk.graph(), power);
+            let again = is_power(&mut rng);
+            power |= again;
+            crash(&disk.disk.graph(), again);
             disk = restart(host, &disk, &text).await;
         }
         let found = disk.read(0, SIZE).await.unwrap();
-        client.check(&found, at_least, &format!("seed {seed}, life {life}, power {power}"));
+        let at_least = if power { client.flushed } else { client.answered };
+        client.check(&found, at_least, &format!("seed {seed}, life {life}, {what:?}, power {power}"));
         missing += usize::from(found != client.after(client.sent.len()));
         client = Client::new(disk, found);
     }
@@ -293,14 +310,21 @@ async fn lives(host: &Arc<Host>, seed: u64, power: bool) -> usize {
 
 #[test]
 fn a_loss_of_power_leaves_a_prefix_that_reaches_to_the_last_flush() {
-    let missing: usize = (0..300).map(|seed| run(seed, async |host| lives(&host, seed, true).await)).sum();
+    let missing: usize =
+        (0..300).map(|seed| run(seed, async |host| lives(&host, seed, Crash::Power).await)).sum();
     assert!(missing > 100, "only {missing} crashes lost anything: they test little");
 }
 
 #[test]
 fn the_death_of_the_process_loses_nothing_that_was_answered() {
-    let missing: usize = (0..300).map(|seed| run(seed, async |host| lives(&host, seed, false).await)).sum();
+    let missing: usize =
+        (0..300).map(|seed| run(seed, async |host| lives(&host, seed, Crash::Process).await)).sum();
     assert!(missing > 20, "only {missing} crashes lost anything: they test little");
+}
+
+#[test]
+fn what_only_caches_hold_does_not_overtake_the_log() {
+    (0..300).for_each(|seed| drop(run(seed, async |host| lives(&host, seed, Crash::Either).await)));
 }
 
 #[test]
