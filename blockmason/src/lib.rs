@@ -29,4 +29,4 @@ pub use geometry::{Geometry, Ops};
 pub use graph::{Connection, Graph, Instance};
 pub use live::Live;
 pub use request::{Answer, Class, Extent, ExtentState, Extra, Flags, Op, Origin, Reply, Request};
-pub use sched::{Cx, Disk, Host, Shard};
+pub use sched::{Cx, Disk, Host, Shard, Until};

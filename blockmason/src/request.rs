@@ -206,6 +206,9 @@ pub struct Extra {
     pub control: Option<(String, String)>,
     /// Extents: the dirty map asked for; None asks for allocation.
     pub map: Option<String>,
+    /// What it must come after, and what must come after it; see
+    /// [`Cx::add_dependency`](crate::Cx::add_dependency).
+    pub ties: crate::sched::Ties,
 }
 
 impl Request {

@@ -26,6 +26,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::null::TYPE,
     &sink::volatile::TYPE,
     &transform::cow::TYPE,
+    &transform::wal::TYPE,
     &fault::delay::TYPE,
     &fault::error::TYPE,
     &fault::flip::TYPE,

@@ -57,7 +57,10 @@ impl Edge {
     /// True if `req` can be handed to the element below as it is, and nothing else has to be done.
     #[inline]
     pub(crate) fn takes(&self, req: &Request) -> bool {
-        self.unordered >> req.op as u8 & 1 != 0 && self.suits(req) && !req.flags.has(Flags::SAMPLED)
+        self.unordered >> req.op as u8 & 1 != 0
+            && self.suits(req)
+            && req.extra.is_none()
+            && !req.flags.has(Flags::SAMPLED)
     }
 
     /// True if the element below can be handed `req` as it is.

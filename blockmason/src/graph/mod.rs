@@ -15,7 +15,7 @@ use crate::element::{Children, Element};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::request::Op;
-use crate::sched::{Order, RangeLock};
+use crate::sched::{Coalesced, Order, RangeLock};
 use edge::Edge;
 use std::any::Any;
 use std::collections::{BTreeMap, HashSet};
@@ -39,6 +39,8 @@ pub struct Instance {
     /// Orders overlapping requests of the streams that meet above a mirror or a serialiser. Here, so that
     /// two graphs that share the instance share the order.
     pub(crate) order: RangeLock,
+    /// Shares the flushes that dependent requests wait for.
+    pub(crate) flushes: Coalesced,
 }
 
 impl Instance {
@@ -56,6 +58,7 @@ impl Instance {
             element,
             ranges: RangeLock::default(),
             order: RangeLock::default(),
+            flushes: Coalesced::default(),
         })
     }
 }

@@ -1,6 +1,5 @@
 //! What an element is given along with a request: its place in the graph, and the framework's services.
 
-use super::detach::Detached;
 use super::{Shard, detach};
 use crate::element::Flow;
 use crate::error::Error;
@@ -47,6 +46,10 @@ impl Lane {
             let message = "an element has panicked: the graph answers errors until it is reloaded";
             self.shard.events().publish(Event::new(EventKind::Failed, self.graph.name(), message));
         }
+    }
+
+    pub(crate) fn take_detached(&self) -> Option<detach::Task> {
+        self.detached.borrow_mut().pop_front()
     }
 
     pub(crate) fn cx(&self, node: usize) -> Cx<'_> {
@@ -115,12 +118,6 @@ impl<'a> Cx<'a> {
             Ok(answer) => Flow::Now(Ok(answer)),
             Err(error) => self.fail(req, error),
         }
-    }
-
-    /// Runs a request to its end whether anybody waits for the reply or not: a lagging leg, a
-    /// prefetch. It counts as in flight in this epoch.
-    pub fn detach(self, port: usize, req: Request) -> Detached {
-        detach::detach(self, port, req)
     }
 
     /// The element's name.

@@ -1,6 +1,8 @@
-//! Requests that run to their end whether anybody waits or not.
+//! Requests, and what elements do besides, that run to their end whether anybody waits or not.
 
 use super::Cx;
+use super::cx::Lane;
+use crate::element::Flow;
 use crate::error::Error;
 use crate::request::{Reply, Request};
 use std::cell::RefCell;
@@ -9,12 +11,21 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-/// A detached request that its lane has not taken up yet.
+/// Something detached that its lane has not taken up yet.
 pub(crate) struct Task {
-    pub(crate) node: u32,
-    pub(crate) port: usize,
-    pub(crate) req: Request,
+    node: u32,
+    make: Make,
     pub(crate) done: Done,
+}
+
+type Make = Box<dyn for<'a> FnOnce(Cx<'a>) -> Flow<'a>>;
+
+impl Task {
+    /// The flow, and whom to tell of its end.
+    pub(crate) fn start<'a>(self, lane: &'a Lane) -> (impl FnOnce() -> Flow<'a>, Done) {
+        let Task { node, make, done } = self;
+        (move || make(lane.cx(node as usize)), done)
+    }
 }
 
 /// The sending half.
@@ -60,9 +71,19 @@ impl Future for Detached {
     }
 }
 
-pub(crate) fn detach(cx: Cx<'_>, port: usize, req: Request) -> Detached {
-    let state = Rc::new(RefCell::new(State::default()));
-    let done = Done(state.clone());
-    cx.lane.detached.borrow_mut().push_back(Task { node: cx.node, port, req, done });
-    Detached(state)
+impl Cx<'_> {
+    /// Runs a request to its end whether anybody waits for the reply or not: a lagging leg, a
+    /// prefetch. It counts as in flight in this epoch.
+    pub fn detach(self, port: usize, req: Request) -> Detached {
+        self.detach_with(move |cx| cx.forward(port, req))
+    }
+
+    /// Runs a flow of the element's own to its end whether anybody waits for the reply or not: what is
+    /// left to do when a request has been answered. It counts as in flight in this epoch.
+    pub fn detach_with(self, make: impl for<'a> FnOnce(Cx<'a>) -> Flow<'a> + 'static) -> Detached {
+        let state = Rc::new(RefCell::new(State::default()));
+        let done = Done(state.clone());
+        self.lane.detached.borrow_mut().push_back(Task { node: self.node, make: Box::new(make), done });
+        Detached(state)
+    }
 }

@@ -2,7 +2,7 @@
 //! does by other means what the element does not do. Also times the hops of sampled requests.
 
 use super::order::ordered;
-use super::{Cx, Holder, Hop, Mode};
+use super::{Cx, Holder, Hop, Mode, depends};
 use crate::data::Data;
 use crate::element::Flow;
 use crate::error::{Error, Result};
@@ -21,8 +21,16 @@ const ZEROES_LEN: u64 = 4 << 20;
 /// below can take.
 #[cold]
 pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
+    if depends::is_tied(&req) { depends::forward(below, edge, req) } else { in_order(below, edge, req) }
+}
+
+/// Hands on a request that waits for no other one, unless that overlaps it.
+pub(super) fn in_order<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
     if !req.flags.has(Flags::SAMPLED) {
-        return ordered(edge, req, move |req| hand_on(below, edge, req));
+        return ordered(edge, req, move |req| {
+            depends::has_passed(edge, &req);
+            hand_on(below, edge, req)
+        });
     }
     let hop = Hop {
         root: req.root,
@@ -41,7 +49,10 @@ pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'
         // The flag goes on to the edges further down.
         plain = plain.with(Flags::SAMPLED);
     }
-    let flow = ordered(edge, plain, move |req| hand_on(below, edge, req));
+    let flow = ordered(edge, plain, move |req| {
+        depends::has_passed(edge, &req);
+        hand_on(below, edge, req)
+    });
     flow.then(move |reply| {
         let error = reply.as_ref().err().map(ToString::to_string);
         let took = below.now() - since;

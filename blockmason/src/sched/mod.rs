@@ -6,7 +6,9 @@
 
 mod bell;
 mod budget;
+mod coalesce;
 mod cx;
+mod depends;
 mod detach;
 mod disk;
 mod fit;
@@ -28,8 +30,10 @@ mod tests;
 mod woken;
 
 pub use budget::{Budget, Permit};
+pub use coalesce::Coalesced;
 pub use cx::Cx;
 pub(crate) use cx::Lane;
+pub use depends::{Ties, Until};
 pub use detach::Detached;
 pub use disk::{Disk, InFlight, Slot};
 pub(crate) use handover::contained;

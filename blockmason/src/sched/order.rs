@@ -5,7 +5,7 @@
 //! and copies, passes no further place. A serialiser claims ranges itself ([`Cx::hold`]) and its requests
 //! pass under its guard.
 
-use super::{Cx, Holder, Mode, RangeGuard, RangeLock, Waiting};
+use super::{Cx, Holder, Mode, RangeGuard, RangeLock, Waiting, depends};
 use crate::element::Flow;
 use crate::error::Error;
 use crate::graph::Instance;
@@ -27,6 +27,11 @@ impl Order {
     /// By the map of `leader`, in blocks of `block` bytes, a power of two.
     pub(crate) fn new(leader: Arc<Instance>, block: u32) -> Order {
         Order { leader, mask: u64::from(block) - 1 }
+    }
+
+    /// Whose map it is.
+    pub(super) fn leader(&self) -> &Arc<Instance> {
+        &self.leader
     }
 
     fn map(&self) -> &RangeLock {
@@ -116,10 +121,18 @@ impl Held<'_> {
         if req.op.locks() && req.len > 0 && !self.ranges.iter().any(within) {
             return self.cx.fail(&req, Error::internal("it asks for more than the range that it holds"));
         }
-        req.id = self.cx.lane.shard.next_id();
+        let tied = depends::is_tied(&req);
+        if !tied {
+            // Others know a request that is tied by its id.
+            req.id = self.cx.lane.shard.next_id();
+        }
         req.root = self.root;
         let (edge, ix) = self.cx.edge(port);
         self.cx.lane.tally.edges[ix].add(req.op, req.len);
-        super::fit::hand_on(Cx { lane: self.cx.lane, node: edge.to }, edge, req)
+        let below = Cx { lane: self.cx.lane, node: edge.to };
+        if tied {
+            return depends::hold(below, edge, req, move |req| super::fit::hand_on(below, edge, req));
+        }
+        super::fit::hand_on(below, edge, req)
     }
 }

@@ -85,16 +85,16 @@ impl<'a> Cx<'a> {
         if req.flags.has(Flags::FAST_ONLY) && !self.geometry().ops.fast_zero {
             return self.fail(req, Error::unsupported("writing zeros is not fast on all of the range"));
         }
-        let op = req.op;
+        let (op, issued) = (req.op, super::depends::issue(req));
         let parts: Vec<Part> = parts.into_iter().collect();
         let flows = parts.iter().map(|part| send(part.port, self.child(&part.cut(req)))).collect();
-        gather(flows, move |answers| match op {
+        issued.over(gather(flows, move |answers| match op {
             Op::Read => read(&parts, answers),
             Op::Extents => extents(&parts, answers),
             Op::Write | Op::Flush | Op::Discard | Op::WriteZeroes | Op::Cache | Op::Control => {
                 Ok(Answer::Done)
             }
-        })
+        }))
     }
 
     /// Sends `req` as it is to every out port at once: a flush, a control request. All run to their
@@ -104,7 +104,9 @@ impl<'a> Cx<'a> {
         if self.outs() == 1 {
             return self.forward(0, req);
         }
-        gather((0..self.outs()).map(|port| self.forward(port, self.child(&req))).collect(), agreed)
+        let issued = super::depends::issue(&req);
+        issued
+            .over(gather((0..self.outs()).map(|port| self.forward(port, self.child(&req))).collect(), agreed))
     }
 }
 

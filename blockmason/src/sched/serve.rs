@@ -219,7 +219,8 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         if let Err(error) = self.refuse(&req) {
             return self.finish(owner, Some(Err(error.at(req.op.name(), req.offset))));
         }
-        self.submit(self.cx, 0, req, owner);
+        let cx = self.cx;
+        self.submit(move || cx.forward(0, req), owner);
     }
 
     /// What no element need check: the framework hands down no range that lies outside.
@@ -241,8 +242,8 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         Ok(())
     }
 
-    fn submit(&mut self, cx: Cx<'a>, port: usize, req: Request, owner: Owner<S::Tag>) {
-        match catch_unwind(AssertUnwindSafe(|| cx.forward(port, req))) {
+    fn submit(&mut self, make: impl FnOnce() -> Flow<'a>, owner: Owner<S::Tag>) {
+        match catch_unwind(AssertUnwindSafe(make)) {
             Ok(Flow::Now(reply)) => self.finish(owner, Some(reply)),
             Ok(Flow::Later(flow)) => self.flows.insert(flow, owner),
             Err(_) => self.finish(owner, None),
@@ -260,10 +261,10 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
     fn take_up_detached(&mut self) -> bool {
         let mut any = false;
         loop {
-            let Some(task) = self.cx.lane.detached.borrow_mut().pop_front() else { return any };
+            let Some(task) = self.cx.lane.take_detached() else { return any };
             any = true;
-            let cx = Cx { lane: self.cx.lane, node: task.node };
-            self.submit(cx, task.port, task.req, Owner::Detached(task.done));
+            let (make, done) = task.start(self.cx.lane);
+            self.submit(make, Owner::Detached(done));
         }
     }
 
@@ -353,20 +354,24 @@ pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
             }
         }
         loop {
-            let Some(task) = lane.detached.borrow_mut().pop_front() else { break };
-            let cx = Cx { lane: &lane, node: task.node };
-            match catch_unwind(AssertUnwindSafe(|| cx.forward(task.port, task.req))) {
-                Ok(Flow::Now(reply)) => task.done.send(reply),
-                Ok(Flow::Later(flow)) => flows.insert(flow, task.done),
-                Err(_) => lane.fail(),
+            while let Some(task) = lane.take_detached() {
+                let (make, done) = task.start(&lane);
+                match catch_unwind(AssertUnwindSafe(make)) {
+                    Ok(Flow::Now(reply)) => done.send(reply),
+                    Ok(Flow::Later(flow)) => flows.insert(flow, done),
+                    Err(_) => lane.fail(),
+                }
+            }
+            flows.poll(task, |done, reply| {
+                done.send(reply.unwrap_or_else(|| {
+                    lane.fail();
+                    Err(Error::internal("an element panicked"))
+                }));
+            });
+            if lane.detached.borrow().is_empty() {
+                break;
             }
         }
-        flows.poll(task, |done, reply| {
-            done.send(reply.unwrap_or_else(|| {
-                lane.fail();
-                Err(Error::internal("an element panicked"))
-            }));
-        });
         if over && flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;

@@ -1,3 +1,4 @@
-//! What changes data or addresses on the way.
+//! What changes data or addresses on the way, or keeps some back.
 
 pub mod cow;
+pub mod wal;

@@ -72,7 +72,7 @@ impl<'a> Io<'a> {
     pub(super) async fn incarnation(&self) -> Option<String> {
         let ask = |req: &mut Request| {
             let control = Some(("incarnation".to_owned(), String::new()));
-            (req.op, req.extra) = (Op::Control, Some(Box::new(Extra { control, map: None })));
+            (req.op, req.extra) = (Op::Control, Some(Box::new(Extra { control, ..Extra::default() })));
         };
         match self.send(OVERLAY, ask).await {
             Ok(Answer::Text(text)) if (1..=LONGEST).contains(&text.len()) => Some(text),

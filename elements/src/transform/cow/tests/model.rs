@@ -164,7 +164,7 @@ fn extents_are_those_of_where_the_blocks_are() {
         let expected = [(16, data), (16, hole), (4, data), (36, hole), (8, data), (1024 - 80, hole)];
         assert_eq!(found, expected);
         let mut dirty = Request::new(Op::Extents, 0, 4096);
-        dirty.extra = Some(Box::new(Extra { control: None, map: Some("x".to_owned()) }));
+        dirty.extra = Some(Box::new(Extra { map: Some("x".to_owned()), ..Extra::default() }));
         assert_eq!(served.disk.submit(dirty).await.unwrap_err().kind(), Kind::Unsupported);
     });
 }
@@ -281,8 +281,10 @@ fn control_requests_reach_both() {
     run(1, async |host| {
         let served = Served::new(&host, &small("4k", 4096)).await.unwrap();
         let mut ask = Request::new(Op::Control, 0, 0);
-        ask.extra =
-            Some(Box::new(Extra { control: Some(("incarnation".to_owned(), String::new())), map: None }));
+        ask.extra = Some(Box::new(Extra {
+            control: Some(("incarnation".to_owned(), String::new())),
+            ..Extra::default()
+        }));
         // Two memories are two.
         assert_eq!(served.disk.submit(ask.clone()).await.unwrap_err().kind(), Kind::Unsupported);
         let folder = tempfile::tempdir().unwrap();
