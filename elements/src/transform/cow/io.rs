@@ -1,6 +1,7 @@
 //! Requests of the element's own to the disks below it.
 
 use super::format::LONGEST;
+use blockmason::sched::Holder;
 use blockmason::{Answer, Class, Cx, Data, Extra, Flags, Op, Origin, Reply, Request, Result};
 
 /// The out ports, in the order of their names in the type.
@@ -30,6 +31,11 @@ impl<'a> Io<'a> {
         let mut like = Request::flush();
         (like.root, like.origin, like.class) = (parent.root, Origin::Internal, parent.class);
         Io { cx, like }
+    }
+
+    /// For whom a range is held.
+    pub(super) fn holder(&self, doing: &'static str) -> Holder {
+        Holder { root: self.like.root, doing }
     }
 
     async fn send(&self, port: usize, make: impl FnOnce(&mut Request)) -> Reply {

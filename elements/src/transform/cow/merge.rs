@@ -3,6 +3,7 @@
 use super::format::State;
 use super::io::{BASE, Io, OVERLAY};
 use super::overlay::Overlay;
+use blockmason::sched::Mode;
 use blockmason::{Flags, Result};
 use futures::future::join_all;
 use std::ops::Range;
@@ -24,11 +25,8 @@ impl Overlay {
             self.end_commit(io).await?;
             return Ok(0);
         }
-        let mut held = Vec::with_capacity(runs.len());
-        for run in &runs {
-            // Others hold one range each, or all of them: no two can wait for each other.
-            held.push(self.ranges.lock(self.layout.bytes(run.clone())).await);
-        }
+        let ranges: Vec<_> = runs.iter().map(|run| self.layout.bytes(run.clone())).collect();
+        let _held = self.ranges.claim(io.holder("merge"), Mode::Exclusive, &ranges).await;
         let copied = join_all(runs.iter().map(|run| self.copy_down(io, run))).await;
         let copied = copied.into_iter().sum::<Result<u64>>()?;
         io.flush(BASE).await?;

@@ -128,7 +128,6 @@ pub const TYPE: ElementType = ElementType {
         },
     ],
     layout: true,
-    serialises: true,
     example: "element Guest (type nbd) (listen unix:cow.sock)\n\
               element Try (type cow)\n\
               element Image (type file) (path image.img) (size 64M)\n\

@@ -5,7 +5,7 @@
 use super::bitmap::{Bitmap, join, mask, sectors};
 use super::format::{Header, Layout, Map, PER_SECTOR, REGION, SECTOR, State, WORDS};
 use super::io::{BASE, Io, OVERLAY};
-use blockmason::sched::RangeLock;
+use blockmason::sched::{Mode, RangeGuard, RangeLock};
 use blockmason::{Data, Error, Flags, Kind, Result};
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -27,8 +27,8 @@ pub(super) struct Overlay {
     pub(super) claimed: Bitmap,
     /// Those of them whose data and bit in the durable map are durable.
     pub(super) durable: Bitmap,
-    /// Bytes of the disk: held exactly by changes that go to one place, by whole blocks where blocks are
-    /// copied, in all where the state changes. Reads hold nothing: what they find is never taken away, only
+    /// Bytes of the disk: shared by changes of blocks where they are, held alone where blocks are copied,
+    /// in all where the state changes. Reads hold nothing: what they find is never taken away, only
     /// copied and no longer looked for.
     pub(super) ranges: RangeLock,
     /// Map sectors that are being written.
@@ -145,7 +145,8 @@ impl Overlay {
         for sector in sectors(&blocks) {
             let part = blocks.start.max(sector * PER_SECTOR)..blocks.end.min((sector + 1) * PER_SECTOR);
             lock(&self.pending).extend(part.clone().filter(|block| !self.claimed.has(*block)));
-            let _alone = self.sectors.lock(sector..sector + 1).await;
+            let place = sector..sector + 1;
+            let _alone = self.sectors.claim(io.holder("claim"), Mode::Exclusive, &[place]).await;
             // Whoever had the sector before has written this along with his own.
             if self.claimed.all(part.clone()) {
                 continue;
@@ -255,6 +256,12 @@ impl Overlay {
         Ok(())
     }
 
+    /// Holds all of the disk: nothing is being changed meanwhile.
+    async fn everything(&self, io: &Io<'_>, doing: &'static str) -> RangeGuard<'_> {
+        let all = 0..u64::MAX;
+        self.ranges.claim(io.holder(doing), Mode::Exclusive, &[all]).await
+    }
+
     /// Writes the header as `change` makes it, durably. The caller holds all ranges.
     async fn change_header(&self, io: &Io<'_>, change: impl FnOnce(&mut Header)) -> Result<()> {
         let mut next = lock(&self.header).clone();
@@ -272,7 +279,7 @@ impl Overlay {
 
     /// From now on blocks only leave the overlay; what is not in it is the base's.
     pub(super) async fn start_commit(&self, io: &Io<'_>) -> Result<()> {
-        let _all = self.ranges.lock(0..u64::MAX).await;
+        let _all = self.everything(io, "commit").await;
         self.check()?;
         // The base must not be written under a claim that failed in memory and succeeded on disk.
         let unsure: Vec<u64> = lock(&self.unsure).iter().copied().collect();
@@ -285,7 +292,7 @@ impl Overlay {
 
     /// Ends a commit if nothing is left to do.
     pub(super) async fn end_commit(&self, io: &Io<'_>) -> Result<()> {
-        let _all = self.ranges.lock(0..u64::MAX).await;
+        let _all = self.everything(io, "commit").await;
         self.check()?;
         self.change_header(io, |header| header.state = State::Committed).await
     }
@@ -293,7 +300,7 @@ impl Overlay {
     /// Forgets all blocks, durably. What was written to the base since a commit is durable too: it is what the
     /// disk is from now on.
     pub(super) async fn discard(&self, io: &Io<'_>) -> Result<()> {
-        let _all = self.ranges.lock(0..u64::MAX).await;
+        let _all = self.everything(io, "discard").await;
         let _alone = self.flushing.lock().await;
         self.check()?;
         io.flush(BASE).await?;

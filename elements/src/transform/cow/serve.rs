@@ -3,9 +3,8 @@
 use super::format::{PER_SECTOR, State};
 use super::io::{BASE, Io, OVERLAY};
 use super::overlay::Overlay;
-use blockmason::sched::Part;
+use blockmason::sched::{Holder, Mode, Part};
 use blockmason::{Answer, Cx, Data, Error, Flags, Flow, Op, Request, Result};
-use futures::FutureExt;
 use futures::future::join;
 use std::ops::Range;
 
@@ -70,7 +69,8 @@ impl Overlay {
         let there = if req.is_fua() { &self.durable } else { &self.claimed };
         if req.op == Op::Write
             && there.all(blocks.clone())
-            && let Some(held) = self.ranges.lock(req.offset..req.end()).now_or_never()
+            && let Ok(held) =
+                self.ranges.claim(Holder::of(&req), Mode::Shared, &[req.offset..req.end()]).now()
             && there.all(blocks)
         {
             let moved = Request { offset: self.place(OVERLAY, req.offset), ..req };
@@ -102,8 +102,11 @@ impl Overlay {
         let blocks = self.layout.touched(req.offset..req.end());
         let durable = loop {
             let adds = self.adds_blocks(req.op, &blocks);
-            let range = if adds { self.layout.bytes(blocks.clone()) } else { req.offset..req.end() };
-            let _held = self.ranges.lock(range).await;
+            let (mode, range) = match adds {
+                true => (Mode::Exclusive, self.layout.bytes(blocks.clone())),
+                false => (Mode::Shared, req.offset..req.end()),
+            };
+            let _held = self.ranges.claim(Holder::of(&req), mode, &[range]).await;
             self.check()?;
             match self.adds_blocks(req.op, &blocks) {
                 // They have left meanwhile: this is not the range to hold.
