@@ -92,6 +92,9 @@ pub(super) fn spawn<T: Send + 'static>(
 
 async fn accept(listener: UnixListener, router: Router) {
     let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    // Those too many are told so, as far as that does not become too many itself.
+    let refusals = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let refuse = Router::new().fallback(too_many);
     loop {
         match listener.accept().await {
             Ok((stream, _)) if !is_friend(&stream) => {
@@ -99,22 +102,21 @@ async fn accept(listener: UnixListener, router: Router) {
             }
             Ok((stream, _)) => match connections.clone().try_acquire_owned() {
                 Ok(permit) => take(stream, permit, &router),
-                Err(_) => refuse(&stream),
+                Err(_) => {
+                    tracing::info!("a connection too many to the control socket is refused");
+                    if let Ok(permit) = refusals.clone().try_acquire_owned() {
+                        take(stream, permit, &refuse);
+                    }
+                }
             },
             Err(error) => pause("control", &error).await,
         }
     }
 }
 
-/// Tells a connection too many what it is, before it has asked.
-fn refuse(stream: &UnixStream) {
-    tracing::info!("a connection too many to the control socket is refused");
-    let error =
-        Refusal::new("too_many", "too many connections to the control socket: end some, then try again");
-    let body = serde_json::json!({ "error": error }).to_string();
-    let head = "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close";
-    // A socket that was just made has room for this; if not, it is closed without a word.
-    let _ = stream.try_write(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes());
+/// What a connection too many is told.
+async fn too_many() -> Refusal {
+    Refusal::new("too_many", "too many connections to the control socket: end some, then try again")
 }
 
 fn is_friend(stream: &UnixStream) -> bool {
