@@ -79,8 +79,6 @@ impl Flags {
     pub const FAST_ONLY: Flags = Flags(4);
     /// Extents: the first extent is enough.
     pub const ONE: Flags = Flags(8);
-    /// Its way through the graph is recorded.
-    pub const SAMPLED: Flags = Flags(16);
 
     /// True if all of `other` are set.
     pub fn has(self, other: Flags) -> bool {
@@ -105,7 +103,6 @@ impl fmt::Debug for Flags {
             (Flags::MAY_UNMAP, "may_unmap"),
             (Flags::FAST_ONLY, "fast_only"),
             (Flags::ONE, "one"),
-            (Flags::SAMPLED, "sampled"),
         ];
         let mut first = true;
         for (_, name) in names.iter().filter(|(flag, _)| self.has(*flag)) {
@@ -200,6 +197,9 @@ pub struct Extra {
     pub control: Option<(String, String)>,
     /// Extents: the dirty map asked for; None asks for allocation.
     pub map: Option<String>,
+    /// Set by the framework if its way through the graph is recorded. What is made of a request by
+    /// [`Cx::child`](crate::Cx::child) is recorded with it.
+    pub trace: Option<crate::sched::Trace>,
 }
 
 impl Request {

@@ -1,7 +1,9 @@
 //! An edge, and what may travel it without help.
 
 use crate::geometry::{Geometry, NO_LIMIT};
-use crate::request::{Flags, Op, Request};
+use crate::request::{Op, Request};
+use crate::sched::Traced;
+use std::sync::Arc;
 
 /// Leads from an out port to the element below.
 pub(crate) struct Edge {
@@ -16,6 +18,8 @@ pub(crate) struct Edge {
     ops: u8,
     /// Size of the element below.
     pub(crate) size: u64,
+    /// Of sampled requests only.
+    pub(crate) traced: Arc<Traced>,
 }
 
 impl Edge {
@@ -37,15 +41,21 @@ impl Edge {
             max_len: if below.max_len >= NO_LIMIT { u64::MAX } else { u64::from(below.max_len) },
             ops,
             size: below.size,
+            traced: Arc::default(),
         }
+    }
+
+    /// True if `req` can be handed to the element below as it is, and nothing else is to be done here.
+    #[inline]
+    pub(crate) fn takes(&self, req: &Request) -> bool {
+        self.fits(req) && req.extra.is_none()
     }
 
     /// True if the element below can be handed `req` as it is.
     #[inline]
-    pub(crate) fn takes(&self, req: &Request) -> bool {
+    pub(crate) fn fits(&self, req: &Request) -> bool {
         self.ops >> req.op as u8 & 1 != 0
             && (req.offset | req.len) & self.mask == 0
             && req.len <= self.max_len
-            && !req.flags.has(Flags::SAMPLED)
     }
 }

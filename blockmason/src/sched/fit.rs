@@ -1,7 +1,8 @@
 //! Makes a request fit the element below an edge: splits it, reads, modifies and writes whole blocks,
-//! does by other means what the element does not do. Also times the hops of sampled requests.
+//! does by other means what the element does not do.
 
-use super::{Cx, Hop};
+use super::Cx;
+use super::trace::Open;
 use crate::data::Data;
 use crate::element::Flow;
 use crate::error::{Error, Result};
@@ -16,37 +17,18 @@ const PARALLEL: usize = 8;
 /// The longest write of zeros that stands in for a WriteZeroes, in bytes.
 const ZEROES_LEN: u64 = 4 << 20;
 
-/// Hands `req`, which the element below cannot take as it is, on in a form that it can.
+/// Hands on a request with which there is something to do on this edge.
 #[cold]
-pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
-    if !req.flags.has(Flags::SAMPLED) {
-        return fit(Below { cx: below, edge }, req);
+pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, mut req: Request) -> Flow<'a> {
+    match Open::edge(below, edge, &mut req) {
+        None => hand_on(below, edge, req),
+        Some(hop) => hop.watch(hand_on(below, edge, req)),
     }
-    let hop = Hop {
-        root: req.root,
-        id: req.id,
-        element: below.name().to_owned(),
-        op: req.op.name(),
-        offset: req.offset,
-        len: req.len,
-        took: Default::default(),
-        error: None,
-    };
-    let since = below.now();
-    let mut plain = req;
-    plain.flags = plain.flags.without(Flags::SAMPLED);
-    let flow = if edge.takes(&plain) {
-        // The flag goes on to the edges further down.
-        below.submit(plain.with(Flags::SAMPLED))
-    } else {
-        fit(Below { cx: below, edge }, plain)
-    };
-    flow.then(move |reply| {
-        let error = reply.as_ref().err().map(ToString::to_string);
-        let took = below.now() - since;
-        below.lane.shard.recorder.borrow_mut().record(Hop { took, error, ..hop });
-        reply
-    })
+}
+
+/// Hands `req` on in a form that the element below can take.
+fn hand_on<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
+    if edge.fits(&req) { below.submit(req) } else { fit(Below { cx: below, edge }, req) }
 }
 
 fn fit<'a>(below: Below<'a>, req: Request) -> Flow<'a> {
@@ -81,6 +63,14 @@ impl<'a> Below<'a> {
         self.cx.geometry().ops
     }
 
+    /// Hands the element what it can take.
+    fn submit(self, mut req: Request) -> Flow<'a> {
+        match Open::part(self.cx, self.edge, &mut req) {
+            None => self.cx.submit(req),
+            Some(hop) => hop.watch(self.cx.submit(req)),
+        }
+    }
+
     fn block(self) -> u64 {
         self.edge.mask + 1
     }
@@ -107,7 +97,7 @@ impl<'a> Below<'a> {
     /// order. All pieces are done, whatever becomes of the others.
     async fn split(self, req: Request, piece: u64) -> Result<Vec<Answer>> {
         if req.len <= piece {
-            return self.cx.submit(req).await.map(|answer| vec![answer]);
+            return self.submit(req).await.map(|answer| vec![answer]);
         }
         let mut answers = Vec::new();
         let mut failed = None;
@@ -117,7 +107,7 @@ impl<'a> Below<'a> {
             while from < req.len && running.len() < PARALLEL && failed.is_none() {
                 let len = piece.min(req.len - from);
                 let part = self.cx.child(&req.part(from, len, req.offset + from));
-                running.push_back(self.cx.submit(part));
+                running.push_back(self.submit(part));
                 from += len;
             }
             match running.next().await {
@@ -183,7 +173,7 @@ impl<'a> Below<'a> {
         read.origin = Origin::Internal;
         read.flags = Flags::NONE;
         (read.offset, read.len, read.data) = (whole.start, whole.end - whole.start, Data::empty());
-        let data = self.cx.submit(read).await?.into_data()?;
+        let data = self.submit(read).await?.into_data()?;
         Ok(data.slice((part.start - whole.start) as usize..(part.end - whole.start) as usize))
     }
 
@@ -257,7 +247,7 @@ impl<'a> Below<'a> {
         let whole = self.outwards(req.offset..req.end());
         let mut asked = self.cx.child(&req);
         (asked.offset, asked.len) = (whole.start, (whole.end - whole.start).min(self.piece()));
-        let mut extents = self.cx.submit(asked).await?.into_extents()?;
+        let mut extents = self.submit(asked).await?.into_extents()?;
         let mut skip = req.offset - whole.start;
         for extent in &mut extents {
             let cut = skip.min(extent.len);

@@ -20,6 +20,7 @@ mod serve;
 mod shard;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 pub use budget::{Budget, Permit};
 pub use cx::Cx;
@@ -30,8 +31,10 @@ pub(crate) use handover::contained;
 pub use handover::{Change, Changed, Setting, way};
 pub use host::{Host, HostConfig};
 pub use ranges::{RangeGuard, RangeLock};
-pub use recorder::Hop;
+pub use recorder::{Hop, LONGEST_ERROR, Way};
 pub use scatter::Part;
 use serve::run_node;
 pub use serve::{Admit, Served, Stream, serve};
 pub use shard::Shard;
+pub(crate) use trace::Traced;
+pub use trace::{EVERY, Trace, Tracer};
