@@ -85,6 +85,17 @@ impl Flags {
         self.0 & other.0 == other.0
     }
 
+    /// The words for those that are set.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        let names = [
+            (Flags::FUA, "fua"),
+            (Flags::MAY_UNMAP, "may_unmap"),
+            (Flags::FAST_ONLY, "fast_only"),
+            (Flags::ONE, "one"),
+        ];
+        names.into_iter().filter(move |(flag, _)| self.has(*flag)).map(|(_, name)| name)
+    }
+
     /// With `other` set as well.
     pub fn with(self, other: Flags) -> Flags {
         Flags(self.0 | other.0)
@@ -98,14 +109,8 @@ impl Flags {
 
 impl fmt::Debug for Flags {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = [
-            (Flags::FUA, "fua"),
-            (Flags::MAY_UNMAP, "may_unmap"),
-            (Flags::FAST_ONLY, "fast_only"),
-            (Flags::ONE, "one"),
-        ];
         let mut first = true;
-        for (_, name) in names.iter().filter(|(flag, _)| self.has(*flag)) {
+        for name in self.names() {
             write!(f, "{}{name}", if first { "" } else { "," })?;
             first = false;
         }

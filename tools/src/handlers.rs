@@ -126,9 +126,9 @@ impl Known {
     fn handler<'a>(&self, name: &'a str) -> Outcome<(&'a str, &'a str)> {
         match self.meaning(name)? {
             Meaning::Handler(element, handler) => Ok((element, handler)),
-            Meaning::Element(element) => {
-                Err(Failure::Usage(format!("{element} is an element: name one of its handlers, {element}.HANDLER")))
-            }
+            Meaning::Element(element) => Err(Failure::Usage(format!(
+                "{element} is an element: name one of its handlers, {element}.HANDLER"
+            ))),
         }
     }
 

@@ -5,11 +5,13 @@ mod bench;
 mod check;
 mod completions;
 mod control;
+mod counters;
 mod elements;
 mod failure;
 mod folders;
 mod graphs;
 mod handlers;
+mod hops;
 mod load;
 mod logs;
 mod openapi;
@@ -18,6 +20,8 @@ mod run;
 mod show;
 mod socket;
 mod status;
+mod top;
+mod trace;
 mod units;
 mod unload;
 mod view;
@@ -44,6 +48,8 @@ enum Command {
     Bench(bench::Args),
     Elements(elements::Args),
     Status(status::Args),
+    Top(top::Args),
+    Trace(trace::Args),
     Load(load::Args),
     Unload(unload::Args),
     Get(handlers::GetArgs),
@@ -68,6 +74,8 @@ fn main() -> ExitCode {
         Command::Completions(args) => completions::main(args, Cli::command()),
         Command::Man(args) => completions::man(args, Cli::command()),
         Command::Status(args) => status::main(args),
+        Command::Top(args) => top::main(args),
+        Command::Trace(args) => trace::main(args),
         Command::Load(args) => load::main(args),
         Command::Unload(args) => unload::main(args),
         Command::Get(args) => handlers::get(args),

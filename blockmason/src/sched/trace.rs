@@ -290,6 +290,11 @@ impl Tracer {
         self.hops.recv().await
     }
 
+    /// The next hop if it is here already.
+    pub fn try_next(&mut self) -> Option<Hop> {
+        self.hops.try_recv().ok()
+    }
+
     /// Hops that were dropped so far, since they were not taken in time.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)

@@ -30,7 +30,9 @@ impl FromStr for Bandwidth {
             _ if text == "unlimited" => Ok(Bandwidth(None)),
             Ok(Rate(0)) => Err("nothing would ever pass at 0/s".to_owned()),
             Ok(Rate(rate)) => Ok(Bandwidth(Some(rate))),
-            Err(error) => Err(error.replace("a rate such as `50M/s`", "a rate such as `50M/s`, or `unlimited`")),
+            Err(error) => {
+                Err(error.replace("a rate such as `50M/s`", "a rate such as `50M/s`, or `unlimited`"))
+            }
         }
     }
 }

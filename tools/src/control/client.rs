@@ -55,6 +55,11 @@ impl Client {
         Ok(Client { socket: socket.into(), runtime: runtime.map_err(Failure::new)? })
     }
 
+    /// Waits for something of the client's own.
+    pub(crate) fn block_on<T>(&self, body: impl Future<Output = T>) -> T {
+        self.runtime.block_on(body)
+    }
+
     /// The socket.
     pub(crate) fn socket(&self) -> &Path {
         &self.socket
@@ -90,12 +95,18 @@ impl Client {
     }
 
     /// Takes an answer line by line, for as long as `each` goes on or the daemon does.
-    pub(crate) fn lines(
+    pub(crate) fn lines(&self, path: &str, each: impl FnMut(&str) -> Outcome<ControlFlow<()>>) -> Outcome {
+        self.lines_until(path, std::future::pending(), each)
+    }
+
+    /// The same, until `stop` resolves at the latest.
+    pub(crate) fn lines_until(
         &self,
         path: &str,
+        stop: impl Future<Output = ()>,
         mut each: impl FnMut(&str) -> Outcome<ControlFlow<()>>,
     ) -> Outcome {
-        self.runtime.block_on(async {
+        let lines = async {
             let answer = self.ask(Method::GET, path, Vec::new()).await?;
             let mut body = self.accepted(answer).await?.into_data_stream();
             let mut rest = Vec::new();
@@ -113,6 +124,13 @@ impl Client {
                 }
             }
             Ok(())
+        };
+        self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = stop => Ok(()),
+                ended = lines => ended,
+            }
         })
     }
 

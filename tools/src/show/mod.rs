@@ -71,7 +71,11 @@ pub(crate) fn main(args: &Args) -> Outcome {
             if args.form.graph {
                 return output::text(&blockmason::lang::print(&file.spec, CATALOGUE, &reader.here));
             }
-            vec![if args.form.explain { built(&reader, &file)? } else { GraphView::of_spec(&file.name, &file.spec) }]
+            vec![if args.form.explain {
+                built(&reader, &file)?
+            } else {
+                GraphView::of_spec(&file.name, &file.spec)
+            }]
         }
         None => args.control.connect()?.0.get::<Status>("/v1/status")?.graphs,
     };

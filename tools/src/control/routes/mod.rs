@@ -1,9 +1,12 @@
 //! What the control socket answers: one file for each subject. Every route is given to the router with its
 //! description, so that docs/openapi.json has all of them.
 
+mod counters;
 mod daemon;
 mod graphs;
 mod handlers;
+mod text;
+mod trace;
 
 use super::daemon::Daemon;
 use super::refusal::Refusal;
@@ -31,6 +34,10 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(daemon::status))
         .routes(routes!(graphs::list, graphs::load))
         .routes(routes!(graphs::show, graphs::unload))
+        .routes(routes!(text::text))
+        .routes(routes!(counters::counters))
+        .routes(routes!(trace::trace))
+        .routes(routes!(trace::last))
         .routes(routes!(handlers::list))
         .routes(routes!(handlers::get, handlers::set, handlers::call))
 }
