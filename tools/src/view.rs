@@ -174,6 +174,16 @@ pub(crate) struct EdgeView {
     /// Their lengths together, of a running graph.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) bytes: Option<u64>,
+    /// Over some time, where somebody has looked twice: `mason show --interval`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rate: Option<RateView>,
+}
+
+/// What an edge carries.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct RateView {
+    pub(crate) requests_per_second: f64,
+    pub(crate) bytes_per_second: f64,
 }
 
 /// A reference: `(test Dirty)`.
@@ -250,6 +260,7 @@ impl GraphView {
             to_port: edge.to_port.clone(),
             requests: None,
             bytes: None,
+            rate: None,
         };
         let mut references = Vec::new();
         for element in &spec.elements {

@@ -35,14 +35,16 @@ pub(crate) struct Client {
 
 /// A path on the control socket. Each segment stays one, whatever a name contains.
 pub(crate) fn path(segments: &[&str]) -> String {
+    segments.iter().map(|text| format!("/{}", segment(text))).collect()
+}
+
+/// A segment of a path, or a value of a query.
+pub(crate) fn segment(text: &str) -> String {
     let mut out = String::new();
-    for segment in segments {
-        out.push('/');
-        for byte in segment.bytes() {
-            match byte {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => out.push(char::from(byte)),
-                _ => out.push_str(&format!("%{byte:02X}")),
-            }
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => out.push(char::from(byte)),
+            _ => out.push_str(&format!("%{byte:02X}")),
         }
     }
     out

@@ -1,7 +1,7 @@
 //! A graph as a tree of text.
 
+use super::live::carried;
 use super::{parameters, ports, printable};
-use crate::units::Bytes;
 use crate::view::{EdgeView, ElementView, GraphView};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
@@ -69,10 +69,6 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// What an edge of a running graph has carried.
 fn counters(edge: &EdgeView) -> String {
-    match (edge.requests, edge.bytes) {
-        (Some(requests), Some(bytes)) => format!("  [{requests} requests, {}]", Bytes(bytes)),
-        _ => String::new(),
-    }
+    carried(edge).map_or_else(String::new, |carried| format!("  [{carried}]"))
 }

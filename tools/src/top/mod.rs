@@ -14,6 +14,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use blockmason::lang::value::Time;
 use rates::{Rates, View};
+#[cfg(feature = "tui")]
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -55,12 +56,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
     if args.interval.0 < SHORTEST {
         return Err(Failure::Usage("--interval: at least 50ms".to_owned()));
     }
-    let plain = args.json || args.once || args.count.is_some() || !std::io::stdout().is_terminal();
     #[cfg(feature = "tui")]
-    if !plain {
+    if !args.json && !args.once && args.count.is_none() && std::io::stdout().is_terminal() {
         return terminal::watch(&args.control, args.interval.0);
     }
-    let _ = plain;
     print(args)
 }
 

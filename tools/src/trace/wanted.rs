@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(parse("Gest"), Err("vm has no element Gest; did you mean `Guest`?".to_owned()));
         assert_eq!(
             parse("(Split, a) -> B"),
-            Err("vm has no edge (Split, a) -> B; did you mean `(Split, b) -> B`?".to_owned())
+            Err("vm has no edge (Split, a) -> B; did you mean `(Split, a) -> A`?".to_owned())
         );
         assert_eq!(parse("Split -> "), Err("vm has no edge Split -> ".to_owned()));
     }

@@ -8,8 +8,12 @@ mod check;
 mod control;
 mod drain;
 mod elements;
+mod guest;
 mod harness;
 mod load;
 mod refused;
 mod run;
 mod show;
+#[cfg(feature = "tui")]
+mod top;
+mod trace;
