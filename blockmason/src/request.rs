@@ -85,12 +85,21 @@ impl Flags {
     pub const FAST_ONLY: Flags = Flags(4);
     /// Extents: the first extent is enough.
     pub const ONE: Flags = Flags(8);
-    /// Its way through the graph is recorded.
-    pub const SAMPLED: Flags = Flags(16);
 
     /// True if all of `other` are set.
     pub fn has(self, other: Flags) -> bool {
         self.0 & other.0 == other.0
+    }
+
+    /// The words for those that are set.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        let names = [
+            (Flags::FUA, "fua"),
+            (Flags::MAY_UNMAP, "may_unmap"),
+            (Flags::FAST_ONLY, "fast_only"),
+            (Flags::ONE, "one"),
+        ];
+        names.into_iter().filter(move |(flag, _)| self.has(*flag)).map(|(_, name)| name)
     }
 
     /// With `other` set as well.
@@ -106,15 +115,8 @@ impl Flags {
 
 impl fmt::Debug for Flags {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = [
-            (Flags::FUA, "fua"),
-            (Flags::MAY_UNMAP, "may_unmap"),
-            (Flags::FAST_ONLY, "fast_only"),
-            (Flags::ONE, "one"),
-            (Flags::SAMPLED, "sampled"),
-        ];
         let mut first = true;
-        for (_, name) in names.iter().filter(|(flag, _)| self.has(*flag)) {
+        for name in self.names() {
             write!(f, "{}{name}", if first { "" } else { "," })?;
             first = false;
         }
@@ -209,6 +211,9 @@ pub struct Extra {
     /// What it must come after, and what must come after it; see
     /// [`Cx::add_dependency`](crate::Cx::add_dependency).
     pub ties: crate::sched::Ties,
+    /// Set by the framework if its way through the graph is recorded. What is made of a request by
+    /// [`Cx::child`](crate::Cx::child) is recorded with it.
+    pub trace: Option<crate::sched::Trace>,
 }
 
 impl Request {

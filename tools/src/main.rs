@@ -5,6 +5,7 @@ mod bench;
 mod check;
 mod completions;
 mod control;
+mod counters;
 mod edit;
 mod elements;
 mod events;
@@ -12,6 +13,7 @@ mod failure;
 mod folders;
 mod graphs;
 mod handlers;
+mod hops;
 mod left;
 mod load;
 mod logs;
@@ -23,6 +25,8 @@ mod show;
 mod sign;
 mod socket;
 mod status;
+mod top;
+mod trace;
 mod trial;
 mod units;
 mod unload;
@@ -51,6 +55,8 @@ enum Command {
     Bench(bench::Args),
     Elements(elements::Args),
     Status(status::Args),
+    Top(top::Args),
+    Trace(trace::Args),
     Load(load::Args),
     Unload(unload::Args),
     Reload(reload::Args),
@@ -88,6 +94,8 @@ fn main() -> ExitCode {
         Command::Completions(args) => completions::main(args, Cli::command()),
         Command::Man(args) => completions::man(args, Cli::command()),
         Command::Status(args) => status::main(args),
+        Command::Top(args) => top::main(args),
+        Command::Trace(args) => trace::main(args),
         Command::Load(args) => load::main(args),
         Command::Unload(args) => unload::main(args),
         Command::Reload(args) => reload::main(args),

@@ -6,12 +6,16 @@ use std::io::{ErrorKind, Write};
 
 /// Writes text to stdout. A reader that has seen enough (`| head`) is no failure.
 pub(crate) fn text(text: &str) -> Outcome {
+    open_text(text).map(drop)
+}
+
+/// Writes text to stdout. False if nobody reads it any more.
+pub(crate) fn open_text(text: &str) -> Outcome<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::new(format!("stdout cannot be written: {error}")))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Failure::new(format!("stdout cannot be written: {error}"))),
     }
 }
 

@@ -3,12 +3,13 @@
 use std::fmt::{self, Display};
 use std::ops::Range;
 
+const UNITS: [&str; 7] = ["", "k", "M", "G", "T", "P", "E"];
+
 /// Bytes, exactly where a unit divides them, else with one decimal.
 pub(crate) struct Bytes(pub(crate) u64);
 
 impl Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [&str; 7] = ["", "k", "M", "G", "T", "P", "E"];
         let power = (self.0.max(1).ilog2() / 10) as usize;
         let unit = 1u64 << (10 * power);
         if self.0.is_multiple_of(unit) {
@@ -16,6 +17,16 @@ impl Display for Bytes {
         } else {
             write!(f, "{:.1}{}", self.0 as f64 / unit as f64, UNITS[power])
         }
+    }
+}
+
+/// Bytes, always exactly.
+pub(crate) struct Exact(pub(crate) u64);
+
+impl Display for Exact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let power = (self.0.trailing_zeros() / 10).min(6) * u32::from(self.0 > 0);
+        write!(f, "{}{}", self.0 >> (10 * power), UNITS[power as usize])
     }
 }
 
@@ -114,6 +125,8 @@ mod tests {
     fn quantities() {
         let bytes = [0, 1, 1023, 1024, 1536, 1 << 30, (1 << 30) + 1, u64::MAX].map(|n| Bytes(n).to_string());
         assert_eq!(bytes, ["0", "1", "1023", "1k", "1.5k", "1G", "1.0G", "16.0E"]);
+        let exact = [0, 1, 1024, 1536, 1 << 20, (1 << 30) + 4096, u64::MAX].map(|n| Exact(n).to_string());
+        assert_eq!(exact, ["0", "1", "1k", "1536", "1M", "1048580k", "18446744073709551615"]);
         let nanos = [999, 1500, 2_500_000, 3_000_000_000].map(|n| Nanos(n).to_string());
         assert_eq!(nanos, ["999ns", "1.5us", "2.5ms", "3.0s"]);
         let spans = [0.25, 61.0, 3700.0, 90000.0].map(|n| Seconds(n).to_string());

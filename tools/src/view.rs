@@ -180,12 +180,6 @@ pub(crate) struct GraphSummary {
     pub(crate) exports: Vec<ExportView>,
 }
 
-/// A running graph as a graph file.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct GraphText {
-    pub(crate) text: String,
-}
-
 /// A handler of an element of a running graph.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HandlerView {
@@ -293,6 +287,16 @@ pub(crate) struct EdgeView {
     /// Their lengths together, of a running graph.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) bytes: Option<u64>,
+    /// Over some time, where somebody has looked twice: `mason show --interval`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) rate: Option<RateView>,
+}
+
+/// What an edge carries.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct RateView {
+    pub(crate) requests_per_second: f64,
+    pub(crate) bytes_per_second: f64,
 }
 
 /// A reference: `(test Dirty)`.
@@ -377,6 +381,7 @@ impl GraphView {
             to_port: edge.to_port.clone(),
             requests: None,
             bytes: None,
+            rate: None,
         };
         let mut references = Vec::new();
         for element in &spec.elements {

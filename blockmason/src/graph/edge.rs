@@ -1,8 +1,9 @@
 //! An edge, and what may travel it without help.
 
 use crate::geometry::{Geometry, NO_LIMIT};
-use crate::request::{Flags, Op, Request};
-use crate::sched::Order;
+use crate::request::{Op, Request};
+use crate::sched::{Order, Traced};
+use std::sync::Arc;
 
 /// Leads from an out port to the element below.
 pub(crate) struct Edge {
@@ -21,6 +22,8 @@ pub(crate) struct Edge {
     pub(crate) order: Option<Order>,
     /// Size of the element below.
     pub(crate) size: u64,
+    /// Of sampled requests only.
+    pub(crate) traced: Arc<Traced>,
 }
 
 impl Edge {
@@ -44,6 +47,7 @@ impl Edge {
             unordered: ops,
             order: None,
             size: below.size,
+            traced: Arc::default(),
         }
     }
 
@@ -57,10 +61,7 @@ impl Edge {
     /// True if `req` can be handed to the element below as it is, and nothing else has to be done.
     #[inline]
     pub(crate) fn takes(&self, req: &Request) -> bool {
-        self.unordered >> req.op as u8 & 1 != 0
-            && self.suits(req)
-            && req.extra.is_none()
-            && !req.flags.has(Flags::SAMPLED)
+        self.unordered >> req.op as u8 & 1 != 0 && self.suits(req) && req.extra.is_none()
     }
 
     /// True if the element below can be handed `req` as it is.

@@ -18,7 +18,7 @@ use crate::request::Op;
 use crate::sched::{Coalesced, Order, RangeLock};
 use edge::Edge;
 use std::any::Any;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tally::Tally;
@@ -196,6 +196,30 @@ impl Graph {
         })
     }
 
+    /// Goes on with the counters of the graph before: those of sources with the same name, and of edges
+    /// between the same elements and ports.
+    pub(crate) fn continue_counting(&mut self, before: &Graph) {
+        let name = |graph: &Graph, node: u32| graph.nodes[node as usize].instance.name.clone();
+        let key =
+            |graph: &Graph, edge: &Edge| (name(graph, edge.from), edge.port.clone(), name(graph, edge.to));
+        let edges = before.edges.iter().enumerate().map(|(ix, edge)| (key(before, edge), ix));
+        let edges: HashMap<_, _> = edges.collect();
+        let kept = self.edges.iter().enumerate();
+        let kept = kept.filter_map(|(ix, edge)| Some((ix, *edges.get(&key(self, edge))?)));
+        let kept: Vec<(usize, usize)> = kept.collect();
+        let sources =
+            self.sources().filter_map(|ix| Some((ix, before.source(&self.nodes[ix].instance.name)?)));
+        let sources: Vec<(usize, usize)> = sources.collect();
+        for (ix, old) in &kept {
+            self.edges[*ix].traced = before.edges[*old].traced.clone();
+        }
+        // Nobody else has the tallies of a graph that is being built.
+        for (tally, before) in self.tallies.iter_mut().filter_map(Arc::get_mut).zip(&before.tallies) {
+            kept.iter().for_each(|(ix, old)| tally.edges[*ix] = before.edges[*old].clone());
+            sources.iter().for_each(|(ix, old)| tally.sources[*ix] = before.sources[*old].clone());
+        }
+    }
+
     /// The graph's name: the stem of its file.
     pub fn name(&self) -> &str {
         &self.name
@@ -313,6 +337,7 @@ impl Graph {
         let reading = |(ix, edge): (usize, &Edge)| {
             let mut ops = [Moved::default(); Op::ALL.len()];
             self.tallies.iter().for_each(|tally| tally.edges[ix].read(&mut ops));
+            let (sampled, sampled_ns) = edge.traced.read();
             EdgeReading {
                 from: self.nodes[edge.from as usize].instance.name.clone(),
                 port: edge.port.to_string(),
@@ -320,6 +345,8 @@ impl Graph {
                 requests: ops.iter().map(|op| op.requests).sum(),
                 bytes: ops.iter().map(|op| op.bytes).sum(),
                 ops,
+                sampled,
+                sampled_ns,
             }
         };
         self.edges.iter().enumerate().map(reading).collect()

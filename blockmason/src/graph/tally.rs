@@ -3,6 +3,7 @@
 
 use super::Node;
 use crate::request::Op;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -22,11 +23,12 @@ impl Count {
     }
 }
 
-/// One shard's counters of one graph.
+/// One shard's counters of one graph. Each is shared with the graphs before and after that have the same
+/// edge or source: a shard writes them all, so each still has one writer.
 pub(crate) struct Tally {
-    pub(crate) edges: Box<[EdgeCount]>,
+    pub(crate) edges: Box<[Arc<EdgeCount>]>,
     /// By node; only elements without an in port have one.
-    sources: Box<[Option<Box<SourceTally>>]>,
+    pub(super) sources: Box<[Option<Arc<SourceTally>>]>,
 }
 
 /// What an edge has carried, by operation.
@@ -70,7 +72,7 @@ pub struct Moved {
 }
 
 #[derive(Default)]
-struct SourceTally {
+pub(super) struct SourceTally {
     ops: [OpTally; Op::ALL.len()],
 }
 
@@ -90,12 +92,16 @@ pub struct EdgeReading {
     pub port: String,
     /// The element below.
     pub to: String,
-    /// Requests since the graph was built.
+    /// Requests since there is such an edge: a reload that keeps it does not begin anew.
     pub requests: u64,
     /// Bytes that they moved: the lengths of reads and writes.
     pub bytes: u64,
     /// The same by operation, in the order of [`Op::ALL`].
     pub ops: [Moved; Op::ALL.len()],
+    /// Of them sampled, and answered.
+    pub sampled: u64,
+    /// How long those took together, from the edge down and back, in nanoseconds.
+    pub sampled_ns: u64,
 }
 
 /// What has entered at a source, by operation in the order of [`Op::ALL`].
@@ -154,9 +160,9 @@ impl OpReading {
 
 impl Tally {
     pub(crate) fn new(nodes: &[Node], edges: usize) -> Tally {
-        let source = |node: &Node| (!node.instance.ty.ports.input).then(Box::default);
+        let source = |node: &Node| (!node.instance.ty.ports.input).then(Arc::default);
         Tally {
-            edges: (0..edges).map(|_| EdgeCount::default()).collect(),
+            edges: (0..edges).map(|_| Arc::default()).collect(),
             sources: nodes.iter().map(source).collect(),
         }
     }

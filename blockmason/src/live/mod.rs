@@ -232,6 +232,7 @@ impl Live {
 
     /// Builds what is new, on a thread where waiting harms nobody: files and sockets are opened.
     async fn build(&self, next: &Arc<Spec>, diff: &Diff, before: &Arc<Graph>) -> Result<Graph> {
+        let before = before.clone();
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let kept = before.instances().filter(|instance| stays(&instance.name));
         let kept: HashMap<String, Arc<Instance>> =
@@ -240,7 +241,10 @@ impl Live {
         let build = move || {
             let (name, state_dir) = (&*setup.name, &*setup.state_dir);
             let builder = Builder { catalogue: setup.catalogue, name, state_dir, shards };
-            contained(|| builder.assemble(&builder.instances(&next, &kept)?, &connections(&next)))
+            let mut graph =
+                contained(|| builder.assemble(&builder.instances(&next, &kept)?, &connections(&next)))?;
+            graph.continue_counting(&before);
+            Ok(graph)
         };
         crate::rt::blocking(build)
             .await

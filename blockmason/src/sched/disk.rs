@@ -1,12 +1,13 @@
 //! A disk: what serves under a name, while its graphs come and go.
 
+use super::trace::{Sampler, Tracers};
 use super::{Budget, Host, Shard};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
@@ -26,6 +27,7 @@ pub struct Disk {
     pub(super) attending: Arc<()>,
     /// Held while the graph is being replaced: one change at a time.
     pub(super) changing: tokio::sync::Mutex<super::handover::Past>,
+    pub(super) tracers: Mutex<Tracers>,
 }
 
 struct Graphs {
@@ -49,6 +51,7 @@ impl Disk {
             budget: Budget::new(BUDGET_BYTES),
             attending: Arc::default(),
             changing: tokio::sync::Mutex::default(),
+            tracers: Mutex::default(),
         });
         let id = disk.id;
         host.on_every(move |shard| {
@@ -63,6 +66,10 @@ impl Disk {
         let disk = Disk::new(host, graph.name()).await?;
         disk.replace(graph, &super::Change::default()).await?;
         Ok(disk)
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
     }
 
     fn graphs(&self) -> MutexGuard<'_, Graphs> {
@@ -146,6 +153,17 @@ impl Disk {
             .await
     }
 
+    /// How many requests of clients are in flight now.
+    pub async fn count_in_flight(&self) -> Result<usize> {
+        let sum = Arc::new(AtomicUsize::new(0));
+        let to = sum.clone();
+        self.on_slots(move |slot| {
+            to.fetch_add(slot.in_flight.get(), Ordering::Relaxed);
+        })
+        .await?;
+        Ok(sum.load(Ordering::Relaxed))
+    }
+
     /// The requests of clients that are in flight now, the oldest first.
     pub async fn in_flight(&self) -> Result<Vec<InFlight>> {
         let (census, mut found) = mpsc::unbounded_channel();
@@ -209,6 +227,7 @@ pub struct Slot {
     /// Roots in flight on this shard, over all epochs.
     pub(crate) in_flight: Cell<usize>,
     pub(crate) census: RefCell<Option<Census>>,
+    pub(super) sampler: Sampler,
     /// The streams of this shard, by their number.
     waiters: RefCell<Vec<(u64, Waker)>>,
     next_waiter: Cell<u64>,

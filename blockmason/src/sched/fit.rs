@@ -1,8 +1,9 @@
 //! Makes a request fit the element below an edge: splits it, reads, modifies and writes whole blocks,
-//! does by other means what the element does not do. Also times the hops of sampled requests.
+//! does by other means what the element does not do.
 
 use super::order::ordered;
-use super::{Cx, Holder, Hop, Mode, depends};
+use super::trace::Open;
+use super::{Cx, Holder, Mode, depends};
 use crate::data::Data;
 use crate::element::Flow;
 use crate::error::{Error, Result};
@@ -17,47 +18,25 @@ const PARALLEL: usize = 8;
 /// The longest write of zeros that stands in for a WriteZeroes, in bytes.
 const ZEROES_LEN: u64 = 4 << 20;
 
-/// Hands `req`, which cannot travel this edge as it is, on: in its order, and in a form that the element
-/// below can take.
+/// Hands `req`, with which there is something to do on this edge, on: in its order, and in a form that
+/// the element below can take.
 #[cold]
-pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
+pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, mut req: Request) -> Flow<'a> {
+    match Open::edge(below, edge, &mut req) {
+        None => after_others(below, edge, req),
+        Some(hop) => hop.watch(after_others(below, edge, req)),
+    }
+}
+
+fn after_others<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
     if depends::is_tied(&req) { depends::forward(below, edge, req) } else { in_order(below, edge, req) }
 }
 
 /// Hands on a request that waits for no other one, unless that overlaps it.
 pub(super) fn in_order<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'a> {
-    if !req.flags.has(Flags::SAMPLED) {
-        return ordered(edge, req, move |req| {
-            depends::has_passed(edge, &req);
-            hand_on(below, edge, req)
-        });
-    }
-    let hop = Hop {
-        root: req.root,
-        id: req.id,
-        element: below.name().to_owned(),
-        op: req.op.name(),
-        offset: req.offset,
-        len: req.len,
-        took: Default::default(),
-        error: None,
-    };
-    let since = below.now();
-    let mut plain = req;
-    plain.flags = plain.flags.without(Flags::SAMPLED);
-    if edge.fits(&plain) {
-        // The flag goes on to the edges further down.
-        plain = plain.with(Flags::SAMPLED);
-    }
-    let flow = ordered(edge, plain, move |req| {
+    ordered(edge, req, move |req| {
         depends::has_passed(edge, &req);
         hand_on(below, edge, req)
-    });
-    flow.then(move |reply| {
-        let error = reply.as_ref().err().map(ToString::to_string);
-        let took = below.now() - since;
-        below.lane.shard.recorder.borrow_mut().record(Hop { took, error, ..hop });
-        reply
     })
 }
 
@@ -98,6 +77,14 @@ impl<'a> Below<'a> {
         self.cx.geometry().ops
     }
 
+    /// Hands the element what it can take.
+    fn submit(self, mut req: Request) -> Flow<'a> {
+        match Open::part(self.cx, self.edge, &mut req) {
+            None => self.cx.submit(req),
+            Some(hop) => hop.watch(self.cx.submit(req)),
+        }
+    }
+
     fn block(self) -> u64 {
         self.edge.mask + 1
     }
@@ -124,7 +111,7 @@ impl<'a> Below<'a> {
     /// order. All pieces are done, whatever becomes of the others.
     async fn split(self, req: Request, piece: u64) -> Result<Vec<Answer>> {
         if req.len <= piece {
-            return self.cx.submit(req).await.map(|answer| vec![answer]);
+            return self.submit(req).await.map(|answer| vec![answer]);
         }
         let mut answers = Vec::new();
         let mut failed = None;
@@ -134,7 +121,7 @@ impl<'a> Below<'a> {
             while from < req.len && running.len() < PARALLEL && failed.is_none() {
                 let len = piece.min(req.len - from);
                 let part = self.cx.child(&req.part(from, len, req.offset + from));
-                running.push_back(self.cx.submit(part));
+                running.push_back(self.submit(part));
                 from += len;
             }
             match running.next().await {
@@ -199,7 +186,7 @@ impl<'a> Below<'a> {
         read.origin = Origin::Internal;
         read.flags = Flags::NONE;
         (read.offset, read.len, read.data) = (whole.start, whole.end - whole.start, Data::empty());
-        let data = self.cx.submit(read).await?.into_data()?;
+        let data = self.submit(read).await?.into_data()?;
         Ok(data.slice((part.start - whole.start) as usize..(part.end - whole.start) as usize))
     }
 
@@ -273,7 +260,7 @@ impl<'a> Below<'a> {
         let whole = self.outwards(req.offset..req.end());
         let mut asked = self.cx.child(&req);
         (asked.offset, asked.len) = (whole.start, (whole.end - whole.start).min(self.piece()));
-        let mut extents = self.cx.submit(asked).await?.into_extents()?;
+        let mut extents = self.submit(asked).await?.into_extents()?;
         let mut skip = req.offset - whole.start;
         for extent in &mut extents {
             let cut = skip.min(extent.len);

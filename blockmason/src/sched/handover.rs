@@ -175,6 +175,7 @@ impl Disk {
         let flushed = self.flush(&graph).await;
         self.settle(&mut past)?;
         others.iter().for_each(|instance| instance.element.close());
+        self.end_tracers()?;
         flushed
     }
 

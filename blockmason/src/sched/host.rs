@@ -187,12 +187,12 @@ impl Host {
         rx.await.map_err(|_| Error::internal("an element panicked"))?
     }
 
-    /// The flight recorders of all shards, oldest hop first in each.
+    /// The flight recorders of all shards; each in the order in which its hops ended.
     pub async fn recorded(&self) -> Result<Vec<Hop>> {
         let hops = Arc::new(Mutex::new(Vec::new()));
         let to = hops.clone();
         self.on_every(move |shard| {
-            to.lock().unwrap_or_else(PoisonError::into_inner).extend(shard.recorder.borrow().dump());
+            to.lock().unwrap_or_else(PoisonError::into_inner).extend(shard.recorder.borrow().hops().cloned());
         })
         .await?;
         Ok(std::mem::take(&mut *hops.lock().unwrap_or_else(PoisonError::into_inner)))

@@ -27,6 +27,7 @@ mod shard;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod woken;
 
 pub use budget::{Budget, Permit};
@@ -42,8 +43,10 @@ pub use host::{Host, HostConfig};
 pub use order::Held;
 pub(crate) use order::Order;
 pub use ranges::{Claim, Holder, Mode, RangeGuard, RangeLock, Waiting};
-pub use recorder::Hop;
+pub use recorder::{Hop, LONGEST_ERROR, Way};
 pub use scatter::Part;
 use serve::run_node;
 pub use serve::{Admit, Served, Stream, serve};
 pub use shard::Shard;
+pub(crate) use trace::Traced;
+pub use trace::{EVERY, Trace, Tracer};

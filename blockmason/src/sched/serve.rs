@@ -6,13 +6,14 @@ use super::detach::Done;
 use super::disk::{Census, InFlight};
 use super::flows::Flows;
 use super::handover::Working;
+use super::trace::Open;
 use super::{Cx, Disk, Shard, Slot};
 use crate::element::{Flow, LocalBoxFuture};
 use crate::error::{Error, Kind, Result};
 use crate::events::{Event, EventKind};
 use crate::geometry::{Geometry, MAX_REQUEST};
 use crate::graph::Graph;
-use crate::request::{Flags, Op, Reply, Request};
+use crate::request::{Op, Reply, Request};
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -62,9 +63,6 @@ pub enum Served {
 
 /// Requests that one poll admits at the most before other tasks of the shard have their turn.
 const BATCH: usize = 256;
-
-/// One request in so many is sampled: its way through the graph is recorded.
-const SAMPLE: u64 = 1024;
 
 /// Serves `stream` as requests that enter at the element `source`, until the stream ends, the disk
 /// closes or the source is gone. Must be called on a shard.
@@ -136,7 +134,7 @@ impl<'s, S: Stream> Serving<'s, S> {
             Err(_) => return self.end.set(Some(Served::Gone)),
         };
         let lane = Lane::new(graph, shard);
-        let mut turn = Turn { serving: self, cx: lane.cx(node), below, flows: Flows::new(), admitted: 0 };
+        let mut turn = Turn { serving: self, cx: lane.cx(node), below, flows: Flows::new() };
         poll_fn(|task| turn.poll(number, task)).await;
     }
 }
@@ -146,7 +144,6 @@ struct Turn<'s, 'a, S: Stream> {
     cx: Cx<'a>,
     below: Geometry,
     flows: Flows<'a, Owner<S::Tag>>,
-    admitted: u64,
 }
 
 impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
@@ -209,18 +206,31 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
     fn start(&mut self, tag: S::Tag, mut req: Request, since: Instant) {
         req.id = self.cx.lane.shard.next_id();
         req.root = req.id;
-        self.admitted += 1;
-        if self.admitted.is_multiple_of(SAMPLE) {
-            req.flags = req.flags.with(Flags::SAMPLED);
-        }
         let slot = self.serving.slot;
         slot.in_flight.set(slot.in_flight.get() + 1);
         let owner = Owner::Root { tag, id: req.id, op: req.op, offset: req.offset, len: req.len, since };
-        if let Err(error) = self.refuse(&req) {
-            return self.finish(owner, Some(Err(error.at(req.op.name(), req.offset))));
+        let refused = self.refuse(&req).map_err(|error| error.at(req.op.name(), req.offset));
+        if slot.sampler.choose(&self.cx.lane.shard) {
+            return self.start_traced(req, owner, since, refused);
         }
+        match refused {
+            Ok(()) => {
+                let cx = self.cx;
+                self.start_flow(owner, move || cx.forward(0, req));
+            }
+            Err(error) => self.finish(owner, Some(Err(error))),
+        }
+    }
+
+    /// As for any other request, and its way through the graph is recorded.
+    #[cold]
+    fn start_traced(&mut self, mut req: Request, owner: Owner<S::Tag>, since: Instant, refused: Result<()>) {
         let cx = self.cx;
-        self.submit(move || cx.forward(0, req), owner);
+        let hop = Open::root(cx, &self.serving.slot.sampler, &mut req, since);
+        match refused {
+            Ok(()) => self.start_flow(owner, move || hop.watch(cx.forward(0, req))),
+            Err(error) => self.finish(owner, Some(hop.end(Err(error)))),
+        }
     }
 
     /// What no element need check: the framework hands down no range that lies outside.
@@ -242,7 +252,8 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
         Ok(())
     }
 
-    fn submit(&mut self, make: impl FnOnce() -> Flow<'a>, owner: Owner<S::Tag>) {
+    #[inline]
+    fn start_flow(&mut self, owner: Owner<S::Tag>, make: impl FnOnce() -> Flow<'a>) {
         match catch_unwind(AssertUnwindSafe(make)) {
             Ok(Flow::Now(reply)) => self.finish(owner, Some(reply)),
             Ok(Flow::Later(flow)) => self.flows.insert(flow, owner),
@@ -264,7 +275,7 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
             let Some(task) = self.cx.lane.take_detached() else { return any };
             any = true;
             let (make, done) = task.start(self.cx.lane);
-            self.submit(make, Owner::Detached(done));
+            self.start_flow(Owner::Detached(done), make);
         }
     }
 
@@ -322,8 +333,8 @@ fn report(cx: Cx<'_>, source: &str, id: u64, error: &Error) {
             } else {
                 event.with("cause", &cause)
             });
-            for hop in cx.lane.shard.recorder.borrow().dump().iter().filter(|hop| hop.root == id) {
-                tracing::warn!(graph, "on its way: {hop:?}");
+            for hop in cx.lane.shard.recorder.borrow().hops().filter(|hop| hop.root == id) {
+                tracing::warn!(graph, "on its way: {hop}");
             }
         }
     }

@@ -398,8 +398,9 @@ fn sampled_requests_leave_their_hops_behind() {
             disk.op(Op::Flush, 0, 0).await.unwrap();
         }
         let hops = host.recorded().await.unwrap();
-        let names: Vec<_> = hops.iter().map(|hop| (hop.element.as_str(), hop.op)).collect();
-        assert_eq!(names, [("B", "flush"), ("H", "flush")]);
+        let names: Vec<_> = hops.iter().map(|hop| (hop.way.to_string(), hop.op)).collect();
+        let wanted = ["H -> B", "Client -> H", "Client"].map(|way| (way.to_owned(), Op::Flush));
+        assert_eq!(names, wanted);
         let edges = disk.disk.graph().read_edges();
         assert!(edges.iter().all(|edge| edge.requests == 1024), "{edges:?}");
         let graph = disk.disk.graph();

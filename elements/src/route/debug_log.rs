@@ -113,9 +113,8 @@ impl Element for DebugLog {
         if self.paused.load(Ordering::Relaxed) {
             return cx.forward(0, req);
         }
-        let Request { id, origin, op, offset, len, .. } = req;
-        // Whether the framework takes a sample is no news of the guest's.
-        let asked = Asked { id, origin, op, offset, len, flags: req.flags.without(Flags::SAMPLED) };
+        let Request { id, origin, op, offset, len, flags, .. } = req;
+        let asked = Asked { id, origin, op, offset, len, flags };
         let since = cx.now();
         cx.forward(0, req).then(move |reply| {
             self.write(&asked.line(rt::wall_clock(), cx.now() - since, &reply));
@@ -159,7 +158,7 @@ mod tests {
         run(1, async |host| {
             let text = over(&path.display().to_string(), "(type broken) (after 2ms)");
             let disk = TestDisk::new(&host, CATALOGUE, &text, "D").await.unwrap();
-            let mut write = Request::write(100, Data::zeros(5)).with(Flags::FUA).with(Flags::SAMPLED);
+            let mut write = Request::write(100, Data::zeros(5)).with(Flags::FUA);
             write.origin = Origin::Copy;
             for lines in 1..4 {
                 disk.submit(write.clone()).await.unwrap_err();

@@ -35,14 +35,16 @@ pub(crate) struct Client {
 
 /// A path on the control socket. Each segment stays one, whatever a name contains.
 pub(crate) fn path(segments: &[&str]) -> String {
+    segments.iter().map(|text| format!("/{}", segment(text))).collect()
+}
+
+/// A segment of a path, or a value of a query.
+pub(crate) fn segment(text: &str) -> String {
     let mut out = String::new();
-    for segment in segments {
-        out.push('/');
-        for byte in segment.bytes() {
-            match byte {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => out.push(char::from(byte)),
-                _ => out.push_str(&format!("%{byte:02X}")),
-            }
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => out.push(char::from(byte)),
+            _ => out.push_str(&format!("%{byte:02X}")),
         }
     }
     out
@@ -53,6 +55,11 @@ impl Client {
     pub(crate) fn new(socket: impl Into<PathBuf>) -> Outcome<Client> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         Ok(Client { socket: socket.into(), runtime: runtime.map_err(Failure::new)? })
+    }
+
+    /// Waits for something of the client's own.
+    pub(crate) fn block_on<T>(&self, body: impl Future<Output = T>) -> T {
+        self.runtime.block_on(body)
     }
 
     /// The socket.
@@ -90,12 +97,18 @@ impl Client {
     }
 
     /// Takes an answer line by line, for as long as `each` goes on or the daemon does.
-    pub(crate) fn lines(
+    pub(crate) fn lines(&self, path: &str, each: impl FnMut(&str) -> Outcome<ControlFlow<()>>) -> Outcome {
+        self.lines_until(path, std::future::pending(), each)
+    }
+
+    /// The same, until `stop` resolves at the latest.
+    pub(crate) fn lines_until(
         &self,
         path: &str,
+        stop: impl Future<Output = ()>,
         mut each: impl FnMut(&str) -> Outcome<ControlFlow<()>>,
     ) -> Outcome {
-        self.runtime.block_on(async {
+        let lines = async {
             let answer = self.ask(Method::GET, path, Vec::new()).await?;
             let mut body = self.accepted(answer).await?.into_data_stream();
             let mut rest = Vec::new();
@@ -113,7 +126,20 @@ impl Client {
                 }
             }
             Ok(())
+        };
+        self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = stop => Ok(()),
+                ended = lines => ended,
+            }
         })
+    }
+
+    /// Takes an answer as text.
+    pub(crate) fn text(&self, path: &str) -> Outcome<String> {
+        let body = self.runtime.block_on(self.exchange(Method::GET, path, Vec::new()))?;
+        String::from_utf8(body).map_err(|error| self.broken(&error))
     }
 
     /// One request and the whole answer.

@@ -1,7 +1,7 @@
 //! A graph for Graphviz.
 
+use super::live::carried;
 use super::{parameters, ports};
-use crate::units::Bytes;
 use crate::view::GraphView;
 use std::fmt::Write;
 
@@ -14,8 +14,8 @@ pub(super) fn draw(graph: &GraphView) -> String {
     }
     for edge in &graph.edges {
         let mut label = ports(edge);
-        if let (Some(requests), Some(bytes)) = (edge.requests, edge.bytes) {
-            let _ = write!(label, "\n{requests} requests, {}", Bytes(bytes));
+        if let Some(carried) = carried(edge) {
+            let _ = write!(label, "\n{carried}");
         }
         let (from, to) = (quote(&edge.from), quote(&edge.to));
         let _ = writeln!(out, "    {from} -> {to} [label={}];", quote(label.trim_start()));

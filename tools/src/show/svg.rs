@@ -1,5 +1,6 @@
 //! A graph as a picture: a row of boxes for each distance from the sources, edges downwards.
 
+use super::live::carried;
 use super::{parameters, ports};
 use crate::view::GraphView;
 use std::collections::HashMap;
@@ -116,7 +117,11 @@ fn depths(count: usize, edges: &[(usize, usize)]) -> Vec<usize> {
 }
 
 fn draw_edges(graph: &GraphView, places: &HashMap<&str, Place>, out: &mut String) {
-    let edges = graph.edges.iter().map(|edge| (&edge.from, &edge.to, ports(edge), ""));
+    let label = |edge| {
+        let parts = [Some(ports(edge)).filter(|ports| !ports.is_empty()), carried(edge)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join(": ")
+    };
+    let edges = graph.edges.iter().map(|edge| (&edge.from, &edge.to, label(edge), ""));
     let dashed = " stroke-dasharray=\"4 3\"";
     let references = graph.references.iter().map(|r| (&r.from, &r.to, r.parameter.clone(), dashed));
     for (from, to, label, style) in edges.chain(references) {

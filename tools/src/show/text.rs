@@ -1,7 +1,8 @@
 //! A graph as a tree of text.
 
-use super::{parameters, ports, printable};
-use crate::units::Bytes;
+use super::live::carried;
+use super::{parameters, ports};
+use crate::output::printable;
 use crate::view::{EdgeView, ElementView, GraphView};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
@@ -70,10 +71,6 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// What an edge of a running graph has carried.
 fn counters(edge: &EdgeView) -> String {
-    match (edge.requests, edge.bytes) {
-        (Some(requests), Some(bytes)) => format!("  [{requests} requests, {}]", Bytes(bytes)),
-        _ => String::new(),
-    }
+    carried(edge).map_or_else(String::new, |carried| format!("  [{carried}]"))
 }

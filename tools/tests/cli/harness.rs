@@ -233,6 +233,21 @@ impl Drop for Daemon {
     }
 }
 
+/// What a process that was started by hand has done when it has ended.
+pub(crate) fn run_to_end(child: Child) -> Ended {
+    let pid = Pid::from_child(&child);
+    let (ended, watch) = mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if watch.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    });
+    let output = child.wait_with_output().unwrap();
+    drop(ended);
+    watchdog.join().unwrap();
+    Ended::of(output)
+}
+
 /// Waits for a process, and kills it when that takes too long.
 fn wait(child: &mut Child) -> ExitStatus {
     let pid = Pid::from_child(child);

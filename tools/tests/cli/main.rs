@@ -9,6 +9,7 @@ mod control;
 mod drain;
 mod elements;
 mod events;
+mod guest;
 mod handlers;
 mod harness;
 mod heads;
@@ -17,3 +18,6 @@ mod metrics;
 mod refused;
 mod run;
 mod show;
+#[cfg(feature = "tui")]
+mod top;
+mod trace;

@@ -77,5 +77,40 @@ fn a_bad_graph_is_not_drawn() {
     assert_eq!((ended.code, ended.out.as_str()), (Some(1), ""));
     assert!(home.mason(&["show"]).failed().contains("no daemon runs"));
     assert!(home.mason(&["show", "--graph"]).failed().contains("no daemon runs"));
+    home.mason(&["show", "bad.mason", "--interval", "1s"]).misused();
     home.mason(&["show", "bad.mason", "--dot", "--svg"]).misused();
+}
+
+#[test]
+fn a_running_graph_in_every_form() {
+    let home = Home::new();
+    home.file(
+        "vm.mason",
+        "element Guest (type nbd) (listen unix:vm.nbd)\n\
+         element Limit (type throttle) (rate 50M/s)\n\
+         element Disk (type file) (path disk.img) (size 1M)\n\
+         Guest -> Limit -> Disk\n",
+    );
+    let daemon = home.run(&["vm.mason"], 1);
+    let mut guest = crate::guest::Guest::connect(&home, "vm.nbd");
+    (0..8).for_each(|_| guest.read(0, 512));
+    let tree = home.mason(&["show", "vm"]).done();
+    assert!(tree.contains("[8 requests, 4k]"), "{tree}");
+    assert!(home.mason(&["show", "vm", "--dot"]).done().contains("8 requests, 4k"));
+    assert!(home.mason(&["show", "vm", "--svg"]).done().contains("8 requests, 4k"));
+    assert_eq!(home.mason(&["show", "vm", "--json"]).json()[0]["edges"][0]["requests"], 8);
+    let rates = home.mason(&["show", "vm", "--interval", "50ms"]).done();
+    assert!(rates.contains("[0 requests/s, 0/s]"), "{rates}");
+    let rates = home.mason(&["show", "--interval", "50ms", "--json"]).json();
+    assert_eq!(rates[0]["edges"][0]["rate"]["requests_per_second"], 0.0);
+    // What handlers have set is part of the graph.
+    home.mason(&["set", "Limit.rate", "20M/s"]).done();
+    let printed = home.mason(&["show", "vm", "--graph"]).done();
+    assert!(printed.contains("(rate 20M/s)") && printed.contains("(path disk.img)"), "{printed}");
+    home.file("again.mason", &printed);
+    assert_eq!(home.mason(&["show", "again.mason", "--graph"]).done(), printed);
+    let unknown = home.mason(&["show", "vn"]).failed();
+    assert_eq!(unknown, "mason: no graph vn is served; served: vm\n");
+    drop(guest);
+    daemon.stop().done();
 }

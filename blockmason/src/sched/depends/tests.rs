@@ -6,7 +6,7 @@ use crate::describe::{Build, ElementType, Ports, Survives};
 use crate::element::{Children, Element, Prepared};
 use crate::error::Kind;
 use crate::geometry::{Geometry, Ops};
-use crate::request::{Answer, Flags};
+use crate::request::Answer;
 use crate::sched::cx::Lane;
 use crate::sched::{Host, Part, Shard};
 use crate::testing::{TestDisk, graph, run};
@@ -919,19 +919,4 @@ fn every_cut_leaves_a_set_that_is_closed_under_dependencies() {
         });
     }
     assert!(waited > 500, "only {waited} dependencies were looked at");
-}
-
-#[test]
-fn flags_and_ties_go_together() {
-    at(PLAIN, |bench| {
-        let (mut first, mut second) = (bench.write(0, 512), bench.write(4096, 512).with(Flags::SAMPLED));
-        bench.cx().add_dependency(&mut second, &mut first, Until::Completed).unwrap();
-        let (mut second, mut first) = (bench.send(second), bench.send(first.with(Flags::SAMPLED)));
-        done("A", 0);
-        assert!(first.is_ok() && second.reply().is_none());
-        done("A", 4096);
-        assert!(second.is_ok());
-        let shard = bench.lane.shard.clone();
-        assert_eq!(shard.recorder.borrow().dump().len(), 4);
-    });
 }

@@ -3,8 +3,8 @@
 use super::Json as Body;
 use crate::control::daemon::Daemon;
 use crate::control::refusal::{Refusal, RefusalBody};
-use crate::graphs::{CATALOGUE, Reader};
-use crate::view::{GraphSummary, GraphText, GraphTexts, GraphView};
+use crate::graphs::Reader;
+use crate::view::{GraphSummary, GraphTexts, GraphView};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -52,20 +52,6 @@ pub(super) async fn show(
     Path(name): Path<String>,
 ) -> Result<Json<GraphView>, Refusal> {
     Ok(Json(daemon.find(&name)?.view()))
-}
-
-/// One graph as a graph file, with what handlers have set
-///
-/// Flat: without parameters, includes and compounds; paths are absolute.
-#[utoipa::path(get, path = "/v1/graphs/{name}/text", tag = "graphs", operation_id = "print_graph",
-    params(("name" = String, Path, description = "the graph's name")),
-    responses((status = 200, body = GraphText), (status = 404, body = RefusalBody)))]
-pub(super) async fn print(
-    State(daemon): State<Arc<Daemon>>,
-    Path(name): Path<String>,
-) -> Result<Json<GraphText>, Refusal> {
-    let spec = daemon.find(&name)?.live.spec();
-    Ok(Json(GraphText { text: blockmason::lang::print(&spec, CATALOGUE, "/".as_ref()) }))
 }
 
 /// End service of a graph

@@ -2,11 +2,14 @@
 //! description, so that docs/openapi.json has all of them.
 
 mod changes;
+mod counters;
 mod daemon;
 mod events;
 mod graphs;
 mod handlers;
 mod metrics;
+mod text;
+mod trace;
 mod trials;
 
 use super::daemon::Daemon;
@@ -43,7 +46,10 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(trials::try_graph))
         .routes(routes!(trials::commit))
         .routes(routes!(trials::discard))
-        .routes(routes!(graphs::print))
+        .routes(routes!(text::text))
+        .routes(routes!(counters::counters))
+        .routes(routes!(trace::trace))
+        .routes(routes!(trace::last))
         .routes(routes!(handlers::list))
         .routes(routes!(handlers::get, handlers::set, handlers::call))
 }
