@@ -29,9 +29,12 @@ pub(crate) struct Watch {
     state: Mutex<State>,
 }
 
+/// What has become of a request; None as long as that is open.
+type Outcome = Option<Result<()>>;
+
 #[derive(Default)]
 struct State {
-    outcome: Option<Result<()>>,
+    outcome: Outcome,
     durable: bool,
     /// What it waits for itself; empty once it has ended.
     predecessors: Vec<Arc<Watch>>,
@@ -201,7 +204,7 @@ impl Watch {
     }
 
     /// What has become of it on the way along `path`; None if that is open.
-    fn outcome(&self, path: &[Place]) -> Option<Result<()>> {
+    fn outcome(&self, path: &[Place]) -> Outcome {
         let (own, legs) = self.legs(path);
         let Some((_, rest)) = path.split_first().filter(|_| !legs.is_empty()) else { return own };
         let mut open = false;
@@ -221,7 +224,7 @@ impl Watch {
     }
 
     /// What has become of it as a whole, and its children at the first place of a path.
-    fn legs(&self, path: &[Place]) -> (Option<Result<()>>, Vec<(bool, Arc<Watch>)>) {
+    fn legs(&self, path: &[Place]) -> (Outcome, Vec<(bool, Arc<Watch>)>) {
         let state = self.state();
         let here = |leg: &&Leg| path.first() == Some(&leg.place);
         let legs = state.legs.iter().filter(here).map(|leg| (leg.whole, leg.watch.clone()));
@@ -304,7 +307,7 @@ pub(super) struct After {
 }
 
 impl After {
-    fn look(&self) -> Option<Result<()>> {
+    fn look(&self) -> Outcome {
         self.watch.outcome(&self.path)
     }
 

@@ -268,7 +268,7 @@ async fn lives(host: &Arc<Host>, seed: u64, what: Crash) -> usize {
         for _ in 0..rng.usize(1..40) {
             match rng.u8(0..8) {
                 0 => client.flush(),
-                1 if seed % 2 == 0 => settle(rng.usize(0..30)).await,
+                1 if seed.is_multiple_of(2) => settle(rng.usize(0..30)).await,
                 1 => blockmason::rt::sleep(Duration::from_micros(rng.u64(0..5000))).await,
                 _ => client.change(&mut rng).await,
             }
@@ -324,7 +324,9 @@ fn the_death_of_the_process_loses_nothing_that_was_answered() {
 
 #[test]
 fn what_only_caches_hold_does_not_overtake_the_log() {
-    (0..300).for_each(|seed| drop(run(seed, async |host| lives(&host, seed, Crash::Either).await)));
+    let missing: usize =
+        (0..300).map(|seed| run(seed, async |host| lives(&host, seed, Crash::Either).await)).sum();
+    assert!(missing > 50, "only {missing} crashes lost anything: they test little");
 }
 
 #[test]
