@@ -66,11 +66,11 @@ impl Overlay {
         }
         // What most writes are: to a block that is there, and nobody is in the way.
         let blocks = self.layout.touched(req.offset..req.end());
+        let range = req.offset..req.end();
         let there = if req.is_fua() { &self.durable } else { &self.claimed };
         if req.op == Op::Write
             && there.all(blocks.clone())
-            && let Ok(held) =
-                self.ranges.claim(Holder::of(&req), Mode::Shared, &[req.offset..req.end()]).now()
+            && let Ok(held) = self.ranges.claim(Holder::of(&req), Mode::Shared, &[range]).now()
             && there.all(blocks)
         {
             let moved = Request { offset: self.place(OVERLAY, req.offset), ..req };
