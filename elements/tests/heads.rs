@@ -205,7 +205,7 @@ fn a_row() {
     );
     accepted(&home, &harmless(&text, "S").iter().map(|text| dir(&home, text)).collect::<Vec<_>>());
     home.image("c.img", 9 << 20);
-    accepted(&home, &[text.clone()]);
+    accepted(&home, std::slice::from_ref(&text));
     home.image("b.img", 9 << 20);
     let refusal = home.refusal(&text);
     assert!(refusal.contains("    -   sizes 1M 2M\n    +   sizes 1M 9M\n"), "{refusal}");
