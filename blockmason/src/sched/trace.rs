@@ -30,6 +30,8 @@ const MOST_TRACERS: usize = 16;
 /// Marks a request whose way through the graph is recorded, and everything that is made of it.
 #[derive(Clone, Debug)]
 pub struct Trace {
+    /// The client's request.
+    root: u64,
     /// The hop that it is in.
     hop: u64,
     /// The request that came over the edge of that hop.
@@ -128,7 +130,7 @@ impl<'a> Open<'a> {
         let number = cx.shard().next_id();
         let hop = Hop::new(Arc::new(way), req, number, cx.shard().id(), since);
         let to = sampler.now.borrow().clone();
-        let trace = Trace { hop: number, request: req.id, to: to.clone() };
+        let trace = Trace { root: req.root, hop: number, request: req.id, to: to.clone() };
         req.extra.get_or_insert_default().trace = Some(trace);
         Open { lane: cx.lane, edge: None, hop: Some(hop), to }
     }
@@ -136,11 +138,12 @@ impl<'a> Open<'a> {
     /// The hop of a request over an edge, if it is traced.
     pub(super) fn edge(below: Cx<'a>, edge: &'a Edge, req: &mut Request) -> Option<Open<'a>> {
         let trace = req.extra.as_mut()?.trace.as_mut()?;
-        let (number, parent, to) = (below.shard().next_id(), trace.hop, trace.to.clone());
+        let (number, to) = (below.shard().next_id(), trace.to.clone());
+        let (root, parent) = (trace.root, Some(trace.hop));
         (trace.hop, trace.request) = (number, req.id);
         let way = edge.traced.way.get_or_init(|| Arc::new(way(below.lane, edge))).clone();
         let hop = Hop::new(way, req, number, below.shard().id(), below.now());
-        let hop = Some(Hop { parent: Some(parent), ..hop });
+        let hop = Some(Hop { root, parent, ..hop });
         Some(Open { lane: below.lane, edge: Some(edge), hop, to })
     }
 

@@ -35,7 +35,7 @@ the graph says so. The other forms open nothing but graph files.")]
 pub(crate) struct Args {
     /// A graph file, or the name of a running graph [default: all graphs of the running daemon]
     #[arg(value_name = "GRAPH")]
-    graph: Option<PathBuf>,
+    which: Option<PathBuf>,
 
     /// Shows the rates of this time instead of sums
     #[arg(long, value_name = "DURATION")]
@@ -84,7 +84,7 @@ enum Meaning<'a> {
 
 impl Args {
     fn meaning(&self) -> Meaning<'_> {
-        let Some(path) = self.graph.as_deref() else { return Meaning::Running(None) };
+        let Some(path) = self.which.as_deref() else { return Meaning::Running(None) };
         let is_path = path.exists() || path.extension().is_some() || path.components().count() > 1;
         match path.to_str() {
             Some(name) if !is_path => Meaning::Running(Some(name)),

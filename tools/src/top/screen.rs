@@ -356,7 +356,9 @@ mod tests {
         assert_eq!(names(&mut screen)[0], "Guest -> E009");
         press(&mut screen, [KeyCode::End]);
         assert_eq!(names(&mut screen)[9], "Guest -> E099");
-        press(&mut screen, [KeyCode::PageDown, KeyCode::Down, KeyCode::Up]);
+        press(&mut screen, [KeyCode::PageDown, KeyCode::Down]);
+        assert_eq!(names(&mut screen)[9], "Guest -> E099", "there is no more");
+        press(&mut screen, [KeyCode::Up]);
         assert_eq!(names(&mut screen)[9], "Guest -> E098");
         press(&mut screen, [KeyCode::Char('s'), KeyCode::Home]);
         assert_eq!(names(&mut screen)[..3], ["Guest", "Guest -> Disk", "Guest -> E099"]);
