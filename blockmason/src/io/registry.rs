@@ -91,11 +91,13 @@ impl Lock {
     }
 }
 
+/// Device and inode.
+type Inode = (u64, u64);
+
 /// The open images of this process.
 #[derive(Default)]
 pub struct Registry {
-    /// By device and inode.
-    images: Mutex<HashMap<(u64, u64), Vec<Weak<Image>>>>,
+    images: Mutex<HashMap<Inode, Vec<Weak<Image>>>>,
 }
 
 impl Registry {

@@ -11,7 +11,7 @@
 use super::disk::InFlight;
 use super::{Disk, Lane};
 use crate::describe::{ElementType, Family, Handover};
-use crate::element::Open;
+use crate::element::{Element, Open};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::Geometry;
 use crate::graph::{Graph, Instance};
@@ -120,7 +120,7 @@ impl Disk {
         for graph in over {
             for gone in graph.instances() {
                 if !past.graphs.iter().chain([&now]).any(|other| other.has(gone)) {
-                    contained(|| Ok(gone.element.close())).unwrap_or_else(|error| log(gone, &error));
+                    close(gone);
                 }
             }
         }
@@ -162,7 +162,7 @@ impl Disk {
         let graph = self.graph();
         let (sources, others): (Vec<_>, Vec<_>) =
             graph.instances().partition(|instance| !instance.ty.ports.input);
-        sources.iter().for_each(|instance| instance.element.close());
+        sources.into_iter().for_each(|instance| close(instance));
         graph.announce_closing();
         self.end_streams().await?;
         for graph in past.graphs.iter().chain([&graph]) {
@@ -174,7 +174,7 @@ impl Disk {
         }
         let flushed = self.flush(&graph).await;
         self.settle(&mut past)?;
-        others.iter().for_each(|instance| instance.element.close());
+        others.into_iter().for_each(|instance| close(instance));
         self.end_tracers()?;
         flushed
     }
@@ -349,8 +349,7 @@ impl Step<'_> {
 
     fn dismiss_clients(&self) {
         for (source, below) in self.sources().filter(|_| self.change.disconnect) {
-            contained(|| Ok(source.element.dismiss_clients(below.as_ref())))
-                .unwrap_or_else(|error| log(source, &error));
+            done(source, |element| element.dismiss_clients(below.as_ref()));
         }
     }
 
@@ -370,7 +369,7 @@ impl Step<'_> {
         let mut announced = Vec::new();
         let goes = |source: &Arc<Instance>| self.next.source(&source.name).is_none();
         for source in self.leaving().filter(|old| !old.ty.ports.input && goes(old)) {
-            contained(|| Ok(source.element.close())).map_err(|e| e.in_element(&source.name))?;
+            close(source);
             undo.push(Box::new(|| self.open_again(source)));
         }
         for instance in self.coming() {
@@ -408,8 +407,21 @@ impl Step<'_> {
         if let Some(source) = replaced.filter(|_| !instance.ty.ports.input) {
             self.open_again(source);
         }
-        contained(|| Ok(instance.element.close())).unwrap_or_else(|error| log(instance, &error));
+        close(instance);
     }
+}
+
+fn close(instance: &Instance) {
+    done(instance, |element| element.close());
+}
+
+/// Does what cannot fail; a panic is logged.
+fn done(instance: &Instance, call: impl FnOnce(&dyn Element)) {
+    let called = contained(|| {
+        call(&*instance.element);
+        Ok(())
+    });
+    called.unwrap_or_else(|error| log(instance, &error));
 }
 
 fn log(instance: &Instance, error: &Error) {
