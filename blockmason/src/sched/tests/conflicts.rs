@@ -15,6 +15,7 @@ use crate::{Data, Instance};
 use futures::future::{Either, FutureExt, join_all, select};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 use std::pin::pin;
