@@ -52,7 +52,7 @@ pub(crate) enum TraceLine {
     /// Hops that were lost so far, since nobody took them in time.
     Dropped { dropped: u64 },
     /// The next hop.
-    Hop(HopView),
+    Hop(Box<HopView>),
 }
 
 impl HopView {

@@ -142,7 +142,7 @@ fn follow(args: &Args, client: &Client, graph: &str, show: &mut Show) -> Outcome
                 show.dropped = dropped;
                 Ok(ControlFlow::Continue(()))
             }
-            TraceLine::Hop(hop) => match trees.add(hop) {
+            TraceLine::Hop(hop) => match trees.add(*hop) {
                 Some(tree) => show.tree(&tree),
                 None => Ok(ControlFlow::Continue(())),
             },

@@ -59,11 +59,11 @@ async fn lines(
     let mut out = Vec::new();
     for _ in 0..BATCH {
         let Some(found) = hop else { break };
-        push(&mut out, &TraceLine::Hop(HopView::of(&found, started)));
+        push(&mut out, &TraceLine::Hop(Box::new(HopView::of(&found, started))));
         hop = tracer.try_next();
     }
     if let Some(last) = hop {
-        push(&mut out, &TraceLine::Hop(HopView::of(&last, started)));
+        push(&mut out, &TraceLine::Hop(Box::new(HopView::of(&last, started))));
     }
     let dropped = tracer.dropped();
     if dropped > said {
