@@ -7,6 +7,7 @@ mod clients;
 mod crashes;
 mod manners;
 mod refused;
+mod soak;
 
 use blockmason_tests::control::{Control, Ended, mason};
 use blockmason_tests::mason::{Mason, Start};
