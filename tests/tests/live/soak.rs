@@ -69,6 +69,12 @@ fn draw(rng: &mut fastrand::Rng, number: usize) -> (String, Ground) {
     }
 }
 
+/// The same with a write-ahead log above the image, which stays whatever else changes.
+fn with_log(text: &str) -> String {
+    text.replace("-> A", "-> W")
+        + "element W (type wal) element Log (type file) (path a.log) (size 16M)\n(W, out) -> A (W, log) -> Log\n"
+}
+
 fn fio(uri: &str, seed: u64) -> Child {
     let mut command = Command::new("fio");
     command.args(["--name=soak", "--ioengine=nbd", &format!("--uri={uri}"), "--rw=randrw", "--bs=4k"]);
@@ -113,9 +119,11 @@ fn number(name: &str, default: u64) -> u64 {
 #[ignore = "takes minutes: tests/long runs it"]
 fn a_thousand_reloads() {
     let (seed, wanted) = (number("LIVE_SEED", 1), number("LIVE_RELOADS", 1000) as usize);
+    let logged = number("LIVE_WAL", 0) != 0;
+    let finish = |text: String| if logged { with_log(&text) } else { text };
     let mut rng = fastrand::Rng::with_seed(seed);
     let site = Site::new();
-    let place = site.write("vm.mason", graph("", "Guest -> A"));
+    let place = site.write("vm.mason", finish(graph("", "Guest -> A")));
     let daemon = site.run(&["vm.mason"]);
     let stampers = Stampers::start(daemon.socket(), 32 << 8, 32 << 8, 4, seed);
     let mut control = site.control();
@@ -130,6 +138,7 @@ fn a_thousand_reloads() {
             assert!(ended.status.success(), "seed {seed}, reload {count}: {ended:?}");
         }
         let (text, next) = draw(&mut rng, count);
+        let text = finish(text);
         pause(Duration::from_micros(rng.u64(..20_000)));
         if ground == Ground::Overlay && next != Ground::Overlay {
             commit(&mut control);
@@ -154,8 +163,9 @@ fn a_thousand_reloads() {
     assert!(ended.status.success(), "seed {seed}, at the end: {ended:?}");
     let requests = stampers.finish();
     println!(
-        "live: {wanted} reloads, {} with a gate and {free} without, seed {seed}; {} rounds of fio over 4 connections \
+        "live: {wanted} reloads{}, {} with a gate and {free} without, seed {seed}; {} rounds of fio over 4 connections \
          and {requests} stamped requests over 4, none failed, none lost",
+        if logged { " above a log" } else { "" },
         pauses.len(),
         rounds + 1
     );
