@@ -1,10 +1,12 @@
 //! What the cross-crate tests share: disks served in this process, and real clients.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
+pub mod control;
 pub mod fuzz;
 pub mod mason;
 pub mod mounts;
 pub mod raw;
+pub mod stamps;
 
 use blockmason::graph::build::Builder;
 use blockmason::lang::{Defines, check, parse_str};

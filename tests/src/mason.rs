@@ -29,12 +29,14 @@ pub struct Start<'a> {
     pub user: Option<u32>,
     /// Whether there is an XDG_RUNTIME_DIR.
     pub runtime_dir: bool,
+    /// Takes what it says on standard error, anew; else that is the test's own.
+    pub log: Option<&'a Path>,
 }
 
 impl<'a> Start<'a> {
     /// The built program, as the test's own user, with everything below `home`.
     pub fn new(home: &'a Path) -> Start<'a> {
-        Start { home, program: None, user: None, runtime_dir: true }
+        Start { home, program: None, user: None, runtime_dir: true, log: None }
     }
 
     /// Runs `mason run` and waits until its export is ready.
@@ -48,6 +50,9 @@ impl<'a> Start<'a> {
         }
         if let Some(user) = self.user {
             command.uid(user).gid(user);
+        }
+        if let Some(log) = self.log {
+            command.stderr(std::fs::File::create(log).unwrap());
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|error| panic!("mason cannot be started: {error}"));
@@ -96,6 +101,16 @@ impl Mason {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as a crash would: with SIGKILL.
+    pub fn kill(self) {
+        drop(self);
     }
 
     /// Sends a signal.

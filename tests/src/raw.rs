@@ -18,6 +18,8 @@ pub const WRITE: u16 = 1;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+/// Makes a cookie of an offset.
+const COOKIE: u64 = 0xabcd;
 const OPT_EXPORT_NAME: u32 = 1;
 
 impl Raw {
@@ -67,7 +69,7 @@ impl Raw {
 
     /// As [`request`](Self::request), where the connection may have ended or may be full.
     pub fn try_request(&mut self, command: u16, offset: u64, length: u32) -> io::Result<()> {
-        let cookie = offset ^ 0xabcd;
+        let cookie = offset ^ COOKIE;
         let parts = [
             &REQUEST_MAGIC.to_be_bytes()[..],
             &0_u16.to_be_bytes(),
@@ -81,9 +83,15 @@ impl Raw {
 
     /// Takes the header of a reply. Returns the error in it, 0 for none.
     pub fn reply(&mut self) -> u32 {
+        self.reply_to().0
+    }
+
+    /// Takes the header of a reply. Returns the error in it, and the offset of the request that it answers.
+    pub fn reply_to(&mut self) -> (u32, u64) {
         let header = self.bytes(16);
         assert_eq!(&header[..4], SIMPLE_REPLY_MAGIC.to_be_bytes());
-        u32::from_be_bytes(header[4..8].try_into().unwrap())
+        let cookie = u64::from_be_bytes(header[8..].try_into().unwrap());
+        (u32::from_be_bytes(header[4..8].try_into().unwrap()), cookie ^ COOKIE)
     }
 
     /// Reads from the disk.

@@ -158,7 +158,12 @@ impl Left {
                 diff.changes()
             )));
         }
-        if !diff.is_empty() {
+        if diff.is_empty() {
+            // Else it would speak against a file that is changed later.
+            if let Err(error) = self.forget() {
+                tracing::warn!("what the graph left behind cannot be forgotten: {error}");
+            }
+        } else {
             tracing::warn!(
                 "{shown}: the graph was changed while it ran and not saved; the file is served, and `--as-left` \
                  would serve it as it ran: {}",

@@ -337,6 +337,9 @@ pub(crate) struct LiveView {
     pub(crate) failed: bool,
     /// Bytes of requests in flight.
     pub(crate) in_flight_bytes: u64,
+    /// How often clients have had to wait while the graph was changed.
+    #[serde(default)]
+    pub(crate) gated: u64,
     pub(crate) exports: Vec<ExportView>,
     pub(crate) sources: Vec<SourceView>,
 }

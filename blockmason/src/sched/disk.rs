@@ -23,6 +23,8 @@ pub struct Disk {
     pub(super) host: Arc<Host>,
     graphs: Mutex<Graphs>,
     budget: Arc<Budget>,
+    /// See [`gated`](Disk::gated).
+    pub(super) gated: AtomicU64,
     /// Held by whoever serves a client, until the last reply has been sent.
     pub(super) attending: Arc<()>,
     /// Held while the graph is being replaced: one change at a time.
@@ -49,6 +51,7 @@ impl Disk {
             host: host.clone(),
             graphs: Mutex::new(Graphs { now: empty, next: None, turns_away: false }),
             budget: Budget::new(BUDGET_BYTES),
+            gated: AtomicU64::new(0),
             attending: Arc::default(),
             changing: tokio::sync::Mutex::default(),
             tracers: Mutex::default(),
@@ -115,6 +118,12 @@ impl Disk {
     /// The bytes in flight.
     pub fn budget(&self) -> &Arc<Budget> {
         &self.budget
+    }
+
+    /// How often clients have had to wait at the gate: for changes that were made, and for those that were
+    /// given up behind it.
+    pub fn gated(&self) -> u64 {
+        self.gated.load(Ordering::Relaxed)
     }
 
     /// This shard's view. Called on a shard.

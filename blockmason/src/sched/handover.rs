@@ -19,6 +19,7 @@ use crate::request::Request;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -236,6 +237,9 @@ impl Step<'_> {
             self.flush_or_fail(crate::rt::timeout(change.deadline, disk.flush(&self.before)).await)?;
         }
         let since = crate::rt::now();
+        if self.before.sources().next().is_some() {
+            disk.gated.fetch_add(1, Ordering::Relaxed);
+        }
         disk.admit_into(None).await?;
         self.before.announce_closing();
         let changed = self.behind_the_gate(past, since, flush).await;

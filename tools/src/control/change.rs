@@ -87,8 +87,10 @@ impl Served {
                 return Err(Stop::DryRun(Box::new((next.clone(), diff.clone()))));
             }
             next_spec = Some(next.clone());
-            // Before it takes effect: whatever happens, the next start knows.
-            self.remember(file.as_ref(), next).map_err(Stop::Refused)
+            // Before it takes effect: whatever happens, the next start knows. What another change has noted
+            // is forgotten only afterwards: until then its graph serves.
+            let noted = if differs(file.as_ref(), next) { self.left.remember(next) } else { Ok(()) };
+            noted.map_err(|error| Stop::Refused(not_kept(&error)))
         };
         let changed = self.live.reload_with(&how, make, before).await;
         let report = match changed {
@@ -120,12 +122,7 @@ impl Served {
             true => self.left.remember(running),
             false => self.left.forget(),
         };
-        noted.map_err(|error| {
-            Refusal::new(
-                "unavailable",
-                format!("the graph as it runs cannot be kept for the next start: {error}"),
-            )
-        })
+        noted.map_err(|error| not_kept(&error))
     }
 
     /// After a handler that is a parameter was set.
@@ -166,6 +163,11 @@ impl Served {
             graph: print(spec, CATALOGUE, folder),
         }
     }
+}
+
+fn not_kept(error: &std::io::Error) -> Refusal {
+    let sentence = format!("the graph as it runs cannot be kept for the next start: {error}");
+    Refusal::new("unavailable", sentence)
 }
 
 /// A file that cannot be read says something else.

@@ -186,7 +186,7 @@ impl Daemon {
         let heads = if going_on && trial.is_some() { Heads::Ignore } else { heads };
         let live = Live::start(&self.host, setup, file.spec, heads).await;
         let live = live.map_err(|error| Refusal::in_graph(&error, &spec))?;
-        if choice != Choice::Left
+        if choice == Choice::File
             && let Err(error) = left.forget()
         {
             tracing::warn!("what the graph left behind cannot be forgotten: {error}");
@@ -266,6 +266,7 @@ impl Served {
         let live = LiveView {
             failed: graph.is_failed(),
             in_flight_bytes: self.live.disk().budget().used(),
+            gated: self.live.disk().gated(),
             exports: self.exports(),
             sources: sources.map(|(node, instance)| SourceView::read(&graph, node, &instance.name)).collect(),
         };
