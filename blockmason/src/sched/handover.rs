@@ -437,13 +437,17 @@ pub(crate) fn contained<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(Error::internal("the element panicked")))
 }
 
-/// Starts what has work of its own.
+/// Starts what has work of its own: one job for each shard, so that a change wakes each once.
 fn start_work(disk: &Disk, graph: &Arc<Graph>) -> Result<()> {
-    for node in 0..graph.nodes.len() {
-        let working = Working::new(graph);
-        disk.host.on(node, move |shard| {
-            let lane = Lane::new(working.0.clone(), shard.clone());
-            drop(tokio::task::spawn_local(super::run_node(lane, node, working)));
+    let shards = disk.host.shards();
+    for first in 0..shards.min(graph.nodes.len()) {
+        let nodes = (first..graph.nodes.len()).step_by(shards);
+        let working: Vec<_> = nodes.map(|node| (node, Working::new(graph))).collect();
+        disk.host.on(first, move |shard| {
+            for (node, working) in working {
+                let lane = Lane::new(working.0.clone(), shard.clone());
+                drop(tokio::task::spawn_local(super::run_node(lane, node, working)));
+            }
         })?;
     }
     Ok(())

@@ -64,7 +64,10 @@ fn elements_are_inserted_into_edges() {
         edges(&[insert("debug_log", "Guest", "Tee")]),
         "edit:1:1: there is no edge Guest -> Tee (from Guest lead: Guest -> Log)"
     );
-    assert_eq!(edges(&[insert("(type debug_log)", "Guest", "Log")]), "edit:1:9: expected the element's name, found `(`");
+    assert_eq!(
+        edges(&[insert("(type debug_log)", "Guest", "Log")]),
+        "edit:1:9: expected the element's name, found `(`"
+    );
 }
 
 #[test]
