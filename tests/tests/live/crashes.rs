@@ -2,11 +2,12 @@
 //! differs, and the graph file is at every moment whole.
 
 use crate::{Site, plain};
-use blockmason_tests::control::{Control, insert, mason, reload, remove};
+use blockmason_tests::control::{Control, command, insert, reload, remove};
 use blockmason_tests::mason::{Mason, Start, now, pause, until};
 use blockmason_tests::raw::{READ, Raw};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::process::Stdio;
 use std::time::Duration;
 
 /// What the daemon says when the graph that ran is not the one in its file.
@@ -21,7 +22,21 @@ fn run(site: &Site, more: &[&str]) -> (Mason, String) {
 
 /// `mason run` that must not serve.
 fn refused(site: &Site) -> String {
-    mason(site.folder(), &["run", "vm.mason", "--control", "c.sock"]).refused()
+    // A daemon that was killed leaves it behind.
+    let _ = std::fs::remove_file(site.path("c.sock"));
+    let log = std::fs::File::create(site.path("log")).unwrap();
+    let mut daemon = command(site.folder(), &["run", "vm.mason", "--control", "c.sock"]);
+    let mut daemon = daemon.stdout(Stdio::null()).stderr(log).spawn().unwrap();
+    let mut ended = None;
+    let since = now();
+    while ended.is_none() && !site.path("c.sock").exists() && since.elapsed() < Duration::from_secs(20) {
+        pause(Duration::from_millis(2));
+        ended = daemon.try_wait().unwrap();
+    }
+    let _ = daemon.kill();
+    let said = std::fs::read_to_string(site.path("log")).unwrap();
+    assert_eq!(ended.and_then(|status| status.code()), Some(1), "it serves: {said}");
+    said
 }
 
 /// The elements that serve.
