@@ -201,7 +201,8 @@ impl Events {
     }
 }
 
-/// A reader of events.
+/// A reader of events; a clone of it goes on from the same place by itself.
+#[derive(Clone)]
 pub struct Follower {
     events: Arc<Events>,
     /// The number of the next event that it has not seen.

@@ -15,6 +15,7 @@ pub static ALL: &[&ElementType] = &[
     &route::debug_log::TYPE,
     &route::filter::TYPE,
     &route::linear::TYPE,
+    &route::notify::TYPE,
     &route::probe::TYPE,
     &route::readonly::TYPE,
     &route::slice::TYPE,

@@ -1,5 +1,6 @@
 //! The process: its shards, its control runtime, what its elements share.
 
+use super::background::Background;
 use super::cx::Lane;
 use super::home::{Harbour, Post};
 use super::{Hop, Shard};
@@ -46,6 +47,7 @@ pub struct Host {
     state_dir: PathBuf,
     services: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
     events: Arc<Events>,
+    background: Background,
     next: AtomicUsize,
 }
 
@@ -67,6 +69,7 @@ impl Host {
             state_dir: config.state_dir,
             services: Mutex::default(),
             events,
+            background: Background::default(),
             next: AtomicUsize::new(0),
         }))
     }
@@ -87,6 +90,7 @@ impl Host {
             state_dir: state_dir.to_owned(),
             services: Mutex::default(),
             events,
+            background: Background::default(),
             next: AtomicUsize::new(0),
         })
     }
@@ -148,6 +152,15 @@ impl Host {
         F: Future<Output = ()> + 'static,
     {
         self.on(shard, move |_| drop(tokio::task::spawn_local(make())))
+    }
+
+    /// Runs a future that serves no request, on a thread beside the shards: it may start processes and use
+    /// sockets of its own. What has not ended when the host is dropped is dropped too.
+    pub fn background<F>(&self, make: impl FnOnce() -> F + Send + 'static) -> Result<()>
+    where
+        F: Future<Output = ()> + 'static,
+    {
+        self.background.spawn(make)
     }
 
     /// Runs a future that serves a stream on the shard that serves the fewest.

@@ -4,6 +4,7 @@
 //! connection, a queue) is served by [`serve`], which keeps one block of parked flows for each epoch
 //! of its disk: a new graph takes new requests while the old one finishes its own.
 
+mod background;
 mod bell;
 mod budget;
 mod coalesce;

@@ -3,6 +3,7 @@
 pub mod debug_log;
 pub mod filter;
 pub mod linear;
+pub mod notify;
 pub mod probe;
 pub mod readonly;
 pub mod slice;
