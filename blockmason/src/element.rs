@@ -152,6 +152,15 @@ pub trait Element: Any + Send + Sync {
         Ok(())
     }
 
+    /// Whether it may leave its graph now. Asked before a graph is replaced by one without this
+    /// instance; never when a disk stops, or goes back to an earlier state.
+    ///
+    /// # Errors
+    /// What only it has and would be lost: the change is refused with this reason.
+    fn may_leave(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Of a source: whether the clients that are connected can live with another disk `below`, or,
     /// if there is none, without this source. Asked before a graph is replaced.
     ///

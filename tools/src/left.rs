@@ -145,12 +145,18 @@ impl Left {
             Choice::File => None,
             Choice::Ask | Choice::Left => self.read()?,
         };
-        let Some(left) = left else { return Ok(file) };
+        let shown = file.path.display();
+        let Some(left) = left else {
+            if choice == Choice::Left {
+                let message = "nothing was left of it: it ran as its file says, or has not run";
+                return Err(Refusal::invalid(format!("{shown}: {message}; start it without `--as-left`")));
+            }
+            return Ok(file);
+        };
         let diff = Diff::between(&file.spec, &left, CATALOGUE);
         if choice == Choice::Left {
             return Ok(file.with(left));
         }
-        let shown = file.path.display();
         if diff.layout {
             return Err(Refusal::busy(format!(
                 "{shown}: the graph was changed while it ran and not saved, and its layout or sinks differ:\n\

@@ -343,6 +343,9 @@ impl Step<'_> {
     }
 
     fn ask_clients(&self) -> Result<()> {
+        for leaving in self.leaving().filter(|_| !self.change.alone) {
+            contained(|| leaving.element.may_leave()).map_err(|e| e.in_element(&leaving.name))?;
+        }
         if self.change.disconnect {
             return Ok(());
         }

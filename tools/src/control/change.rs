@@ -135,6 +135,9 @@ impl Served {
     /// Replaces the graph file by the graph as it runs.
     pub(crate) async fn save(&self) -> Result<(), Refusal> {
         let _saving = self.saving.lock().await;
+        if self.trial().is_some() {
+            return Err(self.on_trial());
+        }
         self.write_file(&self.live.spec())
     }
 

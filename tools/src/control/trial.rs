@@ -11,6 +11,7 @@ use crate::view::{ChangeOptions, ChangeView};
 use blockmason::describe::Outs;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
+use blockmason::heads;
 use blockmason::io::replace_file;
 use blockmason::lang::{Defines, Edit, NoFiles, Spec, edit, parse_checked, print};
 use blockmason::rt;
@@ -142,10 +143,15 @@ impl Served {
         // Built once as it is: what is wrong with it shows now, and the sizes are known.
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
         let next = file.spec.clone();
-        let own = name.to_owned();
+        let (own, verify) = (name.to_owned(), !options.force && !options.sign);
         let build = move || {
             let builder = Builder { catalogue: CATALOGUE, name: &own, state_dir: &state_dir, shards };
-            builder.build(&file.spec).map(|graph| disks(&graph))
+            let graph = builder.build(&file.spec)?;
+            // Before anything is written: what is merged through a wrong layout is lost.
+            if verify {
+                heads::verify(&[(&file.spec, &graph)])?;
+            }
+            Ok(disks(&graph))
         };
         let built = rt::blocking(build).await;
         let disks = built.unwrap_or_else(|| Err(blockmason::Error::internal("an element panicked")));

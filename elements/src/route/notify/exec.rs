@@ -178,8 +178,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let text = "sleep 1000 & echo $$ $! >\"$1/pids\"; echo started; wait";
         let since = rt::now();
-        let error =
-            script(folder.path(), text, &message("x"), Duration::from_millis(500)).await.unwrap_err();
+        let error = script(folder.path(), text, &message("x"), Duration::from_millis(500)).await.unwrap_err();
         assert!(error.contains("killed") && error.contains("started"), "{error}");
         assert!(rt::now() - since < LONG);
         let pids = std::fs::read_to_string(folder.path().join("pids")).unwrap();

@@ -43,13 +43,8 @@ const KINDS: [EventKind; 7] = [
 ];
 
 /// What is told if nothing else is said.
-const WITHOUT_ON: &[EventKind] = &[
-    EventKind::Error,
-    EventKind::Failed,
-    EventKind::ReloadFailed,
-    EventKind::Notice,
-    EventKind::Threshold,
-];
+const WITHOUT_ON: &[EventKind] =
+    &[EventKind::Error, EventKind::Failed, EventKind::ReloadFailed, EventKind::Notice, EventKind::Threshold];
 
 impl FromStr for On {
     type Err = String;
@@ -164,7 +159,11 @@ fn check(written: &Written) -> Result<(), Vec<ParamError>> {
     unless(params.per >= second, "per", "expected at least 1s");
     unless(params.window >= second, "window", "expected at least 1s");
     unless(params.exec.first().is_none_or(|program| !program.is_empty()), "exec", "the command has no name");
-    unless(params.exec.iter().all(|word| !word.contains('\0')), "exec", "a command cannot contain a NUL byte");
+    unless(
+        params.exec.iter().all(|word| !word.contains('\0')),
+        "exec",
+        "a command cannot contain a NUL byte",
+    );
     let does = !params.exec.is_empty()
         || params.webhook.is_some()
         || params.latency.is_some()
@@ -303,7 +302,8 @@ impl Notify {
             return Err(Error::invalid("there is nobody to tell: give the element `exec` or `webhook`"));
         }
         let message = if message.is_empty() { "this is a test" } else { message };
-        let mut event = Event::new(EventKind::Notice, &self.graph, message).of(&self.name).with("test", "yes");
+        let mut event =
+            Event::new(EventKind::Notice, &self.graph, message).of(&self.name).with("test", "yes");
         event.time =
             rt::wall_clock().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let message = Message { event: Arc::new(event), suppressed: 0 };

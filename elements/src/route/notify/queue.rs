@@ -159,11 +159,7 @@ impl Targets {
 }
 
 /// Sends what comes, a few at a time, until there is no sender any more and all is sent.
-pub(super) async fn send_all(
-    mut queue: mpsc::Receiver<Message>,
-    targets: Arc<Targets>,
-    counts: Arc<Counts>,
-) {
+pub(super) async fn send_all(mut queue: mpsc::Receiver<Message>, targets: Arc<Targets>, counts: Arc<Counts>) {
     let messages = futures::stream::poll_fn(move |task| queue.poll_recv(task));
     messages.for_each_concurrent(AT_ONCE, |message| targets.tell(message, &counts)).await;
 }

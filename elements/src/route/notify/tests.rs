@@ -1,7 +1,7 @@
 use super::*;
-use blockmason::testing::{TestDisk, graph, live, play_against_model, run};
 use blockmason::Host;
 use blockmason::sched::HostConfig;
+use blockmason::testing::{TestDisk, graph, live, play_against_model, run};
 
 static WITH_CLIENT: &[&ElementType] = &[
     &blockmason::testing::CLIENT,
@@ -116,7 +116,8 @@ fn what_is_over_the_rate_or_not_asked_for_is_not_told() {
     run(1, async |host| {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
-        let notify = format!("(on notice) (exec /bin/sh -c 'cat >>\"$0\"' {}) (rate 2) (per 1m)", out.display());
+        let notify =
+            format!("(on notice) (exec /bin/sh -c 'cat >>\"$0\"' {}) (rate 2) (per 1m)", out.display());
         let (_disk, element) = serve(&host, &notify, "").await;
         for number in 0..5 {
             host.events().publish(notice(&format!("number {number}")));

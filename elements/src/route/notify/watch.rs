@@ -121,7 +121,8 @@ impl Watch {
             let reading = difference(&before.latency, &now.latency);
             let p99 = Duration::from_nanos(reading.quantile_ns(0.99));
             let above = if stalled { bounds.window >= bound } else { p99 > bound };
-            let value = if stalled { format!("no answer in {:?}", bounds.window) } else { format!("{p99:.1?}") };
+            let value =
+                if stalled { format!("no answer in {:?}", bounds.window) } else { format!("{p99:.1?}") };
             cross(&mut crossings, &mut self.latency_above, "latency", above, value, format!("{bound:?}"));
         }
         if let Some(bound) = bounds.errors {

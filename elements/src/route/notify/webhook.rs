@@ -62,9 +62,11 @@ impl Webhook {
                 return Ok(Webhook { address, host, path, deadline: DEADLINE });
             }
             "https" => {
-                return Err("https is not spoken here: post to a relay on this machine by `http:` or `unix:`, \
+                return Err(
+                    "https is not spoken here: post to a relay on this machine by `http:` or `unix:`, \
                             or run one with `exec` (curl reads standard input with `--data @-`)"
-                    .to_owned());
+                        .to_owned(),
+                );
             }
             other => return Err(format!("expected an address of `http:` or `unix:`, not of `{other}:`")),
         }
@@ -72,7 +74,9 @@ impl Webhook {
         let parsed: hyper::Uri = uri.as_str().parse().map_err(|_| wrong("it cannot be read"))?;
         let authority = parsed.authority().ok_or_else(|| wrong("it names no server"))?;
         if authority.as_str().contains('@') {
-            return Err(wrong("a user or password in it would stand in logs; use `exec` with a file of yours"));
+            return Err(wrong(
+                "a user or password in it would stand in logs; use `exec` with a file of yours",
+            ));
         }
         let host = authority.host().trim_start_matches('[').trim_end_matches(']');
         let port = match authority.port() {

@@ -451,6 +451,18 @@ impl Element for Cow {
         Some(Box::pin(self.work(cx)))
     }
 
+    fn may_leave(&self) -> Result<()> {
+        // One that nobody has asked anything of has not even looked at its overlay.
+        let Ok(overlay) = self.opened() else { return Ok(()) };
+        let blocks = overlay.claimed.count();
+        if blocks == 0 {
+            return Ok(());
+        }
+        let message =
+            format!("{blocks} blocks are only in its overlay: call its `commit` or `discard` first");
+        Err(Error::new(Kind::Busy, message))
+    }
+
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "state" => {

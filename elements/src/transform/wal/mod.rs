@@ -64,6 +64,7 @@ pub const TYPE: ElementType = ElementType {
         },
     ],
     layout: true,
+    tuning: &["format"],
     handover: Handover::Gate,
     survives: Survives::Power,
     example: "element Guest (type nbd) (listen unix:wal.sock)\n\
