@@ -34,6 +34,7 @@ fn refused(site: &Site) -> String {
         ended = daemon.try_wait().unwrap();
     }
     let _ = daemon.kill();
+    let _ = daemon.wait();
     let said = std::fs::read_to_string(site.path("log")).unwrap();
     assert_eq!(ended.and_then(|status| status.code()), Some(1), "it serves: {said}");
     said
