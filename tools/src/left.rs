@@ -87,9 +87,7 @@ pub(crate) struct Left {
 impl Left {
     /// The record of a graph file, by its absolute path.
     pub(crate) fn of(state: &Path, file: &Path) -> Left {
-        let name = crate::graphs::name_of(file);
-        let short: String = name.chars().take(40).collect();
-        let record = state.join("left").join(format!("{short}-{:016x}.json", fingerprint(file)));
+        let record = state.join("left").join(format!("{}.json", key(file)));
         Left { file: file.to_owned(), record }
     }
 
@@ -178,6 +176,12 @@ impl Left {
         }
         Ok(file)
     }
+}
+
+/// What state of a graph file is kept under: by its path, since names may be the same.
+pub(crate) fn key(file: &Path) -> String {
+    let short: String = crate::graphs::name_of(file).chars().take(40).collect();
+    format!("{short}-{:016x}", fingerprint(file))
 }
 
 /// FNV-1a, 64 bits: for names, no defence against anybody. The record says whose it is.

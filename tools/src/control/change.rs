@@ -112,7 +112,10 @@ impl Served {
             self.write_file(&running)?;
             return Ok(self.view_of(Some(&report), &report.diff, &running, Some(&running)));
         }
-        self.remember(file.as_ref(), &running)?;
+        // What differs was noted before. From here on the change is made, and no error may say otherwise.
+        if let Err(refusal) = self.remember(file.as_ref(), &running) {
+            tracing::warn!("{}: {}", self.path.display(), refusal.message);
+        }
         Ok(self.view_of(Some(&report), &report.diff, &running, file.as_ref()))
     }
 
@@ -142,7 +145,7 @@ impl Served {
         self.write_file(&self.live.spec())
     }
 
-    fn write_file(&self, running: &Spec) -> Result<(), Refusal> {
+    pub(super) fn write_file(&self, running: &Spec) -> Result<(), Refusal> {
         let folder = self.path.parent().unwrap_or(Path::new("/"));
         let text = print(running, CATALOGUE, folder);
         let cannot = |error: std::io::Error| {

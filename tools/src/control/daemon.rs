@@ -7,7 +7,7 @@ use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
 use blockmason::Host;
 use blockmason::live::{Heads, Live, Setup};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -167,23 +167,19 @@ impl Daemon {
     async fn start(&self, file: GraphFile, choice: Choice, heads: Heads) -> Result<Arc<Served>, Refusal> {
         let source = file.spec.sources.get(0);
         let path = source.map_or_else(|| file.path.clone(), |source| source.opened().to_owned());
+        // By the file itself, whatever links lead to it.
+        let path = path.canonicalize().unwrap_or(path);
         let left = Left::of(self.host.state_dir(), &path);
-        let file = left.choose(file, choice)?;
-        let trial = Trial::read(self, &file.name)?;
-        let going_on = choice == Choice::Left;
-        if trial.as_ref().is_some_and(|trial| trial.is_committing() && !going_on) {
-            let message =
-                "a commit of a trial was under way, and its disks are half merged: `--as-left` goes on";
-            return Err(Refusal::busy(format!("{}: {message}", file.path.display())));
-        }
-        let name = file.name.clone();
+        let trial = Trial::read(self, &path)?;
+        let file = left.choose(file, choice).map_err(|refusal| on_trial(refusal, trial.is_some()))?;
+        let trial = self.resumed(trial, &file, &path, choice)?;
         file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
         let state_dir = self.host.state_dir().to_owned();
         let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
         // For the place of an element that fails.
         let spec = file.spec.clone();
         // On trial the disks are not written: their heads have nothing to say.
-        let heads = if going_on && trial.is_some() { Heads::Ignore } else { heads };
+        let heads = if trial.is_some() { Heads::Ignore } else { heads };
         let live = Live::start(&self.host, setup, file.spec, heads).await;
         let live = live.map_err(|error| Refusal::in_graph(&error, &spec))?;
         if choice == Choice::File
@@ -191,14 +187,59 @@ impl Daemon {
         {
             tracing::warn!("what the graph left behind cannot be forgotten: {error}");
         }
-        if !going_on && trial.is_some() {
-            tracing::warn!("{name}: what was written while a graph was tried is forgotten");
-            Trial::forget(self, &name);
+        if choice == Choice::File {
+            Trial::forget(self, &path);
         }
-        let trial = Mutex::new(trial.filter(|_| going_on));
+        let trial = Mutex::new(trial);
         let (file, saving) = (file.path.display().to_string(), Default::default());
         Ok(Arc::new(Served { live, file, path, left, saving, trial }))
     }
+}
+
+impl Daemon {
+    /// The trial that goes on with a graph that is about to start. Nothing is forgotten here.
+    fn resumed(
+        &self,
+        trial: Option<Trial>,
+        file: &GraphFile,
+        path: &Path,
+        choice: Choice,
+    ) -> Result<Option<Trial>, Refusal> {
+        let Some(trial) = trial else { return Ok(None) };
+        let refused = |what: String| Refusal::busy(format!("{}: {what}", path.display()));
+        if trial.is_in(&file.spec) {
+            let missing = trial.missing(self, path);
+            let gone = |overlay: PathBuf| {
+                refused(format!("{}: what was written while a graph was tried is gone", overlay.display()))
+            };
+            return missing.map_or(Ok(Some(trial)), |overlay| Err(gone(overlay)));
+        }
+        match (trial.is_committing(), choice) {
+            // The overlays were out: everything is in the disks.
+            (true, Choice::Ask | Choice::Left) => {
+                Trial::forget(self, path);
+                Ok(None)
+            }
+            (true, Choice::File) => Err(refused(
+                "a commit of a trial was under way, and its disks may be half merged: `--as-left` goes on".to_owned(),
+            )),
+            (false, Choice::File) => Ok(None),
+            (false, Choice::Ask | Choice::Left) => Err(refused(
+                "a graph was being tried, and its record is there but not the graph: `--as-file` serves the file \
+                 and forgets what was written meanwhile"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+/// A refusal that says what `--as-file` would cost.
+fn on_trial(refusal: Refusal, tried: bool) -> Refusal {
+    if !tried {
+        return refusal;
+    }
+    let message = format!("{}; `--as-file` forgets what was written while it was tried", refusal.message);
+    Refusal { message, ..refusal }
 }
 
 impl Served {
@@ -236,6 +277,9 @@ impl Served {
 
     /// Calls a handler.
     pub(crate) fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String, Refusal> {
+        if self.trial().is_some_and(|trial| trial.owns(element)) {
+            return Err(self.on_trial());
+        }
         self.live.call(element, handler, argument).map_err(|error| self.refused(element, &error))
     }
 

@@ -42,13 +42,14 @@ pub(crate) struct Trial {
 }
 
 impl Trial {
-    fn folder(daemon: &Daemon, name: &str) -> PathBuf {
-        daemon.host.state_dir().join("try").join(name)
+    /// By the path of the graph file: names may be the same.
+    fn folder(daemon: &Daemon, file: &Path) -> PathBuf {
+        daemon.host.state_dir().join("try").join(crate::left::key(file))
     }
 
-    /// The record of a graph, if it was being tried when it ran last.
-    pub(crate) fn read(daemon: &Daemon, name: &str) -> Result<Option<Trial>, Refusal> {
-        let path = Trial::folder(daemon, name).join("trial.json");
+    /// The record of a graph file, if its graph was being tried when it ran last.
+    pub(crate) fn read(daemon: &Daemon, file: &Path) -> Result<Option<Trial>, Refusal> {
+        let path = Trial::folder(daemon, file).join("trial.json");
         let bad = |what: String| Refusal::invalid(format!("{}: {what}", path.display()));
         let bytes = match std::fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -62,8 +63,8 @@ impl Trial {
             .ok_or_else(|| bad("the record of a trial has an unknown version".to_owned()))
     }
 
-    fn write(&self, daemon: &Daemon, name: &str) -> Result<(), Refusal> {
-        let path = Trial::folder(daemon, name).join("trial.json");
+    fn write(&self, daemon: &Daemon, file: &Path) -> Result<(), Refusal> {
+        let path = Trial::folder(daemon, file).join("trial.json");
         let cannot = |error: std::io::Error| {
             Refusal::new("unavailable", format!("{}: the trial cannot be noted: {error}", path.display()))
         };
@@ -71,18 +72,36 @@ impl Trial {
     }
 
     /// Forgets a trial, with its overlays.
-    pub(crate) fn forget(daemon: &Daemon, name: &str) {
-        match std::fs::remove_dir_all(Trial::folder(daemon, name)) {
+    pub(crate) fn forget(daemon: &Daemon, file: &Path) {
+        match std::fs::remove_dir_all(Trial::folder(daemon, file)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!("what a trial of {name} left cannot be removed: {error}");
+                tracing::warn!("{}: what a trial left cannot be removed: {error}", file.display());
             }
             _ => {}
         }
     }
 
-    /// True if disks are half merged: they make sense only below their overlays.
+    /// True if blocks may be on their way to the disks.
     pub(crate) fn is_committing(&self) -> bool {
         self.committing
+    }
+
+    /// True if `spec` has the overlays: without them the disks are as they were before, or, after a
+    /// commit, have everything.
+    pub(crate) fn is_in(&self, spec: &Spec) -> bool {
+        self.disks.iter().any(|disk| spec.find(&cow(disk)).is_some())
+    }
+
+    /// An overlay that is gone: without it a new one would be made, and what was written would be lost.
+    pub(crate) fn missing(&self, daemon: &Daemon, file: &Path) -> Option<PathBuf> {
+        let folder = Trial::folder(daemon, file);
+        let mut overlays = self.disks.iter().map(|disk| folder.join(format!("{disk}.cow")));
+        overlays.find(|overlay| !overlay.exists())
+    }
+
+    /// True for the elements that a trial has put in: they are its own to call.
+    pub(crate) fn owns(&self, element: &str) -> bool {
+        self.disks.iter().any(|disk| cow(disk) == element)
     }
 }
 
@@ -156,7 +175,7 @@ impl Served {
         let built = rt::blocking(build).await;
         let disks = built.unwrap_or_else(|| Err(blockmason::Error::internal("an element panicked")));
         let disks = disks.map_err(|error| Refusal::in_graph(&error, &next))?;
-        let folder = Trial::folder(daemon, name);
+        let folder = Trial::folder(daemon, &self.path);
         let tried = covered(&next, &disks, &folder, name)?;
         let trial = Trial {
             version: VERSION,
@@ -165,8 +184,8 @@ impl Served {
             committing: false,
         };
         if !options.dry_run {
-            Trial::forget(daemon, name);
-            trial.write(daemon, name)?;
+            Trial::forget(daemon, &self.path);
+            trial.write(daemon, &self.path)?;
         }
         // The disks are not written: their heads have nothing to say yet.
         let how = ChangeOptions { force: true, sign: false, save: false, ..options.clone() };
@@ -174,7 +193,7 @@ impl Served {
         match &changed {
             Ok(view) if view.done => self.set_trial(Some(trial)),
             Ok(_) => {}
-            Err(_) => Trial::forget(daemon, name),
+            Err(_) => Trial::forget(daemon, &self.path),
         }
         changed
     }
@@ -189,21 +208,28 @@ impl Served {
         let Some(mut trial) = self.trial() else { return Err(self.not_on_trial()) };
         let name = self.live.name();
         let after = uncovered(&self.live.spec(), &trial.disks, name)?;
-        if !options.dry_run {
+        if !options.dry_run && trial.is_in(&self.live.spec()) {
             trial.committing = true;
-            trial.write(daemon, name)?;
+            trial.write(daemon, &self.path)?;
             self.set_trial(Some(trial.clone()));
             for disk in &trial.disks {
-                self.call(&cow(disk), "commit", "")?;
+                let begun = self.live.call(&cow(disk), "commit", "");
+                begun.map_err(|error| Refusal::of(&error))?;
             }
             for disk in &trial.disks {
                 self.merged(&cow(disk)).await?;
             }
         }
-        let changed = self.change(&saving, daemon, |_| Ok(after), options, false).await?;
+        // The file comes last: that it cannot be written does not keep the trial from ending.
+        let how = ChangeOptions { save: false, ..options.clone() };
+        let mut changed = self.change(&saving, daemon, |_| Ok(after), &how, false).await?;
         if changed.done {
             self.set_trial(None);
-            Trial::forget(daemon, name);
+            Trial::forget(daemon, &self.path);
+            if options.save {
+                self.write_file(&self.live.spec())?;
+                changed.differs_from_file = false;
+            }
         }
         Ok(changed)
     }
@@ -244,7 +270,7 @@ impl Served {
         let changed = self.change(&saving, daemon, |_| Ok(before), options, true).await?;
         if changed.done {
             self.set_trial(None);
-            Trial::forget(daemon, name);
+            Trial::forget(daemon, &self.path);
         }
         Ok(changed)
     }
