@@ -79,7 +79,12 @@ fn text(line: &Line) -> String {
     let element = if event.message.starts_with(&element) { "" } else { &element };
     let details: Vec<_> = event.fields.iter().map(|(key, value)| format!("{key} {value}")).collect();
     let details = if details.is_empty() { String::new() } else { format!(" ({})", details.join(", ")) };
+    // An event is a line; the others (how layouts differ, say) are in --json and were said to whoever asked.
+    let (message, more) = match event.message.split_once('\n') {
+        Some((first, _)) => (first, " ..."),
+        None => (event.message.as_str(), ""),
+    };
     let line =
-        format!("{} {} {} {element}{}{details}", Stamp(event.time), event.graph, event.kind, event.message);
+        format!("{} {} {} {element}{message}{more}{details}", Stamp(event.time), event.graph, event.kind);
     printable(&line) + "\n"
 }

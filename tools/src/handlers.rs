@@ -167,7 +167,8 @@ pub(crate) fn get(args: &GetArgs) -> Outcome {
     let mut out = String::new();
     for handler in handlers {
         let value = match (&handler.value, &handler.error) {
-            (Some(value), _) => printable(value),
+            // Several lines stand below one another, as `mason get ELEMENT.HANDLER` writes them.
+            (Some(value), _) => lines(value.trim_end()).replace('\n', &format!("\n{:width$}  ", "")),
             (None, error) => format!("({})", printable(error.as_deref().unwrap_or("unknown"))),
         };
         out += format!("{:width$}  {value}", name(handler)).trim_end();

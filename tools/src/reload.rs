@@ -76,6 +76,15 @@ pub(crate) struct ChangeArgs {
 }
 
 impl ChangeArgs {
+    /// An option that writes files which a trial leaves alone.
+    pub(crate) fn written_by(&self) -> Option<&'static str> {
+        match (self.save, self.sign) {
+            (true, _) => Some("--save"),
+            (_, true) => Some("--sign"),
+            _ => None,
+        }
+    }
+
     pub(crate) fn options(&self) -> ChangeOptions {
         ChangeOptions {
             dry_run: self.dry_run,

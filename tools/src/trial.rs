@@ -2,7 +2,7 @@
 
 use crate::control::client::{Client, path};
 use crate::control::find;
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::graphs::DefineArgs;
 use crate::output;
 use crate::reload::{ChangeArgs, read, summary};
@@ -63,8 +63,15 @@ pub(crate) struct DiscardArgs {
 }
 
 pub(crate) fn try_graph(args: &TryArgs) -> Outcome {
+    if let Some(option) = args.change.written_by() {
+        let sentence = format!("{option} is for what stays: give it to `mason commit`");
+        return Err(Failure::Usage(sentence));
+    }
     let (client, graph, request) = read(&args.file, &args.defines, &args.change)?;
     let view: ChangeView = client.post(&path(&["v1", "graphs", &graph.name, "try"]), &request)?;
+    // That it differs from its file is what a trial is; there is nothing to save before `mason commit`.
+    let differs_from_file = view.differs_from_file && args.change.json;
+    let view = ChangeView { differs_from_file, ..view };
     show(&args.change, &view)
 }
 

@@ -260,7 +260,9 @@ impl<'a> Draft<'a> {
     /// `probe` and `P (type probe)` as a statement.
     fn whole(&self, element: &str) -> String {
         let word = element.trim();
-        if describe::find(self.catalogue, word).is_some() {
+        // A single word is a type, known or not: then the message is about types.
+        let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
+        if !word.is_empty() && word.chars().all(is_name) {
             let plain: String = word.split(['_', '.']).map(capital).collect();
             let taken = |name: &str| self.elements.iter().any(|(other, _)| other == name);
             let numbered = (2..).map(|n| format!("{plain}{n}"));

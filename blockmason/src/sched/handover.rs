@@ -284,7 +284,13 @@ impl Step<'_> {
     /// What could not be flushed is a reason to keep the graph, unless it has failed: only another graph
     /// heals that.
     fn flush_or_fail(&self, flushed: Option<Result<()>>) -> Result<()> {
-        let late = || Err(Error::new(Kind::Busy, "what leaves the graph could not be flushed in time"));
+        let late = || {
+            let waited = self.change.deadline;
+            let message = format!(
+                "what leaves the graph was not flushed in {waited:?}; the graph has not been changed"
+            );
+            Err(Error::new(Kind::Busy, message))
+        };
         match flushed.unwrap_or_else(late) {
             Err(error) if self.before.is_failed() => {
                 tracing::warn!(graph = self.before.name(), "replaced without a flush: {error}");

@@ -82,14 +82,12 @@ impl Clients {
         let list = self.list();
         let broken: Vec<_> =
             list.clients.values().filter_map(|(promise, _)| broken(*promise, below)).collect();
-        match broken.as_slice() {
-            [] => Ok(()),
-            [reason] => Err(Error::new(Kind::Busy, format!("a client is connected that {reason}"))),
-            [reason, ..] => {
-                let message = format!("{} clients are connected, one of which {reason}", broken.len());
-                Err(Error::new(Kind::Busy, message))
-            }
-        }
+        let message = match broken.as_slice() {
+            [] => return Ok(()),
+            [reason] => format!("a client is connected that {reason}"),
+            [reason, ..] => format!("{} clients are connected, one of which {reason}", broken.len()),
+        };
+        Err(Error::new(Kind::Busy, format!("{message}; end it first, or send it away with --disconnect")))
     }
 
     /// Sends away those that cannot.
@@ -147,7 +145,8 @@ mod tests {
         let error = clients.can_live_with(Some(&read_only)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "a client is connected that may write, and the disk would be read-only"
+            "a client is connected that may write, and the disk would be read-only; end it first, or send it away \
+             with --disconnect"
         );
         clients.dismiss(Some(&read_only));
         assert!(!*reader.dismissed.borrow() && *writer.dismissed.borrow());

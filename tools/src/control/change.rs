@@ -135,6 +135,7 @@ impl Served {
     /// Replaces the graph file by the graph as it runs.
     pub(crate) async fn save(&self) -> Result<(), Refusal> {
         let _saving = self.saving.lock().await;
+        // The file would name overlays that go with the trial.
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
