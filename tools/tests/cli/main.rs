@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "the program under test lives by the real clock")]
 
 mod bench;
+mod changes;
 mod check;
 mod control;
 mod drain;
@@ -13,6 +14,7 @@ mod guest;
 mod handlers;
 mod harness;
 mod heads;
+mod live;
 mod load;
 mod metrics;
 mod refused;
