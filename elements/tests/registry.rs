@@ -215,6 +215,7 @@ fn graphs_of_overlays_check_and_serve() {
 #[test]
 fn graphs_that_need_no_client_check_and_serve() {
     run("faulty", include_str!("../../graphs/faulty.mason")).unwrap();
+    run("notify", include_str!("../../graphs/notify.mason")).unwrap();
     run("wal", include_str!("../../graphs/wal.mason")).unwrap();
     run("powerloss", include_str!("../../graphs/powerloss.mason")).unwrap();
 }

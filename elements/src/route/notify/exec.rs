@@ -46,16 +46,16 @@ impl Command {
             let wait = pin!(child.wait());
             let ended = async {
                 match select(wait, io.as_mut()).await {
-                    Either::Left((status, _)) => status,
-                    Either::Right((_, wait)) => wait.await,
+                    Either::Left((status, _)) => (status, false),
+                    Either::Right((_, wait)) => (wait.await, true),
                 }
             };
             let waited = rt::timeout(deadline, ended).await;
-            if waited.is_some() {
+            if let Some((_, false)) = waited {
                 // Late output is lost, the status is what counts.
                 let _ = rt::timeout(GRACE, io).await;
             }
-            waited
+            waited.map(|(status, _)| status)
         };
         let what = match waited {
             Some(Ok(status)) if status.success() => return Ok(()),

@@ -115,7 +115,7 @@ pub const TYPE: ElementType = ElementType {
           Requests never wait for any of this, which happens on a thread of its own. Four events are told at \
           a time; 64 wait. What comes while these wait, or beyond the rate, is counted, and the next one \
           that is told says so. Whatever fails is in the log and the handlers; it is no event itself. What \
-          waits when the daemon ends is lost, and a command that runs is killed.\n\n\
+          waits when the daemon ends is lost; a command that runs then may be killed.\n\n\
           `latency` and `errors` watch what passes here. An event comes once when the bound is passed, and once \
           when a window is below it again, with the details `quantity`, `state` (`above` or `below`), `value`, `bound` and \
           `window`. A window in which nothing was answered though all of it was waited for counts as above. \

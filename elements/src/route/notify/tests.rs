@@ -19,6 +19,14 @@ async fn serve(host: &Arc<Host>, notify: &str, below: &str) -> (TestDisk, Arc<dy
     (TestDisk::serve(host, graph).await, element)
 }
 
+/// A script in the folder, as the parameter that runs it. A shell reads it: a file that was just written
+/// may not be run while another test starts a process.
+fn script(folder: &std::path::Path, text: &str, argument: &str) -> String {
+    let path = folder.join("script");
+    std::fs::write(&path, text).unwrap();
+    format!("(exec /bin/sh {} {argument})", path.display())
+}
+
 fn notice(message: &str) -> Event {
     Event::new(EventKind::Notice, "test", message)
 }
@@ -31,10 +39,12 @@ fn fields(events: &mut Follower) -> Vec<String> {
 
 /// Real time: the test's own thread waits for what another one does.
 fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let since = rt::now();
+    // The clock of the runtime may stand still.
+    let since = rt::wall_clock();
     while !done() {
-        assert!(rt::now() - since < Duration::from_secs(30), "{what} does not happen");
-        std::thread::yield_now();
+        let waited = rt::wall_clock().duration_since(since).unwrap_or_default();
+        assert!(waited < Duration::from_secs(30), "{what} does not happen");
+        std::thread::park_timeout(Duration::from_millis(5));
     }
 }
 
@@ -116,8 +126,8 @@ fn what_is_over_the_rate_or_not_asked_for_is_not_told() {
     run(1, async |host| {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
-        let notify =
-            format!("(on notice) (exec /bin/sh -c 'cat >>\"$0\"' {}) (rate 2) (per 1m)", out.display());
+        let exec = script(folder.path(), "cat >>\"$1\"", &out.display().to_string());
+        let notify = format!("(on notice) {exec} (rate 2) (per 1m)");
         let (_disk, element) = serve(&host, &notify, "").await;
         for number in 0..5 {
             host.events().publish(notice(&format!("number {number}")));
@@ -144,8 +154,7 @@ fn what_is_over_the_rate_or_not_asked_for_is_not_told() {
 #[test]
 fn a_flood_neither_grows_nor_delays_anything() {
     run(1, async |host| {
-        let notify = "(exec /bin/sh -c 'read line; read forever </dev/zero') (rate 1000) (per 1s)";
-        let (disk, element) = serve(&host, notify, "").await;
+        let (disk, element) = serve(&host, "(exec sleep 60) (rate 1000) (per 1s)", "").await;
         let since = rt::now();
         for number in 0..10_000 {
             // An element for each, or the bus itself would hold them back.
@@ -194,9 +203,9 @@ fn a_test_is_told_and_failures_are_kept() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let host = Host::start(HostConfig { shards: 2, ..HostConfig::new(folder.path()) }).unwrap();
     runtime.block_on(async {
-        let text = "element N (type notify) (exec /bin/sh -c 'echo $MASON_MESSAGE; test $MASON_MESSAGE = fine') \
-                    element M (type mem) (size 1M) N -> M";
-        let graph = graph(&host, WITH_CLIENT, text, "N").unwrap();
+        let exec = script(folder.path(), "echo $MASON_MESSAGE; test $MASON_MESSAGE = fine", "");
+        let text = format!("element N (type notify) {exec} element M (type mem) (size 1M) N -> M");
+        let graph = graph(&host, WITH_CLIENT, &text, "N").unwrap();
         let element = graph.instances().find(|instance| instance.name == "N").unwrap().element.clone();
         assert!(element.call("test", "").is_err(), "it is not open");
         let disk = blockmason::sched::Disk::serve(&host, graph).await.unwrap();
@@ -227,7 +236,7 @@ fn what_makes_no_sense_is_refused() {
         ("(exec x) (rate 0)", "1 to 1000"),
         ("(exec x) (per 10ms)", "per: expected at least 1s"),
         ("(errors 5) (window 0s)", "window: expected"),
-        ("(exec '')", "no name"),
+        (r#"(exec "")"#, "no name"),
         ("(webhook https://a/)", "https"),
     ] {
         assert!(wrong(params).contains(part), "{params}: {}", wrong(params));

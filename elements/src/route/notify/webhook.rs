@@ -82,7 +82,8 @@ impl Webhook {
         let port = match authority.port() {
             _ if host.is_empty() => return Err(wrong("it names no server")),
             Some(port) => port.as_u16(),
-            None => 80,
+            None if authority.as_str() == authority.host() => 80,
+            None => return Err(wrong("a port is a number up to 65535")),
         };
         let path = parsed.path_and_query().map_or("/", |path| path.as_str());
         Ok(Webhook {
