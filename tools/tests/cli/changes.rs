@@ -86,7 +86,7 @@ fn edits_that_make_no_sense_change_nothing() {
         (&["disconnect", "Guest -> Disk"], "there is no such edge (from Guest lead: Guest -> Limit)"),
         (&["disconnect", "Guest -> Limit"], "no edge leaves port `out` of `Guest`"),
         (&["replace", "Disk", "(type file) (path gone.img)"], "gone.img: there is no such file"),
-        (&["add", "include other.mason"], "an edit includes no file"),
+        (&["add", "include \"other.mason\""], "an edit includes no file"),
         (&["remove", "Limit", "--graph", "nope"], "no graph nope is served; served: vm"),
         (&["save", "nope"], "no graph nope is served; served: vm"),
         (&["commit"], "vm is not being tried"),

@@ -58,7 +58,7 @@ impl Shell {
         let path = format!("{programs}:{}", std::env::var("PATH").unwrap());
         let mut command = home.command("bash", &["--norc"]);
         let errors = write.try_clone().unwrap();
-        command.env("PATH", path).stdin(Stdio::piped()).stdout(write).stderr(errors);
+        command.env("PATH", &path).stdin(Stdio::piped()).stdout(write).stderr(errors);
         // Whatever becomes of the test, what runs in the background ends with the shell.
         let mut child = command.spawn().unwrap();
         drop(command);
@@ -197,7 +197,7 @@ fn the_commands_of_the_readme_change_the_quickstart() {
     assert_eq!(commands.len(), 3);
     let home = Home::new();
     let daemon = home.run(&[repository().join("graphs/quickstart.mason").to_str().unwrap()], 1);
-    let path = Path::new(MASON).parent().unwrap();
+    let path = format!("{}:{}", Path::new(MASON).parent().unwrap().display(), std::env::var("PATH").unwrap());
     for command in commands {
         let output = home.command("sh", &["-c", command]).env("PATH", path).output().unwrap();
         assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
