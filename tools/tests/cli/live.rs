@@ -199,7 +199,7 @@ fn the_commands_of_the_readme_change_the_quickstart() {
     let daemon = home.run(&[repository().join("graphs/quickstart.mason").to_str().unwrap()], 1);
     let path = format!("{}:{}", Path::new(MASON).parent().unwrap().display(), std::env::var("PATH").unwrap());
     for command in commands {
-        let output = home.command("sh", &["-c", command]).env("PATH", path).output().unwrap();
+        let output = home.command("sh", &["-c", command]).env("PATH", &path).output().unwrap();
         assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     }
     assert_eq!(home.mason(&["get", "Limit.rate"]).done(), "20M/s\n");
