@@ -146,8 +146,7 @@ impl Left {
         let shown = file.path.display();
         let Some(left) = left else {
             if choice == Choice::Left {
-                let message = "nothing was left of it: it ran as its file says, or has not run";
-                return Err(Refusal::invalid(format!("{shown}: {message}; start it without `--as-left`")));
+                tracing::warn!("{shown}: nothing was left of it: it is served as its file says");
             }
             return Ok(file);
         };

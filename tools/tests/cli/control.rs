@@ -124,7 +124,10 @@ fn other_users_are_refused() {
     // Even where a careless administrator has opened the socket to all.
     open("c.sock", 0o666);
     let copy = home.path("copy");
-    std::fs::copy(MASON, &copy).unwrap();
+    // By another process: one that tests of other threads start could hold what we write open, and then
+    // it cannot be executed.
+    let copied = home.command("cp", &[MASON, copy.to_str().unwrap()]).status().unwrap();
+    assert!(copied.success());
     let mut command = home.command(&copy, &["status", "--control", "c.sock"]);
     let output = command.uid(65534).gid(65534).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
