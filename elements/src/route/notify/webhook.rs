@@ -203,10 +203,10 @@ mod tests {
                 .lines()
                 .find_map(|line| line.strip_prefix("content-length: "))
                 .map(|len| len.parse::<usize>().unwrap());
-            if let (Some(length), Some((_, body))) = (length, text.split_once("\r\n\r\n")) {
-                if body.len() >= length {
-                    return text;
-                }
+            if let (Some(length), Some((_, body))) = (length, text.split_once("\r\n\r\n"))
+                && body.len() >= length
+            {
+                return text;
             }
             let mut buffer = [0; 1000];
             let len = stream.read(&mut buffer).await.unwrap();
