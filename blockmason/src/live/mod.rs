@@ -50,7 +50,7 @@ pub struct Options {
     pub heads: Heads,
 }
 
-/// What the heads of volumes have to say to a graph; see [`heads`](crate::heads).
+/// What the heads of volumes have to say to a graph; see [`heads`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Heads {
     /// A volume is served through no other layout than its head names; new ones are signed.
