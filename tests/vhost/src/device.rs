@@ -88,6 +88,8 @@ pub struct Device {
     /// How it connects.
     pub wishes: Wishes,
     link: Option<Frontend>,
+    /// The connection's socket again, to see it end.
+    stream: Option<UnixStream>,
     features: u64,
     protocol: Protocol,
 }
@@ -102,7 +104,7 @@ impl Device {
         let vring = |place| Vring { place, kick: event(), call: event(), err: event() };
         let vrings = places.into_iter().map(vring).collect();
         let protocol = Protocol::empty();
-        Device { mem, vrings, inflight: None, wishes, link: None, features: 0, protocol }
+        Device { mem, vrings, inflight: None, wishes, link: None, stream: None, features: 0, protocol }
     }
 
     /// Connects and starts all queues.
@@ -119,6 +121,7 @@ impl Device {
         let patience = Some(crate::PATIENCE);
         stream.set_read_timeout(patience).unwrap();
         stream.set_write_timeout(patience).unwrap();
+        self.stream = Some(stream.try_clone().unwrap());
         let mut link = Frontend::from_stream(stream, self.vrings.len() as u64);
         let offered = link.get_features()?;
         let mut wanted = Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIG;
@@ -220,7 +223,17 @@ impl Device {
 
     /// Ends the connection without a word.
     pub fn disconnect(&mut self) {
-        self.link = None;
+        (self.link, self.stream) = (None, None);
+    }
+
+    /// Whether the back-end has closed the connection.
+    pub fn has_ended(&self) -> bool {
+        use rustix::net::{RecvFlags, recv};
+        let stream = self.stream.as_ref().expect("the device was connected");
+        match recv(stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((_, count)) => count == 0,
+            Err(error) => error != rustix::io::Errno::AGAIN,
+        }
     }
 
     /// The features that were agreed on.

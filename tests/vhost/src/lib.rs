@@ -2,11 +2,14 @@
 //! seeing what it does with rings and messages, good and bad.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
+pub mod blk;
 pub mod device;
 pub mod inflight;
 pub mod load;
 pub mod measure;
 pub mod memory;
+pub mod model;
+pub mod raw;
 pub mod ring;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

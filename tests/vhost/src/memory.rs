@@ -2,7 +2,6 @@
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, Ordering::Relaxed};
 use vhost::VhostUserMemoryRegionInfo;
@@ -82,8 +81,8 @@ impl Memory {
     }
 
     /// The memfd.
-    pub fn fd(&self) -> i32 {
-        self.file.as_raw_fd()
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Bytes of each region.

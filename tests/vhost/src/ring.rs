@@ -25,6 +25,19 @@ pub struct Part {
     pub write: bool,
 }
 
+/// An entry of the descriptor table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// A guest address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    pub flags: u16,
+    /// The entry that follows.
+    pub next: u16,
+}
+
 /// Where a ring lies, in guest addresses.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
@@ -79,6 +92,14 @@ impl Ring {
             told: Wrapping(0),
             seen: Wrapping(0),
         }
+    }
+
+    /// Lets all indices begin at `idx`, as after so many requests. Nothing may be out.
+    pub fn start_at(&mut self, idx: u16) {
+        assert_eq!(self.out(), 0);
+        (self.avail, self.told, self.seen) = (Wrapping(idx), Wrapping(idx), Wrapping(idx));
+        self.set_avail_idx(idx);
+        self.set_used_idx(idx);
     }
 
     /// Lays out a chain and makes it available. Returns its head; none when descriptors are lacking.
@@ -210,6 +231,13 @@ impl Ring {
         let at = self.place.used + 4 + 8 * u64::from(idx % self.place.size);
         self.mem.set(at, u32::from(head));
         self.mem.set(at + 4, written);
+    }
+
+    /// A descriptor.
+    pub fn descriptor(&self, ix: u16) -> Descriptor {
+        let at = self.place.desc + DESCRIPTOR * u64::from(ix);
+        let (addr, len) = (self.mem.get(at), self.mem.get(at + 8));
+        Descriptor { addr, len, flags: self.mem.get(at + 12), next: self.mem.get(at + 14) }
     }
 
     /// Overwrites a descriptor.
