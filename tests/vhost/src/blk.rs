@@ -159,7 +159,11 @@ impl Blk {
             head: mem.take(Half::Low, 32, 16),
             table: mem.take(Half::Low, DESCRIPTOR * PARTS, 16),
             // Both regions get data.
-            data: mem.take(if ix % 2 == 0 { Half::High } else { Half::Low }, shape.data.into(), 4096),
+            data: mem.take(
+                if ix.is_multiple_of(2) { Half::High } else { Half::Low },
+                shape.data.into(),
+                4096,
+            ),
         };
         let queue = |_| Queue {
             slots: (0..shape.depth).map(slot).collect(),

@@ -22,7 +22,7 @@ fn killed_at_any_instant() {
     // Soon all indices begin again at 0.
     blk.start_at(0xffe0);
     let mut load = Load::new(blk, BLOCKS, seed);
-    let (mut early, mut flying, begun) = (0, 0, now());
+    let (mut early, mut flying, mut locked, begun) = (0, 0, Duration::ZERO, now());
     for kill in 0..kills {
         daemon.start(sink(kill), 2);
         // Some die while the front-end still sends its messages, or while they replay.
@@ -30,6 +30,7 @@ fn killed_at_any_instant() {
         early += u64::from(!until_death(&mut load, &mut daemon, Duration::from_micros(instant)));
         daemon.kill();
         load.blk.device.disconnect();
+        locked = locked.max(daemon.image_is_free());
         flying += load.in_flight();
         load.check_image(&daemon.image());
     }
@@ -39,7 +40,7 @@ fn killed_at_any_instant() {
     load.check_all();
     assert_eq!(load.blk.in_flight(), 0);
     println!(
-        "crash: {kills} kills in {:?}, seed {seed}: {} requests, {} of them writes; {flying} in flight at a kill; {early} kills before all queues ran",
+        "crash: {kills} kills in {:?}, seed {seed}: {} requests, {} of them writes; {flying} in flight at a kill; {early} kills before all queues ran; the image was locked for {locked:?} at most",
         begun.elapsed(),
         load.completed,
         load.changes

@@ -185,7 +185,7 @@ const DEEDS: &[(&str, Wanted, Deed)] = &[
         let at = parts(blk, 0, 0);
         offer(blk, &[(at.head, 16, false)]);
     }),
-    ("a status alone", Wanted::Stops, |blk| {
+    ("a status alone", Wanted::Anything, |blk| {
         let at = parts(blk, 0, 0);
         offer(blk, &[(at.status, 1, true)]);
     }),
@@ -257,12 +257,28 @@ const DEEDS: &[(&str, Wanted, Deed)] = &[
         let at = parts(blk, 11, 0);
         offer(blk, &[(at.head, 16, false), (at.data, 8, false), (at.status, 1, true)]);
     }),
+    ("no range to discard", Wanted::Anything, |blk| {
+        let at = parts(blk, 11, 0);
+        offer(blk, &[(at.head, 16, false), (at.status, 1, true)]);
+    }),
+    ("a range of no sectors to zero", Wanted::Anything, |blk| {
+        let at = parts(blk, 13, 0);
+        offer(blk, &[(at.head, 16, false), (at.data, 16, false), (at.status, 1, true)]);
+    }),
+    ("a read of nothing", Wanted::Anything, |blk| {
+        let at = parts(blk, 0, 0);
+        offer(blk, &[(at.head, 16, false), (at.status, 1, true)]);
+    }),
+    ("a write of nothing", Wanted::Anything, |blk| {
+        let at = parts(blk, 1, SECTORS);
+        offer(blk, &[(at.head, 16, false), (at.status, 1, true)]);
+    }),
     ("many ranges to discard", Wanted::Fails, |blk| {
         let at = parts(blk, 11, 0);
-        offer(
-            blk,
-            &[(at.head, 16, false), (at.data, 8192, false), (HIGH, 1 << 20, false), (at.status, 1, true)],
-        );
+        let mut chain = vec![(at.head, 16, false)];
+        chain.extend([(at.data, 8192, false); 40]);
+        chain.push((at.status, 1, true));
+        offer(blk, &chain);
     }),
     ("a flag that discarding does not know", Wanted::Fails, |blk| {
         let at = parts(blk, 11, 0);

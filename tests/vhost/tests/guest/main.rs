@@ -10,9 +10,10 @@ mod libblkio;
 mod protocol;
 mod spec;
 
-use blockmason_tests::mason::{Mason, Start, until};
+use blockmason_tests::mason::{Mason, Start, now, until};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// Whether another server is tested than ours.
 fn is_peer() -> bool {
@@ -104,6 +105,16 @@ impl Daemon {
         let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
         until("the peer listens", || socket.exists());
         Running::Peer(child)
+    }
+
+    /// Waits until nobody has the image open. A process that was killed is gone before its last requests are: the
+    /// kernel carries these out, and keeps the image locked until they are done. Returns how long that took.
+    fn image_is_free(&self) -> Duration {
+        use rustix::fs::{FlockOperation::NonBlockingLockExclusive, flock};
+        let begun = now();
+        let Ok(image) = std::fs::File::open(self.home.path().join("disk.img")) else { return Duration::ZERO };
+        until("the image is free", || flock(&image, NonBlockingLockExclusive).is_ok());
+        begun.elapsed()
     }
 
     /// Ends it with SIGKILL.
