@@ -90,6 +90,11 @@ impl Inflight {
         Entry { inflight: self.get::<u8>(at) != 0, next: self.get(at + 6), counter: self.get(at + 8) }
     }
 
+    /// Whether a head is noted as in flight.
+    pub fn is_in_flight(&self, queue: usize, head: u16) -> bool {
+        self.get::<u8>(self.at(queue, head)) != 0
+    }
+
     /// Sets what is noted of a head.
     pub fn set_entry(&self, queue: usize, head: u16, entry: Entry) {
         let at = self.at(queue, head);

@@ -21,6 +21,8 @@ struct Dead {
     /// What was in flight when the daemon "died".
     waiting: BTreeSet<u16>,
     counter: u64,
+    /// What the next daemon is started on.
+    sink: Sink,
 }
 
 impl Dead {
@@ -40,7 +42,8 @@ impl Dead {
         blk.device.stop().unwrap();
         daemon.kill();
         blk.device.disconnect();
-        let dead = Dead { daemon, blk, queue, idx, waiting: BTreeSet::new(), counter: 1000 };
+        let dead =
+            Dead { daemon, blk, queue, idx, waiting: BTreeSet::new(), counter: 1000, sink: Sink::File(SIZE) };
         assert!(dead.inflight().heads(queue).is_empty(), "something is noted as in flight that is done");
         let header = dead.inflight().header(queue);
         assert_eq!((header.version, header.entries, header.used_idx), (1, 64, idx), "the notes' header");
@@ -100,9 +103,14 @@ impl Dead {
 
     /// The next daemon starts. All that waits is completed once, nothing else is, blocks hold these stamps, and the
     /// queue goes on.
-    fn revive(mut self, holds: &[(u64, u64)]) {
+    fn revive(self, holds: &[(u64, u64)]) {
+        self.revive_and(holds, || {});
+    }
+
+    /// As [`revive`](Self::revive); looks at something in the end.
+    fn revive_and(mut self, holds: &[(u64, u64)], look: impl Fn()) {
         let queue = self.queue;
-        self.daemon.start(Sink::File(SIZE), 2);
+        self.daemon.start(self.sink, 2);
         self.blk.connect(&self.daemon.socket()).unwrap();
         let waiting = std::mem::take(&mut self.waiting);
         let mut done = BTreeSet::new();
@@ -128,6 +136,7 @@ impl Dead {
         assert_eq!(self.blk.rings[queue].used_idx(), used, "the used index after everything");
         assert!(self.inflight().heads(queue).is_empty(), "something is noted as in flight that is done");
         self.daemon.stop();
+        look();
     }
 }
 
@@ -309,19 +318,34 @@ fn the_available_ring_has_gone_round() {
     });
 }
 
-/// What was taken first is carried out first: here each overwrites the one before, which no guest does, and with
-/// one at a time in flight below the export the last one stays.
+/// What was taken first goes first.
 #[test]
 fn in_the_order_in_which_they_were_taken() {
     on_both_queues(|mut dead| {
-        let mut heads: Vec<u16> = (10..20).map(|block| dead.offer(block, 5)).collect();
+        let mut heads: Vec<(u64, u16)> = (10..20).map(|block| (block, dead.offer(block, 5))).collect();
         // The order of heads says nothing, the counter does.
-        heads.reverse();
-        heads.iter().for_each(|head| dead.take(*head));
-        let noted = dead.inflight().heads(dead.queue);
-        assert_eq!(noted, heads);
-        dead.revive(&[(10, 5), (19, 5)]);
+        fastrand::Rng::with_seed(1).shuffle(&mut heads);
+        heads.iter().for_each(|(_, head)| dead.take(*head));
+        let order: Vec<u16> = heads.iter().map(|(_, head)| *head).collect();
+        assert_eq!(dead.inflight().heads(dead.queue), order);
+        let wanted: Vec<u64> = heads.iter().map(|(block, _)| block * BLOCK).collect();
+        dead.sink = Sink::Logged(SIZE);
+        let log = dead.daemon.home.path().join("requests.log");
+        dead.revive_and(&[(10, 5), (19, 5)], || {
+            let text = std::fs::read_to_string(&log).unwrap();
+            // Numbered as they come, logged as they are answered.
+            let mut lines: Vec<(u64, u64)> = text.lines().filter_map(write_of).collect();
+            lines.sort_unstable();
+            let found: Vec<u64> = lines.iter().map(|(_, offset)| *offset).take(10).collect();
+            assert_eq!(found, wanted, "{text}");
+        });
     });
+}
+
+/// The number and the offset of a write, from its line.
+fn write_of(line: &str) -> Option<(u64, u64)> {
+    let words: Vec<&str> = line.split(' ').collect();
+    (words[3] == "write").then(|| (words[1].parse().unwrap(), words[4].parse().unwrap()))
 }
 
 /// The guest has rebooted: new notes, an old index in the ring.

@@ -37,7 +37,11 @@ enum Sink {
     Null(u64),
     File(u64),
     Direct(u64),
+    /// A file, and `requests.log` says what reaches it.
+    Logged(u64),
 }
+
+const LOGGED: &str = "element Log (type debug_log) (logfile requests.log)\nGuest -> Log -> Disk";
 
 impl Daemon {
     /// A daemon that runs.
@@ -61,12 +65,13 @@ impl Daemon {
     fn mason(&self, sink: Sink, queues: usize) -> Running {
         let disk = match sink {
             Sink::Null(size) => format!("(type null) (size {size})"),
-            Sink::File(size) => format!("(type file) (path disk.img) (size {size})"),
+            Sink::File(size) | Sink::Logged(size) => format!("(type file) (path disk.img) (size {size})"),
             Sink::Direct(size) => format!("(type file) (path disk.img) (size {size}) (direct yes)"),
         };
         self.run(&format!(
             "element Guest (type vhost_user_blk) (listen unix:vm.sock) (queues {queues})\n\
-             element Disk {disk}\nGuest -> Disk\n"
+             element Disk {disk}\n{}\n",
+            if matches!(sink, Sink::Logged(_)) { LOGGED } else { "Guest -> Disk" }
         ))
     }
 
@@ -82,7 +87,7 @@ impl Daemon {
         let image = self.home.path().join("disk.img");
         let disk = match sink {
             Sink::Null(size) => format!("driver=null-co,node-name=d,size={size},read-zeroes=on"),
-            Sink::File(size) | Sink::Direct(size) => {
+            Sink::File(size) | Sink::Direct(size) | Sink::Logged(size) => {
                 let file = std::fs::OpenOptions::new().create(true).append(true).open(&image).unwrap();
                 file.set_len(size).unwrap();
                 let direct = if matches!(sink, Sink::Direct(_)) { "on" } else { "off" };

@@ -2,6 +2,7 @@
 //! connections.
 
 use crate::{Daemon, Sink};
+use blockmason_tests::mason::until;
 use blockmason_vhost_tests::blk::{Blk, OK, Request, Shape};
 use blockmason_vhost_tests::device::{USUAL, Wishes};
 use blockmason_vhost_tests::inflight::stride;
@@ -49,9 +50,12 @@ fn new_notes() {
 fn what_is_in_flight_is_noted() {
     let daemon = slow();
     let mut blk = Blk::connected(Shape { queues: 1, ..shape() }, &daemon.socket());
-    let heads: Vec<u16> = (0..8).map(|ix| blk.submit(0, Request::read(ix * 8, 4096))).collect();
+    let mut heads: Vec<u16> = (0..8).map(|ix| blk.prepare(0, Request::read(ix * 8, 4096))).collect();
+    // The order is not that of the descriptors.
+    heads.reverse();
+    heads.iter().for_each(|head| blk.rings[0].publish(*head));
     blk.kick(0);
-    blockmason_tests::mason::until("all are taken", || {
+    until("all are taken", || {
         blk.device.inflight.as_ref().unwrap().heads(0).len() == 8 || blk.rings[0].is_ready()
     });
     let notes = blk.device.inflight.as_ref().unwrap();
@@ -201,4 +205,44 @@ fn two_front_ends() {
         second = Blk::connected(shape(), &daemon.socket());
     }
     assert!(second.read(0, 4096) == contents(0, 300));
+}
+
+/// The notes change in an order that leaves no instant at which a death would lose a request or complete it twice:
+/// this side looks on while it happens. One request at a time, so it is known what must be where.
+#[test]
+fn notes_are_written_in_order() {
+    let daemon = Daemon::started(Sink::File(SIZE), 1);
+    let mut blk = Blk::connected(Shape { queues: 1, ..shape() }, &daemon.socket());
+    let (mut before, mut seen) = (None, 0_u32);
+    for count in 1..=10_000_u16 {
+        // Not the same head again: one with a table, and one without.
+        let request = Request::read(u64::from(count % 64) * 8, 4096).in_pieces(1 + usize::from(count % 2));
+        let head = blk.submit(0, request);
+        blk.kick(0);
+        let notes = blk.device.inflight.as_ref().unwrap();
+        let mut taken = false;
+        loop {
+            let flag = notes.is_in_flight(0, head);
+            let used = blk.rings[0].used_idx();
+            if flag {
+                taken = true;
+            } else if taken && used != count {
+                panic!("request {count} is noted as done, but the guest cannot see that yet");
+            }
+            if used == count {
+                break;
+            }
+        }
+        seen += u32::from(taken);
+        let header = notes.header(0);
+        assert_eq!(header.last_batch_head, head, "request {count} is used, but not in the list");
+        if let Some(before) = before {
+            assert_eq!(notes.entry(0, head).next, before, "what follows request {count} in the list");
+        }
+        until("it is noted as used", || notes.header(0).used_idx == count);
+        assert!(!notes.entry(0, head).inflight, "request {count} is noted as used and as in flight");
+        before = Some(head);
+        assert_eq!(blk.next(0).status, OK);
+    }
+    assert!(seen > 100, "only {seen} requests were seen in flight");
 }
