@@ -24,6 +24,7 @@ fn killed_at_any_instant() {
     let mut load = Load::new(blk, BLOCKS, seed);
     let (mut early, mut flying, mut locked, begun) = (0, 0, Duration::ZERO, now());
     for kill in 0..kills {
+        daemon.poll = if kill % 3 == 1 { "100us" } else { "0s" };
         daemon.start(sink(kill), 2);
         // Some die while the front-end still sends its messages, or while they replay.
         let instant = if kill % 4 == 3 { rng.u64(..3_000) } else { rng.u64(..40_000) };

@@ -1,7 +1,7 @@
 //! Front-ends that send nonsense. The connection ends or the message fails; the daemon goes on, keeps no descriptor
 //! of theirs, and serves its other guests all the while.
 
-use crate::hostile_rings::Two;
+use crate::two::Two;
 use blockmason_tests::mason::until;
 use blockmason_vhost_tests::blk::{Blk, Request, Shape};
 use blockmason_vhost_tests::inflight::{Entry, Header, Inflight, stride};
@@ -286,15 +286,21 @@ fn garbage() {
     two.finish();
 }
 
-/// A front-end that says nothing, or half of something, holds nobody up.
+/// Front-ends that say half of something, or nothing, and stay, hold nobody up.
 #[test]
-fn a_front_end_that_stops_speaking() {
+fn front_ends_that_stop_speaking() {
     let two = Two::new();
-    let silent = Raw::connect(&two.socket());
-    silent.bytes(&[1, 0, 0, 0, 1, 0], &[]);
-    // The bystander goes on; the export itself may serve one front-end at a time.
-    drop(silent);
+    let silent: Vec<Raw> = (0..8)
+        .map(|ix| {
+            let raw =
+                if ix % 2 == 0 { Raw::connect(&two.socket()) } else { Raw::greeted(&two.socket(), PROTOCOL) };
+            raw.bytes(&[1, 0, 0, 0, 1, 0][..ix % 7], &[]);
+            raw
+        })
+        .collect();
     two.is_well("half a message");
+    drop(silent);
+    two.is_well("half a message, and the end");
     two.finish();
 }
 

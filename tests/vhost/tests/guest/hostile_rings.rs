@@ -1,92 +1,12 @@
 //! Guests that write nonsense into their rings. A request gets an error, or the queue stops, or the connection ends,
 //! with a line in the log; the daemon goes on, and so do its other guests.
 
-use crate::{Daemon, Running};
+use crate::two::{SECTORS, Two};
 use blockmason_tests::mason::until;
 use blockmason_vhost_tests::blk::{Blk, IOERR, OK, Request, Shape, UNSUPP};
 use blockmason_vhost_tests::device::{USUAL, Wishes};
 use blockmason_vhost_tests::memory::{HIGH, Half, LOW};
-use blockmason_vhost_tests::model::{BLOCK, contents};
 use blockmason_vhost_tests::ring::{DESCRIPTOR, INDIRECT, NEXT, Part, WRITE};
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-
-/// Sectors of the disks.
-const SECTORS: u64 = 8192;
-
-/// A daemon with an export for guests with bad manners, and one for a guest that works all the time.
-pub(crate) struct Two {
-    pub(crate) daemon: Daemon,
-    bystander: Option<(Arc<AtomicBool>, JoinHandle<u64>)>,
-}
-
-impl Two {
-    pub(crate) fn new() -> Two {
-        let mut daemon = Daemon::new();
-        let bytes = SECTORS * 512;
-        let running = daemon.run(&format!(
-            "element Evil (type vhost_user_blk) (listen unix:vm.sock) (queues 2)\n\
-             element Good (type vhost_user_blk) (listen unix:good.sock) (queues 1)\n\
-             element One (type file) (path disk.img) (size {bytes})\n\
-             element Two (type file) (path good.img) (size {bytes})\n\
-             Evil -> One\nGood -> Two\n"
-        ));
-        let Running::Mason(mut mason) = running else { unreachable!() };
-        // The second export's.
-        mason.line();
-        daemon.running = Some(Running::Mason(mason));
-        let good = crate::socket_in(daemon.home.path(), "good.sock");
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || work(good, &stopped));
-        Two { daemon, bystander: Some((stop, thread)) }
-    }
-
-    /// The bad guest's export.
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.daemon.socket()
-    }
-
-    /// Serves a guest with good manners through the same export, and has said nothing about a panic.
-    pub(crate) fn is_well(&self, after: &str) {
-        assert!(self.daemon.is_alive(), "{after}: the daemon is dead\n{}", self.daemon.log());
-        let mut blk = Blk::new(Shape::default());
-        let connected = blk.connect(&self.socket());
-        assert!(connected.is_ok(), "{after}: no guest can connect any more: {connected:?}");
-        let data = contents(7, 77);
-        blk.write(56, &data);
-        assert!(blk.read(56, BLOCK as u32) == data, "{after}: a guest reads something else");
-        let log = self.daemon.log();
-        assert!(!log.contains("panicked"), "{after}: {log}");
-        assert!(!self.bystander.as_ref().unwrap().1.is_finished(), "{after}: the other guest has failed");
-    }
-
-    pub(crate) fn finish(mut self) {
-        let (stop, thread) = self.bystander.take().unwrap();
-        stop.store(true, Ordering::Relaxed);
-        match thread.join() {
-            Ok(requests) => assert!(requests > 0, "the other guest was never served"),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-        self.daemon.stop();
-    }
-}
-
-/// The other guest. Returns how many requests it made.
-fn work(socket: PathBuf, stop: &AtomicBool) -> u64 {
-    let mut blk = Blk::connected(Shape::default(), &socket);
-    let mut count = 0;
-    while !stop.load(Ordering::Relaxed) {
-        count += 1;
-        let block = count % 512;
-        let data = contents(block, count);
-        blk.write(block * 8, &data);
-        assert!(blk.read(block * 8, BLOCK as u32) == data, "the other guest reads something else");
-    }
-    count
-}
 
 /// What a daemon may make of nonsense.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -102,13 +22,13 @@ enum Wanted {
 type Deed = fn(&mut Blk);
 
 /// Parts of a plain request at fixed places.
-struct Parts {
-    head: u64,
-    data: u64,
-    status: u64,
+pub(crate) struct Parts {
+    pub(crate) head: u64,
+    pub(crate) data: u64,
+    pub(crate) status: u64,
 }
 
-fn parts(blk: &Blk, kind: u32, sector: u64) -> Parts {
+pub(crate) fn parts(blk: &Blk, kind: u32, sector: u64) -> Parts {
     let mem = &blk.device.mem;
     let head = mem.take(Half::Low, 32, 16);
     let data = mem.take(Half::High, 8192, 4096);
@@ -118,7 +38,8 @@ fn parts(blk: &Blk, kind: u32, sector: u64) -> Parts {
     Parts { head, data, status: head + 16 }
 }
 
-fn offer(blk: &mut Blk, chain: &[(u64, u32, bool)]) {
+/// Makes a chain available.
+pub(crate) fn offer(blk: &mut Blk, chain: &[(u64, u32, bool)]) {
     let chain: Vec<Part> = chain.iter().map(|&(addr, len, write)| Part { addr, len, write }).collect();
     blk.rings[0].offer(&chain).unwrap();
 }
@@ -166,7 +87,7 @@ const DEEDS: &[(&str, Wanted, Deed)] = &[
     ("data at the end of everything", Wanted::Anything, |blk| read_into(blk, u64::MAX - 511, 512)),
     ("data that goes round", Wanted::Anything, |blk| read_into(blk, u64::MAX - 100, 4096)),
     ("data of 4 GiB", Wanted::Anything, |blk| read_into(blk, HIGH, u32::MAX)),
-    ("data of 1 GiB in few pages", Wanted::Anything, |blk| {
+    ("data of 100 MiB in few pages", Wanted::Anything, |blk| {
         let at = parts(blk, 0, 0);
         let mut chain = vec![(at.head, 16, false)];
         chain.extend(vec![(HIGH, 1 << 20, true); 100]);
@@ -359,7 +280,8 @@ fn a_table_that_was_not_agreed_on() {
 
 fn check(two: &Two, what: &str, wanted: Wanted, deed: Deed, features: u64) {
     let lines = || two.daemon.log().lines().count();
-    let shape = Shape { data: 8192, wishes: Wishes { features, ..Wishes::default() }, ..Shape::default() };
+    let shape =
+        Shape { data: 128 << 10, wishes: Wishes { features, ..Wishes::default() }, ..Shape::default() };
     let mut blk = Blk::connected(shape, &two.socket());
     let before = lines();
     deed(&mut blk);
@@ -403,97 +325,4 @@ fn reaction(blk: &Blk, said: bool) -> Option<Wanted> {
     }
     let broken = blk.device.vrings[0].err.read().is_ok();
     (broken || said || blk.device.has_ended()).then_some(Wanted::Stops)
-}
-
-/// A guest that changes descriptors while they are read: what was checked must be what is used.
-#[test]
-fn a_ring_that_changes_while_it_is_read() {
-    let two = Two::new();
-    let stop = AtomicBool::new(false);
-    let mut rng = fastrand::Rng::with_seed(1);
-    for _ in 0..20 {
-        let mut blk = Blk::connected(Shape { data: 8192, ..Shape::default() }, &two.socket());
-        let (place, mem) = (blk.rings[0].place, blk.device.mem.clone());
-        let at = parts(&blk, 0, 0);
-        std::thread::scope(|scope| {
-            stop.store(false, Ordering::Relaxed);
-            scope.spawn(|| flip(&mem, place.desc, &at, &stop));
-            for _ in 0..300 {
-                for _ in 0..rng.u16(1..8) {
-                    blk.rings[0].publish(0);
-                }
-                blk.device.kick_all();
-                std::thread::yield_now();
-            }
-            stop.store(true, Ordering::Relaxed);
-        });
-        blk.device.disconnect();
-    }
-    two.is_well("flipping descriptors");
-    two.finish();
-}
-
-/// Turns a good chain into bad ones and back.
-fn flip(mem: &blockmason_vhost_tests::memory::Memory, desc: u64, at: &Parts, stop: &AtomicBool) {
-    let mut rng = fastrand::Rng::with_seed(2);
-    let put = |ix: u64, addr: u64, len: u32, flags: u16, next: u16| {
-        mem.set(desc + DESCRIPTOR * ix, addr);
-        mem.set(desc + DESCRIPTOR * ix + 8, len);
-        mem.set(desc + DESCRIPTOR * ix + 12, flags);
-        mem.set(desc + DESCRIPTOR * ix + 14, next);
-    };
-    while !stop.load(Ordering::Relaxed) {
-        put(0, at.head, 16, NEXT, 1);
-        put(1, at.data, 4096, NEXT | WRITE, 2);
-        put(2, at.status, 1, WRITE, 0);
-        match rng.u32(..6) {
-            0 => put(1, u64::MAX - 10, 4096, NEXT | WRITE, 2),
-            1 => put(1, at.data, u32::MAX, NEXT | WRITE, 2),
-            2 => put(0, at.head, 16, NEXT, 0),
-            3 => put(0, at.data, 4096, INDIRECT, 0),
-            4 => put(2, 3, 1, WRITE, 0),
-            _ => put(1, at.data, 4096, NEXT | WRITE, 0xfff0),
-        }
-    }
-}
-
-/// Memory that can be cut off under the daemon, and is.
-#[test]
-fn memory_that_shrinks() {
-    let two = Two::new();
-    for round in 0..5 {
-        let mut blk =
-            Blk::new(Shape { sealed: false, depth: 64, size: 256, data: 65536, ..Shape::default() });
-        if blk.connect(&two.socket()).is_err() {
-            // Not taking such memory is an answer, too.
-            two.is_well("memory that is not sealed");
-            continue;
-        }
-        // Only what lies in the region that stays is looked at afterwards.
-        for request in 0..64 {
-            if request == 32 + round {
-                blk.device.mem.shrink();
-            }
-            let at = parts_low(&blk, request % 2);
-            let write = request % 2 == 0;
-            offer(&mut blk, &[(at.head, 16, false), (HIGH + 4096, 65536, write), (at.status, 1, true)]);
-            blk.device.kick_all();
-        }
-        // It is answered, or the connection ends; a daemon that is dead or hangs does neither.
-        until("the daemon has seen the memory go", || {
-            blk.device.has_ended() || blk.rings[0].used_idx() == 64 || blk.device.vrings[0].err.read().is_ok()
-        });
-        blk.device.disconnect();
-        two.is_well("memory that shrinks");
-    }
-    two.finish();
-}
-
-/// A header and a status in the lower region.
-fn parts_low(blk: &Blk, kind: u32) -> Parts {
-    let head = blk.device.mem.take(Half::Low, 32, 16);
-    blk.device.mem.set(head, u64::from(kind));
-    blk.device.mem.set(head + 8, 0_u64);
-    blk.device.mem.set(head + 16, 0xff_u8);
-    Parts { head, data: 0, status: head + 16 }
 }

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
 mod crash;
+mod hostile_memory;
 mod hostile_messages;
 mod hostile_rings;
 mod killpoints;
 mod libblkio;
 mod protocol;
 mod spec;
+mod two;
 
 use blockmason_tests::mason::{Mason, Start, now, until};
 use std::path::{Path, PathBuf};
@@ -24,6 +26,8 @@ fn is_peer() -> bool {
 struct Daemon {
     home: tempfile::TempDir,
     running: Option<Running>,
+    /// How long its idle queues look for requests.
+    poll: &'static str,
 }
 
 enum Running {
@@ -53,7 +57,7 @@ impl Daemon {
 
     /// A folder for a daemon.
     fn new() -> Daemon {
-        Daemon { home: tempfile::tempdir().unwrap(), running: None }
+        Daemon { home: tempfile::tempdir().unwrap(), running: None, poll: "0s" }
     }
 
     /// Starts it, for the first time or again.
@@ -69,8 +73,9 @@ impl Daemon {
             Sink::Direct(size) => format!("(type file) (path disk.img) (size {size}) (direct yes)"),
         };
         self.run(&format!(
-            "element Guest (type vhost_user_blk) (listen unix:vm.sock) (queues {queues})\n\
+            "element Guest (type vhost_user_blk) (listen unix:vm.sock) (queues {queues}) (poll {})\n\
              element Disk {disk}\n{}\n",
+            self.poll,
             if matches!(sink, Sink::Logged(_)) { LOGGED } else { "Guest -> Disk" }
         ))
     }
@@ -108,7 +113,8 @@ impl Daemon {
         let mut command = Command::new("qemu-storage-daemon");
         command.args(["--blockdev", &disk, "--export", &export]);
         let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
-        until("the peer listens", || socket.exists());
+        // The socket is there before it listens.
+        until("the peer listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
         Running::Peer(child)
     }
 

@@ -7,7 +7,6 @@ use blockmason_vhost_tests::blk::{Blk, OK, Request, Shape};
 use blockmason_vhost_tests::device::{USUAL, Wishes};
 use blockmason_vhost_tests::inflight::stride;
 use blockmason_vhost_tests::model::{BLOCK, Load, contents};
-use std::time::Duration;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -65,6 +64,29 @@ fn what_is_in_flight_is_noted() {
     let notes = blk.device.inflight.as_ref().unwrap();
     assert!(notes.heads(0).is_empty());
     assert_eq!(notes.header(0).used_idx, 8);
+}
+
+/// Memory that the front-end takes back is given back when nothing of it is in use.
+#[test]
+fn memory_that_is_taken_back() {
+    for slots in [false, true] {
+        let daemon = slow();
+        let wishes = Wishes { slots, ..Wishes::default() };
+        let mut blk = Blk::connected(Shape { queues: 1, wishes, ..shape() }, &daemon.socket());
+        for ix in 0..4 {
+            blk.submit(0, Request::read(ix * 8, 4096));
+        }
+        blk.kick(0);
+        until("all are taken", || blk.device.inflight.as_ref().unwrap().heads(0).len() == 4);
+        let (mut link, regions) = (blk.device.link(), blk.device.mem.regions());
+        if slots {
+            link.remove_mem_region(&regions[1]).unwrap();
+        } else {
+            link.set_mem_table(&regions[..1]).unwrap();
+        }
+        assert_eq!(blk.rings[0].used_idx(), 4, "memory is given back with requests in flight");
+        (0..4).for_each(|_| assert_eq!(blk.next(0).status, OK));
+    }
 }
 
 /// An export whose requests take a while.
@@ -197,7 +219,6 @@ fn two_front_ends() {
         first.write(0, &contents(0, stamp));
         assert!(first.read(0, 4096) == contents(0, stamp));
     }
-    blockmason_tests::mason::pause(Duration::from_millis(50));
     first.write(0, &contents(0, 300));
     first.device.disconnect();
     let (mut second, connected) = waiting.join().unwrap();
