@@ -62,12 +62,20 @@ impl Departing {
         self.live.spec()
     }
 
+    /// Flushes while requests go on, so that the pause is shorter.
+    ///
+    /// # Errors
+    /// It cannot be flushed.
+    pub async fn flush(&self, deadline: Duration) -> Result<()> {
+        self.live.disk.flush_before_leaving(deadline).await
+    }
+
     /// Closes the gate. The graph must stay unchanged until the handover is over.
     ///
     /// # Errors
-    /// It has been stopped, or cannot be flushed.
-    pub async fn close_gate(&self, deadline: Duration) -> Result<Leaving> {
-        self.live.disk.leave(deadline).await
+    /// It has been stopped.
+    pub async fn close_gate(&self) -> Result<Leaving> {
+        self.live.disk.leave().await
     }
 }
 

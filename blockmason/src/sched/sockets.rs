@@ -62,6 +62,19 @@ impl Sockets {
         self.hold.send_replace(false);
     }
 
+    /// Accepts by `accept`, but while the sockets are held.
+    pub async fn accept<T>(&self, accept: impl Future<Output = T>) -> T {
+        let mut accept = std::pin::pin!(accept);
+        loop {
+            self.released().await;
+            tokio::select! {
+                biased;
+                () = self.held() => {}
+                accepted = &mut accept => return accepted,
+            }
+        }
+    }
+
     /// Waits until nobody may accept.
     pub async fn held(&self) {
         // The sender is ours: it does not go.

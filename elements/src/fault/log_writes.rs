@@ -297,7 +297,9 @@ impl Element for LogWrites {
     }
 
     fn may_hand_over(&self) -> Result<()> {
-        Err(Error::unsupported("another process would begin the log anew: take the element out of the graph first"))
+        Err(Error::unsupported(
+            "another process would begin the log anew: take the element out of the graph first",
+        ))
     }
 
     fn submit<'a>(&'a self, mut req: Request, cx: Cx<'a>) -> Flow<'a> {

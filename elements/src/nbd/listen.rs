@@ -487,7 +487,7 @@ async fn accept_unix(
     let broken = |error| Error::io(error, "the listener failed");
     let socket = tokio::net::UnixListener::from_std(socket).map_err(broken)?;
     loop {
-        match admitted(host, socket.accept()).await.and_then(|(client, _)| client.into_std()) {
+        match host.sockets().accept(socket.accept()).await.and_then(|(client, _)| client.into_std()) {
             Ok(client) => start(host, listener, move || tokio::net::UnixStream::from_std(client))?,
             Err(error) => pause(&error).await,
         }
@@ -498,26 +498,13 @@ async fn accept_tcp(socket: std::net::TcpListener, host: &Arc<Host>, listener: &
     let broken = |error| Error::io(error, "the listener failed");
     let socket = tokio::net::TcpListener::from_std(socket).map_err(broken)?;
     loop {
-        match admitted(host, socket.accept()).await.and_then(|(client, _)| client.into_std()) {
+        match host.sockets().accept(socket.accept()).await.and_then(|(client, _)| client.into_std()) {
             Ok(client) => {
                 // Replies are written in whole turns; waiting to fill a packet only adds latency.
                 let _ = client.set_nodelay(true);
                 start(host, listener, move || tokio::net::TcpStream::from_std(client))?;
             }
             Err(error) => pause(&error).await,
-        }
-    }
-}
-
-/// Accepts; while the sockets are held, somebody else may.
-async fn admitted<T>(host: &Host, accept: impl Future<Output = T>) -> T {
-    let mut accept = std::pin::pin!(accept);
-    loop {
-        host.sockets().released().await;
-        tokio::select! {
-            biased;
-            () = host.sockets().held() => {}
-            accepted = &mut accept => return accepted,
         }
     }
 }

@@ -109,7 +109,11 @@ impl FileDisk {
 
 fn open_image(params: &Params, graph: &str) -> Result<(Arc<Image>, Geometry, FileOptions)> {
     let path = &params.path.0;
-    let image = Registry::of_process().open(path, Access { write: !params.readonly, direct: params.direct }, graph)?;
+    let image = Registry::of_process().open(
+        path,
+        Access { write: !params.readonly, direct: params.direct },
+        graph,
+    )?;
     let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
     let stat = rustix::fs::fstat(image.file()).map_err(|e| refused(e, "it cannot be looked at"))?;
     let (size, device) = match FileType::from_raw_mode(stat.st_mode) {
@@ -249,7 +253,10 @@ mod tests {
             assert_eq!(second.read(0, 1).await.unwrap(), b"x");
             let path = folder.path().join("disk.img");
             for write in [true, false] {
-                let error = Registry::of_process().open(&path, Access { write, direct: false }, "other").err().unwrap();
+                let error = Registry::of_process()
+                    .open(&path, Access { write, direct: false }, "other")
+                    .err()
+                    .unwrap();
                 assert_eq!(error.kind(), Kind::Busy);
                 assert!(error.to_string().ends_with("the graph test has it open"), "{error}");
             }

@@ -31,16 +31,18 @@ pub struct Carried {
 pub struct Claims(Vec<Arc<Image>>);
 
 impl Claims {
-    /// Gives up what nobody has asked for.
+    /// A graph has taken what is its own.
     ///
     /// # Errors
-    /// There is such an image: its path leads to another file by now, which would be served instead.
-    pub fn settle(self) -> Result<()> {
+    /// An image is left: its path leads to another file by now, which would be served instead.
+    pub fn settle(&self, holder: &str) -> Result<()> {
         // The registry knows it weakly; one is ours.
-        match self.0.iter().find(|image| Arc::strong_count(image) == 1) {
+        let left = |image: &&Arc<Image>| image.holder == holder && Arc::strong_count(image) == 1;
+        match self.0.iter().find(left) {
             None => Ok(()),
             Some(image) => {
-                let message = "it is open, and its path leads to another file by now, or to none: put it back";
+                let message =
+                    "it is open, and its path leads to another file by now, or to none: put it back";
                 Err(Error::new(Kind::Busy, message).with_path(&image.path))
             }
         }
@@ -146,8 +148,8 @@ mod tests {
         let claims = new.expect(old.carry().unwrap()).unwrap();
         assert!(new.open(&path, access, "other").is_err(), "it is another graph's");
         let taken = new.open(&path, access, "vm").unwrap();
-        claims.settle().unwrap();
-        drop(image);
+        claims.settle("vm").unwrap();
+        drop((claims, image));
         assert!(locked(&path) && taken.has_failed());
         drop(taken);
         assert!(!locked(&path));
@@ -165,7 +167,7 @@ mod tests {
         std::fs::write(folder.path().join("b.img"), "new").unwrap();
         std::fs::rename(folder.path().join("b.img"), &path).unwrap();
         let _other = new.open(&path, access, "vm").unwrap();
-        let error = claims.settle().unwrap_err().to_string();
+        let error = claims.settle("vm").unwrap_err().to_string();
         assert!(error.contains("another file") && error.contains("a.img"), "{error}");
     }
 }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
+use tokio::time::Instant;
 
 impl Disk {
     /// Whether the graph can be handed over to another process.
@@ -29,20 +30,27 @@ impl Disk {
         })
     }
 
+    /// Flushes while requests go on, so that less is left to flush behind the gate.
+    ///
+    /// # Errors
+    /// The flush has failed, or has not ended in time.
+    pub async fn flush_before_leaving(&self, deadline: Duration) -> Result<()> {
+        let graph = self.graph();
+        flushed(&graph, crate::rt::timeout(deadline, self.flush(&graph)).await)
+    }
+
     /// Closes the gate, so that another process can take over. What is in flight goes on.
     ///
     /// # Errors
     /// The disk has been stopped.
-    pub async fn leave(self: &Arc<Self>, deadline: Duration) -> Result<Leaving> {
+    pub async fn leave(self: &Arc<Self>) -> Result<Leaving> {
         let past = self.changing.clone().lock_owned().await;
         if past.stopped {
             return Err(Error::new(Kind::Unavailable, "the disk has been stopped"));
         }
         let graph = self.graph();
-        // Most of what has to be flushed is flushed while requests go on.
-        flushed(&graph, crate::rt::timeout(deadline, self.flush(&graph)).await)?;
         self.gated.fetch_add(1, Ordering::Relaxed);
-        let leaving = Leaving { disk: self.clone(), graph, past };
+        let leaving = Leaving { disk: self.clone(), graph, past, since: crate::rt::now() };
         match self.admit_into(None).await {
             Ok(()) => {
                 leaving.graph.announce_closing();
@@ -81,6 +89,8 @@ pub struct Leaving {
     disk: Arc<Disk>,
     graph: Arc<Graph>,
     past: OwnedMutexGuard<Past>,
+    /// When the gate was closed.
+    pub since: Instant,
 }
 
 impl Leaving {
@@ -160,7 +170,8 @@ impl Leaving {
 /// A flush that failed is a reason to stay, unless that is known already: it goes along then, and only another
 /// graph heals a graph that has failed.
 fn flushed(graph: &Graph, result: Option<Result<()>>) -> Result<()> {
-    let late = || Err(Error::new(Kind::Busy, "a flush has not ended in time; the program has not been replaced"));
+    let late =
+        || Err(Error::new(Kind::Busy, "a flush has not ended in time; the program has not been replaced"));
     match result.unwrap_or_else(late) {
         Err(error) if graph.is_failed() || Registry::of_process().has_failed() => {
             tracing::warn!(graph = graph.name(), "handed over without a flush: {error}");
@@ -186,10 +197,13 @@ impl Entering {
     /// There is no such element, or it cannot go on from there.
     pub async fn take_over(&self, element: &str, luggage: Luggage) -> Result<()> {
         let Some(instance) = self.graph.instances().find(|instance| instance.name == element) else {
-            return Err(Error::invalid("it has luggage, and the graph has no such element").in_element(element));
+            return Err(
+                Error::invalid("it has luggage, and the graph has no such element").in_element(element)
+            );
         };
         let open = Open { host: &self.disk.host, disk: &self.disk, name: &instance.name };
-        let asked = AssertUnwindSafe(async { instance.element.take_over(luggage, &open).await }).catch_unwind();
+        let asked =
+            AssertUnwindSafe(async { instance.element.take_over(luggage, &open).await }).catch_unwind();
         let taken = asked.await.unwrap_or_else(|_| Err(Error::internal("the element panicked")));
         taken.map_err(|error| error.in_element(element))
     }

@@ -174,7 +174,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let (mut received, mut unsent) = (Vec::new(), Vec::new());
         if carried.received + carried.unsent > 0 {
-            let mut file = bytes.map(File::from).ok_or_else(|| damaged("bytes on their way, and none are here"))?;
+            let mut file =
+                bytes.map(File::from).ok_or_else(|| damaged("bytes on their way, and none are here"))?;
             file.rewind().map_err(lost)?;
             // Memory follows what is there, not what was announced.
             let mut take = |count, to: &mut Vec<u8>| (&mut file).take(count).read_to_end(to).map_err(lost);

@@ -143,7 +143,12 @@ impl Receiver {
     ///
     /// # Errors
     /// It contradicts itself.
-    pub(super) fn resume(&mut self, bytes: Vec<u8>, draining: Option<Draining>, extended: bool) -> Result<()> {
+    pub(super) fn resume(
+        &mut self,
+        bytes: Vec<u8>,
+        draining: Option<Draining>,
+        extended: bool,
+    ) -> Result<()> {
         if !bytes.is_empty() {
             self.inherited = Some((bytes, 0));
         }
@@ -302,7 +307,8 @@ impl Receiver {
                 self.start += n;
             } else {
                 let mut target = ReadBuf::new(&mut piece[*filled..]);
-                if let Err(error) = ready!(poll_read(&mut self.inherited, socket.as_mut(), &mut target, task)) {
+                if let Err(error) = ready!(poll_read(&mut self.inherited, socket.as_mut(), &mut target, task))
+                {
                     return Poll::Ready(Received::Broken(error.to_string()));
                 }
                 n = target.filled().len();
