@@ -143,8 +143,16 @@ struct Packed {
 /// The clients of this shard that are being served.
 #[derive(Default)]
 struct Presence {
-    list: RefCell<Vec<(u64, Arc<Clients>, Rc<dyn Portable>)>>,
+    list: RefCell<Vec<Known>>,
     next: Cell<u64>,
+}
+
+/// One of them.
+struct Known {
+    number: u64,
+    /// Those of its export.
+    clients: Arc<Clients>,
+    connection: Rc<dyn Portable>,
 }
 
 /// A client that is being served, until this is dropped.
@@ -159,7 +167,7 @@ impl Present {
         let number = presence.as_ref().map_or(0, |presence| {
             let number = presence.next.get();
             presence.next.set(number + 1);
-            presence.list.borrow_mut().push((number, clients, connection));
+            presence.list.borrow_mut().push(Known { number, clients, connection });
             number
         });
         Present { presence, number }
@@ -169,7 +177,7 @@ impl Present {
 impl Drop for Present {
     fn drop(&mut self) {
         if let Some(presence) = &self.presence {
-            presence.list.borrow_mut().retain(|(number, ..)| *number != self.number);
+            presence.list.borrow_mut().retain(|known| known.number != self.number);
         }
     }
 }
@@ -196,8 +204,8 @@ pub(crate) async fn hand_over(host: &Host, clients: &Arc<Clients>) -> Result<Lug
     host.on_every(move |shard| {
         let presence = shard.local(0, Presence::default);
         let list = presence.list.borrow();
-        let own = list.iter().filter(|(_, clients, _)| Arc::ptr_eq(clients, &whose));
-        let packed = own.filter_map(|(_, _, connection)| connection.carry().transpose());
+        let own = list.iter().filter(|known| Arc::ptr_eq(&known.clients, &whose));
+        let packed = own.filter_map(|known| known.connection.carry().transpose());
         to.lock().unwrap_or_else(PoisonError::into_inner).extend(packed);
     })
     .await?;

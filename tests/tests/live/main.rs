@@ -5,6 +5,7 @@
 mod changes;
 mod clients;
 mod crashes;
+mod handover;
 mod manners;
 mod refused;
 mod soak;

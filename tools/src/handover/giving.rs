@@ -23,8 +23,8 @@ use tokio::time::Instant;
 /// How long requests may wait, and how long the new program may take before, if nobody says.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// For the new process to open the gate once it was told to: it has nothing left to do that takes time.
-const LAST_STEP: Duration = Duration::from_secs(10);
+/// For the new process to hear that it may begin, and to begin: neither takes any time.
+const LAST_STEP: Duration = Duration::from_secs(5);
 
 /// Hands everything over. When this returns the new process serves, and this one has to end without touching
 /// anything; or nothing has changed but for a pause.
@@ -218,22 +218,28 @@ async fn behind_the_gates(
     }
 }
 
-/// The point of no return.
+/// The point of no return is the new process's word that it has heard: before it has given it, it does nothing.
 async fn let_go(successor: &mut Successor, leaving: &[(&Arc<Served>, Leaving)]) -> Result<(), Refusal> {
+    notify(sd_notify::NotifyState::MainPid(successor.pid()));
+    if let Err(refusal) = heard(successor).await {
+        notify(sd_notify::NotifyState::MainPid(std::process::id()));
+        return Err(refusal);
+    }
+    successor.release();
     for (_, gate) in leaving {
         gate.part().await;
     }
-    notify(sd_notify::NotifyState::MainPid(successor.pid()));
-    match successor.send(&Message::Go, &[]).await {
-        Ok(()) => {
-            successor.release();
-            Ok(())
-        }
-        Err(refusal) => {
-            notify(sd_notify::NotifyState::MainPid(std::process::id()));
-            Err(refusal)
-        }
+    Ok(())
+}
+
+async fn heard(successor: &mut Successor) -> Result<(), Refusal> {
+    successor.send(&Message::Go, &[]).await?;
+    if let Some(heard) = rt::timeout(LAST_STEP, successor.expect(&Message::Going)).await {
+        return heard;
     }
+    // Once it is dead, what it has said is all that it has said.
+    successor.end();
+    successor.expect(&Message::Going).await
 }
 
 /// Waits until the new process serves. There is no way back: this process does not know what it has done.

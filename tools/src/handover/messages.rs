@@ -32,6 +32,8 @@ pub(super) enum Message {
     Ready,
     /// The old process does nothing any more.
     Go,
+    /// The new process has heard that, and begins.
+    Going,
     /// Requests are admitted.
     Serving,
     /// The new process cannot.
@@ -39,6 +41,15 @@ pub(super) enum Message {
 }
 
 impl Message {
+    /// What the new process says to it, sooner or later.
+    pub(super) fn answer(&self) -> &'static str {
+        match self {
+            Message::Offer(_) => "prepared",
+            Message::Luggage { .. } | Message::Drained => "ready",
+            _ => "going",
+        }
+    }
+
     /// The word that it begins with.
     pub(super) fn name(&self) -> &'static str {
         match self {
@@ -49,6 +60,7 @@ impl Message {
             Message::Drained => "drained",
             Message::Ready => "ready",
             Message::Go => "go",
+            Message::Going => "going",
             Message::Serving => "serving",
             Message::Refused { .. } => "refused",
         }

@@ -53,7 +53,7 @@ impl Successor {
         let sent = self.channel.send(message, descriptors).await;
         sent.map_err(|error| match error.kind() {
             std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => {
-                self.ended(message.name())
+                self.ended(message.answer())
             }
             _ => self.refusal("unavailable", format!("the new process cannot be told everything: {error}")),
         })

@@ -231,7 +231,11 @@ impl Old {
     /// may be about to kill this process.
     async fn let_go(&self) -> Result<(), Failure> {
         match self.channel.receive::<Message>().await {
-            Ok((Message::Go, _)) => return Ok(()),
+            Ok((Message::Go, _)) => {
+                // If it cannot hear this any more, it has ended.
+                let _ = self.channel.send(&Message::Going, &[]).await;
+                return Ok(());
+            }
             Ok((other, _)) => {
                 return Err(Failure::new(format!("the old process says `{}`, not `go`", other.name())));
             }
