@@ -258,10 +258,12 @@ impl Element for Nbd {
     }
 
     fn hand_over<'a>(&'a self, leaving: &'a Open<'a>) -> BoxFuture<'a, Result<Luggage>> {
-        let clients = self.listening().as_ref().map(|listening| listening.clients().clone());
+        let listening = self.listening();
+        let clients = listening.as_ref().map(|listening| (listening.clients().clone(), listening.shaken()));
+        drop(listening);
         Box::pin(async move {
             match clients {
-                Some(clients) => attend::hand_over(leaving.host, &clients).await,
+                Some((clients, shaken)) => attend::hand_over(leaving.host, &clients, shaken).await,
                 None => Ok(Luggage::none()),
             }
         })

@@ -1,7 +1,7 @@
 //! Serving a client from its first byte to its last, also where that was on another process.
 
 use super::clients::{Clients, Promise};
-use super::listen::{Entry, Listener, lock};
+use super::listen::{Entry, Listener, Shaking, lock};
 use super::serve::Connection;
 use super::serve::carry::Carried;
 use super::server::negotiate;
@@ -20,6 +20,9 @@ use tokio::sync::oneshot;
 
 /// A client that has not finished the handshake by then is dropped.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// For handshakes that go on when everything is handed over: a client that says nothing holds up all others.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// The form of what is handed over to another process.
 const VERSION: u32 = 1;
@@ -49,7 +52,7 @@ impl<R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static> Peer for t
 }
 
 /// Leads a client through the handshake, and serves it.
-pub(super) async fn serve_client<S: Peer>(socket: S, listener: &Arc<Listener>) {
+pub(super) async fn serve_client<S: Peer>(socket: S, listener: &Arc<Listener>, shaking: Shaking) {
     let mut closing = listener.closing.subscribe();
     let tls = lock(&listener.terms).tls.clone();
     let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &tls));
@@ -68,23 +71,23 @@ pub(super) async fn serve_client<S: Peer>(socket: S, listener: &Arc<Listener>) {
     let info = &negotiated.export.info;
     let promise = Promise { size: info.size, writable: !info.flags.contains(TransmissionFlags::READ_ONLY) };
     let connection = Rc::new(Connection::new(negotiated, entry.disk.budget().clone()));
-    attend(connection, &entry, promise, |_| {}).await;
+    attend(connection, &entry, promise, |_| drop(shaking)).await;
 }
 
-/// Serves a client whose handshake is done. `admitted` hears whether it may come in.
+/// Serves a client whose handshake is done. `admitted` hears whether it may come in; if so, it is present.
 async fn attend<S: Peer>(
     connection: Rc<Connection<S>>,
     entry: &Entry,
     promise: Promise,
     admitted: impl FnOnce(bool),
 ) {
-    let place = entry.clients.admit(promise, &entry.disk, &entry.source);
-    admitted(place.is_some());
-    let Some(mut place) = place else {
+    let Some(mut place) = entry.clients.admit(promise, &entry.disk, &entry.source) else {
+        admitted(false);
         return tracing::info!(export = entry.name, "the disk changed while an NBD client came");
     };
     let _attending = entry.disk.attend();
     let present = Present::join(entry.clients.clone(), connection.clone());
+    admitted(true);
     let mut serving = std::pin::pin!(serve(&entry.disk, &entry.source, &*connection));
     let served = tokio::select! {
         // In this order: whoever is sent away gets no request into the graph that it does not fit.
@@ -198,7 +201,13 @@ struct AllWritten {
 }
 
 /// The connections of an export, for another process. Its disk's gate is closed, and nothing is in flight.
-pub(crate) async fn hand_over(host: &Host, clients: &Arc<Clients>) -> Result<Luggage> {
+/// Handshakes that go on are waited for, `shaken`, but not for long.
+pub(crate) async fn hand_over(
+    host: &Host,
+    clients: &Arc<Clients>,
+    shaken: impl Future<Output = ()>,
+) -> Result<Luggage> {
+    let _ = blockmason::rt::timeout(GRACE, shaken).await;
     let found = Arc::<Mutex<Vec<Result<Packed>>>>::default();
     let (to, whose) = (found.clone(), clients.clone());
     host.on_every(move |shard| {
@@ -245,6 +254,8 @@ fn spawn(host: &Arc<Host>, entry: Arc<Entry>, packed: Packed) -> Result<oneshot:
     let (answer, answered) = oneshot::channel();
     let domain = rustix::net::sockopt::socket_domain(&packed.socket)
         .map_err(|errno| Error::os(errno, "a client's descriptor is no socket"))?;
+    rustix::io::ioctl_fionbio(&packed.socket, true)
+        .map_err(|errno| Error::os(errno, "a client's socket cannot be made non-blocking"))?;
     let unix = domain == rustix::net::AddressFamily::UNIX;
     host.spawn_stream(move || async move {
         let Packed { carried, socket, bytes } = packed;

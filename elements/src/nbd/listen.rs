@@ -134,6 +134,24 @@ pub struct Listener {
     /// Device and inode of a socket in the file system, by which it is known to be ours still.
     inode: Option<(u64, u64)>,
     host: Weak<Host>,
+    /// Clients that have been accepted and whose handshake is not over.
+    shaking: watch::Sender<usize>,
+}
+
+/// A client whose handshake is not over; dropped when it is.
+pub(super) struct Shaking(Arc<Listener>);
+
+impl Shaking {
+    fn begin(listener: &Arc<Listener>) -> Shaking {
+        listener.shaking.send_modify(|count| *count += 1);
+        Shaking(listener.clone())
+    }
+}
+
+impl Drop for Shaking {
+    fn drop(&mut self) {
+        self.0.shaking.send_modify(|count| *count -= 1);
+    }
 }
 
 /// Takes an export off its listener, and the last one closes it.
@@ -149,6 +167,15 @@ impl Listening {
     /// Who is connected.
     pub fn clients(&self) -> &Arc<Clients> {
         &self.entry.clients
+    }
+
+    /// Waits until no handshake goes on.
+    pub(crate) fn shaken(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut shaking = self.listener.shaking.subscribe();
+        async move {
+            // A listener that is gone has none.
+            let _ = shaking.wait_for(|count| *count == 0).await;
+        }
     }
 
     /// The export.
@@ -235,6 +262,7 @@ impl Listeners {
             closing,
             inode,
             host: Arc::downgrade(host),
+            shaking: watch::Sender::default(),
         });
         socket.accept(host, listener.clone(), watch)?;
         open.insert(address, listener.clone());
@@ -339,6 +367,7 @@ impl Socket {
     fn inherited(socket: OwnedFd) -> Result<Socket> {
         let domain = rustix::net::sockopt::socket_domain(&socket)
             .map_err(|errno| Error::os(errno, "what was handed over to listen on is no socket"))?;
+        nonblocking(rustix::io::ioctl_fionbio(&socket, true).map_err(std::io::Error::from))?;
         match domain {
             rustix::net::AddressFamily::UNIX => Ok(Socket::Unix(socket.into())),
             _ => Ok(Socket::Tcp(socket.into())),
@@ -523,10 +552,10 @@ fn start<S>(
 where
     S: Peer,
 {
-    let listener = listener.clone();
+    let (listener, shaking) = (listener.clone(), Shaking::begin(listener));
     host.spawn_stream(move || async move {
         match make() {
-            Ok(socket) => serve_client(socket, &listener).await,
+            Ok(socket) => serve_client(socket, &listener, shaking).await,
             Err(error) => tracing::warn!("a client could not be taken over: {error}"),
         }
     })
@@ -542,12 +571,13 @@ async fn serve_stdio(listener: &Arc<Listener>) -> Result<()> {
     if is_socket {
         let socket = std::os::unix::net::UnixStream::from(input);
         socket.set_nonblocking(true).map_err(broken)?;
-        serve_client(tokio::net::UnixStream::from_std(socket).map_err(broken)?, listener).await;
+        let socket = tokio::net::UnixStream::from_std(socket).map_err(broken)?;
+        serve_client(socket, listener, Shaking::begin(listener)).await;
     } else {
         use tokio::net::unix::pipe;
         let input = pipe::Receiver::from_owned_fd(input).map_err(broken)?;
         let output = pipe::Sender::from_owned_fd(output).map_err(broken)?;
-        serve_client(tokio::io::join(input, output), listener).await;
+        serve_client(tokio::io::join(input, output), listener, Shaking::begin(listener)).await;
     }
     Ok(())
 }

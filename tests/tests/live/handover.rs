@@ -107,8 +107,8 @@ fn a_client_with_structured_replies_goes_on() {
     site.write("vm.mason", plain());
     let _daemon = site.run(&["vm.mason"]);
     // It starts them from within; the last one is found below.
-    let shell = Command::new("/usr/bin/nbdsh")
-        .args(["-c", STRUCTURED])
+    let shell = Command::new("/usr/bin/python3")
+        .args(["-c", &format!("import nbd\nh = nbd.NBD()\n{STRUCTURED}")])
         .env("FOLDER", site.folder())
         .env("PROGRAM", blockmason_tests::mason::program())
         .output()

@@ -6,6 +6,7 @@ mod changes;
 mod clients;
 mod crashes;
 mod handover;
+mod heirs;
 mod manners;
 mod refused;
 mod soak;

@@ -35,6 +35,7 @@ const BODIES: usize = 2 * LONGEST_BODY;
 
 /// Answers on the socket for as long as the runtime lives.
 pub(crate) fn serve(listener: std::os::unix::net::UnixListener, daemon: Arc<Daemon>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
     let host = daemon.host.clone();
     host.sockets().keep(CONTROL, &listener).map_err(io::Error::other)?;
     let listener = UnixListener::from_std(listener)?;

@@ -13,8 +13,10 @@ use blockmason::lang::print;
 use blockmason::live::Departing;
 use blockmason::rt;
 use blockmason::sched::Leaving;
+use futures::FutureExt;
 use futures::future::join_all;
 use std::os::fd::OwnedFd;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -166,9 +168,13 @@ async fn pass(
     }
     let passed = match refused {
         Some(refusal) => Err(refusal),
-        None => rt::timeout(deadline + deadline / 4, behind_the_gates(successor, &leaving, deadline, since))
-            .await
-            .unwrap_or_else(|| Err(late(successor, "ready", deadline))),
+        None => {
+            let all = AssertUnwindSafe(behind_the_gates(successor, &leaving, deadline, since)).catch_unwind();
+            // The deadline of each step is kept by that; this is for what may hang all the same.
+            let passed = rt::timeout(deadline + deadline / 4, all).await;
+            let mistake = |_| Err(Refusal::new("internal", "the daemon made a mistake; its log says more"));
+            passed.map_or_else(|| Err(late(successor, "ready", deadline)), |p| p.unwrap_or_else(mistake))
+        }
     };
     let passed = match passed {
         Ok(()) => let_go(successor, &leaving).await,
