@@ -243,7 +243,8 @@ pub(crate) struct EventView {
     time: f64,
     graph: String,
     element: Option<String>,
-    /// `loaded`, `unloaded`, `reload`, `reload_failed`, `error`, `failed`, `notice`, `threshold`.
+    /// `loaded`, `unloaded`, `reload`, `reload_failed`, `handed_over`, `handover_failed`, `error`, `failed`,
+    /// `notice`, `threshold`.
     kind: String,
     /// One sentence for people.
     message: String,
