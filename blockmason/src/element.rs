@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::events::{Event, EventKind};
 use crate::geometry::Geometry;
+use crate::luggage::Luggage;
 use crate::request::{Reply, Request};
 use crate::sched::Cx;
 use std::any::Any;
@@ -11,7 +12,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-pub use futures::future::LocalBoxFuture;
+pub use futures::future::{BoxFuture, LocalBoxFuture};
 
 /// A reply that is here, or one that will come.
 ///
@@ -173,6 +174,44 @@ pub trait Element: Any + Send + Sync {
     /// Of a source: sends away the clients that cannot live with another disk `below`, or all if
     /// there is none.
     fn dismiss_clients(&self, _below: Option<&Geometry>) {}
+
+    /// Whether a successor in another process can go on where this one ends. Asked before anything is
+    /// paused.
+    ///
+    /// # Errors
+    /// What only this process has and would be lost: nothing is handed over, for this reason.
+    fn may_hand_over(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the successor in another process needs beyond the parameters and what is stored below: of a
+    /// source, its clients. Nothing is in flight, everything has been flushed, work of its own has ended,
+    /// and no request enters. Leaves the element usable: the handover may yet be undone, and then goes on
+    /// as if nothing had been, which [`Sockets::released`](crate::sched::Sockets::released) tells. From here
+    /// to there nothing may be read from clients or sent to them.
+    fn hand_over<'a>(&'a self, _leaving: &'a Open<'a>) -> BoxFuture<'a, Result<Luggage>> {
+        Box::pin(std::future::ready(Ok(Luggage::none())))
+    }
+
+    /// Takes what [`hand_over`](Element::hand_over) of the element in its place has given. Called once,
+    /// after [`open`](Element::open), if there is anything. No request may be asked for before the gate
+    /// opens, which [`serve`](crate::sched::serve) sees to; nothing may be changed that the other process
+    /// would miss if it went on after all.
+    ///
+    /// # Errors
+    /// It cannot go on from there: the other process does.
+    fn take_over<'a>(&'a self, luggage: Luggage, _coming: &'a Open<'a>) -> BoxFuture<'a, Result<()>> {
+        let taken = match luggage.is_none() {
+            true => Ok(()),
+            false => Err(Error::unsupported("it has luggage, and this program knows of none")),
+        };
+        Box::pin(std::future::ready(taken))
+    }
+
+    /// The successor has everything and is about to serve, and this process ends without closing
+    /// anything. Clients that could not be passed on are told goodbye. Called on no shard; what it
+    /// wakes on shards is still polled once.
+    fn part(&self) {}
 }
 
 /// What lies below an element, by out port.

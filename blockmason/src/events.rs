@@ -37,6 +37,10 @@ pub enum EventKind {
     Reload,
     /// A change was refused or undone: the graph before serves on.
     ReloadFailed,
+    /// Another process has handed a graph over to this one.
+    HandedOver,
+    /// The program could not be replaced: this process serves on.
+    HandoverFailed,
     /// A request was answered with an error that is the operator's business.
     Error,
     /// An element has panicked: its graph answers nothing but errors until it is reloaded.
@@ -55,6 +59,8 @@ impl EventKind {
             EventKind::Unloaded => "unloaded",
             EventKind::Reload => "reload",
             EventKind::ReloadFailed => "reload_failed",
+            EventKind::HandedOver => "handed_over",
+            EventKind::HandoverFailed => "handover_failed",
             EventKind::Error => "error",
             EventKind::Failed => "failed",
             EventKind::Notice => "notice",

@@ -2,7 +2,7 @@
 //! runs, tests, the right place in the source tree. Whatever is in the table is covered.
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
-use blockmason::describe::{ElementType, Family};
+use blockmason::describe::{ElementType, Family, Survives};
 use blockmason::graph::build::Builder;
 use blockmason::lang::{Defines, check, parse_str};
 use blockmason::sched::HostConfig;
@@ -218,4 +218,19 @@ fn graphs_that_need_no_client_check_and_serve() {
     run("notify", include_str!("../../graphs/notify.mason")).unwrap();
     run("wal", include_str!("../../graphs/wal.mason")).unwrap();
     run("powerloss", include_str!("../../graphs/powerloss.mason")).unwrap();
+}
+
+/// Whoever keeps data in memory says so before another process goes on without it.
+#[test]
+fn what_does_not_survive_is_not_handed_over() {
+    let mut faults = Faults::default();
+    for ty in ALL.iter().filter(|ty| ty.survives == Survives::Nothing && ty.name != "null") {
+        let folder = tempfile::tempdir().unwrap();
+        let spec = parse_str(ty.name, ty.example, folder.path(), &Defines::new()).unwrap();
+        let builder = Builder { catalogue: ALL, name: ty.name, state_dir: folder.path(), shards: 1 };
+        let graph = builder.build(&spec).unwrap();
+        let own = graph.instances().find(|instance| instance.ty.name == ty.name).unwrap();
+        faults.unless(own.element.may_hand_over().is_err(), || format!("{}: it would be lost", ty.name));
+    }
+    faults.assert_none();
 }

@@ -3,6 +3,7 @@
 
 pub mod control;
 pub mod fuzz;
+pub mod handover;
 pub mod mason;
 pub mod mounts;
 pub mod raw;

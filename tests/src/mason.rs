@@ -132,6 +132,18 @@ impl Mason {
         panic!("mason still runs {PATIENCE:?} after SIGTERM");
     }
 
+    /// Waits until it has ended by itself. True if it has done so well.
+    pub fn ended_well(mut self) -> bool {
+        let begun = now();
+        while begun.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.success();
+            }
+            pause(Duration::from_millis(2));
+        }
+        panic!("mason still runs after {PATIENCE:?}");
+    }
+
     /// [`stop`](Self::stop), and it must have ended well.
     pub fn stop_well(self) {
         let (status, _) = self.stop();

@@ -6,7 +6,7 @@
 use crate::control::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile};
 use blockmason::io::{remove_file, replace_file};
-use blockmason::lang::{Defines, NoFiles, Spec, parse_checked, print};
+use blockmason::lang::{Defines, Diagnostics, NoFiles, Spec, parse_checked, print};
 use blockmason::live::{Diff, Heads};
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
@@ -127,8 +127,7 @@ impl Left {
             return Err(bad(&format!("is that of {}", record.file.display())));
         }
         let name = PathBuf::from(format!("{} (as it was left)", self.file.display()));
-        let opened = Path::new("/").join(self.file.file_name().unwrap_or_default());
-        let parsed = parse_checked(&NoFiles, &name, opened, record.graph, &Defines::new(), CATALOGUE);
+        let parsed = parse_printed(&name, &self.file, record.graph);
         parsed
             .map(Some)
             .map_err(|diagnostics| bad(&format!("is no good graph: {}", diagnostics.first_line())))
@@ -175,6 +174,12 @@ impl Left {
         }
         Ok(file)
     }
+}
+
+/// A graph that was printed with absolute paths. Messages call it `name`; it was that of the graph file `file`.
+pub(crate) fn parse_printed(name: &Path, file: &Path, text: String) -> Result<Spec, Diagnostics> {
+    let opened = Path::new("/").join(file.file_name().unwrap_or_default());
+    parse_checked(&NoFiles, name, opened, text, &Defines::new(), CATALOGUE)
 }
 
 /// What state of a graph file is kept under: by its path, since names may be the same.

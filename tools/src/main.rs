@@ -13,6 +13,7 @@ mod failure;
 mod folders;
 mod graphs;
 mod handlers;
+mod handover;
 mod hops;
 mod left;
 mod load;
@@ -70,6 +71,7 @@ enum Command {
     Try(trial::TryArgs),
     Commit(trial::CommitArgs),
     Discard(trial::DiscardArgs),
+    Handover(handover::Args),
     Events(events::Args),
     Get(handlers::GetArgs),
     Set(handlers::SetArgs),
@@ -109,6 +111,7 @@ fn main() -> ExitCode {
         Command::Try(args) => trial::try_graph(args),
         Command::Commit(args) => trial::commit(args),
         Command::Discard(args) => trial::discard(args),
+        Command::Handover(args) => handover::main(args),
         Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),
         Command::Set(args) => handlers::set(args),

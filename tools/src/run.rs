@@ -1,20 +1,24 @@
 //! `mason run`: serves graphs until it is told to stop.
 
-use crate::control::daemon::Daemon;
+use crate::control::daemon::{Daemon, Gone};
 use crate::control::server::{serve, serve_metrics};
 use crate::failure::{Failure, Outcome};
 use crate::folders::make_run;
-use crate::graphs::{GraphArgs, GraphFile};
+use crate::graphs::{GraphArgs, GraphFile, Reader};
+use crate::handover::taking::take_over;
+use crate::handover::{CONTROL, METRICS};
 use crate::output;
 use crate::socket::{Published, is_served, publish};
 use blockmason::Host;
 use blockmason::sched::HostConfig;
+use rustix::process::{Pid, kill_process};
 use std::collections::HashSet;
 use std::io::IsTerminal;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Serve graphs in the foreground.
@@ -61,20 +65,22 @@ pub(crate) struct Args {
     /// Writes the ready lines as JSON objects
     #[arg(long)]
     json: bool,
+
+    /// Goes on where the process at standard input stops
+    #[arg(long, hide = true, conflicts_with = "stdio")]
+    inherit: bool,
 }
 
 /// What a second SIGINT leaves with: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
 
+/// How long whoever has asked for a handover may take to hear of it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 pub(crate) fn main(args: &Args) -> Outcome {
     let reader = args.graph.reader()?;
-    let files: Vec<GraphFile> =
-        args.graphs.iter().map(|path| reader.read_or_say(path)).collect::<Outcome<_>>()?;
-    let mut names = HashSet::new();
-    if let Some(twice) = files.iter().find(|file| !names.insert(&file.name)) {
-        let sentence = format!("{}: another graph is called {} too", twice.path.display(), twice.name);
-        return Err(Failure::Usage(sentence));
-    }
+    // A graph that is handed over is not what its file says.
+    let files = if args.inherit { Vec::new() } else { read_files(args, &reader)? };
     let Some(state) = reader.folders.state.clone() else {
         return Err(Failure::new("there is no folder for state: give one with --state DIR, or set HOME"));
     };
@@ -93,28 +99,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let mut signals = Signals::watch()?;
         let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
         let client = args.stdio.then(|| blockmason_elements::export::nbd::use_stdio(&host));
-        let metrics = args.metrics.as_deref().map(bind_metrics).transpose()?;
-        let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
-        let daemon = Arc::new(Daemon::new(host, reader));
-        for file in files {
-            if let Err(refusal) = daemon.load(file, args.left.choice(), args.left.heads()).await {
-                daemon.stop().await?;
-                return Err(refusal.into());
-            }
-        }
-        let published = match open_control(args, &daemon, &first) {
-            Ok(published) => published,
-            Err(failure) => {
-                daemon.stop().await?;
-                return Err(failure);
-            }
+        let (daemon, published) = match args.inherit {
+            false => start(args, host, reader, files).await?,
+            true => go_on(host, reader).await,
         };
-        if let Some(listener) = metrics {
-            serve_metrics(listener, daemon.clone()).map_err(Failure::new)?;
-        }
-        if client.is_none() {
-            announce(args, &daemon)?;
-        }
         notify(sd_notify::NotifyState::Ready);
         let gone = async {
             match &client {
@@ -125,6 +113,13 @@ pub(crate) fn main(args: &Args) -> Outcome {
         tokio::select! {
             () = signals.first() => {}
             () = gone => {}
+            gone = daemon.gone() => leave(gone, false).await,
+        }
+        // A handover that has begun decides whether there is anything left to stop.
+        tokio::select! {
+            biased;
+            gone = daemon.gone() => leave(gone, true).await,
+            () = daemon.settle() => {}
         }
         notify(sd_notify::NotifyState::Stopping);
         drop(published);
@@ -134,6 +129,74 @@ pub(crate) fn main(args: &Args) -> Outcome {
             stopped = daemon.stop() => Ok(stopped?),
         }
     })
+}
+
+fn read_files(args: &Args, reader: &Reader) -> Outcome<Vec<GraphFile>> {
+    let files: Vec<GraphFile> =
+        args.graphs.iter().map(|path| reader.read_or_say(path)).collect::<Outcome<_>>()?;
+    let mut names = HashSet::new();
+    if let Some(twice) = files.iter().find(|file| !names.insert(&file.name)) {
+        let sentence = format!("{}: another graph is called {} too", twice.path.display(), twice.name);
+        return Err(Failure::Usage(sentence));
+    }
+    Ok(files)
+}
+
+/// Serves the graphs of the command line.
+async fn start(
+    args: &Args,
+    host: Arc<Host>,
+    reader: Reader,
+    files: Vec<GraphFile>,
+) -> Outcome<(Arc<Daemon>, Option<Published>)> {
+    let metrics = args.metrics.as_deref().map(bind_metrics).transpose()?;
+    let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
+    let daemon = Arc::new(Daemon::new(host, reader));
+    for file in files {
+        if let Err(refusal) = daemon.load(file, args.left.choice(), args.left.heads()).await {
+            daemon.stop().await?;
+            return Err(refusal.into());
+        }
+    }
+    let published = match open_control(args, &daemon, &first) {
+        Ok(published) => published,
+        Err(failure) => {
+            daemon.stop().await?;
+            return Err(failure);
+        }
+    };
+    if let Some(listener) = metrics {
+        serve_metrics(listener, daemon.clone()).map_err(Failure::new)?;
+    }
+    if !args.stdio {
+        announce(args, &daemon)?;
+    }
+    Ok((daemon, published))
+}
+
+/// Serves what the process at standard input has served.
+async fn go_on(host: Arc<Host>, reader: Reader) -> (Arc<Daemon>, Option<Published>) {
+    let taken = take_over(host, reader).await;
+    let daemon = taken.daemon.clone();
+    let sockets = daemon.host.sockets();
+    let control = sockets.inherited(CONTROL).map(|socket| serve(socket.into(), daemon.clone()));
+    let metrics = sockets.inherited(METRICS).map(|socket| serve_metrics(socket.into(), daemon.clone()));
+    for error in [control, metrics].into_iter().flatten().filter_map(Result::err) {
+        // The disks are served all the same.
+        tracing::error!("a socket of the daemon's own cannot be served any more: {error}");
+    }
+    taken.serving().await;
+    (daemon, taken.published)
+}
+
+/// Ends without touching anything: another process serves. If this one was told to end, that one is meant.
+async fn leave(gone: Gone, stop: bool) {
+    // Whoever has asked for it may take its time.
+    let _ = blockmason::rt::timeout(LAST_WORDS, gone.told.wait()).await;
+    if stop && let Some(pid) = i32::try_from(gone.to).ok().and_then(Pid::from_raw) {
+        let _ = kill_process(pid, rustix::process::Signal::TERM);
+    }
+    std::process::exit(0);
 }
 
 /// `HOST:PORT` of `tcp:HOST:PORT`.
@@ -193,6 +256,7 @@ fn open_control(args: &Args, daemon: &Arc<Daemon>, first: &str) -> Outcome<Optio
         None => make_run(folder).and_then(|()| publish_default(folder, first)),
     };
     let opened = opened.and_then(|(listener, published)| {
+        daemon.set_control(published.path().to_owned(), published.identity());
         serve(listener, daemon.clone()).map_err(Failure::new)?;
         Ok(published)
     });
@@ -239,7 +303,7 @@ fn announce(args: &Args, daemon: &Daemon) -> Outcome {
 }
 
 /// Tells the service manager, if there is one.
-fn notify(state: sd_notify::NotifyState<'_>) {
+pub(crate) fn notify(state: sd_notify::NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::info!("the service manager cannot be told: {error}");
     }

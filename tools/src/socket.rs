@@ -14,6 +14,23 @@ pub(crate) struct Published {
     identity: (u64, u64),
 }
 
+impl Published {
+    /// That of a socket which another process has bound: its device and inode.
+    pub(crate) fn of(path: PathBuf, identity: (u64, u64)) -> Published {
+        Published { path, identity }
+    }
+
+    /// The path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode of the socket.
+    pub(crate) fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+}
+
 /// Binds a socket under another name, mode 0600, and renames it: whoever sees the path can connect. A
 /// socket that nobody accepts on any more is replaced.
 pub(crate) fn publish(path: &Path) -> Outcome<(UnixListener, Published)> {

@@ -24,6 +24,30 @@ pub(crate) struct Status {
     pub(crate) graphs: Vec<GraphView>,
 }
 
+/// What `POST /v1/handover` is sent.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct HandoverRequest {
+    /// The new program, absolute; what is now at the path of the running one if it is not given.
+    #[schema(value_type = Option<String>)]
+    pub(crate) binary: Option<PathBuf>,
+    /// How long the new program may take to get ready, and then how long requests may wait; 5 if it is not given.
+    pub(crate) deadline_seconds: Option<f64>,
+}
+
+/// Another process serves.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandedOver {
+    /// The number of the process that has served.
+    pub(crate) from: u32,
+    /// The number of the process that serves.
+    pub(crate) to: u32,
+    /// How long all of it took.
+    pub(crate) took_seconds: f64,
+    /// For how long no request was admitted.
+    pub(crate) pause_seconds: f64,
+}
+
 /// What `GET /v1/daemon` answers: who serves, and how it understands the graph files it is given.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct DaemonView {
@@ -219,7 +243,8 @@ pub(crate) struct EventView {
     time: f64,
     graph: String,
     element: Option<String>,
-    /// `loaded`, `unloaded`, `reload`, `reload_failed`, `error`, `failed`, `notice`, `threshold`.
+    /// `loaded`, `unloaded`, `reload`, `reload_failed`, `handed_over`, `handover_failed`, `error`, `failed`,
+    /// `notice`, `threshold`.
     kind: String,
     /// One sentence for people.
     message: String,

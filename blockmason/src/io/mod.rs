@@ -7,6 +7,6 @@ mod replace;
 mod ring;
 
 pub use file::{FileIo, FileOptions};
-pub use registry::{Access, Image, Registry};
+pub use registry::{Access, Carried, Claims, Image, Registry};
 pub use replace::{remove_file, replace_file};
 pub use ring::Ring;

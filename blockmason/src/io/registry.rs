@@ -3,13 +3,17 @@
 //! Locks of open file descriptions conflict within a process too; successive graphs share the
 //! description, and with it the lock.
 
+mod carry;
+
+pub use carry::{Carried, Claims};
+
 use crate::error::{Errno, Error, Kind, Result};
 use rustix::fs::{FlockOperation, OFlags};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 /// What an image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,7 +104,16 @@ pub struct Registry {
     images: Mutex<HashMap<Inode, Vec<Weak<Image>>>>,
 }
 
+/// See [`Registry::of_process`].
+static OF_PROCESS: LazyLock<Registry> = LazyLock::new(Registry::default);
+
 impl Registry {
+    /// That of this process: successive graphs share lock and description, and a successor in another
+    /// process is given both.
+    pub fn of_process() -> &'static Registry {
+        &OF_PROCESS
+    }
+
     /// Opens `path` for the graph `holder`, or returns it if that has it open already with the same
     /// access. With another access it is another description under the same lock.
     ///

@@ -5,10 +5,12 @@
 //! same instance before and after; of the others new ones are built, and [`Disk::replace`] hands over.
 
 mod diff;
+mod process;
 #[cfg(test)]
 mod tests;
 
 pub use diff::{Diff, ElementDiff, Fate, ParamDiff};
+pub use process::{Arriving, Departing};
 
 use crate::describe::{self, Catalogue};
 use crate::error::{Error, Result};
@@ -86,7 +88,7 @@ pub struct Live {
     setup: Setup,
     disk: Arc<Disk>,
     /// One change at a time, from the comparison to its end.
-    changing: tokio::sync::Mutex<()>,
+    changing: Arc<tokio::sync::Mutex<()>>,
     state: Mutex<State>,
     pauses: Mutex<Histogram>,
     reloads: AtomicU64,
@@ -105,17 +107,7 @@ impl Live {
     /// # Errors
     /// The first element that cannot be built or opened; everything is closed again.
     pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec, heads: Heads) -> Result<Arc<Live>> {
-        let disk = Disk::new(host, &setup.name).await?;
-        let empty = Arc::new(Spec::empty(spec.sources.clone()));
-        let live = Live {
-            setup,
-            disk,
-            changing: tokio::sync::Mutex::default(),
-            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
-            pauses: Mutex::default(),
-            reloads: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
-        };
+        let live = Live::empty(host, setup, &spec).await?;
         match live.change(spec, &Options { heads, ..Options::default() }).await {
             Ok(_) => {
                 live.publish(EventKind::Loaded, "the graph serves", &[]);
@@ -126,6 +118,21 @@ impl Live {
                 Err(error)
             }
         }
+    }
+
+    /// One that serves nothing yet.
+    async fn empty(host: &Arc<Host>, setup: Setup, spec: &Spec) -> Result<Live> {
+        let disk = Disk::new(host, &setup.name).await?;
+        let empty = Arc::new(Spec::empty(spec.sources.clone()));
+        Ok(Live {
+            setup,
+            disk,
+            changing: Arc::default(),
+            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
+            pauses: Mutex::default(),
+            reloads: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

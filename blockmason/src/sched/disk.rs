@@ -28,7 +28,7 @@ pub struct Disk {
     /// Held by whoever serves a client, until the last reply has been sent.
     pub(super) attending: Arc<()>,
     /// Held while the graph is being replaced: one change at a time.
-    pub(super) changing: tokio::sync::Mutex<super::handover::Past>,
+    pub(super) changing: Arc<tokio::sync::Mutex<super::handover::Past>>,
     pub(super) tracers: Mutex<Tracers>,
 }
 
@@ -53,7 +53,7 @@ impl Disk {
             budget: Budget::new(BUDGET_BYTES),
             gated: AtomicU64::new(0),
             attending: Arc::default(),
-            changing: tokio::sync::Mutex::default(),
+            changing: Arc::default(),
             tracers: Mutex::default(),
         });
         let id = disk.id;

@@ -8,6 +8,10 @@
 //!
 //! Starting is the same: the graph before is the empty one.
 
+mod process;
+
+pub use process::{Entering, Leaving};
+
 use super::disk::InFlight;
 use super::{Disk, Lane};
 use crate::describe::{ElementType, Family, Handover};
@@ -274,7 +278,10 @@ impl Step<'_> {
         match crate::rt::timeout(left, body).await {
             Some(Some(flushed)) => self.flush_or_fail(Some(flushed))?,
             Some(None) => {}
-            None => return Err(self.stuck().await),
+            None => {
+                let waited = self.change.deadline;
+                return Err(stuck(self.disk, waited, "the graph has not been changed").await);
+            }
         }
         let mut undo = Undo::new();
         let opened = self.take_over().and_then(|()| self.open(&mut undo));
@@ -298,30 +305,6 @@ impl Step<'_> {
             }
             flushed => flushed,
         }
-    }
-
-    /// The error that says what did not end in time.
-    async fn stuck(&self) -> Error {
-        const MOST: usize = 8;
-        let list = self.disk.in_flight().await.unwrap_or_default();
-        let mut lines: Vec<_> = list.iter().take(MOST).map(ToString::to_string).collect();
-        if list.len() > MOST {
-            lines.push(format!("and {} more", list.len() - MOST));
-        }
-        let what = match list.len() {
-            0 => "requests of the graph itself, or a flush,".to_owned(),
-            _ => format!("these requests ({})", lines.join("; ")),
-        };
-        let claims = self.before.conflicts();
-        let mut ranges: Vec<_> = claims.iter().take(MOST).map(|claim| format!("; {claim}")).collect();
-        if claims.len() > MOST {
-            ranges.push(format!("; and {} more ranges", claims.len() - MOST));
-        }
-        let waited = self.change.deadline;
-        Error::new(
-            Kind::Busy,
-            format!("{what} have not ended in {waited:?}; the graph has not been changed{}", ranges.concat()),
-        )
     }
 
     /// Instances of the graph before that the next one has not.
@@ -422,6 +405,27 @@ impl Step<'_> {
         }
         close(instance);
     }
+}
+
+/// The error that says what did not end in time, and what follows from it.
+async fn stuck(disk: &Disk, waited: Duration, outcome: &str) -> Error {
+    const MOST: usize = 8;
+    let list = disk.in_flight().await.unwrap_or_default();
+    let mut lines: Vec<_> = list.iter().take(MOST).map(ToString::to_string).collect();
+    if list.len() > MOST {
+        lines.push(format!("and {} more", list.len() - MOST));
+    }
+    let what = match list.len() {
+        0 => "requests of the graph itself, or a flush,".to_owned(),
+        _ => format!("these requests ({})", lines.join("; ")),
+    };
+    let claims = disk.graph().conflicts();
+    let mut ranges: Vec<_> = claims.iter().take(MOST).map(|claim| format!("; {claim}")).collect();
+    if claims.len() > MOST {
+        ranges.push(format!("; and {} more ranges", claims.len() - MOST));
+    }
+    let message = format!("{what} have not ended in {waited:?}; {outcome}{}", ranges.concat());
+    Error::new(Kind::Busy, message)
 }
 
 fn close(instance: &Instance) {

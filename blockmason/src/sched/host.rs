@@ -3,7 +3,7 @@
 use super::background::Background;
 use super::cx::Lane;
 use super::home::{Harbour, Post};
-use super::{Hop, Shard};
+use super::{Hop, Shard, Sockets};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::graph::Graph;
@@ -47,6 +47,7 @@ pub struct Host {
     state_dir: PathBuf,
     services: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
     events: Arc<Events>,
+    sockets: Sockets,
     background: Background,
     next: AtomicUsize,
 }
@@ -69,6 +70,7 @@ impl Host {
             state_dir: config.state_dir,
             services: Mutex::default(),
             events,
+            sockets: Sockets::default(),
             background: Background::default(),
             next: AtomicUsize::new(0),
         }))
@@ -90,6 +92,7 @@ impl Host {
             state_dir: state_dir.to_owned(),
             services: Mutex::default(),
             events,
+            sockets: Sockets::default(),
             background: Background::default(),
             next: AtomicUsize::new(0),
         })
@@ -108,6 +111,11 @@ impl Host {
     /// What happens that an operator wants to know of.
     pub fn events(&self) -> &Arc<Events> {
         &self.events
+    }
+
+    /// What listens, for a successor in another process.
+    pub fn sockets(&self) -> &Sockets {
+        &self.sockets
     }
 
     /// The one `T` of this process, made when it is first asked for: what elements of one kind share.

@@ -1,13 +1,15 @@
 //! An NBD export: serves what lies below it to NBD clients.
 
 use super::socket::{Mode, rights};
+use crate::nbd::attend;
 use crate::nbd::listen::{Address, Entry, Listeners, Listening, StdioEnd, Terms};
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
 use crate::nbd::wire::MAX_STRING;
 use blockmason::describe::{Build, ElementType, Family, Ports};
+use blockmason::element::BoxFuture;
 use blockmason::lang::value::{FilePath, Uri};
-use blockmason::{Cx, Element, Error, Flow, Geometry, Host, Open, Request, Result};
+use blockmason::{Cx, Element, Error, Flow, Geometry, Host, Luggage, Open, Request, Result};
 use std::net::ToSocketAddrs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -202,6 +204,41 @@ impl Element for Nbd {
 
     fn keeps_clients(&self, below: Option<&Geometry>) -> Result<()> {
         self.listening().as_ref().map_or(Ok(()), |listening| listening.clients().can_live_with(below))
+    }
+
+    fn may_hand_over(&self) -> Result<()> {
+        match self.listening().as_ref().map(|listening| &listening.address) {
+            Some(Address::Stdio) => {
+                Err(Error::unsupported("it serves standard input and output, which end with this process"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn hand_over<'a>(&'a self, leaving: &'a Open<'a>) -> BoxFuture<'a, Result<Luggage>> {
+        let listening = self.listening();
+        let clients = listening.as_ref().map(|listening| (listening.clients().clone(), listening.shaken()));
+        drop(listening);
+        Box::pin(async move {
+            match clients {
+                Some((clients, shaken)) => attend::hand_over(leaving.host, &clients, shaken).await,
+                None => Ok(Luggage::none()),
+            }
+        })
+    }
+
+    fn take_over<'a>(&'a self, luggage: Luggage, coming: &'a Open<'a>) -> BoxFuture<'a, Result<()>> {
+        let entry = self.listening().as_ref().map(|listening| listening.entry().clone());
+        Box::pin(async move {
+            let entry = entry.ok_or_else(|| Error::internal("clients have come before it listens"))?;
+            attend::take_over(coming.host, &entry, luggage).await
+        })
+    }
+
+    fn part(&self) {
+        if let Some(listening) = self.listening().as_ref() {
+            listening.clients().part();
+        }
     }
 
     fn dismiss_clients(&self, below: Option<&Geometry>) {

@@ -296,6 +296,12 @@ impl Element for LogWrites {
         Ok(Prepared::of(Geometry { min_block: self.sector as u32, ..below.above() }))
     }
 
+    fn may_hand_over(&self) -> Result<()> {
+        Err(Error::unsupported(
+            "another process would begin the log anew: take the element out of the graph first",
+        ))
+    }
+
     fn submit<'a>(&'a self, mut req: Request, cx: Cx<'a>) -> Flow<'a> {
         let came = match req.op {
             Op::Read | Op::Cache | Op::Extents | Op::Control => return cx.forward(0, req),

@@ -28,6 +28,8 @@ impl Promise {
 #[derive(Default)]
 pub struct Clients {
     list: Mutex<List>,
+    /// Another process goes on, and those that it cannot be given go.
+    parting: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -72,6 +74,17 @@ impl Clients {
             below.is_some_and(|below| promise.broken_by(&below).is_none())
         });
         (kept && disk.takes_clients()).then_some(admitted)
+    }
+
+    /// Sends those away that cannot be given to the process which goes on.
+    pub fn part(&self) {
+        self.parting.send_replace(true);
+    }
+
+    /// Waits for that.
+    pub(super) async fn parting(&self) {
+        // The sender is ours: it does not go.
+        let _ = self.parting.subscribe().wait_for(|parting| *parting).await;
     }
 
     /// Whether all clients can live with another disk, or without the export.

@@ -1,22 +1,18 @@
 //! Listeners: sockets that several exports of several disks may share.
 
-use super::clients::{Clients, Promise};
-use super::serve::{Connection, flags_of};
-use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy, negotiate};
-use super::wire::TransmissionFlags;
-use blockmason::sched::{Disk, Host, serve};
+use super::attend::{Peer, serve_client};
+use super::clients::Clients;
+use super::serve::flags_of;
+use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy};
+use blockmason::sched::{Disk, Host};
 use blockmason::{Errno, Error, Kind, Result};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-
-/// A client that has not finished the handshake by then is dropped.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -29,6 +25,21 @@ pub enum Address {
     Inherited,
     /// One connection on standard input and output.
     Stdio,
+}
+
+impl Address {
+    /// What a process that goes on with its sockets knows it by; none where there is nothing that listens.
+    fn key(&self) -> Option<String> {
+        match self {
+            Address::Unix(path) => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                Some(format!("unix:{}", path.display()))
+            }
+            Address::Tcp(address) => Some(format!("tcp:{address}")),
+            Address::Inherited => Some("inherited".to_owned()),
+            Address::Stdio => None,
+        }
+    }
 }
 
 /// Who may use a socket in the file system.
@@ -117,11 +128,30 @@ pub struct Listener {
     address: Address,
     /// As it is: port 0 has become one.
     actual: Address,
-    terms: Mutex<Terms>,
+    pub(super) terms: Mutex<Terms>,
     exports: Mutex<Vec<Arc<Entry>>>,
-    closing: watch::Sender<bool>,
+    pub(super) closing: watch::Sender<bool>,
     /// Device and inode of a socket in the file system, by which it is known to be ours still.
     inode: Option<(u64, u64)>,
+    host: Weak<Host>,
+    /// Clients that have been accepted and whose handshake is not over.
+    shaking: watch::Sender<usize>,
+}
+
+/// A client whose handshake is not over; dropped when it is.
+pub(super) struct Shaking(Arc<Listener>);
+
+impl Shaking {
+    fn begin(listener: &Arc<Listener>) -> Shaking {
+        listener.shaking.send_modify(|count| *count += 1);
+        Shaking(listener.clone())
+    }
+}
+
+impl Drop for Shaking {
+    fn drop(&mut self) {
+        self.0.shaking.send_modify(|count| *count -= 1);
+    }
 }
 
 /// Takes an export off its listener, and the last one closes it.
@@ -135,12 +165,26 @@ pub struct Listening {
 
 impl Listening {
     /// Who is connected.
-    pub fn clients(&self) -> &Clients {
+    pub fn clients(&self) -> &Arc<Clients> {
         &self.entry.clients
+    }
+
+    /// Waits until no handshake goes on.
+    pub(crate) fn shaken(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut shaking = self.listener.shaking.subscribe();
+        async move {
+            // A listener that is gone has none.
+            let _ = shaking.wait_for(|count| *count == 0).await;
+        }
+    }
+
+    /// The export.
+    pub(crate) fn entry(&self) -> &Arc<Entry> {
+        &self.entry
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these mutexes guard is complete before anything can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -203,7 +247,7 @@ impl Listeners {
         terms: Terms,
         entry: Arc<Entry>,
     ) -> Result<Listening> {
-        let socket = Socket::open(&address, &terms.rights)?;
+        let socket = Socket::open(host, &address, &terms.rights)?;
         let actual = socket.address(&address);
         let inode = match &actual {
             Address::Unix(path) => std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino())),
@@ -217,6 +261,8 @@ impl Listeners {
             exports: Mutex::new(vec![entry.clone()]),
             closing,
             inode,
+            host: Arc::downgrade(host),
+            shaking: watch::Sender::default(),
         });
         socket.accept(host, listener.clone(), watch)?;
         open.insert(address, listener.clone());
@@ -234,6 +280,9 @@ impl Listeners {
             if std::fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
                 let _ = std::fs::remove_file(path);
             }
+        }
+        if let (Some(host), Some(key)) = (listener.host.upgrade(), listener.address.key()) {
+            host.sockets().forget(&key);
         }
         listener.closing.send_replace(true);
     }
@@ -300,7 +349,32 @@ enum Socket {
 }
 
 impl Socket {
-    fn open(address: &Address, rights: &SocketRights) -> Result<Socket> {
+    /// The socket that the process before has listened on, else a new one.
+    fn open(host: &Host, address: &Address, rights: &SocketRights) -> Result<Socket> {
+        let Some(key) = address.key() else { return Ok(Socket::Stdio) };
+        let socket = match host.sockets().inherited(&key) {
+            Some(socket) => Socket::inherited(socket)?,
+            None => Socket::make(address, rights)?,
+        };
+        match &socket {
+            Socket::Unix(listener) => host.sockets().keep(&key, listener)?,
+            Socket::Tcp(listener) => host.sockets().keep(&key, listener)?,
+            Socket::Stdio => {}
+        }
+        Ok(socket)
+    }
+
+    fn inherited(socket: OwnedFd) -> Result<Socket> {
+        let domain = rustix::net::sockopt::socket_domain(&socket)
+            .map_err(|errno| Error::os(errno, "what was handed over to listen on is no socket"))?;
+        nonblocking(rustix::io::ioctl_fionbio(&socket, true).map_err(std::io::Error::from))?;
+        match domain {
+            rustix::net::AddressFamily::UNIX => Ok(Socket::Unix(socket.into())),
+            _ => Ok(Socket::Tcp(socket.into())),
+        }
+    }
+
+    fn make(address: &Address, rights: &SocketRights) -> Result<Socket> {
         match address {
             Address::Unix(path) => open_unix(path, rights).map(Socket::Unix),
             Address::Tcp(address) => {
@@ -442,7 +516,7 @@ async fn accept_unix(
     let broken = |error| Error::io(error, "the listener failed");
     let socket = tokio::net::UnixListener::from_std(socket).map_err(broken)?;
     loop {
-        match socket.accept().await.and_then(|(client, _)| client.into_std()) {
+        match host.sockets().accept(socket.accept()).await.and_then(|(client, _)| client.into_std()) {
             Ok(client) => start(host, listener, move || tokio::net::UnixStream::from_std(client))?,
             Err(error) => pause(&error).await,
         }
@@ -453,7 +527,7 @@ async fn accept_tcp(socket: std::net::TcpListener, host: &Arc<Host>, listener: &
     let broken = |error| Error::io(error, "the listener failed");
     let socket = tokio::net::TcpListener::from_std(socket).map_err(broken)?;
     loop {
-        match socket.accept().await.and_then(|(client, _)| client.into_std()) {
+        match host.sockets().accept(socket.accept()).await.and_then(|(client, _)| client.into_std()) {
             Ok(client) => {
                 // Replies are written in whole turns; waiting to fill a packet only adds latency.
                 let _ = client.set_nodelay(true);
@@ -476,55 +550,15 @@ fn start<S>(
     make: impl FnOnce() -> std::io::Result<S> + Send + 'static,
 ) -> Result<()>
 where
-    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    S: Peer,
 {
-    let listener = listener.clone();
+    let (listener, shaking) = (listener.clone(), Shaking::begin(listener));
     host.spawn_stream(move || async move {
         match make() {
-            Ok(socket) => serve_client(socket, &listener).await,
+            Ok(socket) => serve_client(socket, &listener, shaking).await,
             Err(error) => tracing::warn!("a client could not be taken over: {error}"),
         }
     })
-}
-
-async fn serve_client<S: AsyncRead + AsyncWrite + Unpin>(socket: S, listener: &Arc<Listener>) {
-    let mut closing = listener.closing.subscribe();
-    let tls = lock(&listener.terms).tls.clone();
-    let handshake = blockmason::rt::timeout(HANDSHAKE, negotiate(socket, listener, &tls));
-    let negotiated = tokio::select! {
-        negotiated = handshake => negotiated,
-        _ = closing.wait_for(|closing| *closing) => return,
-    };
-    let negotiated = match negotiated {
-        Some(Ok(Some(negotiated))) => negotiated,
-        Some(Ok(None)) => return,
-        Some(Err(error)) => return tracing::info!("an NBD handshake failed: {error}"),
-        None => return tracing::info!("an NBD handshake took too long"),
-    };
-    let entry = negotiated.export.handle.clone();
-    tracing::info!(export = entry.name, "an NBD client has come");
-    let info = &negotiated.export.info;
-    let promise = Promise { size: info.size, writable: !info.flags.contains(TransmissionFlags::READ_ONLY) };
-    let Some(mut admitted) = entry.clients.admit(promise, &entry.disk, &entry.source) else {
-        return tracing::info!(export = entry.name, "the disk changed while an NBD client came");
-    };
-    let _attending = entry.disk.attend();
-    let connection = Connection::new(negotiated, entry.disk.budget().clone());
-    let mut serving = std::pin::pin!(serve(&entry.disk, &entry.source, &connection));
-    let served = tokio::select! {
-        // In this order: whoever is sent away gets no request into the graph that it does not fit.
-        biased;
-        _ = admitted.dismissed.wait_for(|dismissed| *dismissed) => {
-            connection.end();
-            serving.await
-        }
-        served = &mut serving => served,
-    };
-    match served {
-        Ok(served) => tracing::info!(export = entry.name, "an NBD client has gone: {served:?}"),
-        Err(error) => tracing::warn!(export = entry.name, "an NBD client could not be served: {error}"),
-    }
-    connection.finish().await;
 }
 
 /// One client on standard input and output: a socket, or two pipes.
@@ -537,12 +571,13 @@ async fn serve_stdio(listener: &Arc<Listener>) -> Result<()> {
     if is_socket {
         let socket = std::os::unix::net::UnixStream::from(input);
         socket.set_nonblocking(true).map_err(broken)?;
-        serve_client(tokio::net::UnixStream::from_std(socket).map_err(broken)?, listener).await;
+        let socket = tokio::net::UnixStream::from_std(socket).map_err(broken)?;
+        serve_client(socket, listener, Shaking::begin(listener)).await;
     } else {
         use tokio::net::unix::pipe;
         let input = pipe::Receiver::from_owned_fd(input).map_err(broken)?;
         let output = pipe::Sender::from_owned_fd(output).map_err(broken)?;
-        serve_client(tokio::io::join(input, output), listener).await;
+        serve_client(tokio::io::join(input, output), listener, Shaking::begin(listener)).await;
     }
     Ok(())
 }

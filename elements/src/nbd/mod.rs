@@ -15,6 +15,7 @@
 // A test may unwrap: what it unwraps is its own.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub(crate) mod attend;
 pub mod client;
 pub mod clients;
 pub mod handshake;

@@ -65,9 +65,6 @@ pub const TYPE: ElementType = ElementType {
     ..ElementType::BASE
 };
 
-/// Every image of this process, so that successive graphs share lock and description.
-static IMAGES: LazyLock<Registry> = LazyLock::new(Registry::default);
-
 /// The kernel's life: what was written to a file outlives this process, and not the kernel.
 static BOOT: LazyLock<Option<String>> = LazyLock::new(|| {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
@@ -112,7 +109,11 @@ impl FileDisk {
 
 fn open_image(params: &Params, graph: &str) -> Result<(Arc<Image>, Geometry, FileOptions)> {
     let path = &params.path.0;
-    let image = IMAGES.open(path, Access { write: !params.readonly, direct: params.direct }, graph)?;
+    let image = Registry::of_process().open(
+        path,
+        Access { write: !params.readonly, direct: params.direct },
+        graph,
+    )?;
     let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
     let stat = rustix::fs::fstat(image.file()).map_err(|e| refused(e, "it cannot be looked at"))?;
     let (size, device) = match FileType::from_raw_mode(stat.st_mode) {
@@ -221,7 +222,7 @@ impl Element for FileDisk {
 
 #[cfg(test)]
 mod tests {
-    use super::{Access, IMAGES};
+    use super::{Access, Registry};
     use blockmason::testing::{TestDisk, play_against_model, run};
     use blockmason::{Kind, Op};
 
@@ -252,7 +253,10 @@ mod tests {
             assert_eq!(second.read(0, 1).await.unwrap(), b"x");
             let path = folder.path().join("disk.img");
             for write in [true, false] {
-                let error = IMAGES.open(&path, Access { write, direct: false }, "other").err().unwrap();
+                let error = Registry::of_process()
+                    .open(&path, Access { write, direct: false }, "other")
+                    .err()
+                    .unwrap();
                 assert_eq!(error.kind(), Kind::Busy);
                 assert!(error.to_string().ends_with("the graph test has it open"), "{error}");
             }

@@ -141,6 +141,10 @@ impl Element for Mem {
         Ok(Prepared::of(Geometry { ops: Ops::ALL, ..Geometry::new(self.size) }))
     }
 
+    fn may_hand_over(&self) -> Result<()> {
+        Err(super::only_here())
+    }
+
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         match req.op {
             Op::Read => return Flow::Now(Ok(Answer::Data(self.read(&req)))),

@@ -20,6 +20,13 @@ fn control<'a>(req: &Request, cx: Cx<'a>, incarnation: impl FnOnce() -> Option<S
     }
 }
 
+/// Why a disk in memory stays where it is.
+fn only_here() -> Error {
+    Error::unsupported(
+        "its contents are in this process's memory and would be lost; `mason replace` puts a file in its place",
+    )
+}
+
 /// Names a disk in memory apart from all others of this process, which its contents do not outlive.
 fn unique(what: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(1);

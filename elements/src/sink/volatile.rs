@@ -230,6 +230,10 @@ impl Element for Volatile {
         Ok(Prepared::of(Geometry { min_block: SECTOR as u32, ops: Ops::ALL, needs_flush: true, ..geometry }))
     }
 
+    fn may_hand_over(&self) -> Result<()> {
+        Err(super::only_here())
+    }
+
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         if !self.state().powered {
             return cx.fail(&req, off("the power is off"));

@@ -5,6 +5,8 @@
 mod changes;
 mod clients;
 mod crashes;
+mod handover;
+mod heirs;
 mod manners;
 mod refused;
 mod soak;

@@ -1,6 +1,7 @@
 //! What a daemon serves: graphs, which come and go while it runs.
 
 use super::refusal::Refusal;
+use super::server::Ended;
 use super::trial::Trial;
 use crate::graphs::{CATALOGUE, GraphFile, Reader};
 use crate::left::{Choice, Left};
@@ -8,8 +9,8 @@ use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
 use blockmason::Host;
 use blockmason::live::{Heads, Live, Setup};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 /// What is served, and with what.
@@ -21,7 +22,23 @@ pub(crate) struct Daemon {
     graphs: Mutex<Graphs>,
     /// Told when a graph has left `changing`.
     changed: Notify,
+    /// Where the control socket is, and its device and inode.
+    control: OnceLock<(PathBuf, (u64, u64))>,
+    /// Set once another process serves.
+    gone: watch::Sender<Option<Gone>>,
 }
+
+/// Another process serves, and this one has to end.
+#[derive(Clone)]
+pub(crate) struct Gone {
+    /// Its number.
+    pub(crate) to: u32,
+    /// Whoever has asked for it has been answered when this ends.
+    pub(crate) told: Ended,
+}
+
+/// Stands for all graphs among those that are being loaded or unloaded: no graph has this name.
+const ALL: &str = "";
 
 #[derive(Default)]
 struct Graphs {
@@ -49,7 +66,7 @@ pub(crate) struct Served {
 }
 
 /// A name that nobody else may load or unload until this goes.
-struct Changing<'a> {
+pub(crate) struct Changing<'a> {
     daemon: &'a Daemon,
     name: String,
 }
@@ -63,8 +80,8 @@ impl Drop for Changing<'_> {
 
 impl Daemon {
     pub(crate) fn new(host: Arc<Host>, reader: Reader) -> Daemon {
-        let (graphs, changed) = Default::default();
-        Daemon { started: blockmason::rt::now(), host, reader, graphs, changed }
+        let (graphs, changed, control, gone) = Default::default();
+        Daemon { started: blockmason::rt::now(), host, reader, graphs, changed, control, gone }
     }
 
     fn graphs(&self) -> MutexGuard<'_, Graphs> {
@@ -113,6 +130,7 @@ impl Daemon {
         let (served, changing) = {
             let served = self.find(name)?;
             let mut graphs = self.graphs();
+            graphs.not_leaving()?;
             // Somebody else may have been faster.
             let Some(at) = graphs.served.iter().position(|other| Arc::ptr_eq(other, &served)) else {
                 return Err(Refusal::busy(format!("{name} is being unloaded")));
@@ -127,14 +145,7 @@ impl Daemon {
 
     /// Ends service of every graph, and loads no more. The first refusal is returned when all have ended.
     pub(crate) async fn stop(&self) -> Result<(), Refusal> {
-        self.graphs().stopping = true;
-        loop {
-            let changed = self.changed.notified();
-            if self.graphs().changing.is_empty() {
-                break;
-            }
-            changed.await;
-        }
+        self.settle().await;
         self.stop_served().await
     }
 
@@ -157,6 +168,7 @@ impl Daemon {
                 "a graph {name} is served already; `mason unload {name}` ends it"
             )));
         }
+        graphs.not_leaving()?;
         if graphs.changing.iter().any(|other| other == name) {
             return Err(Refusal::busy(format!("a graph {name} is being loaded or unloaded")));
         }
@@ -230,6 +242,91 @@ impl Daemon {
                     .to_owned(),
             )),
         }
+    }
+}
+
+impl Graphs {
+    fn not_leaving(&self) -> Result<(), Refusal> {
+        match self.changing.iter().any(|name| name == ALL) {
+            true => Err(Refusal::busy("the daemon is being handed over to another process")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// For another process that goes on, and for the one that has come.
+impl Daemon {
+    /// Keeps graphs from coming and going.
+    ///
+    /// # Errors
+    /// One is, or all of them are being handed over already, or the daemon ends.
+    pub(crate) fn begin_handover(&self) -> Result<Changing<'_>, Refusal> {
+        let mut graphs = self.graphs();
+        graphs.not_leaving()?;
+        if graphs.stopping {
+            return Err(Refusal::new("unavailable", "the daemon is about to end"));
+        }
+        if let Some(name) = graphs.changing.first() {
+            return Err(Refusal::busy(format!("a graph {name} is being loaded or unloaded: try again")));
+        }
+        graphs.changing.push(ALL.to_owned());
+        Ok(Changing { daemon: self, name: ALL.to_owned() })
+    }
+
+    /// Another process serves.
+    pub(crate) fn go(&self, gone: Gone) {
+        self.gone.send_replace(Some(gone));
+    }
+
+    /// Waits until another process serves, which it mostly never does.
+    pub(crate) async fn gone(&self) -> Gone {
+        let mut watch = self.gone.subscribe();
+        let gone = watch.wait_for(Option::is_some).await.ok().and_then(|gone| gone.clone());
+        match gone {
+            Some(gone) => gone,
+            // The sender is ours: it does not go.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Nothing is loaded or handed over any more; waits for what has begun.
+    pub(crate) async fn settle(&self) {
+        self.graphs().stopping = true;
+        loop {
+            let changed = self.changed.notified();
+            if self.graphs().changing.is_empty() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Where the control socket is, and its device and inode.
+    pub(crate) fn control(&self) -> Option<(PathBuf, (u64, u64))> {
+        self.control.get().cloned()
+    }
+
+    /// Remembers that, once.
+    pub(crate) fn set_control(&self, path: PathBuf, identity: (u64, u64)) {
+        let _ = self.control.set((path, identity));
+    }
+
+    /// A graph that has come from another process, as it ran there.
+    pub(crate) fn arrived(
+        &self,
+        live: Arc<Live>,
+        file: String,
+        path: PathBuf,
+    ) -> Result<Arc<Served>, Refusal> {
+        let left = Left::of(self.host.state_dir(), &path);
+        let trial =
+            Trial::read(self, &path)?.filter(|trial| trial.is_in(&live.spec()) || trial.is_committing());
+        Ok(Arc::new(Served { live, file, path, left, saving: Default::default(), trial: Mutex::new(trial) }))
+    }
+
+    /// It serves.
+    pub(crate) fn adopt(&self, served: Arc<Served>) {
+        self.graphs().served.push(served);
     }
 }
 

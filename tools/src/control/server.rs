@@ -4,12 +4,13 @@ use super::daemon::Daemon;
 use super::patient::Patient;
 use super::refusal::Refusal;
 use super::routes;
-use axum::Router;
+use crate::handover::{CONTROL, METRICS};
 use axum::body::{Body, to_bytes};
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use blockmason::rt;
+use axum::{Extension, Router};
+use blockmason::{Host, rt};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::io;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 /// Connections at a time. One more is told so, and closed.
 const MOST_CONNECTIONS: usize = 64;
@@ -34,8 +35,11 @@ const BODIES: usize = 2 * LONGEST_BODY;
 
 /// Answers on the socket for as long as the runtime lives.
 pub(crate) fn serve(listener: std::os::unix::net::UnixListener, daemon: Arc<Daemon>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let host = daemon.host.clone();
+    host.sockets().keep(CONTROL, &listener).map_err(io::Error::other)?;
     let listener = UnixListener::from_std(listener)?;
-    spawn(accept(listener, limited(routes::router(daemon))));
+    spawn(accept(listener, limited(routes::router(daemon)), host));
     Ok(())
 }
 
@@ -48,6 +52,8 @@ fn limited(router: Router) -> Router {
 /// Answers with counters, to whoever can connect.
 pub(crate) fn serve_metrics(listener: std::net::TcpListener, daemon: Arc<Daemon>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
+    let host = daemon.host.clone();
+    host.sockets().keep(METRICS, &listener).map_err(io::Error::other)?;
     let listener = TcpListener::from_std(listener)?;
     let router = routes::metrics_router(daemon);
     spawn(async move {
@@ -55,7 +61,7 @@ pub(crate) fn serve_metrics(listener: std::net::TcpListener, daemon: Arc<Daemon>
         loop {
             // Those who ask for counters can wait for their turn.
             let Ok(permit) = connections.clone().acquire_owned().await else { return };
-            match listener.accept().await {
+            match host.sockets().accept(listener.accept()).await {
                 Ok((stream, _)) => take(stream, permit, &router),
                 Err(error) => pause("metrics", &error).await,
             }
@@ -90,13 +96,13 @@ pub(super) fn spawn<T: Send + 'static>(
     tokio::spawn(body)
 }
 
-async fn accept(listener: UnixListener, router: Router) {
+async fn accept(listener: UnixListener, router: Router, host: Arc<Host>) {
     let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     // Those too many are told so, as far as that does not become too many itself.
     let refusals = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let refuse = Router::new().fallback(too_many);
     loop {
-        match listener.accept().await {
+        match host.sockets().accept(listener.accept()).await {
             Ok((stream, _)) if !is_friend(&stream) => {
                 tracing::info!("another user's connection to the control socket is refused");
             }
@@ -129,6 +135,8 @@ async fn attend<S>(stream: S, router: Router)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let (open, ended) = watch::channel(());
+    let router = router.layer(Extension(Ended(ended)));
     let stream = TokioIo::new(Patient::new(stream, PATIENCE));
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -138,6 +146,19 @@ where
         .await;
     if let Err(error) = served {
         tracing::debug!("a connection to the control socket ended: {error}");
+    }
+    drop(open);
+}
+
+/// Lets a handler know when the connection on which it was asked has ended.
+#[derive(Clone)]
+pub(crate) struct Ended(watch::Receiver<()>);
+
+impl Ended {
+    /// Waits for that.
+    pub(crate) async fn wait(mut self) {
+        // Nothing is ever sent: this fails when the connection has ended.
+        while self.0.changed().await.is_ok() {}
     }
 }
 

@@ -107,7 +107,7 @@ impl Drop for Shell {
 const MEASUREMENTS: [&str; 4] = ["mason top", "mason status", "mason get Probe", "mason events"];
 
 /// A line without what differs from run to run: numbers before a unit of time, of requests and bytes in
-/// brackets, after `#`, ` at ` and `process `, and names of volumes. In `measurements` all numbers.
+/// brackets, after `#`, ` at ` and `process `, process numbers of handovers, and names of volumes. In `measurements` all numbers.
 fn masked(line: &str, measurements: bool) -> String {
     if measurements {
         let words = line.split_whitespace().map(|word| if word == "-" { "#" } else { word });
@@ -122,7 +122,9 @@ fn masked(line: &str, measurements: bool) -> String {
                 number.strip_suffix(unit).is_some_and(|digits| digits.ends_with(|c: char| c.is_ascii_digit()))
             });
             let volume = number.len() == 32 && number.bytes().all(|byte| byte.is_ascii_hexdigit());
-            let place = ["#", " at ", "process "].iter().any(|word| before.ends_with(word));
+            let place =
+                ["#", " at ", "process ", "handed over from "].iter().any(|word| before.ends_with(word))
+                    || before.ends_with("handed over from # to ");
             counts || time || volume || place
         };
         parts.push(mask(part, is_varying));

@@ -12,6 +12,7 @@ mod elements;
 mod events;
 mod guest;
 mod handlers;
+mod handover;
 mod harness;
 mod heads;
 mod live;

@@ -1,5 +1,6 @@
 //! The server's transmission phase: a connection as a stream of requests into a graph.
 
+pub(super) mod carry;
 mod receive;
 mod send;
 
@@ -73,7 +74,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             rules: negotiated.rules(),
             style: negotiated.style,
             contexts: negotiated.contexts,
-            socket: RefCell::new(negotiated.stream),
+            ..Connection::over(negotiated.stream, budget)
+        }
+    }
+
+    /// One that has agreed on nothing yet.
+    fn over(socket: Socket<S>, budget: Arc<Budget>) -> Connection<S> {
+        Connection {
+            rules: Rules {
+                size: 0,
+                transmission: super::wire::TransmissionFlags::NONE,
+                extended: false,
+                contexts: false,
+                max_payload: 0,
+            },
+            style: ReplyStyle::Simple,
+            contexts: Vec::new(),
+            socket: RefCell::new(socket),
             receiver: RefCell::default(),
             sender: RefCell::default(),
             budget,

@@ -1,9 +1,13 @@
 //! Receiving requests: parsed out of one buffer, payloads into memory of their own.
 
 use super::super::stream::Stream as Socket;
-use super::super::wire::{Command, ErrorCode, RequestHeader, Rules, decode_request, decode_request_extended};
+use super::super::wire::{
+    Command, ErrorCode, RequestHeader, Rules, decode_request, decode_request_extended, encode_request,
+    encode_request_extended,
+};
 use blockmason::sched::{Budget, Permit};
-use blockmason::{Data, PoolBuf};
+use blockmason::{Data, Error, PoolBuf, Result, Segment};
+use serde::{Deserialize, Serialize};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -45,6 +49,9 @@ pub(super) struct Receiver {
     start: usize,
     end: usize,
     partial: Option<Partial>,
+    /// What another process has received, and how much of it has been read here; comes before what the
+    /// socket has.
+    inherited: Option<(Vec<u8>, usize)>,
     /// The last payload was long.
     long: bool,
     moved: u64,
@@ -61,6 +68,109 @@ struct Partial {
     left: u64,
     /// Set if the request is refused and the payload thrown away.
     refused: Option<ErrorCode>,
+}
+
+/// A refused request whose payload is being thrown away.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct Draining {
+    /// The bytes of its header, hexadecimal.
+    header: String,
+    /// Bytes still to come.
+    left: u64,
+    /// What the reply will say.
+    code: u32,
+}
+
+/// Reads what another process has left, then from the socket.
+fn poll_read<S: AsyncRead + AsyncWrite + Unpin>(
+    inherited: &mut Option<(Vec<u8>, usize)>,
+    socket: Pin<&mut Socket<S>>,
+    target: &mut ReadBuf<'_>,
+    task: &mut Context<'_>,
+) -> Poll<std::io::Result<()>> {
+    let Some((bytes, done)) = inherited else { return socket.poll_read(task, target) };
+    let n = target.remaining().min(bytes.len() - *done);
+    target.put_slice(&bytes[*done..*done + n]);
+    *done += n;
+    if *done == bytes.len() {
+        *inherited = None;
+    }
+    Poll::Ready(Ok(()))
+}
+
+/// A header as it came.
+fn encoded(header: &RequestHeader, extended: bool) -> Vec<u8> {
+    match encode_request(header).filter(|_| !extended) {
+        Some(compact) => compact.to_vec(),
+        None => encode_request_extended(header).to_vec(),
+    }
+}
+
+/// Of another process.
+impl Receiver {
+    /// True if nothing has been received that is not taken up.
+    pub(super) fn is_empty(&self) -> bool {
+        let partial = self.partial.as_ref().is_some_and(|partial| partial.refused.is_none());
+        !partial && self.start == self.end && self.inherited.is_none()
+    }
+
+    /// Calls `each` with what has been received and not been taken up, as it came.
+    pub(super) fn waiting(&self, extended: bool, mut each: impl FnMut(Segment<'_>)) {
+        if let Some(partial) = self.partial.as_ref().filter(|partial| partial.refused.is_none()) {
+            each(Segment::Bytes(&encoded(&partial.header, extended)));
+            partial.pieces.iter().for_each(|piece| piece.for_each(&mut each));
+            if let Some((piece, filled)) = &partial.piece {
+                each(Segment::Bytes(&piece[..*filled]));
+            }
+        }
+        if let Some(buffer) = &self.buffer {
+            each(Segment::Bytes(&buffer[self.start..self.end]));
+        }
+        if let Some((bytes, done)) = &self.inherited {
+            each(Segment::Bytes(&bytes[*done..]));
+        }
+    }
+
+    /// The refused request whose payload is being thrown away.
+    pub(super) fn draining(&self, extended: bool) -> Option<Draining> {
+        let partial = self.partial.as_ref()?;
+        let code = partial.refused?;
+        let header = encoded(&partial.header, extended).iter().map(|byte| format!("{byte:02x}")).collect();
+        Some(Draining { header, left: partial.left, code: code.0 })
+    }
+
+    /// Goes on where another process has stopped.
+    ///
+    /// # Errors
+    /// It contradicts itself.
+    pub(super) fn resume(
+        &mut self,
+        bytes: Vec<u8>,
+        draining: Option<Draining>,
+        extended: bool,
+    ) -> Result<()> {
+        if !bytes.is_empty() {
+            self.inherited = Some((bytes, 0));
+        }
+        let Some(draining) = draining else { return Ok(()) };
+        let damaged = || Error::invalid("a connection was handed over with a request that is none");
+        let digit = |at: usize| u8::from_str_radix(draining.header.get(at..at + 2)?, 16).ok();
+        let header = (0..draining.header.len().min(64)).step_by(2).map(digit).collect::<Option<Vec<u8>>>();
+        let header = header.ok_or_else(damaged)?;
+        let header = match extended {
+            true => header.as_slice().try_into().ok().and_then(|bytes| decode_request_extended(bytes).ok()),
+            false => header.as_slice().try_into().ok().and_then(|bytes| decode_request(bytes).ok()),
+        };
+        self.partial = Some(Partial {
+            header: header.ok_or_else(damaged)?,
+            permit: Permit::default(),
+            pieces: Vec::new(),
+            piece: None,
+            left: draining.left.min(DRAIN),
+            refused: Some(ErrorCode(draining.code)),
+        });
+        Ok(())
+    }
 }
 
 impl Receiver {
@@ -152,7 +262,7 @@ impl Receiver {
         let buffer = self.buffer.get_or_insert_with(|| PoolBuf::new(BUFFER));
         let room = if self.long { PEEK } else { BUFFER };
         let mut target = ReadBuf::new(&mut buffer[self.end..room]);
-        match socket.poll_read(task, &mut target) {
+        match poll_read(&mut self.inherited, socket, &mut target, task) {
             Poll::Pending => {
                 if self.end == 0 {
                     self.buffer = None;
@@ -197,7 +307,8 @@ impl Receiver {
                 self.start += n;
             } else {
                 let mut target = ReadBuf::new(&mut piece[*filled..]);
-                if let Err(error) = ready!(socket.as_mut().poll_read(task, &mut target)) {
+                if let Err(error) = ready!(poll_read(&mut self.inherited, socket.as_mut(), &mut target, task))
+                {
                     return Poll::Ready(Received::Broken(error.to_string()));
                 }
                 n = target.filled().len();

@@ -124,6 +124,19 @@ impl Sender {
         if wrote || socket.is_tls() { socket.poll_flush(task) } else { Poll::Ready(Ok(())) }
     }
 
+    /// Calls `each` with what has not been sent, in order.
+    pub(super) fn unsent(&mut self, mut each: impl FnMut(Segment<'_>)) {
+        self.seal();
+        let mut skip = self.done;
+        for piece in &self.pieces {
+            match piece {
+                Piece::Head(start, end) => each(Segment::Bytes(&self.heads[start + skip..*end])),
+                Piece::Data(data, _) => data.slice(skip..data.len()).for_each(&mut each),
+            }
+            skip = 0;
+        }
+    }
+
     fn gather<'a>(&'a self, slices: &mut Vec<IoSlice<'a>>) {
         let mut skip = self.done;
         for piece in &self.pieces {

@@ -32,10 +32,12 @@ use webhook::Webhook;
 struct On(EventKind);
 
 /// All but `unloaded`.
-const KINDS: [EventKind; 7] = [
+const KINDS: [EventKind; 9] = [
     EventKind::Loaded,
     EventKind::Reload,
     EventKind::ReloadFailed,
+    EventKind::HandedOver,
+    EventKind::HandoverFailed,
     EventKind::Error,
     EventKind::Failed,
     EventKind::Notice,
@@ -43,8 +45,14 @@ const KINDS: [EventKind; 7] = [
 ];
 
 /// What is told if nothing else is said.
-const WITHOUT_ON: &[EventKind] =
-    &[EventKind::Error, EventKind::Failed, EventKind::ReloadFailed, EventKind::Notice, EventKind::Threshold];
+const WITHOUT_ON: &[EventKind] = &[
+    EventKind::Error,
+    EventKind::Failed,
+    EventKind::ReloadFailed,
+    EventKind::HandoverFailed,
+    EventKind::Notice,
+    EventKind::Threshold,
+];
 
 impl FromStr for On {
     type Err = String;
@@ -72,8 +80,8 @@ blockmason::text_value!(On, "kind of event");
 blockmason::params! {
     /// Tells somebody what happens to the graph.
     struct Params {
-        /// Kinds of events, as `mason events` shows them: `loaded`, `reload`, `reload_failed`, `error`, `failed`,
-        /// `notice`, `threshold`. Without it all but `loaded` and `reload`.
+        /// Kinds of events, as `mason events` shows them: `loaded`, `reload`, `reload_failed`, `handed_over`, `handover_failed`, `error`, `failed`,
+        /// `notice`, `threshold`. Without it all but `loaded`, `reload` and `handed_over`.
         on: Vec<On>,
         /// A command and its arguments, run for each event. With a `/` in it, it is a path, and a relative
         /// one starts in the folder of the graph; else it is looked up in PATH.

@@ -14,15 +14,19 @@ mod serve;
 mod tests;
 
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
+use blockmason::element::BoxFuture;
 use blockmason::lang::value::{Rate, Size};
 use blockmason::{
-    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Op, Origin, Prepared, Request, Result,
+    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Luggage, Op, Open, Origin, Prepared,
+    Request, Result,
 };
 use format::{Layout, State};
 use futures::future::{Either, select};
 use io::Io;
 use overlay::Overlay;
+use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::future::ready;
 use std::pin::pin;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -154,8 +158,19 @@ fn later(retry: &mut Duration) -> Duration {
 /// The longest that a commit steps back for guests between two steps.
 const STEP_BACK: Duration = Duration::from_millis(100);
 
+/// What a successor in another process does not find in the overlay.
+#[derive(Serialize, Deserialize)]
+struct Left {
+    merge_rate: Option<u64>,
+    order: Option<Order>,
+}
+
+/// The version of that.
+const LEFT: u32 = 1;
+
 /// What an operator has asked for and `run` has not done yet.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Order {
     Commit,
     Discard,
@@ -461,6 +476,21 @@ impl Element for Cow {
         let message =
             format!("{blocks} blocks are only in its overlay: call its `commit` or `discard` first");
         Err(Error::new(Kind::Busy, message))
+    }
+
+    fn hand_over<'a>(&'a self, _leaving: &'a Open<'a>) -> BoxFuture<'a, Result<Luggage>> {
+        let merge_rate = self.merge_rate.load(Ordering::Relaxed);
+        let left =
+            Left { merge_rate: (merge_rate != u64::MAX).then_some(merge_rate), order: self.now().order };
+        Box::pin(ready(Luggage::of(LEFT, &left)))
+    }
+
+    fn take_over<'a>(&'a self, luggage: Luggage, _coming: &'a Open<'a>) -> BoxFuture<'a, Result<()>> {
+        let left: Result<Left> = luggage.read(LEFT);
+        Box::pin(ready(left.map(|left| {
+            self.merge_rate.store(left.merge_rate.unwrap_or(u64::MAX), Ordering::Relaxed);
+            self.now().order = left.order;
+        })))
     }
 
     fn get(&self, handler: &str) -> Result<String> {

@@ -7,6 +7,7 @@ mod daemon;
 mod events;
 mod graphs;
 mod handlers;
+mod handover;
 mod metrics;
 mod text;
 mod trace;
@@ -36,6 +37,7 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(daemon::daemon))
         .routes(routes!(daemon::status))
+        .routes(routes!(handover::handover))
         .routes(routes!(events::events))
         .routes(routes!(metrics::metrics))
         .routes(routes!(graphs::list, graphs::load))
