@@ -24,6 +24,8 @@ pub struct Geometry {
     pub rotational: bool,
     /// True if nothing may be written.
     pub read_only: bool,
+    /// True if acknowledged writes die with this process, and nobody has said `(lossy yes)` to that.
+    pub volatile: bool,
 }
 
 impl Geometry {
@@ -38,6 +40,7 @@ impl Geometry {
             needs_flush: false,
             rotational: false,
             read_only: false,
+            volatile: false,
         }
     }
 
@@ -57,6 +60,7 @@ impl Geometry {
             needs_flush: self.needs_flush || other.needs_flush,
             rotational: self.rotational || other.rotational,
             read_only: self.read_only || other.read_only,
+            volatile: self.volatile || other.volatile,
         }
     }
 }

@@ -127,6 +127,13 @@ impl FileIo {
                 None => self.read_later(req, cx, buf),
             };
         }
+        if inline {
+            match self.read_inline_foreign(&req.data, req.offset) {
+                Some(Ok(())) => return Flow::Now(Ok(Answer::Data(req.data))),
+                Some(Err(error)) => return cx.fail(&req, self.failed(error)),
+                None => {}
+            }
+        }
         let buf = PoolBuf::new(if req.data.is_empty() { req.len as usize } else { 0 });
         self.read_later(req, cx, buf)
     }
@@ -180,7 +187,7 @@ impl FileIo {
                 Some(ring) => ring.read_foreign(self.file(), offset + done as u64, left).await?,
                 None => {
                     let file = self.file();
-                    pool::run(move || preadv(&file, &left, offset + done as u64)).await??
+                    pool::run(move || preadv(&file, &left, offset + done as u64, 0)).await??
                 }
             };
             if n == 0 {
@@ -213,6 +220,26 @@ impl FileIo {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return None,
                 Err(errno) => return Some(Err(errno.into())),
+            }
+        }
+        Some(Ok(()))
+    }
+
+    /// The same into foreign memory, in place.
+    fn read_inline_foreign(&self, to: &Data, offset: u64) -> Option<io::Result<()>> {
+        let flags = if self.memory { 0 } else { libc::RWF_NOWAIT };
+        let mut done = 0;
+        while done < to.len() {
+            let rest = if done == 0 { to.clone() } else { to.slice(done..to.len()) };
+            match preadv(&self.image.file, &rest, offset + done as u64, flags) {
+                Ok(0) => {
+                    rest.fill_from(&Data::zeros(rest.len()));
+                    return Some(Ok(()));
+                }
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Err(error) => return Some(Err(error)),
             }
         }
         Some(Ok(()))
@@ -468,12 +495,12 @@ fn aligned(data: &Data) -> Data {
     buf.freeze()
 }
 
-fn preadv(file: &OwnedFd, to: &Data, offset: u64) -> io::Result<usize> {
+fn preadv(file: &OwnedFd, to: &Data, offset: u64, flags: libc::c_int) -> io::Result<usize> {
     let iovecs = ring::iovecs(to);
     let count = iovecs.len().min(IOV_MAX) as i32;
     // SAFETY: the iovecs point into `to`, which is foreign memory, valid while it is held here; what
     // the kernel writes there is what a guest might.
-    let n = unsafe { libc::preadv(file.as_raw_fd(), iovecs.as_ptr(), count, offset as i64) };
+    let n = unsafe { libc::preadv2(file.as_raw_fd(), iovecs.as_ptr(), count, offset as i64, flags) };
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
 }
 

@@ -1,5 +1,6 @@
 //! File I/O for sinks: an engine chosen for each operation, and images that are opened once.
 
+mod fence;
 mod file;
 mod pool;
 mod registry;

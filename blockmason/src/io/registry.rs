@@ -7,6 +7,7 @@ mod carry;
 
 pub use carry::{Carried, Claims};
 
+use super::fence;
 use crate::error::{Errno, Error, Kind, Result};
 use rustix::fs::{FlockOperation, OFlags};
 use std::collections::HashMap;
@@ -140,7 +141,15 @@ impl Registry {
         let locked = match open.first() {
             Some(other) if access.write => other.lock.make_exclusive().map(|()| other.lock.clone()),
             Some(other) => Ok(other.lock.clone()),
-            None => Lock::new(&file, access.write).map(Arc::new),
+            None => {
+                let lock = || Lock::new(&file, access.write).map(Arc::new);
+                let locked = fence::lock_after_the_dead((stat.st_dev, stat.st_ino), lock);
+                locked.inspect(|_| {
+                    if !access.write {
+                        fence::come_after_reads(&file, holder)
+                    }
+                })
+            }
         };
         let lock = locked.map_err(|errno| match errno {
             Errno::AGAIN | Errno::ACCESS => busy("it is locked: another process has it open".to_owned()),
@@ -196,13 +205,7 @@ fn lock(file: &OwnedFd, write: bool) -> Result<(), Errno> {
 
 fn record_lock(file: &OwnedFd, kind: libc::c_int) -> Result<(), Errno> {
     use std::os::fd::AsRawFd;
-    let lock = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
+    let lock = fence::record(kind, 0, fence::END);
     // SAFETY: the descriptor is open, and the kernel only reads the structure.
     let locked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
     if locked == 0 {

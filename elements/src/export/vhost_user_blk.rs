@@ -5,7 +5,7 @@ use crate::vhost::device::Terms;
 use crate::vhost::export::{Export, Exports};
 use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::lang::value::{Time, Uri};
-use blockmason::{Cx, Element, Error, Flow, Geometry, Open, Request, Result};
+use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Open, Prepared, Request, Result};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -106,6 +106,17 @@ impl Element for VhostUserBlk {
         cx.forward(0, req)
     }
 
+    fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
+        let below = children.single()?;
+        if below.volatile {
+            return Err(Error::invalid(
+                "a virtual machine outlives this program, and the disk below keeps what is written in this program's \
+                 memory: put (lossy yes) on that element if the loss is acceptable",
+            ));
+        }
+        Ok(Prepared::of(below.above()))
+    }
+
     fn open(&self, open: &Open<'_>) -> Result<Option<String>> {
         let params = &self.params;
         let terms = Terms {
@@ -126,6 +137,13 @@ impl Element for VhostUserBlk {
 
     fn close(&self) {
         self.export().take();
+    }
+
+    fn may_hand_over(&self) -> Result<()> {
+        Err(Error::unsupported(
+            "guests cannot be handed over yet: restart the program, and those whose virtual machine monitor reconnects \
+             go on after a pause",
+        ))
     }
 
     fn keeps_clients(&self, below: Option<&Geometry>) -> Result<()> {

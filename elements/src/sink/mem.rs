@@ -18,6 +18,9 @@ blockmason::params! {
     pub struct Params {
         /// Bytes that the disk has.
         size: Size,
+        /// Agrees that a guest which outlives this process loses what it was told is written: asked for below
+        /// `vhost_user_blk`.
+        lossy: bool = "no",
     }
 }
 
@@ -37,7 +40,10 @@ pub const TYPE: ElementType = ElementType {
               element Memory (type mem) (size 64M)\n\
               Guest -> Memory\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Mem::new(build.read(Params::from)?.size.0))),
+    build: |build: &Build<'_>| {
+        let params = build.read(Params::from)?;
+        Ok(Arc::new(Mem::new(params.size.0, params.lossy)))
+    },
     ..ElementType::BASE
 };
 
@@ -51,15 +57,16 @@ struct Stretch(Vec<Option<Data>>);
 
 struct Mem {
     size: u64,
+    lossy: bool,
     incarnation: String,
     stretches: Vec<Mutex<Stretch>>,
 }
 
 impl Mem {
-    fn new(size: u64) -> Mem {
+    fn new(size: u64, lossy: bool) -> Mem {
         let count = size.div_ceil((PAGE * PAGES) as u64) as usize;
         let stretches = (0..count).map(|_| Mutex::new(Stretch(Vec::new()))).collect();
-        Mem { size, incarnation: unique("memory"), stretches }
+        Mem { size, lossy, incarnation: unique("memory"), stretches }
     }
 
     /// Calls `visit` with every page that a range touches, in order: its place, and which of its bytes.
@@ -138,7 +145,7 @@ impl Mem {
 
 impl Element for Mem {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
-        Ok(Prepared::of(Geometry { ops: Ops::ALL, ..Geometry::new(self.size) }))
+        Ok(Prepared::of(Geometry { ops: Ops::ALL, volatile: !self.lossy, ..Geometry::new(self.size) }))
     }
 
     fn may_hand_over(&self) -> Result<()> {
@@ -206,7 +213,7 @@ mod tests {
 
     #[test]
     fn filling_a_guests_memory_is_left_to_the_export() {
-        let mem = Mem::new(8192);
+        let mem = Mem::new(8192, false);
         mem.write(&Request::write(0, Data::copy_of(b"hello")));
         let data = mem.read(&Request::read(0, 5));
         let mut whole = false;

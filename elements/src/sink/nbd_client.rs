@@ -157,6 +157,7 @@ fn geometry(client: &Client, readonly: bool) -> Result<Geometry> {
         needs_flush: has(TransmissionFlags::SEND_FLUSH),
         rotational: has(TransmissionFlags::ROTATIONAL),
         read_only: readonly || has(TransmissionFlags::READ_ONLY),
+        volatile: false,
     })
 }
 

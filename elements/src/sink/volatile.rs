@@ -19,6 +19,9 @@ blockmason::params! {
         size: Size,
         /// Where the random numbers start that decide what a loss of power leaves.
         seed: u64 = "0",
+        /// Agrees that a guest which outlives this process loses what it was told is written: asked for below
+        /// `vhost_user_blk`.
+        lossy: bool = "no",
     }
 }
 
@@ -184,6 +187,7 @@ impl State {
 
 struct Volatile {
     size: u64,
+    lossy: bool,
     name: String,
     state: Mutex<State>,
 }
@@ -203,7 +207,12 @@ impl Volatile {
             losses: 0,
             rng: fastrand::Rng::with_seed(params.seed),
         };
-        Volatile { size: params.size.0, name: unique("volatile"), state: Mutex::new(state) }
+        Volatile {
+            size: params.size.0,
+            lossy: params.lossy,
+            name: unique("volatile"),
+            state: Mutex::new(state),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -226,7 +235,7 @@ impl Volatile {
 
 impl Element for Volatile {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
-        let geometry = Geometry::new(self.size);
+        let geometry = Geometry { volatile: !self.lossy, ..Geometry::new(self.size) };
         Ok(Prepared::of(Geometry { min_block: SECTOR as u32, ops: Ops::ALL, needs_flush: true, ..geometry }))
     }
 

@@ -47,8 +47,11 @@ pub(crate) fn features(read_only: bool, queues: u16) -> u64 {
         | bit(VIRTIO_BLK_F_FLUSH)
         | bit(VIRTIO_BLK_F_CONFIG_WCE);
     let several = if queues > 1 { bit(VIRTIO_BLK_F_MQ) } else { 0 };
-    let changes =
-        if read_only { bit(VIRTIO_BLK_F_RO) } else { bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES) };
+    let changes = if read_only {
+        bit(VIRTIO_BLK_F_RO)
+    } else {
+        bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES)
+    };
     always | several | changes
 }
 
@@ -222,16 +225,21 @@ mod tests {
         };
         let request = |kind, ranges: &[Vec<u8>]| [header(kind, 0), ranges.concat()].concat();
         let two = [range(1, 2, 0), range(10, 0, 0), range(100, 8, 0)];
-        let expected =
-            vec![Range { offset: 512, len: 1024, unmap: false }, Range { offset: 51200, len: 4096, unmap: false }];
+        let expected = vec![
+            Range { offset: 512, len: 1024, unmap: false },
+            Range { offset: 51200, len: 4096, unmap: false },
+        ];
         assert_eq!(parsed(&request(VIRTIO_BLK_T_DISCARD, &two), &[16, 20], 1), Ok(Job::Discard(expected)));
         let unmap = [range(1, 2, 1)];
         assert_eq!(parsed(&request(VIRTIO_BLK_T_DISCARD, &unmap), &[], 1), Ok(Job::Answer(UNSUPP)));
         let zeros = vec![Range { offset: 512, len: 1024, unmap: true }];
         assert_eq!(parsed(&request(VIRTIO_BLK_T_WRITE_ZEROES, &unmap), &[], 1), Ok(Job::WriteZeroes(zeros)));
-        for (range, answer) in
-            [(range(0, 1, 2), UNSUPP), (range(u64::MAX, 1, 0), IOERR), (range(0, u32::MAX, 0), IOERR), (vec![0; 15], IOERR)]
-        {
+        for (range, answer) in [
+            (range(0, 1, 2), UNSUPP),
+            (range(u64::MAX, 1, 0), IOERR),
+            (range(0, u32::MAX, 0), IOERR),
+            (vec![0; 15], IOERR),
+        ] {
             let request = request(VIRTIO_BLK_T_WRITE_ZEROES, &[range]);
             assert_eq!(parsed(&request, &[], 1), Ok(Job::Answer(answer)));
         }

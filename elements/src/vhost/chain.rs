@@ -233,7 +233,10 @@ mod tests {
         assert_eq!(refused(table(&followed)), "an indirect table with something after it");
         assert_eq!(refused(table(&[(at, 17, indirect, 0)])), "an indirect table of an impossible length");
         assert_eq!(refused(table(&[(at, 0, indirect, 0)])), "an indirect table of an impossible length");
-        assert_eq!(refused(table(&[(1 << 40, 16, indirect, 0)])), "an indirect table outside of the guest's memory");
+        assert_eq!(
+            refused(table(&[(1 << 40, 16, indirect, 0)])),
+            "an indirect table outside of the guest's memory"
+        );
         let nested = |driver: &mut Driver| {
             let inner = driver.put_buffer(0, &[(at, 16, indirect, 0)]);
             driver.put(0, (inner, 16, indirect, 0));

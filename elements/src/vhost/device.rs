@@ -129,7 +129,8 @@ impl Device {
     /// # Errors
     /// It cannot be recorded: then the cache stays off, which is always safe.
     pub(crate) fn set_write_back(&self, write_back: bool) -> Result<()> {
-        let refused = |error| Error::io(error, "the guest's choice of cache cannot be kept").with_path(&self.record);
+        let refused =
+            |error| Error::io(error, "the guest's choice of cache cannot be kept").with_path(&self.record);
         if write_back {
             match std::fs::remove_file(&self.record) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(refused(error)),
@@ -218,13 +219,8 @@ mod tests {
     use blockmason::testing::{TestDisk, run};
 
     fn device(disk: &TestDisk, record: PathBuf) -> Arc<Device> {
-        let terms = Terms {
-            queues: 1,
-            queue_size: 8,
-            serial: String::new(),
-            read_only: false,
-            poll: Duration::ZERO,
-        };
+        let terms =
+            Terms { queues: 1, queue_size: 8, serial: String::new(), read_only: false, poll: Duration::ZERO };
         Arc::new(Device::new(disk.disk.clone(), "D", terms, record))
     }
 

@@ -102,7 +102,8 @@ impl Exports {
         let mut open = lock(&self.0);
         open.devices.retain(|lease| lease.strong_count() > 0);
         open.listeners.retain(|_, listener| listener.strong_count() > 0);
-        let same = |lease: &Arc<Lease>| Arc::ptr_eq(&lease.device.disk, disk) && lease.device.source == source;
+        let same =
+            |lease: &Arc<Lease>| Arc::ptr_eq(&lease.device.disk, disk) && lease.device.source == source;
         let known = open.devices.iter().filter_map(Weak::upgrade).find(same);
         let lease = known.unwrap_or_else(|| {
             let device = Arc::new(Device::new(disk.clone(), source, terms.clone(), record));
@@ -164,7 +165,10 @@ async fn accept(socket: &UnixListener, host: &Arc<Host>, lease: &Weak<Lease>) {
         let Some(lease) = lease.upgrade() else { return };
         if lease.sessions.fetch_add(1, Ordering::Relaxed) >= MOST_SESSIONS {
             lease.sessions.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!(export = lease.device.source, "a front-end is turned away: too many are connected");
+            tracing::warn!(
+                export = lease.device.source,
+                "a front-end is turned away: too many are connected"
+            );
             continue;
         }
         let device = lease.device.clone();
@@ -244,7 +248,8 @@ async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
             }
             Next::Changed => {
                 let news = events.take(usize::MAX);
-                let reload = news.dropped > 0 || news.events.iter().any(|event| event.kind == EventKind::Reload);
+                let reload =
+                    news.dropped > 0 || news.events.iter().any(|event| event.kind == EventKind::Reload);
                 let now = device.geometry().ok().filter(|_| reload);
                 if let Some(disk) = now.filter(|disk| disk.size != size) {
                     size = disk.size;

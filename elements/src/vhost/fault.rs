@@ -18,9 +18,9 @@ struct Slot {
     lost: AtomicBool,
 }
 
-static TABLE: [Slot; SLOTS] = [const {
-    Slot { start: AtomicUsize::new(0), len: AtomicUsize::new(0), lost: AtomicBool::new(false) }
-}; SLOTS];
+static TABLE: [Slot; SLOTS] =
+    [const { Slot { start: AtomicUsize::new(0), len: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
+        SLOTS];
 
 /// One past the highest slot that was ever taken.
 static TAKEN: AtomicUsize = AtomicUsize::new(0);

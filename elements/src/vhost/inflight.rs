@@ -55,7 +55,9 @@ impl Inflight {
     /// # Errors
     /// [`blockmason::Kind::Invalid`] if it is too small for what it is said to hold.
     pub(crate) fn open(area: InflightArea, file: File) -> Result<Inflight> {
-        if area.size < (part(area.entries) * usize::from(area.queues)) as u64 || !area.offset.is_multiple_of(8) {
+        if area.size < (part(area.entries) * usize::from(area.queues)) as u64
+            || !area.offset.is_multiple_of(8)
+        {
             return Err(Error::invalid("memory for the requests in flight is too small or not aligned"));
         }
         Ok(Inflight { area, mapping: Mapping::new(file, area.offset, area.size)? })

@@ -15,6 +15,7 @@ impl DirtyLog {
         DirtyLog(mapping)
     }
 
+    #[cfg(test)]
     pub(crate) fn mapping(&self) -> &Mapping {
         &self.0
     }

@@ -33,7 +33,8 @@ impl Mapping {
     /// [`Kind::Invalid`] if the file has not so many, or cannot be mapped.
     pub(crate) fn new(file: File, offset: u64, len: u64) -> Result<Mapping> {
         let invalid = |what: String| Error::invalid(format!("shared memory cannot be mapped: {what}"));
-        let stat = rustix::fs::fstat(&file).map_err(|errno| Error::os(errno, "shared memory is of no use"))?;
+        let stat =
+            rustix::fs::fstat(&file).map_err(|errno| Error::os(errno, "shared memory is of no use"))?;
         let end = offset.checked_add(len).filter(|end| len > 0 && *end <= stat.st_size as u64);
         let Some(end) = end else {
             return Err(invalid(format!("{len} bytes at {offset} of a file of {}", stat.st_size)));
@@ -52,11 +53,6 @@ impl Mapping {
     /// Bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
-    }
-
-    /// Where in the file it starts.
-    pub(crate) fn offset(&self) -> u64 {
-        self.offset as u64
     }
 
     /// A place in it, which may be its end. Panics outside.
@@ -141,6 +137,7 @@ impl Memory {
     }
 
     /// The regions, by guest address.
+    #[cfg(test)]
     pub(crate) fn regions(&self) -> &[Arc<Region>] {
         &self.regions
     }

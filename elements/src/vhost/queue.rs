@@ -291,7 +291,8 @@ impl Queue {
     /// Takes a request of the driver apart: into requests for the graph, or answers it.
     fn take(&self, state: &mut State, head: u16) -> Result<(), &'static str> {
         let mut chain = std::mem::take(&mut state.chain);
-        let parsed = chain.read(state.port.ring(), head, self.rules.indirect).and_then(|()| blk::parse(&mut chain));
+        let parsed =
+            chain.read(state.port.ring(), head, self.rules.indirect).and_then(|()| blk::parse(&mut chain));
         let (job, status) = parsed?;
         state.taken += 1;
         let tag = |dest: Data, len: u64| Tag { head, status, dest, len, group: None };
@@ -309,7 +310,9 @@ impl Queue {
             }
             Job::Flush => state.ready.push_back((tag(Data::empty(), 0), Request::flush())),
             Job::Discard(ranges) => self.several(state, tag(Data::empty(), 0), Op::Discard, fua, &ranges),
-            Job::WriteZeroes(ranges) => self.several(state, tag(Data::empty(), 0), Op::WriteZeroes, fua, &ranges),
+            Job::WriteZeroes(ranges) => {
+                self.several(state, tag(Data::empty(), 0), Op::WriteZeroes, fua, &ranges)
+            }
             Job::Id => {
                 let written = self.write_serial(state, &chain.writable);
                 state.finish(head, status, blk::OK, written);

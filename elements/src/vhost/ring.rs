@@ -52,12 +52,16 @@ impl Ring {
     /// [`blockmason::Kind::Invalid`] if it is not in the guest's memory as a whole, or not aligned.
     pub(crate) fn new(memory: &Arc<Memory>, address: &RingAddress, size: u16) -> Result<Ring> {
         if size == 0 || !size.is_power_of_two() || size > LONGEST {
-            return Err(Error::invalid(format!("a queue of {size} entries, not of a power of two up to {LONGEST}")));
+            return Err(Error::invalid(format!(
+                "a queue of {size} entries, not of a power of two up to {LONGEST}"
+            )));
         }
         let entries = u64::from(size);
         let part = |address: u64, len: u64, align: usize| {
             let at = memory.get_user(address, len).filter(|at| (at.as_ptr() as usize).is_multiple_of(align));
-            at.ok_or_else(|| Error::invalid(format!("a queue at {address:#x}, which is not the guest's memory")))
+            at.ok_or_else(|| {
+                Error::invalid(format!("a queue at {address:#x}, which is not the guest's memory"))
+            })
         };
         Ok(Ring {
             size,

@@ -127,7 +127,9 @@ impl Session {
         let fd = if fds.len() == 1 { fds.pop() } else { None };
         let needs = || Error::invalid("a descriptor was to come with the message");
         match message {
-            Message::GetFeatures => return Ok(Answer::number(self.device.features(&self.device.geometry()?))),
+            Message::GetFeatures => {
+                return Ok(Answer::number(self.device.features(&self.device.geometry()?)));
+            }
             Message::SetFeatures(features) => self.set_features(features)?,
             Message::SetOwner | Message::SetLogFd => {}
             Message::ResetOwner => self.vrings.iter_mut().for_each(|vring| {
@@ -156,7 +158,8 @@ impl Session {
             Message::SetVringNum { index, num } => self.set_num(index, num)?,
             Message::SetVringAddr { index, address } => self.set_address(index, address).await?,
             Message::SetVringBase { index, base } => {
-                let base = u16::try_from(base).map_err(|_| Error::invalid("a place past the end of a ring"))?;
+                let base =
+                    u16::try_from(base).map_err(|_| Error::invalid("a place past the end of a ring"))?;
                 self.stopped(index)?.base = base;
             }
             Message::GetVringBase { index } => {
@@ -179,7 +182,9 @@ impl Session {
             Message::GetProtocolFeatures => return Ok(Answer::number(PROTOCOL)),
             Message::SetProtocolFeatures(features) => {
                 if features & !PROTOCOL != 0 {
-                    return Err(Error::invalid(format!("features of the protocol that were not offered: {features:#x}")));
+                    return Err(Error::invalid(format!(
+                        "features of the protocol that were not offered: {features:#x}"
+                    )));
                 }
                 self.protocol = features;
             }
@@ -239,7 +244,8 @@ impl Session {
         let most = self.device.terms().queue_size;
         let vring = self.stopped(index)?;
         let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= most);
-        let wrong = || Error::invalid(format!("a queue of {num} entries, not of a power of two up to {most}"));
+        let wrong =
+            || Error::invalid(format!("a queue of {num} entries, not of a power of two up to {most}"));
         vring.size = size.ok_or_else(wrong)?;
         Ok(())
     }
@@ -299,7 +305,8 @@ impl Session {
     }
 
     async fn set_kick(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<()> {
-        let kick = fd.ok_or_else(|| Error::unsupported("a queue without kicks: they cannot be done without"))?;
+        let kick =
+            fd.ok_or_else(|| Error::unsupported("a queue without kicks: they cannot be done without"))?;
         let kick = event_counter(kick)?;
         if self.vring(index)?.running.is_some() {
             self.vring(index)?.base = self.stop(index).await?;
@@ -400,7 +407,12 @@ impl Session {
             Some(0) => false,
             Some(1) => true,
             Some(_) => return Err(Error::invalid("a cache is on or off")),
-            None => return Err(Error::new(blockmason::Kind::Denied, "nothing else of the configuration can be set")),
+            None => {
+                return Err(Error::new(
+                    blockmason::Kind::Denied,
+                    "nothing else of the configuration can be set",
+                ));
+            }
         };
         if self.features & blk::bit(VIRTIO_BLK_F_CONFIG_WCE) == 0 {
             return Err(Error::invalid("the cache is set, which was not negotiated"));
@@ -427,7 +439,10 @@ impl Session {
     pub(crate) fn config_changed(&self) {
         let Some(channel) = &self.channel else { return };
         if let Err(error) = super::socket::send_some(channel.as_fd(), &wire::config_changed(), None) {
-            tracing::info!(export = self.device.source, "the virtual machine cannot be told of the new size: {error}");
+            tracing::info!(
+                export = self.device.source,
+                "the virtual machine cannot be told of the new size: {error}"
+            );
         }
     }
 }
@@ -446,12 +461,13 @@ fn is_over(vring: &Vring) -> bool {
 /// writing to them means or costs is unknown.
 fn event_counter(fd: OwnedFd) -> Result<OwnedFd> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    if link.map_err(|error| Error::io(error, "a descriptor cannot be looked at"))?.as_os_str() != "anon_inode:[eventfd]" {
+    if link.map_err(|error| Error::io(error, "a descriptor cannot be looked at"))?.as_os_str()
+        != "anon_inode:[eventfd]"
+    {
         return Err(Error::invalid("a descriptor for kicks or interrupts that is no eventfd"));
     }
-    let flags = rustix::fs::fcntl_getfl(&fd).and_then(|flags| {
-        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
-    });
+    let flags = rustix::fs::fcntl_getfl(&fd)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK));
     flags.map_err(|errno| Error::os(errno, "a descriptor cannot be set up"))?;
     Ok(fd)
 }

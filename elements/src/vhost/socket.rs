@@ -2,14 +2,18 @@
 
 use super::wire::{HEADER, Header, MOST_FDS};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+
+/// How long the rest of a message may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A message as it came.
 pub(crate) struct Received {
@@ -31,14 +35,10 @@ impl Socket {
         Socket { stream, bytes: Vec::new(), fds: Vec::new() }
     }
 
-    /// True if part of a message is there: the rest should not take long.
+    /// True if part of a message is there.
+    #[cfg(test)]
     pub(crate) fn is_amid_a_message(&self) -> bool {
         !self.bytes.is_empty()
-    }
-
-    /// The connection, for whoever takes it over between two messages.
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
     }
 
     /// The next message; None when the front-end has gone. May be dropped and called again.
@@ -58,8 +58,22 @@ impl Socket {
                 self.bytes.clear();
                 return Ok(Some(Received { header, payload, fds: std::mem::take(&mut self.fds) }));
             }
-            if self.read(wanted - self.bytes.len()).await? == 0 {
-                return if self.bytes.is_empty() { Ok(None) } else { Err(broken("the end of half a message")) };
+            let amid = !self.bytes.is_empty();
+            let read = self.read(wanted - self.bytes.len());
+            // The rest of a message does not take long.
+            let read = if amid {
+                let late =
+                    || io::Error::new(io::ErrorKind::TimedOut, "half a message, and no more for too long");
+                blockmason::rt::timeout(PATIENCE, read).await.unwrap_or_else(|| Err(late()))?
+            } else {
+                read.await?
+            };
+            if read == 0 {
+                return if self.bytes.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(broken("the end of half a message"))
+                };
             }
         }
     }
@@ -94,8 +108,12 @@ fn receive_some(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut buf = vec![0; n];
-    let received =
-        rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut buf)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let received = rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut buf)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             fds.extend(rights);
@@ -109,7 +127,11 @@ fn receive_some(
 }
 
 /// Sends some bytes, with a descriptor.
-pub(crate) fn send_some(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+pub(crate) fn send_some(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<usize> {
     let fds: Vec<_> = fd.into_iter().collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -125,7 +147,6 @@ mod tests {
     use super::*;
     use crate::vhost::testing::memory_file;
     use crate::vhost::wire;
-    use std::time::Duration;
 
     fn pair() -> (UnixStream, Socket) {
         let (ours, theirs) = UnixStream::pair().unwrap();

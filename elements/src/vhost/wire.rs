@@ -352,7 +352,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn header(code: u32, flags: u32, size: u32) -> [u8; HEADER] {
-        message(code, flags, &[])[..8].iter().copied().chain(size.to_ne_bytes()).collect::<Vec<_>>().try_into().unwrap()
+        message(code, flags, &[])[..8]
+            .iter()
+            .copied()
+            .chain(size.to_ne_bytes())
+            .collect::<Vec<_>>()
+            .try_into()
+            .unwrap()
     }
 
     #[test]
