@@ -6,12 +6,16 @@ pub mod nbd;
 pub mod route;
 pub mod sink;
 pub mod transform;
+#[cfg(feature = "vhost")]
+pub mod vhost;
 
 use blockmason::describe::ElementType;
 
 /// Every type of element, in the order of the reference.
 pub static ALL: &[&ElementType] = &[
     &export::nbd::TYPE,
+    #[cfg(feature = "vhost")]
+    &export::vhost_user_blk::TYPE,
     &route::debug_log::TYPE,
     &route::filter::TYPE,
     &route::linear::TYPE,

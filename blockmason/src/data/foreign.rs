@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 /// Pieces of foreign memory in a row, with whatever keeps them mapped.
 pub struct Foreign {
-    parts: Box<[(NonNull<u8>, usize)]>,
+    /// Most are in one piece, and then nothing is allocated for it.
+    first: (NonNull<u8>, usize),
+    rest: Box<[(NonNull<u8>, usize)]>,
     len: usize,
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -26,9 +28,10 @@ impl Foreign {
     /// # Safety
     /// Every piece must stay mapped, readable and (where it is the destination of a read) writable
     /// for as long as `owner` lives, and no Rust reference to it may exist meanwhile.
-    pub unsafe fn new(parts: Box<[(NonNull<u8>, usize)]>, owner: Arc<dyn Any + Send + Sync>) -> Foreign {
+    pub unsafe fn new(parts: &[(NonNull<u8>, usize)], owner: Arc<dyn Any + Send + Sync>) -> Foreign {
         let len = parts.iter().map(|(_, len)| len).sum();
-        Foreign { parts, len, _owner: owner }
+        let first = parts.first().copied().unwrap_or((NonNull::dangling(), 0));
+        Foreign { first, rest: parts.get(1..).unwrap_or_default().into(), len, _owner: owner }
     }
 
     /// Length in bytes.
@@ -36,9 +39,20 @@ impl Foreign {
         self.len
     }
 
+    /// The bytes of `range`, if one piece has them all.
+    pub(super) fn single(&self, range: Range<usize>) -> Option<ForeignPart<'_>> {
+        let (ptr, len) = self.first;
+        if range.end > len {
+            return None;
+        }
+        // SAFETY: range.start <= range.end <= len: the result lies inside of the piece.
+        let ptr = unsafe { ptr.add(range.start) };
+        Some(ForeignPart { ptr, len: range.end - range.start, _memory: std::marker::PhantomData })
+    }
+
     pub(super) fn for_each<'a>(&'a self, range: Range<usize>, mut each: impl FnMut(ForeignPart<'a>)) {
         let mut at = 0;
-        for &(ptr, len) in &self.parts {
+        for &(ptr, len) in std::iter::once(&self.first).chain(&self.rest) {
             let from = range.start.max(at);
             let to = range.end.min(at + len);
             if from < to {
@@ -145,7 +159,7 @@ pub(super) fn test_memory(bytes: &[u8], cut: usize) -> Foreign {
     let start = NonNull::new(raw as *mut u8).unwrap();
     // SAFETY: cut <= len.
     let tail = unsafe { start.add(cut) };
-    let parts = vec![(start, cut), (tail, bytes.len() - cut)].into_boxed_slice();
+    let parts = [(start, cut), (tail, bytes.len() - cut)];
     // SAFETY: the box lives in the owner and nothing borrows it.
-    unsafe { Foreign::new(parts, Arc::new(Memory(raw))) }
+    unsafe { Foreign::new(&parts, Arc::new(Memory(raw))) }
 }

@@ -271,6 +271,9 @@ impl Data {
     /// the lengths differ.
     pub fn fill_from(&self, source: &Data) -> bool {
         assert_eq!(self.len, source.len, "source of another length");
+        if let Some(filled) = self.fill_at_once(source) {
+            return filled;
+        }
         let mut places = Vec::new();
         let mut foreign = true;
         self.for_each(|segment| match segment {
@@ -297,6 +300,24 @@ impl Data {
             }
         });
         true
+    }
+}
+
+impl Data {
+    /// What most replies come to: it was filled in place, or one piece goes into one piece.
+    fn fill_at_once(&self, source: &Data) -> Option<bool> {
+        let Some(Chunk::Foreign(foreign)) = self.chunk.as_deref() else { return None };
+        let same = |chunk: &Arc<Chunk>| self.chunk.as_ref().is_some_and(|own| Arc::ptr_eq(own, chunk));
+        if self.off == source.off && source.chunk.as_ref().is_some_and(same) {
+            return Some(true);
+        }
+        let place = foreign.single(self.off as usize..(self.off + self.len) as usize)?;
+        match source.chunk.as_deref() {
+            None => place.fill(Segment::Zeros(source.len()), 0),
+            Some(Chunk::Pool(_) | Chunk::Shared(_)) => place.fill(Segment::Bytes(source.as_slice()?), 0),
+            _ => return None,
+        }
+        Some(true)
     }
 }
 

@@ -233,7 +233,7 @@ fn start_shard(id: usize, post: &Arc<Post>, events: &Arc<Events>) -> Result<Shar
     let body = move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .on_thread_park(Shard::before_park)
+            .on_thread_park(Shard::submit)
             .build_local(tokio::runtime::LocalOptions::default());
         let runtime = match runtime {
             Ok(runtime) => runtime,

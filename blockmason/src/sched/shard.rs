@@ -62,8 +62,9 @@ impl Shard {
         CURRENT.try_with(|shard| shard.borrow().clone()).ok().flatten()
     }
 
-    /// Called whenever the thread is about to wait: one system call submits a turn's I/O.
-    pub(crate) fn before_park() {
+    /// Submits what this thread's flows have queued for the kernel. Happens by itself whenever the thread is about to
+    /// wait: one system call for a turn's I/O. To be called by what keeps the thread from waiting.
+    pub fn submit() {
         let _ = CURRENT.try_with(|shard| {
             if let Some(ring) = shard.borrow().as_ref().and_then(|shard| shard.ring.as_ref()) {
                 ring.turn();

@@ -1,15 +1,14 @@
 //! An NBD export: serves what lies below it to NBD clients.
 
-use crate::nbd::listen::{Address, Entry, Listeners, Listening, SocketRights, StdioEnd, Terms};
+use super::socket::{Mode, rights};
+use crate::nbd::listen::{Address, Entry, Listeners, Listening, StdioEnd, Terms};
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
 use crate::nbd::wire::MAX_STRING;
 use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::lang::value::{FilePath, Uri};
 use blockmason::{Cx, Element, Error, Flow, Geometry, Host, Open, Request, Result};
-use std::fmt;
 use std::net::ToSocketAddrs;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -36,29 +35,6 @@ blockmason::words! {
         Required = "required",
     }
 }
-
-/// Permission bits, octal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mode(u32);
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Mode, String> {
-        match u32::from_str_radix(text, 8) {
-            Ok(mode) if mode <= 0o777 => Ok(Mode(mode)),
-            _ => Err(format!("expected permission bits such as `0660`, found `{text}`")),
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04o}", self.0)
-    }
-}
-
-blockmason::text_value!(Mode, "octal permission bits");
 
 blockmason::params! {
     /// An NBD export.
@@ -133,11 +109,7 @@ impl Nbd {
             return Err(Error::invalid(format!("name and description have at most {MAX_STRING} bytes")));
         }
         let address = params.listen.as_ref().map(address_of).transpose()?;
-        let rights = SocketRights {
-            mode: params.mode.map(|mode| mode.0),
-            owner: params.owner.as_deref().map(|name| id("/etc/passwd", name)).transpose()?,
-            group: params.group.as_deref().map(|name| id("/etc/group", name)).transpose()?,
-        };
+        let rights = rights(params.mode, params.owner.as_deref(), params.group.as_deref())?;
         let terms = Terms {
             rights,
             tls: tls_policy(&params)?,
@@ -167,20 +139,6 @@ fn address_of(uri: &Uri) -> Result<Address> {
         }
         scheme => Err(Error::invalid(format!("cannot listen on {scheme}:, only on unix: and tcp:"))),
     }
-}
-
-/// The number of a user or group, from a file of names.
-fn id(table: &str, name: &str) -> Result<u32> {
-    if let Ok(number) = name.parse() {
-        return Ok(number);
-    }
-    let text = std::fs::read_to_string(table)
-        .map_err(|error| Error::io(error, "names cannot be looked up").with_path(table))?;
-    let found = text.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next()? == name).then(|| fields.nth(1)?.parse().ok()).flatten()
-    });
-    found.ok_or_else(|| Error::invalid(format!("there is no {name:?}")).with_path(table))
 }
 
 #[cfg(feature = "tls")]
@@ -274,19 +232,5 @@ mod tests {
         assert_eq!(unix("vm 1"), "nbd+unix:///vm%201?socket=/run/a%20b.sock");
         let tcp = Address::Tcp("127.0.0.1:10809".parse().unwrap());
         assert_eq!(uri(&tcp, "", true), "nbds://127.0.0.1/");
-    }
-
-    #[test]
-    fn owners_by_name_and_number() {
-        assert_eq!(id("/etc/passwd", "root").unwrap(), 0);
-        assert_eq!(id("/etc/group", "1234").unwrap(), 1234);
-        assert!(id("/etc/passwd", "no such user").is_err());
-    }
-
-    #[test]
-    fn modes_are_octal() {
-        assert_eq!("0660".parse(), Ok(Mode(0o660)));
-        assert_eq!(Mode(0o600).to_string(), "0600");
-        assert!("0888".parse::<Mode>().is_err() && "1777".parse::<Mode>().is_err());
     }
 }

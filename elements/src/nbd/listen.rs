@@ -363,7 +363,7 @@ fn nonblocking(result: std::io::Result<()>) -> Result<()> {
 }
 
 /// A socket appears under its path only when it accepts: it is bound under another name and renamed.
-fn open_unix(path: &Path, rights: &SocketRights) -> Result<std::os::unix::net::UnixListener> {
+pub(crate) fn open_unix(path: &Path, rights: &SocketRights) -> Result<std::os::unix::net::UnixListener> {
     let refused = |error: std::io::Error, what: &'static str| Error::io(error, what).with_path(path);
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => {
