@@ -31,7 +31,6 @@ fn killed_at_any_instant() {
         early += u64::from(!until_death(&mut load, &mut daemon, Duration::from_micros(instant)));
         daemon.kill();
         load.blk.device.disconnect();
-        locked = locked.max(daemon.image_is_free());
         flying += load.in_flight();
         load.check_image(&daemon.image());
     }

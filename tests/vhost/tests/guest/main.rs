@@ -118,16 +118,6 @@ impl Daemon {
         Running::Peer(child)
     }
 
-    /// Waits until nobody has the image open. A process that was killed is gone before its last requests are: the
-    /// kernel carries these out, and keeps the image locked until they are done. Returns how long that took.
-    fn image_is_free(&self) -> Duration {
-        use rustix::fs::{FlockOperation::NonBlockingLockExclusive, flock};
-        let begun = now();
-        let Ok(image) = std::fs::File::open(self.home.path().join("disk.img")) else { return Duration::ZERO };
-        until("the image is free", || flock(&image, NonBlockingLockExclusive).is_ok());
-        begun.elapsed()
-    }
-
     /// Ends it with SIGKILL.
     fn kill(&mut self) {
         match self.running.take().unwrap() {
