@@ -299,7 +299,7 @@ fn over_volatile() -> (Daemon, std::path::PathBuf) {
     let mut daemon = Daemon::new();
     let running = daemon.run(
         "element Guest (type vhost_user_blk) (listen unix:vm.sock)\n\
-         element Disk (type volatile) (size 1M)\nGuest -> Disk\n",
+         element Disk (type volatile) (size 1M) (lossy yes)\nGuest -> Disk\n",
     );
     daemon.running = Some(running);
     let control = daemon.home.path().join("c.sock");
