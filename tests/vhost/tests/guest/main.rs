@@ -12,10 +12,9 @@ mod protocol;
 mod spec;
 mod two;
 
-use blockmason_tests::mason::{Mason, Start, now, until};
+use blockmason_tests::mason::{Mason, Start, until};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 /// Whether another server is tested than ours.
 fn is_peer() -> bool {
