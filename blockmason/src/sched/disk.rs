@@ -181,7 +181,7 @@ impl Disk {
             slot.wake_all();
         })
         .await?;
-        // Every stream was woken before this job came, so it has been polled before the job runs.
+        self.host.turn().await?;
         self.on_slots(|slot| drop(slot.census.borrow_mut().take())).await?;
         let mut all = Vec::new();
         while let Ok(one) = found.try_recv() {

@@ -154,6 +154,27 @@ impl Host {
         Ok(())
     }
 
+    /// Returns when every shard has polled what was woken on it before.
+    pub async fn turn(&self) -> Result<()> {
+        let mut answers = Vec::new();
+        for shard in 0..self.shards.len() {
+            let (tx, rx) = oneshot::channel();
+            self.spawn_on(shard, move || async move {
+                // Who yields goes behind all that is ready; the first time that may be what has just come from
+                // other threads.
+                tokio::task::yield_now().await;
+                tokio::task::yield_now().await;
+                // Whoever asked may have gone.
+                let _ = tx.send(());
+            })?;
+            answers.push(rx);
+        }
+        for answer in answers {
+            answer.await.map_err(|_| Error::internal("a shard has ended"))?;
+        }
+        Ok(())
+    }
+
     /// Runs a future on a shard, to its end.
     pub fn spawn_on<F>(&self, shard: usize, make: impl FnOnce() -> F + Send + 'static) -> Result<()>
     where

@@ -11,8 +11,8 @@ use blockmason::events::{Event, EventKind};
 use blockmason::io::Registry;
 use blockmason::lang::print;
 use blockmason::live::Departing;
-use blockmason::rt;
 use blockmason::sched::Leaving;
+use blockmason::{Luggage, rt};
 use futures::FutureExt;
 use futures::future::join_all;
 use std::os::fd::OwnedFd;
@@ -171,7 +171,7 @@ async fn pass(
         None => {
             let all = AssertUnwindSafe(behind_the_gates(successor, &leaving, deadline, since)).catch_unwind();
             // The deadline of each step is kept by that; this is for what may hang all the same.
-            let passed = rt::timeout(deadline + deadline / 4, all).await;
+            let passed = rt::timeout(deadline.saturating_mul(2).saturating_add(LAST_STEP), all).await;
             let mistake = |_| Err(Refusal::new("internal", "the daemon made a mistake; its log says more"));
             passed.map_or_else(|| Err(late(successor, "ready", deadline)), |p| p.unwrap_or_else(mistake))
         }
@@ -209,19 +209,19 @@ async fn behind_the_gates(
             .map(async |(served, gate)| gate.drain(deadline).await.map_err(|error| in_graph(served, error))),
     );
     drained.await.into_iter().collect::<Result<(), Refusal>>()?;
-    for (served, gate) in leaving {
-        for (element, luggage) in gate.luggage().await.map_err(|error| in_graph(served, error))? {
-            let graph = served.live.name().to_owned();
-            let message = Message::Luggage { graph, element, version: luggage.version, value: luggage.value };
-            successor.send(&message, &luggage.fds).await?;
+    let given = async {
+        for (served, gate) in leaving {
+            for (element, luggage) in gate.luggage().await.map_err(|error| in_graph(served, error))? {
+                let graph = served.live.name().to_owned();
+                let Luggage { version, value, fds } = luggage;
+                successor.send(&Message::Luggage { graph, element, version, value }, &fds).await?;
+            }
         }
-    }
-    successor.send(&Message::Drained, &[]).await?;
+        successor.send(&Message::Drained, &[]).await?;
+        successor.expect(&Message::Ready).await
+    };
     let left = deadline.saturating_sub(rt::now() - since);
-    match rt::timeout(left, successor.expect(&Message::Ready)).await {
-        Some(ready) => ready,
-        None => Err(late(successor, "ready", deadline)),
-    }
+    rt::timeout(left, given).await.unwrap_or_else(|| Err(late(successor, "ready", deadline)))
 }
 
 /// The point of no return is the new process's word that it has heard: before it has given it, it does nothing.

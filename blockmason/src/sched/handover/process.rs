@@ -144,11 +144,8 @@ impl Leaving {
             });
             parted.unwrap_or_else(|error| log(instance, &error));
         }
-        // Twice: what was woken before a job came has been polled when the next one runs.
-        for _ in 0..2 {
-            // A shard that has ended has nobody to tell.
-            let _ = self.disk.host.on_every(|_| {}).await;
-        }
+        // A shard that has ended has nobody to tell.
+        let _ = self.disk.host.turn().await;
     }
 
     /// The handover is undone: the gate opens, as if nothing had been.
