@@ -156,3 +156,41 @@ impl Element for VhostUserBlk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use blockmason::testing::{live, run};
+
+    async fn refused(host: &std::sync::Arc<blockmason::Host>, params: &str, disk: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let listen = if params.contains("listen") {
+            String::new()
+        } else {
+            format!("(listen unix:{}/vm.sock)", folder.path().display())
+        };
+        let graph = format!(
+            "element Client (type vhost_user_blk) {listen} {params}\nelement Disk (type {disk}) (size 1M)\nClient -> Disk"
+        );
+        live(host, crate::ALL, &graph)
+            .await
+            .map(drop)
+            .map_or_else(|error| error.to_string(), |()| String::new())
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_refused() {
+        run(1, async |host| {
+            for (params, disk, why) in [
+                ("(listen tcp:127.0.0.1:1)", "null", "over a socket in the file system"),
+                ("(queues 0)", "null", "between 1 and 256 queues"),
+                ("(queue_size 100)", "null", "a power of two"),
+                ("(serial 123456789012345678901)", "null", "at most 20 bytes"),
+                ("", "mem", "(lossy yes)"),
+            ] {
+                let error = refused(&host, params, disk).await;
+                assert!(error.contains(why), "{params} {disk}: {error:?}");
+            }
+            assert_eq!(refused(&host, "(queues 4) (queue_size 128) (serial vm1)", "null").await, "");
+        });
+    }
+}
