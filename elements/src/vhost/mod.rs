@@ -1,10 +1,12 @@
 //! The vhost-user protocol and virtio's block device, seen from the device. docs/decisions/0007-vhost-user.md
 //! says why it is written here, and on what.
 //!
-//!     socket ─▶ wire ─▶ session ─▶ queue ─▶ graph       session: one for each front-end, beside the shards
-//!                          │         │                   queue:   one for each virtqueue, on a shard
-//!                          ▼         ▼
-//!                       memory     port ─▶ ring, inflight, log    (memory that the front-end shares)
+//! ```text
+//! socket ─▶ wire ─▶ session ─▶ queue ─▶ graph       session: one for each front-end, beside the shards
+//!                      │         │                   queue:   one for each virtqueue, on a shard
+//!                      ▼         ▼
+//!                   memory     port ─▶ ring, inflight, log    (memory that the front-end shares)
+//! ```
 
 mod blk;
 mod chain;
