@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Bytes of requests in flight that a disk admits, over all its clients.
 const BUDGET_BYTES: u64 = 256 << 20;
@@ -22,6 +22,8 @@ pub struct Disk {
     id: u64,
     pub(super) host: Arc<Host>,
     graphs: Mutex<Graphs>,
+    /// Counts the changes of the graph that takes new requests.
+    changes: watch::Sender<u64>,
     budget: Arc<Budget>,
     /// See [`gated`](Disk::gated).
     pub(super) gated: AtomicU64,
@@ -50,6 +52,7 @@ impl Disk {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             host: host.clone(),
             graphs: Mutex::new(Graphs { now: empty, next: None, turns_away: false }),
+            changes: watch::channel(0).0,
             budget: Budget::new(BUDGET_BYTES),
             gated: AtomicU64::new(0),
             attending: Arc::default(),
@@ -91,8 +94,14 @@ impl Disk {
         self.graphs().next.clone()
     }
 
+    /// Tells of every change of [`graph`](Disk::graph), unlike events, which are thinned out.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
     pub(super) fn set_graph(&self, graph: Arc<Graph>) {
         self.graphs().now = graph;
+        self.changes.send_modify(|changes| *changes += 1);
     }
 
     /// False while a change goes on that no client may see: to be asked after a promise was remembered.

@@ -7,7 +7,6 @@ use super::socket::{Received, Socket};
 use super::wire::{self, Message};
 use crate::nbd::clients::Promise;
 use crate::nbd::listen::{SocketRights, open_unix};
-use blockmason::events::EventKind;
 use blockmason::sched::Served;
 use blockmason::{Disk, Host, Result};
 use std::collections::HashMap;
@@ -214,7 +213,7 @@ async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
     let mut session = Session::new(device, reporter);
     let mut socket = Socket::new(stream);
     let mut closing = device.closing();
-    let mut events = device.disk.host().events().follow(0);
+    let mut changes = device.disk.changes();
     let mut size = disk.size;
     let why = loop {
         let next = tokio::select! {
@@ -222,7 +221,7 @@ async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
             news = news.recv() => Next::News(news),
             _ = admitted.dismissed.wait_for(|dismissed| *dismissed) => Next::Dismissed,
             _ = closing.wait_for(|closing| *closing), if !session.runs() => Next::Closing,
-            () = events.wait() => Next::Changed,
+            _ = changes.changed() => Next::Changed,
             message = socket.receive() => Next::Message(message),
         };
         match next {
@@ -247,11 +246,7 @@ async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
                 break "it was sent away".to_owned();
             }
             Next::Changed => {
-                let news = events.take(usize::MAX);
-                let reload =
-                    news.dropped > 0 || news.events.iter().any(|event| event.kind == EventKind::Reload);
-                let now = device.geometry().ok().filter(|_| reload);
-                if let Some(disk) = now.filter(|disk| disk.size != size) {
+                if let Some(disk) = device.geometry().ok().filter(|disk| disk.size != size) {
                     size = disk.size;
                     session.config_changed();
                 }
