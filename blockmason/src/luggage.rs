@@ -4,7 +4,7 @@
 use crate::error::{Error, Kind, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Something to say, and descriptors that go with it, which it names by their place.
 #[derive(Debug, Default)]
@@ -52,9 +52,56 @@ impl Luggage {
     }
 }
 
+/// Descriptors that something written down names by their place.
+#[derive(Debug, Default)]
+pub struct Descriptors(Vec<Option<OwnedFd>>);
+
+impl Descriptors {
+    /// Adds a copy. Returns its place.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn put(&mut self, fd: impl AsFd) -> Result<usize> {
+        let copy = fd.as_fd().try_clone_to_owned();
+        self.0.push(Some(copy.map_err(|error| Error::io(error, "a descriptor cannot be copied"))?));
+        Ok(self.0.len() - 1)
+    }
+
+    /// Takes the one at a place, which can be done once.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn take(&mut self, place: usize) -> Result<OwnedFd> {
+        let taken = self.0.get_mut(place).and_then(Option::take);
+        taken.ok_or_else(|| Error::invalid(format!("descriptor {place} was not handed over")))
+    }
+
+    /// All that have not been taken, in order.
+    pub fn into_fds(self) -> Vec<OwnedFd> {
+        self.0.into_iter().flatten().collect()
+    }
+}
+
+impl From<Vec<OwnedFd>> for Descriptors {
+    fn from(fds: Vec<OwnedFd>) -> Descriptors {
+        Descriptors(fds.into_iter().map(Some).collect())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_descriptor_is_taken_once() {
+        let mut fds = Descriptors::default();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!((fds.put(&file).unwrap(), fds.put(&file).unwrap()), (0, 1));
+        let mut fds = Descriptors::from(fds.into_fds());
+        fds.take(1).unwrap();
+        assert_eq!(fds.take(1).unwrap_err().kind(), Kind::Invalid);
+        assert!(fds.take(2).is_err() && fds.into_fds().len() == 1);
+    }
 
     #[test]
     fn only_the_version_that_is_known_is_read() {

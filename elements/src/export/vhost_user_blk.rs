@@ -4,8 +4,9 @@ use crate::export::socket::{Mode, rights};
 use crate::vhost::device::Terms;
 use crate::vhost::export::{Export, Exports};
 use blockmason::describe::{Build, ElementType, Family, Ports};
+use blockmason::element::BoxFuture;
 use blockmason::lang::value::{Time, Uri};
-use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Open, Prepared, Request, Result};
+use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Luggage, Open, Prepared, Request, Result};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -139,11 +140,21 @@ impl Element for VhostUserBlk {
         self.export().take();
     }
 
-    fn may_hand_over(&self) -> Result<()> {
-        Err(Error::unsupported(
-            "guests cannot be handed over yet: restart the program, and those whose virtual machine monitor reconnects \
-             go on after a pause",
-        ))
+    fn hand_over<'a>(&'a self, _leaving: &'a Open<'a>) -> BoxFuture<'a, Result<Luggage>> {
+        let luggage = self.export().as_ref().map(Export::hand_over);
+        Box::pin(async move {
+            match luggage {
+                Some(luggage) => luggage.await,
+                None => Ok(Luggage::none()),
+            }
+        })
+    }
+
+    fn take_over<'a>(&'a self, luggage: Luggage, coming: &'a Open<'a>) -> BoxFuture<'a, Result<()>> {
+        let taken = self.export().as_ref().map(|export| export.take_over(coming.host, luggage));
+        Box::pin(async move {
+            taken.ok_or_else(|| Error::internal("front-ends have come before it listens"))?.await
+        })
     }
 
     fn keeps_clients(&self, below: Option<&Geometry>) -> Result<()> {

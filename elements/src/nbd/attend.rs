@@ -7,6 +7,7 @@ use super::serve::carry::Carried;
 use super::server::negotiate;
 use super::wire::TransmissionFlags;
 use blockmason::sched::{Host, serve};
+use blockmason::luggage::Descriptors;
 use blockmason::{Error, Kind, Luggage, Result, Shard};
 use serde::{Deserialize, Serialize};
 use std::cell::{Cell, RefCell};
@@ -219,28 +220,23 @@ pub(crate) async fn hand_over(
     })
     .await?;
     let found = std::mem::take(&mut *found.lock().unwrap_or_else(PoisonError::into_inner));
-    let (mut connections, mut fds) = (Vec::new(), Vec::new());
+    let (mut connections, mut fds) = (Vec::new(), Descriptors::default());
     for packed in found {
         let Packed { carried, socket, bytes } = packed?;
-        let mut put = |fd| {
-            fds.push(fd);
-            fds.len() - 1
-        };
-        connections.push(Written { socket: put(socket), bytes: bytes.map(&mut put), connection: carried });
+        let bytes = bytes.map(|bytes| fds.put(bytes)).transpose()?;
+        connections.push(Written { socket: fds.put(socket)?, bytes, connection: carried });
     }
-    Ok(Luggage { fds, ..Luggage::of(VERSION, &AllWritten { connections })? })
+    Ok(Luggage { fds: fds.into_fds(), ..Luggage::of(VERSION, &AllWritten { connections })? })
 }
 
 /// Takes up the connections of an export that another process has served.
 pub(crate) async fn take_over(host: &Arc<Host>, entry: &Arc<Entry>, luggage: Luggage) -> Result<()> {
     let written: AllWritten = luggage.read(VERSION)?;
-    let mut fds: Vec<Option<OwnedFd>> = luggage.fds.into_iter().map(Some).collect();
-    let mut take = |place: usize| fds.get_mut(place).and_then(Option::take);
+    let mut fds = Descriptors::from(luggage.fds);
     let mut answers = Vec::new();
     for Written { socket, bytes, connection } in written.connections {
-        let none = || Error::invalid("a connection was handed over without its descriptor");
-        let socket = take(socket).ok_or_else(none)?;
-        let bytes = bytes.map(|place| take(place).ok_or_else(none)).transpose()?;
+        let socket = fds.take(socket)?;
+        let bytes = bytes.map(|place| fds.take(place)).transpose()?;
         answers.push(spawn(host, entry.clone(), Packed { carried: connection, socket, bytes })?);
     }
     for answer in answers {

@@ -1,29 +1,20 @@
-//! Exports of a process: their sockets, and the front-ends that come.
+//! Exports of a process, and their sockets.
 
+use super::attend::{self, Ask};
 use super::device::{Device, Terms};
-use super::queue::News;
-use super::session::Session;
-use super::socket::{Received, Socket};
-use super::wire::{self, Message};
-use crate::nbd::clients::Promise;
 use crate::nbd::listen::{SocketRights, open_unix};
-use blockmason::sched::Served;
-use blockmason::{Disk, Host, Result};
+use blockmason::{Disk, Error, Host, Luggage, Result};
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
 /// Front-ends that may be connected to one export. Few are needed: one, and another that it migrates to.
-const MOST_SESSIONS: usize = 64;
-
-/// A front-end that does not read its answers for so long is cut off.
-const PATIENCE: Duration = Duration::from_secs(10);
+const MOST_FRONT_ENDS: usize = 64;
 
 /// The exports of a process.
 #[derive(Default)]
@@ -42,13 +33,60 @@ struct Listener {
     lease: Arc<Lease>,
     /// Device and inode, by which the path is known to be ours still.
     inode: Option<(u64, u64)>,
+    host: Weak<Host>,
     closing: watch::Sender<bool>,
 }
 
 /// A device that exports have; the last one closes it.
-struct Lease {
-    device: Arc<Device>,
-    sessions: AtomicUsize,
+pub(super) struct Lease {
+    pub(super) device: Arc<Device>,
+    present: Mutex<Present>,
+}
+
+/// The front-ends that are connected: who serves each of them, by a number.
+#[derive(Default)]
+struct Present {
+    next: u64,
+    served: HashMap<u64, mpsc::UnboundedSender<Ask>>,
+}
+
+/// A front-end's place among them; given up when it is dropped.
+pub(super) struct Place {
+    lease: Weak<Lease>,
+    number: u64,
+    /// What whoever serves it is asked.
+    pub(super) asked: mpsc::UnboundedReceiver<Ask>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(lease) = self.lease.upgrade() {
+            lock(&lease.present).served.remove(&self.number);
+        }
+    }
+}
+
+impl Lease {
+    /// A place for one more front-end; None if there are too many.
+    pub(super) fn enter(self: &Arc<Self>) -> Option<Place> {
+        let mut present = lock(&self.present);
+        if present.served.len() >= MOST_FRONT_ENDS {
+            return None;
+        }
+        let (ask, asked) = mpsc::unbounded_channel();
+        let number = present.next;
+        present.next += 1;
+        present.served.insert(number, ask);
+        Some(Place { lease: Arc::downgrade(self), number, asked })
+    }
+
+    /// Whom to ask about those who are connected, in the order in which they came.
+    pub(super) fn present(&self) -> Vec<mpsc::UnboundedSender<Ask>> {
+        let present = lock(&self.present);
+        let mut served: Vec<_> = present.served.iter().collect();
+        served.sort_unstable_by_key(|(number, _)| **number);
+        served.into_iter().map(|(_, ask)| ask.clone()).collect()
+    }
 }
 
 impl Drop for Lease {
@@ -58,12 +96,18 @@ impl Drop for Lease {
 }
 
 impl Listener {
-    /// Its path goes first.
+    /// Its path goes first. Once: somebody else may listen there afterwards.
     fn shut(&self) {
+        if *self.closing.borrow() {
+            return;
+        }
         let meta = std::fs::symlink_metadata(&self.path);
         // Somebody else may have put theirs there meanwhile.
         if meta.is_ok_and(|meta| Some((meta.dev(), meta.ino())) == self.inode) {
             let _ = std::fs::remove_file(&self.path);
+        }
+        if let Some(host) = self.host.upgrade() {
+            host.sockets().forget(&key(&self.path));
         }
         self.closing.send_replace(true);
     }
@@ -106,7 +150,7 @@ impl Exports {
         let known = open.devices.iter().filter_map(Weak::upgrade).find(same);
         let lease = known.unwrap_or_else(|| {
             let device = Arc::new(Device::new(disk.clone(), source, terms.clone(), record));
-            Arc::new(Lease { device, sessions: AtomicUsize::new(0) })
+            Arc::new(Lease { device, present: Mutex::default() })
         });
         let there = open.listeners.get(path).and_then(Weak::upgrade);
         let listener = match there.filter(|listener| Arc::ptr_eq(&listener.lease, &lease)) {
@@ -127,15 +171,51 @@ impl Export {
     pub(crate) fn device(&self) -> &Arc<Device> {
         &self.listener.lease.device
     }
+
+    /// Its front-ends, for another process.
+    pub(crate) fn hand_over(&self) -> impl Future<Output = Result<Luggage>> + Send + use<> {
+        let lease = self.listener.lease.clone();
+        async move { attend::hand_over(&lease).await }
+    }
+
+    /// Goes on with the front-ends of another process.
+    pub(crate) fn take_over(
+        &self,
+        host: &Arc<Host>,
+        luggage: Luggage,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let (host, lease) = (host.clone(), self.listener.lease.clone());
+        async move { attend::take_over(&host, &lease, luggage).await }
+    }
+}
+
+/// What a process that goes on with a socket knows it by.
+fn key(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    format!("unix:{}", path.display())
+}
+
+/// The socket that the process before has listened on, else a new one.
+fn open_socket(host: &Host, path: &Path, rights: &SocketRights) -> Result<StdListener> {
+    let key = key(path);
+    let socket = match host.sockets().inherited(&key) {
+        Some(socket) => StdListener::from(socket),
+        None => open_unix(path, rights)?,
+    };
+    let made = socket.set_nonblocking(true);
+    made.map_err(|error| Error::io(error, "the socket cannot be made non-blocking").with_path(path))?;
+    host.sockets().keep(&key, &socket)?;
+    Ok(socket)
 }
 
 fn listen(host: &Arc<Host>, path: &Path, rights: SocketRights, lease: Arc<Lease>) -> Result<Arc<Listener>> {
-    let socket = open_unix(path, &rights)?;
+    let socket = open_socket(host, path, &rights)?;
     let inode = std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
     let (closing, mut watch) = watch::channel(false);
     let (to, weak) = (host.clone(), Arc::downgrade(&lease));
-    let listener = Arc::new(Listener { path: path.to_owned(), rights, lease, inode, closing });
-    host.background(move || async move {
+    let (path, host) = (path.to_owned(), Arc::downgrade(host));
+    let listener = Arc::new(Listener { path, rights, lease, inode, host, closing });
+    to.clone().background(move || async move {
         let accepting = async {
             match UnixListener::from_std(socket) {
                 Ok(socket) => accept(&socket, &to, &weak).await,
@@ -152,7 +232,7 @@ fn listen(host: &Arc<Host>, path: &Path, rights: SocketRights, lease: Arc<Lease>
 
 async fn accept(socket: &UnixListener, host: &Arc<Host>, lease: &Weak<Lease>) {
     loop {
-        let stream = match socket.accept().await {
+        let stream = match host.sockets().accept(socket.accept()).await {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Out of descriptors or memory: others may give some back.
@@ -162,129 +242,15 @@ async fn accept(socket: &UnixListener, host: &Arc<Host>, lease: &Weak<Lease>) {
             }
         };
         let Some(lease) = lease.upgrade() else { return };
-        if lease.sessions.fetch_add(1, Ordering::Relaxed) >= MOST_SESSIONS {
-            lease.sessions.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!(
-                export = lease.device.source,
-                "a front-end is turned away: too many are connected"
-            );
+        let Some(place) = lease.enter() else {
+            let export = lease.device.source.as_str();
+            tracing::warn!(export, "a front-end is turned away: too many are connected");
             continue;
-        }
-        let device = lease.device.clone();
-        let counted = Counted(Arc::downgrade(&lease));
-        let session = move || async move {
-            let _counted = counted;
-            serve_front_end(stream, &device).await;
         };
-        if let Err(error) = host.background(session) {
+        let device = lease.device.clone();
+        let serve = move || async move { attend::serve_front_end(stream, &device, place).await };
+        if let Err(error) = host.background(serve) {
             tracing::error!("a front-end cannot be served: {error}");
         }
-    }
-}
-
-struct Counted(Weak<Lease>);
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        if let Some(lease) = self.0.upgrade() {
-            lease.sessions.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-}
-
-/// What a session waits for.
-enum Next {
-    Message(std::io::Result<Option<Received>>),
-    News(Option<(usize, News)>),
-    Closing,
-    Dismissed,
-    Changed,
-}
-
-async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
-    let export = device.source.as_str();
-    let Ok(disk) = device.geometry() else { return };
-    let promise = Promise { size: disk.size, writable: !disk.read_only };
-    let Some(mut admitted) = device.clients.admit(promise, &device.disk, export) else {
-        return tracing::info!(export, "the disk changed while a front-end came");
-    };
-    tracing::info!(export, "a front-end has come");
-    let (reporter, mut news) = mpsc::unbounded_channel();
-    let mut session = Session::new(device, reporter);
-    let mut socket = Socket::new(stream);
-    let mut closing = device.closing();
-    let mut changes = device.disk.changes();
-    let mut size = disk.size;
-    let why = loop {
-        let next = tokio::select! {
-            biased;
-            news = news.recv() => Next::News(news),
-            _ = admitted.dismissed.wait_for(|dismissed| *dismissed) => Next::Dismissed,
-            _ = closing.wait_for(|closing| *closing), if !session.runs() => Next::Closing,
-            _ = changes.changed() => Next::Changed,
-            message = socket.receive() => Next::Message(message),
-        };
-        match next {
-            Next::Message(Ok(None)) => break "it has disconnected".to_owned(),
-            Next::Message(Err(error)) => break error.to_string(),
-            Next::Message(Ok(Some(received))) => {
-                if let Err(why) = answer(&mut session, &socket, received).await {
-                    break why;
-                }
-            }
-            Next::News(Some((index, News::Ended(served)))) => {
-                session.ended(index);
-                if matches!(served, Served::Closing | Served::Gone) && !session.runs() {
-                    break "the disk has closed".to_owned();
-                }
-            }
-            Next::News(_) => break "it cannot be served any more".to_owned(),
-            Next::Closing => break "the disk closes".to_owned(),
-            Next::Dismissed => {
-                // What is in flight is completed; the guest learns of it if it comes again.
-                let _ = session.stop_all().await;
-                break "it was sent away".to_owned();
-            }
-            Next::Changed => {
-                if let Some(disk) = device.geometry().ok().filter(|disk| disk.size != size) {
-                    size = disk.size;
-                    session.config_changed();
-                }
-            }
-        }
-    };
-    tracing::info!(export, "a front-end has gone: {why}");
-}
-
-/// Does what a message asks for, and answers it.
-///
-/// # Errors
-/// Why the session cannot go on.
-async fn answer(session: &mut Session, socket: &Socket, received: Received) -> Result<(), String> {
-    let Received { header, payload, fds } = received;
-    let message = Message::parse(header.code, &payload)
-        .map_err(|why| format!("{why}, number {} with {} bytes", header.code, payload.len()))?;
-    let (least, most) = message.fds();
-    if fds.len() < least || fds.len() > most {
-        return Err(format!("a message with {} descriptors, number {}", fds.len(), header.code));
-    }
-    let answers = message.has_answer();
-    let acknowledge = header.need_reply && session.acknowledges() && !answers;
-    let outcome = session.handle(message, fds).await;
-    let (payload, fd) = match outcome {
-        Ok(Some(answer)) => (answer.payload, answer.fd),
-        Ok(None) if acknowledge => (0u64.to_ne_bytes().to_vec(), None),
-        Ok(None) => return Ok(()),
-        Err(error) if acknowledge => {
-            tracing::info!("a front-end's message, number {}, is refused: {error}", header.code);
-            (1u64.to_ne_bytes().to_vec(), None)
-        }
-        Err(error) => return Err(format!("{error} (message number {})", header.code)),
-    };
-    let bytes = wire::reply(header.code, &payload);
-    let send = socket.send(&bytes, fd.as_ref().map(AsFd::as_fd));
-    match blockmason::rt::timeout(PATIENCE, send).await {
-        Some(sent) => sent.map_err(|error| error.to_string()),
-        None => Err("it does not read its answers".to_owned()),
     }
 }

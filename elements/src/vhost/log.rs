@@ -15,7 +15,6 @@ impl DirtyLog {
         DirtyLog(mapping)
     }
 
-    #[cfg(test)]
     pub(crate) fn mapping(&self) -> &Mapping {
         &self.0
     }

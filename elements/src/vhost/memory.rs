@@ -55,6 +55,11 @@ impl Mapping {
         self.len
     }
 
+    /// Where it starts in its file.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset as u64
+    }
+
     /// A place in it, which may be its end. Panics outside.
     pub(crate) fn at(&self, offset: usize) -> NonNull<u8> {
         assert!(offset <= self.len, "{offset} of {}", self.len);
@@ -137,7 +142,6 @@ impl Memory {
     }
 
     /// The regions, by guest address.
-    #[cfg(test)]
     pub(crate) fn regions(&self) -> &[Arc<Region>] {
         &self.regions
     }

@@ -8,6 +8,7 @@
 //!                   memory     port ─▶ ring, inflight, log    (memory that the front-end shares)
 //! ```
 
+mod attend;
 mod blk;
 mod chain;
 pub(crate) mod device;

@@ -13,6 +13,9 @@ use std::sync::Arc;
 /// turns: with 32 requests in flight, one works while the other waits.
 const BATCH: usize = 16;
 
+/// The same in bytes moved: what takes long to move is not kept back for others.
+const BATCH_BYTES: u64 = 128 << 10;
+
 /// Where writes are logged, while the guest migrates.
 #[derive(Clone, Default)]
 pub(crate) struct Logs {
@@ -38,6 +41,8 @@ pub(crate) struct Port {
     used: u16,
     /// Completed and not published: heads, and the bytes written.
     done: Vec<(u16, u32)>,
+    /// Bytes that these have moved.
+    moved: u64,
     /// Interrupts the driver. None: it looks for itself.
     call: Option<Arc<OwnedFd>>,
     /// The driver has been interrupted since it said how.
@@ -62,6 +67,7 @@ impl Port {
             counter: resumed.counter,
             used,
             done: Vec::new(),
+            moved: 0,
             call: None,
             interrupted: false,
             logs: Logs::default(),
@@ -70,6 +76,18 @@ impl Port {
 
     pub(crate) fn ring(&self) -> &Ring {
         &self.ring
+    }
+
+    /// These were taken by another process, which has no record that says so.
+    pub(crate) fn take_again(&mut self, heads: Vec<u16>) {
+        if self.tracked.is_none() {
+            self.again = heads.into();
+        }
+    }
+
+    /// Those that were taken by another process and not by this one yet.
+    pub(crate) fn not_taken_again(&self) -> impl Iterator<Item = u16> {
+        self.again.iter().copied()
     }
 
     /// The same rings in other memory. Nothing is in flight.
@@ -130,9 +148,10 @@ impl Port {
     /// A request that was taken is done; the driver learns of it with the next [`publish`](Self::publish), which comes
     /// by itself once there are enough.
     #[inline]
-    pub(crate) fn complete(&mut self, head: u16, written: u32) {
+    pub(crate) fn complete(&mut self, head: u16, written: u32, moved: u64) {
         self.done.push((head, written));
-        if self.done.len() >= BATCH {
+        self.moved += moved;
+        if self.done.len() >= BATCH || self.moved >= BATCH_BYTES {
             self.publish();
         }
     }
@@ -161,6 +180,7 @@ impl Port {
             tracked.settle(self.done.iter().map(|(head, _)| *head), self.used);
         }
         self.done.clear();
+        self.moved = 0;
         if let (Some(log), Some(at)) = (&self.logs.log, self.logs.used) {
             self.ring
                 .written(from, self.used)
@@ -235,8 +255,8 @@ mod tests {
         let heads: Vec<_> = (0..4).map(|_| offer(&mut driver)).collect();
         let taken: Vec<_> = (0..4).map(|_| port.take().unwrap().unwrap()).collect();
         assert_eq!((taken, port.take()), (heads, Ok(None)));
-        port.complete(2, 7);
-        port.complete(0, 1);
+        port.complete(2, 7, 0);
+        port.complete(0, 1, 0);
         assert_eq!(driver.used(), []);
         port.publish();
         assert_eq!(driver.used(), [(2, 7), (0, 1)]);
@@ -265,7 +285,7 @@ mod tests {
             driver.set_used_event(event);
             offer(driver);
             let head = port.take().unwrap().unwrap();
-            port.complete(head, 1);
+            port.complete(head, 1, 0);
             port.publish();
             driver.used();
             told()
@@ -283,9 +303,9 @@ mod tests {
         let mut first = port(&driver, tracked(), 0);
         (0..5).for_each(|head| assert_eq!(offer(&mut driver), head));
         (0..4).for_each(|head| assert_eq!(first.take(), Ok(Some(head))));
-        first.complete(1, 1);
+        first.complete(1, 1, 0);
         first.publish();
-        first.complete(3, 1);
+        first.complete(3, 1, 0);
         // It dies here; the front-end tells the next one the idx of the used ring.
         let mut second = port(&driver, tracked(), 1);
         assert_eq!((second.unfinished(), second.next()), (3, 4));
@@ -303,7 +323,7 @@ mod tests {
         offer(&mut driver);
         let head = port.take().unwrap().unwrap();
         port.mark(driver.memory().get(driver.buffer(4095), 1).unwrap(), 2);
-        port.complete(head, 2);
+        port.complete(head, 2, 0);
         port.publish();
         // SAFETY: inside of the mapping.
         let byte = |at: u64| unsafe { log.mapping().at(at as usize).as_ptr().read_volatile() };

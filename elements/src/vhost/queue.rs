@@ -59,6 +59,19 @@ pub(crate) enum Command {
     Resume(Option<Ring>),
     /// Take nothing more, ever. Answered as a pause is.
     Stop(oneshot::Sender<u16>),
+    /// Behind a closed gate: where would another process go on?
+    Carry(oneshot::Sender<Option<Position>>),
+}
+
+/// Where another process goes on with a queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Position {
+    /// The place in the available ring that comes next.
+    pub(crate) next: u16,
+    /// Requests that were taken and that the graph has never seen.
+    pub(crate) again: Vec<u16>,
+    /// It makes no sense any more.
+    pub(crate) broken: bool,
 }
 
 /// What a queue tells its session.
@@ -183,8 +196,23 @@ impl State {
                 self.ended = true;
                 self.waiting.push(answer);
             }
+            // Whoever asks may have gone.
+            Command::Carry(answer) => drop(answer.send(self.position())),
         }
         self.settle();
+    }
+
+    /// None if requests are in the graph.
+    fn position(&mut self) -> Option<Position> {
+        if self.admitted > 0 {
+            return None;
+        }
+        self.port.publish();
+        let mut again: Vec<_> = self.ready.iter().map(|(tag, _)| tag.head).collect();
+        // Neighbours are parts of one request.
+        again.dedup();
+        again.extend(self.port.not_taken_again());
+        Some(Position { next: self.port.next(), again, broken: self.broken })
     }
 
     /// The front-end has gone. What is in the graph runs to its end; whoever serves the queue next executes again
@@ -214,7 +242,7 @@ impl State {
 
     /// Answers a request of the driver.
     #[inline]
-    fn finish(&mut self, head: u16, status: NonNull<u8>, code: u8, written: u32) {
+    fn finish(&mut self, head: u16, status: NonNull<u8>, code: u8, written: u32, moved: u64) {
         self.taken -= 1;
         if self.abandoned {
             return;
@@ -222,7 +250,7 @@ impl State {
         // SAFETY: the byte is in the guest's memory, which the ring keeps mapped.
         unsafe { status.as_ptr().write_volatile(code) };
         self.port.mark(status, 1);
-        self.port.complete(head, written + 1);
+        self.port.complete(head, written + 1, moved);
     }
 
     /// Memory that was taken for requests and is of no use now goes to others.
@@ -315,9 +343,9 @@ impl Queue {
             }
             Job::Id => {
                 let written = self.write_serial(state, &chain.writable);
-                state.finish(head, status, blk::OK, written);
+                state.finish(head, status, blk::OK, written, 0);
             }
-            Job::Answer(code) => state.finish(head, status, code, 0),
+            Job::Answer(code) => state.finish(head, status, code, 0, 0),
         }
         state.chain = chain;
         Ok(())
@@ -439,7 +467,7 @@ impl Stream for Queue {
                 return;
             }
         }
-        state.finish(tag.head, tag.status, code, tag.dest.len() as u32);
+        state.finish(tag.head, tag.status, code, tag.dest.len() as u32, tag.len);
     }
 
     fn poll_flush(&self, _task: &mut Context<'_>) -> Poll<()> {

@@ -3,6 +3,8 @@
 //! Memory or a queue is taken away only when nothing of it is in flight; the answer to such a message waits for
 //! that. Source: vhost-user, "Front-end message types".
 
+pub(crate) mod carry;
+
 use super::blk;
 use super::device::{Claim, Device, LOG_ALL, PROTOCOL, PROTOCOL_FEATURES};
 use super::inflight::Inflight;
@@ -60,7 +62,7 @@ impl Vring {
     }
 
     /// Asks the queue, and waits until nothing of it is in flight. None if it does not run, or has ended by itself.
-    async fn ask(&self, command: fn(oneshot::Sender<u16>) -> Command) -> Option<u16> {
+    async fn ask<T>(&self, command: fn(oneshot::Sender<T>) -> Command) -> Option<T> {
         let (answer, next) = oneshot::channel();
         self.running.as_ref()?.send(command(answer)).ok()?;
         next.await.ok()
@@ -312,21 +314,26 @@ impl Session {
             self.vring(index)?.base = self.stop(index).await?;
         }
         self.vring(index)?.kick = Some(kick);
-        self.start(index as usize).await
+        self.start(index as usize, Vec::new()).await
     }
 
-    /// Starts a queue. What its record says is in flight is executed again before anything else.
-    async fn start(&mut self, index: usize) -> Result<()> {
+    /// Starts a queue. What its record says is in flight, or `again` where there is no record, is executed again before
+    /// anything else.
+    async fn start(&mut self, index: usize, again: Vec<u16>) -> Result<()> {
         let ring = self.ring(&self.vrings[index])?;
         let of_queue = |inflight: &Arc<Inflight>| inflight.queue(index as u16, ring.size());
         let tracked = self.inflight.as_ref().map(of_queue).transpose()?;
         if self.claim.is_none() {
             self.claim = Some(self.device.claim(self.number).await?);
         }
+        if again.iter().any(|head| *head >= ring.size()) {
+            return Err(Error::invalid("a request past the end of the ring"));
+        }
         let Some(claim) = self.claim.clone() else { return Err(Error::internal("a claim was lost")) };
         let has = |feature: u32| self.features & blk::bit(feature) != 0;
         let vring = &self.vrings[index];
         let mut port = Port::new(ring, tracked, vring.base, has(VIRTIO_RING_F_EVENT_IDX));
+        port.take_again(again);
         port.set_logs(self.logs(vring));
         port.set_call(vring.call.clone());
         if port.unfinished() > 0 {

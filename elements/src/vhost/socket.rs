@@ -35,6 +35,21 @@ impl Socket {
         Socket { stream, bytes: Vec::new(), fds: Vec::new() }
     }
 
+    /// One of which another process has received this of a message.
+    pub(crate) fn resume(stream: UnixStream, bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Socket {
+        Socket { stream, bytes, fds }
+    }
+
+    /// The connection itself.
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// What has come of the next message.
+    pub(crate) fn received(&self) -> (&[u8], &[OwnedFd]) {
+        (&self.bytes, &self.fds)
+    }
+
     /// True if part of a message is there.
     #[cfg(test)]
     pub(crate) fn is_amid_a_message(&self) -> bool {
@@ -59,7 +74,7 @@ impl Socket {
                 return Ok(Some(Received { header, payload, fds: std::mem::take(&mut self.fds) }));
             }
             let amid = !self.bytes.is_empty();
-            let read = self.read(wanted - self.bytes.len());
+            let read = self.read(wanted.saturating_sub(self.bytes.len()));
             // The rest of a message does not take long.
             let read = if amid {
                 let late =

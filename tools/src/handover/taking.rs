@@ -11,6 +11,7 @@ use crate::socket::Published;
 use blockmason::io::{Access, Carried, Claims, Registry};
 use blockmason::lang::Spec;
 use blockmason::live::{Arriving, Live, Setup};
+use blockmason::luggage::Descriptors;
 use blockmason::{Host, Luggage, rt};
 use futures::FutureExt;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -87,10 +88,10 @@ async fn arrive(old: &Old, host: Arc<Host>, reader: Reader) -> Result<(Arrived, 
     let (Message::Offer(offer), descriptors) = old.receive().await? else {
         return Err(Failure::new("the old process offers nothing"));
     };
-    let mut descriptors = Descriptors(descriptors.into_iter().map(Some).collect());
+    let mut descriptors = Descriptors::from(descriptors);
     let Offer { graphs, images, sockets, control, .. } = *offer;
     let sockets =
-        sockets.into_iter().map(|socket| Ok((socket.address, descriptors.take(socket.descriptor)?)));
+        sockets.into_iter().map(|socket| Ok((socket.address, taken(&mut descriptors, socket.descriptor)?)));
     host.sockets().hold();
     host.sockets().expect(sockets.collect::<Result<Vec<_>, Failure>>()?);
     let claims = expect(images, &mut descriptors)?;
@@ -162,22 +163,16 @@ fn expect(images: Vec<ImageOffer>, descriptors: &mut Descriptors) -> Result<Clai
             holder: image.graph,
             sync_failed: image.sync_failed,
             exclusive: image.exclusive,
-            file: descriptors.take(image.file)?,
-            lock: descriptors.take(image.lock)?,
+            file: taken(descriptors, image.file)?,
+            lock: taken(descriptors, image.lock)?,
         })
     });
     let carried = carried.collect::<Result<Vec<_>, Failure>>()?;
     Registry::of_process().expect(carried).map_err(|error| Failure::from_error(&error))
 }
 
-/// Descriptors of a frame, each to be taken once.
-struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    fn take(&mut self, place: usize) -> Result<OwnedFd, Failure> {
-        let taken = self.0.get_mut(place).and_then(Option::take);
-        taken.ok_or_else(|| Failure::new("a descriptor is missing in what the old process offers"))
-    }
+fn taken(descriptors: &mut Descriptors, place: usize) -> Result<OwnedFd, Failure> {
+    descriptors.take(place).map_err(|error| Failure::from_error(&error))
 }
 
 /// The old process.
