@@ -253,7 +253,10 @@ pub(super) async fn hand_over(lease: &Lease) -> Result<Luggage> {
             Some(Ok(carried)) => carried?,
             Some(Err(_)) => None,
             None => {
-                return Err(Error::new(Kind::Busy, "a virtual machine is being set up or stopped: try again"));
+                return Err(Error::new(
+                    Kind::Busy,
+                    "a virtual machine is being set up or stopped: try again",
+                ));
             }
         };
         if let Some(packed) = carried {

@@ -228,7 +228,7 @@ fn an_old_process_that_dies_or_lies() {
         ("a text that is no graph", "offered(graphs=[{**graph, 'text': 'element'}]); refused('not good')"),
         (
             "no descriptor",
-            "say(**{**offer, 'sockets': [dict(address='x', descriptor=7)]}); refused('descriptor is missing')",
+            "say(**{**offer, 'sockets': [dict(address='x', descriptor=7)]}); refused('was not handed over')",
         ),
         ("nothing", "say(message='go'); refused('offers nothing')"),
         (
@@ -250,7 +250,7 @@ fn an_old_process_that_dies_or_lies() {
             "a client without a socket",
             "offered(); hear(); say(message='luggage', graph='vm', element='Guest', \
             version=1, value=dict(connections=[dict(socket=0, size=1, flags=1, style='simple', contexts=[], \
-            max_payload=1)])); say(message='drained'); refused('without its descriptor')",
+            max_payload=1)])); say(message='drained'); refused('was not handed over')",
         ),
         ("an end too early", "offered(); hear(); near.close(); assert child.wait(20) == 1"),
         ("an end while it lives", "ready(); near.close(); assert child.wait(20) == 1"),

@@ -3,7 +3,7 @@
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -94,6 +94,15 @@ impl Raw {
         }
         // The back-end may have closed the connection, which is for `ended` to see.
         let _ = sendmsg(&self.0, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL);
+    }
+
+    /// Whether the back-end has read all that was sent.
+    pub fn is_read(&self) -> bool {
+        let mut left: libc::c_int = 0;
+        // SAFETY: the call writes one integer.
+        let asked = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TIOCOUTQ, &raw mut left) };
+        assert_eq!(asked, 0, "{}", std::io::Error::last_os_error());
+        left == 0
     }
 
     /// The payload of the reply to a request; none when the connection has ended.

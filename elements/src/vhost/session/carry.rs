@@ -74,9 +74,8 @@ impl Session {
             return Ok(None);
         }
         let memory = self.memory.regions().iter();
-        let memory = memory.map(|region| {
-            Ok(Region { place: region.place, file: fds.put(region.mapping.file()?)? })
-        });
+        let memory =
+            memory.map(|region| Ok(Region { place: region.place, file: fds.put(region.mapping.file()?)? }));
         let memory = memory.collect::<Result<_>>()?;
         let log = self.log.as_ref().map(|log| {
             let mapping = log.mapping();
@@ -145,7 +144,8 @@ impl Session {
         let regions = written.memory.into_iter().map(|region| Ok((region.place, fds.take(region.file)?)));
         session.memory = Arc::new(Memory::new(regions.collect::<Result<Vec<_>>>()?)?);
         if let Some(Log { offset, size, file }) = written.log {
-            session.log = Some(Arc::new(DirtyLog::new(Mapping::new(File::from(fds.take(file)?), offset, size)?)));
+            session.log =
+                Some(Arc::new(DirtyLog::new(Mapping::new(File::from(fds.take(file)?), offset, size)?)));
         }
         if let Some(Record { area, file }) = written.inflight {
             session.inflight = Some(Arc::new(Inflight::open(area, File::from(fds.take(file)?))?));

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
 mod crash;
+mod handover;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_rings;
