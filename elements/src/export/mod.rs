@@ -1,6 +1,7 @@
 //! Where requests enter.
 
+pub mod clients;
 pub mod nbd;
-mod socket;
+pub mod socket;
 #[cfg(feature = "vhost")]
 pub mod vhost_user_blk;

@@ -1,11 +1,11 @@
 //! Serving a client from its first byte to its last, also where that was on another process.
 
-use super::clients::{Clients, Promise};
 use super::listen::{Entry, Listener, Shaking, lock};
 use super::serve::Connection;
 use super::serve::carry::Carried;
 use super::server::negotiate;
 use super::wire::TransmissionFlags;
+use crate::export::clients::{Clients, Promise};
 use blockmason::luggage::Descriptors;
 use blockmason::sched::{Host, serve};
 use blockmason::{Error, Kind, Luggage, Result, Shard};

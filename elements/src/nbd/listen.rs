@@ -1,15 +1,15 @@
 //! Listeners: sockets that several exports of several disks may share.
 
 use super::attend::{Peer, serve_client};
-use super::clients::Clients;
 use super::serve::flags_of;
 use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy};
+use crate::export::clients::Clients;
+use crate::export::socket::{self, Bound, SocketRights, nonblocking, open_unix};
 use blockmason::sched::{Disk, Host};
-use blockmason::{Errno, Error, Kind, Result};
+use blockmason::{Error, Kind, Result};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -31,26 +31,12 @@ impl Address {
     /// What a process that goes on with its sockets knows it by; none where there is nothing that listens.
     fn key(&self) -> Option<String> {
         match self {
-            Address::Unix(path) => {
-                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-                Some(format!("unix:{}", path.display()))
-            }
+            Address::Unix(path) => Some(socket::key(path)),
             Address::Tcp(address) => Some(format!("tcp:{address}")),
             Address::Inherited => Some("inherited".to_owned()),
             Address::Stdio => None,
         }
     }
-}
-
-/// Who may use a socket in the file system.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SocketRights {
-    /// Permission bits; the umask decides if there are none.
-    pub mode: Option<u32>,
-    /// User id of the owner.
-    pub owner: Option<u32>,
-    /// Group id.
-    pub group: Option<u32>,
 }
 
 /// What all exports of a listener agree on.
@@ -131,8 +117,8 @@ pub struct Listener {
     pub(super) terms: Mutex<Terms>,
     exports: Mutex<Vec<Arc<Entry>>>,
     pub(super) closing: watch::Sender<bool>,
-    /// Device and inode of a socket in the file system, by which it is known to be ours still.
-    inode: Option<(u64, u64)>,
+    /// Of a socket in the file system.
+    bound: Option<Bound>,
     host: Weak<Host>,
     /// Clients that have been accepted and whose handshake is not over.
     shaking: watch::Sender<usize>,
@@ -249,8 +235,8 @@ impl Listeners {
     ) -> Result<Listening> {
         let socket = Socket::open(host, &address, &terms.rights)?;
         let actual = socket.address(&address);
-        let inode = match &actual {
-            Address::Unix(path) => std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino())),
+        let bound = match &actual {
+            Address::Unix(path) => Bound::at(path),
             _ => None,
         };
         let (closing, watch) = watch::channel(false);
@@ -260,7 +246,7 @@ impl Listeners {
             terms: Mutex::new(terms),
             exports: Mutex::new(vec![entry.clone()]),
             closing,
-            inode,
+            bound,
             host: Arc::downgrade(host),
             shaking: watch::Sender::default(),
         });
@@ -275,12 +261,7 @@ impl Listeners {
         if open.get(&listener.address).is_some_and(|known| Arc::ptr_eq(known, listener)) {
             open.remove(&listener.address);
         }
-        if let (Address::Unix(path), Some(inode)) = (&listener.actual, listener.inode) {
-            // Somebody else may have put theirs there meanwhile.
-            if std::fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode) {
-                let _ = std::fs::remove_file(path);
-            }
-        }
+        listener.bound.iter().for_each(Bound::remove);
         if let (Some(host), Some(key)) = (listener.host.upgrade(), listener.address.key()) {
             host.sockets().forget(&key);
         }
@@ -430,66 +411,6 @@ impl Socket {
             }
         })
     }
-}
-
-fn nonblocking(result: std::io::Result<()>) -> Result<()> {
-    result.map_err(|error| Error::io(error, "the socket cannot be made non-blocking"))
-}
-
-/// A socket appears under its path only when it accepts: it is bound under another name and renamed.
-pub(crate) fn open_unix(path: &Path, rights: &SocketRights) -> Result<std::os::unix::net::UnixListener> {
-    let refused = |error: std::io::Error, what: &'static str| Error::io(error, what).with_path(path);
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(Error::new(Kind::Busy, "it exists and is no socket").with_path(path));
-        }
-        Ok(_) => match probe(path) {
-            // A full backlog is one that somebody has opened.
-            Ok(()) | Err(Errno::AGAIN) => {
-                return Err(Error::new(Kind::Busy, "another process serves this socket").with_path(path));
-            }
-            Err(Errno::ACCESS | Errno::PERM) => {
-                return Err(refused(Errno::ACCESS.into(), "it is a socket that belongs to somebody else"));
-            }
-            // A dead process has left it behind.
-            Err(_) => tracing::info!("replacing the stale socket {}", path.display()),
-        },
-        Err(_) => {}
-    }
-    let mut hidden = path.as_os_str().to_owned();
-    hidden.push(format!(".{}", std::process::id()));
-    let hidden = PathBuf::from(hidden);
-    let _ = std::fs::remove_file(&hidden);
-    let made = (|| {
-        let listener = std::os::unix::net::UnixListener::bind(&hidden)
-            .map_err(|error| refused(error, "the socket cannot be made"))?;
-        grant(&hidden, rights).map_err(|error| refused(error, "its mode or owner cannot be set"))?;
-        nonblocking(listener.set_nonblocking(true))?;
-        std::fs::rename(&hidden, path).map_err(|error| refused(error, "the socket cannot take its name"))?;
-        Ok(listener)
-    })();
-    if made.is_err() {
-        let _ = std::fs::remove_file(&hidden);
-    }
-    made
-}
-
-/// Whether somebody listens on a socket, without waiting for them.
-fn probe(path: &Path) -> Result<(), Errno> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)
-}
-
-fn grant(path: &Path, rights: &SocketRights) -> std::io::Result<()> {
-    if let Some(mode) = rights.mode {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-    }
-    if rights.owner.is_some() || rights.group.is_some() {
-        std::os::unix::fs::chown(path, rights.owner, rights.group)?;
-    }
-    Ok(())
 }
 
 fn inherited() -> Result<Socket> {

@@ -17,7 +17,6 @@
 
 pub(crate) mod attend;
 pub mod client;
-pub mod clients;
 pub mod handshake;
 #[cfg(test)]
 mod interop;

@@ -6,7 +6,7 @@ use super::queue::News;
 use super::session::{Session, carry};
 use super::socket::{Received, Socket};
 use super::wire::{self, Message};
-use crate::nbd::clients::Promise;
+use crate::export::clients::Promise;
 use blockmason::luggage::Descriptors;
 use blockmason::sched::Served;
 use blockmason::{Error, Host, Kind, Luggage, Result};

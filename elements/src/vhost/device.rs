@@ -2,7 +2,7 @@
 
 use super::blk;
 use super::wire::protocol;
-use crate::nbd::clients::Clients;
+use crate::export::clients::Clients;
 use blockmason::{Disk, Error, Geometry, Kind, Result};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -2,10 +2,9 @@
 
 use super::attend::{self, Ask};
 use super::device::{Device, Terms};
-use crate::nbd::listen::{SocketRights, open_unix};
-use blockmason::{Disk, Error, Host, Luggage, Result};
+use crate::export::socket::{self, Bound, SocketRights, nonblocking, open_unix};
+use blockmason::{Disk, Host, Luggage, Result};
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -31,8 +30,7 @@ struct Listener {
     path: PathBuf,
     rights: SocketRights,
     lease: Arc<Lease>,
-    /// Device and inode, by which the path is known to be ours still.
-    inode: Option<(u64, u64)>,
+    bound: Option<Bound>,
     host: Weak<Host>,
     closing: watch::Sender<bool>,
 }
@@ -101,13 +99,9 @@ impl Listener {
         if *self.closing.borrow() {
             return;
         }
-        let meta = std::fs::symlink_metadata(&self.path);
-        // Somebody else may have put theirs there meanwhile.
-        if meta.is_ok_and(|meta| Some((meta.dev(), meta.ino())) == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.bound.iter().for_each(Bound::remove);
         if let Some(host) = self.host.upgrade() {
-            host.sockets().forget(&key(&self.path));
+            host.sockets().forget(&socket::key(&self.path));
         }
         self.closing.send_replace(true);
     }
@@ -189,32 +183,25 @@ impl Export {
     }
 }
 
-/// What a process that goes on with a socket knows it by.
-fn key(path: &Path) -> String {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    format!("unix:{}", path.display())
-}
-
 /// The socket that the process before has listened on, else a new one.
 fn open_socket(host: &Host, path: &Path, rights: &SocketRights) -> Result<StdListener> {
-    let key = key(path);
+    let key = socket::key(path);
     let socket = match host.sockets().inherited(&key) {
         Some(socket) => StdListener::from(socket),
         None => open_unix(path, rights)?,
     };
-    let made = socket.set_nonblocking(true);
-    made.map_err(|error| Error::io(error, "the socket cannot be made non-blocking").with_path(path))?;
+    nonblocking(socket.set_nonblocking(true))?;
     host.sockets().keep(&key, &socket)?;
     Ok(socket)
 }
 
 fn listen(host: &Arc<Host>, path: &Path, rights: SocketRights, lease: Arc<Lease>) -> Result<Arc<Listener>> {
     let socket = open_socket(host, path, &rights)?;
-    let inode = std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let bound = Bound::at(path);
     let (closing, mut watch) = watch::channel(false);
     let (to, weak) = (host.clone(), Arc::downgrade(&lease));
     let (path, host) = (path.to_owned(), Arc::downgrade(host));
-    let listener = Arc::new(Listener { path, rights, lease, inode, host, closing });
+    let listener = Arc::new(Listener { path, rights, lease, bound, host, closing });
     to.clone().background(move || async move {
         let accepting = async {
             match UnixListener::from_std(socket) {

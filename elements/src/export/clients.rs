@@ -82,7 +82,7 @@ impl Clients {
     }
 
     /// Waits for that.
-    pub(super) async fn parting(&self) {
+    pub(crate) async fn parting(&self) {
         // The sender is ours: it does not go.
         let _ = self.parting.subscribe().wait_for(|parting| *parting).await;
     }
