@@ -4,7 +4,7 @@ import json, queue, re, socket, subprocess, threading, time
 from initrd import kernel
 
 # How long a guest may take for anything, in seconds: it is emulated, on a machine that has other work.
-PATIENCE = 120
+PATIENCE = 240
 
 MEMORY = ["-m", "512", "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem"]
 # One below a port of its own, which it can be unplugged from.

@@ -51,16 +51,16 @@ def migrate(bench):
 def move(here, there, uri):
     """Migrates. Until its memory has been gone through a few times, the guest writes to it faster than it is copied.
 
-    So pages that our daemon writes are copied before, and again because the daemon has logged them: a page that is
-    missing in the log arrives as it was. The guest compares the pages that came from the disk meanwhile, of which it
-    writes none itself, and a ring whose page is not copied again has completions that the driver has seen already.
+    So pages that our daemon writes are copied before, and again because it has logged them: one that is missing in the
+    log arrives as it was. The guest compares what it read from the disk meanwhile and never wrote, in its page cache,
+    before it reads anything again. (The pages of the rings prove nothing: QEMU copies those at its stop in any case.)
     """
     there.monitor.ask("migrate-incoming", uri=uri)
     here.monitor.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
     here.monitor.ask("migrate-set-parameters", max_bandwidth=48 * MEGABYTE, downtime_limit=1)
     here.monitor.ask("migrate", uri=uri)
     here.monitor.event("MIGRATION_PASS", lambda data: data["pass"] >= PASSES)
-    here.monitor.ask("migrate-set-parameters", max_bandwidth=1048 * MEGABYTE, downtime_limit=300)
+    here.monitor.ask("migrate-set-parameters", max_bandwidth=1024 * MEGABYTE, downtime_limit=300)
     here.monitor.event("MIGRATION", lambda data: data["status"] in ("completed", "failed"))
     result = here.monitor.ask("query-migrate")
     assert result["status"] == "completed", result
