@@ -52,7 +52,8 @@ pub(crate) enum Command {
     Call(Option<Arc<OwnedFd>>),
     Err(Option<Arc<OwnedFd>>),
     Enable(bool),
-    Logs(Logs),
+    /// Answered when that is so.
+    Logs(Logs, oneshot::Sender<()>),
     /// Take nothing more. Answered with the place that comes next when nothing is in flight.
     Pause(oneshot::Sender<u16>),
     /// Go on, in other memory if there is some.
@@ -183,7 +184,11 @@ impl State {
             Command::Call(call) => self.port.set_call(call),
             Command::Err(err) => self.err = err,
             Command::Enable(enabled) => self.enabled = enabled,
-            Command::Logs(logs) => self.port.set_logs(logs),
+            Command::Logs(logs, done) => {
+                self.port.set_logs(logs);
+                // Whoever waited may have gone.
+                let _ = done.send(());
+            }
             Command::Pause(answer) => {
                 self.paused = true;
                 self.waiting.push(answer);

@@ -61,11 +61,11 @@ impl Vring {
         }
     }
 
-    /// Asks the queue, and waits until nothing of it is in flight. None if it does not run, or has ended by itself.
-    async fn ask<T>(&self, command: fn(oneshot::Sender<T>) -> Command) -> Option<T> {
-        let (answer, next) = oneshot::channel();
+    /// Asks the queue, and waits for its answer. None if it does not run, or has ended by itself.
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (answer, said) = oneshot::channel();
         self.running.as_ref()?.send(command(answer)).ok()?;
-        next.await.ok()
+        said.await.ok()
     }
 }
 
@@ -132,7 +132,7 @@ impl Session {
             Message::GetFeatures => {
                 return Ok(Answer::number(self.device.features(&self.device.geometry()?)));
             }
-            Message::SetFeatures(features) => self.set_features(features)?,
+            Message::SetFeatures(features) => self.set_features(features).await?,
             Message::SetOwner | Message::SetLogFd => {}
             Message::ResetOwner => self.vrings.iter_mut().for_each(|vring| {
                 vring.enabled = false;
@@ -154,7 +154,7 @@ impl Session {
             Message::SetLogBase { size, offset } => {
                 let mapping = Mapping::new(File::from(fd.ok_or_else(needs)?), offset, size)?;
                 self.log = Some(Arc::new(DirtyLog::new(mapping)));
-                self.tell_logs();
+                self.tell_logs().await;
                 return Ok(Answer::number(0));
             }
             Message::SetVringNum { index, num } => self.set_num(index, num)?,
@@ -228,7 +228,7 @@ impl Session {
         Ok(vring)
     }
 
-    fn set_features(&mut self, features: u64) -> Result<()> {
+    async fn set_features(&mut self, features: u64) -> Result<()> {
         let disk = self.device.geometry()?;
         let unknown = features & !self.device.features(&disk);
         if unknown != 0 {
@@ -238,7 +238,7 @@ impl Session {
             return Err(Error::invalid("other features, while queues run"));
         }
         self.features = features;
-        self.tell_logs();
+        self.tell_logs().await;
         Ok(())
     }
 
@@ -260,7 +260,7 @@ impl Session {
         if moves {
             self.move_ring(index as usize).await?;
         }
-        self.tell_logs();
+        self.tell_logs().await;
         Ok(())
     }
 
@@ -302,8 +302,13 @@ impl Session {
         Logs { log: self.log.clone(), used }
     }
 
-    fn tell_logs(&self) {
-        self.vrings.iter().for_each(|vring| vring.tell(Command::Logs(self.logs(vring))));
+    /// When this returns, all queues go by the log as it is now. The front-end starts to copy memory, or lets the log
+    /// before go, when its message is acknowledged: what a queue writes from then on must be in this one.
+    async fn tell_logs(&self) {
+        for vring in &self.vrings {
+            // One that does not run is told when it starts.
+            let _ = vring.ask(|done| Command::Logs(self.logs(vring), done)).await;
+        }
     }
 
     async fn set_kick(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<()> {
@@ -477,4 +482,31 @@ fn event_counter(fd: OwnedFd) -> Result<OwnedFd> {
         .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK));
     flags.map_err(|errno| Error::os(errno, "a descriptor cannot be set up"))?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhost::device::Terms;
+    use blockmason::testing::{TestDisk, run};
+    use std::time::Duration;
+
+    #[test]
+    fn a_log_is_acknowledged_when_the_queues_go_by_it() {
+        run(1, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, "element D (type null)", "D").await.unwrap();
+            let (queue_size, poll) = (8, Duration::ZERO);
+            let terms = Terms { queues: 1, queue_size, serial: String::new(), read_only: false, poll };
+            let device =
+                Arc::new(Device::new(disk.disk.clone(), "Client", terms, "/nonexistent/record".into()));
+            let mut session = Session::new(&device, mpsc::unbounded_channel().0);
+            let (running, mut queue) = mpsc::unbounded_channel();
+            session.vrings[0].running = Some(running);
+            let mut handled = std::pin::pin!(session.handle(Message::SetFeatures(LOG_ALL), Vec::new()));
+            assert!(blockmason::rt::timeout(Duration::from_secs(100), handled.as_mut()).await.is_none());
+            let Some(Command::Logs(_, done)) = queue.recv().await else { panic!("the queue was not told") };
+            done.send(()).unwrap();
+            assert!(handled.await.unwrap().is_none());
+        });
+    }
 }
