@@ -201,7 +201,7 @@ enum Next {
     Changed,
 }
 
-async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
+pub(super) async fn serve_front_end(stream: UnixStream, device: &Arc<Device>) {
     let export = device.source.as_str();
     let Ok(disk) = device.geometry() else { return };
     let promise = Promise { size: disk.size, writable: !disk.read_only };
