@@ -177,6 +177,18 @@ mod tests {
         assert!(socket.receive().await.unwrap().is_none());
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn half_a_message_is_not_waited_for_for_ever() {
+        for n in [1, HEADER, HEADER + 1] {
+            let (ours, mut socket) = pair();
+            let (begun, bytes) = (blockmason::rt::now(), request(2, &[0; 8]));
+            send_some(ours.as_fd(), &bytes[..n], None).unwrap();
+            let error = socket.receive().await.map(drop).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+            assert!((PATIENCE..2 * PATIENCE).contains(&(blockmason::rt::now() - begun)));
+        }
+    }
+
     #[tokio::test]
     async fn what_is_no_message_is_an_error() {
         for bytes in [vec![0xff; 12], request(1, &[])[..7].to_vec()] {

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
 mod crash;
+mod hostile_channel;
+mod hostile_logs;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_rings;
