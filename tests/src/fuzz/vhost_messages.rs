@@ -16,7 +16,7 @@ const FOREVER: Duration = Duration::from_secs(3600);
 const A_WHILE: Duration = Duration::from_secs(60);
 
 /// One byte of terms, then what a front-end does, one record after the other: a byte that says what, one of flags, one
-/// of descriptors, and one with the length of what follows (see [`Frontend::act`]).
+/// of descriptors, and one with the length of what follows (see `Frontend::act`).
 ///
 /// The session ends when its front-end has gone, if not before. Messages are answered once and in order, if at all,
 /// and every answer is one of its message. Nothing of the front-end stays: no descriptor, no mapping, no memory of
