@@ -1,12 +1,16 @@
 //! What arrives from outside, as bytes: one function for each entrance. They take any bytes and panic
 //! where a promise is broken; fuzzers and ordinary tests call the same ones.
 
+mod chain;
 mod handshake;
 mod peer;
 mod transmission;
+mod vhost_messages;
 
+pub use chain::chain;
 pub use handshake::{client, handshake};
 pub use transmission::transmission;
+pub use vhost_messages::vhost_messages;
 
 use blockmason::lang::{Defines, Files, Spec, check, parse_checked, parse_with, print};
 use blockmason_elements::nbd::uri::Uri;
@@ -22,6 +26,8 @@ pub const TARGETS: &[Target] = &[
     ("client", client),
     ("transmission", transmission),
     ("uri", uri),
+    ("chain", chain),
+    ("vhost_messages", vhost_messages),
 ];
 
 /// The longest input that is worth a try, in bytes; what comes after is not looked at. It bounds the

@@ -6,6 +6,7 @@ use blockmason_tests::fuzz::{self, MAX_INPUT, TARGETS};
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// Mutations of one corpus: all of them together take some seconds.
 const MUTATIONS: u64 = 5000;
@@ -44,6 +45,9 @@ fn run(target: fn(&[u8]), input: &[u8], what: impl FnOnce() -> String) {
 }
 
 fn replay(name: &str) {
+    // One counts the descriptors of the process: threads of other tests must not open any meanwhile.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let target = TARGETS.iter().find(|target| target.0 == name).unwrap().1;
     let files = corpus(name);
     let size: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
@@ -113,6 +117,16 @@ fn transmission() {
 #[test]
 fn uri() {
     replay("uri");
+}
+
+#[test]
+fn chain() {
+    replay("chain");
+}
+
+#[test]
+fn vhost_messages() {
+    replay("vhost_messages");
 }
 
 /// The examples of all elements are valid, and so print as themselves.

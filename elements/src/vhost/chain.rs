@@ -1,13 +1,17 @@
 //! Chains of descriptors: what of the guest's memory a request consists of. Source: virtio 1.2, sections 2.7.4
 //! to 2.7.5. A chain that breaks a rule ends its queue: nothing that follows it can be trusted.
 
-use super::memory::Memory;
+use super::memory::{MOST_REGIONS, Memory};
 use super::ring::{DESCRIPTOR, Descriptor, Ring, read_descriptor};
 use std::ptr::NonNull;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 /// The most descriptors of a request, in the ring or in a table of its own.
 const LONGEST: usize = 1024;
+
+/// The most pieces of a request. Each border between regions parts one descriptor in two; only a driver whose descriptors
+/// lie on top of each other has more, and could have millions.
+const MOST_PIECES: usize = LONGEST + MOST_REGIONS;
 
 /// The most bytes of a request (virtio 1.2, 2.7.5.2).
 const MOST_BYTES: u64 = 1 << 32;
@@ -24,7 +28,6 @@ pub(crate) struct Chain {
     pub(crate) writable: Pieces,
     pub(crate) readable_len: u64,
     pub(crate) writable_len: u64,
-    count: usize,
 }
 
 impl Chain {
@@ -35,7 +38,7 @@ impl Chain {
     pub(crate) fn read(&mut self, ring: &Ring, head: u16, indirect: bool) -> Result<(), &'static str> {
         self.readable.clear();
         self.writable.clear();
-        (self.readable_len, self.writable_len, self.count) = (0, 0, 0);
+        (self.readable_len, self.writable_len) = (0, 0);
         let mut index = head;
         for _ in 0..ring.size() {
             if index >= ring.size() {
@@ -101,7 +104,11 @@ impl Chain {
             return Err("a request of more than 4 GiB");
         }
         let collect = |at, len| pieces.push((at, len));
-        memory.pieces(address, len, collect).map_err(|_| "an address outside of the guest's memory")
+        memory.pieces(address, len, collect).map_err(|_| "an address outside of the guest's memory")?;
+        if self.readable.len() + self.writable.len() > MOST_PIECES {
+            return Err("a request in more pieces than memory could lie in");
+        }
+        Ok(())
     }
 }
 
@@ -249,6 +256,23 @@ mod tests {
             0
         };
         assert_eq!(refused(looped), "a chain that is longer than its table");
+    }
+
+    /// Regions may be as small as a byte, and descriptors all the same.
+    #[test]
+    fn pieces_are_bounded() {
+        let mut driver = Driver::new(4);
+        let (from, count) = (1 << 40, MOST_REGIONS as u32 - 1);
+        (0..u64::from(count)).for_each(|n| driver.add_region(from + n, 1));
+        let next = VRING_DESC_F_NEXT as u16;
+        (0..4).for_each(|n| driver.put(n, (from, count, next, n + 1)));
+        driver.put(2, (from, count, 0, 0));
+        let mut chain = Chain::default();
+        chain.read(&driver.ring(), 0, true).unwrap();
+        assert_eq!(chain.readable.len(), 3 * count as usize);
+        driver.put(2, (from, count, next, 3));
+        let error = chain.read(&driver.ring(), 0, true).unwrap_err();
+        assert_eq!(error, "a request in more pieces than memory could lie in");
     }
 
     #[test]

@@ -65,6 +65,10 @@ impl Drop for Place {
 }
 
 impl Lease {
+    pub(super) fn new(device: Device) -> Arc<Lease> {
+        Arc::new(Lease { device: Arc::new(device), present: Mutex::default() })
+    }
+
     /// A place for one more front-end; None if there are too many.
     pub(super) fn enter(self: &Arc<Self>) -> Option<Place> {
         let mut present = lock(&self.present);
@@ -142,10 +146,8 @@ impl Exports {
         let same =
             |lease: &Arc<Lease>| Arc::ptr_eq(&lease.device.disk, disk) && lease.device.source == source;
         let known = open.devices.iter().filter_map(Weak::upgrade).find(same);
-        let lease = known.unwrap_or_else(|| {
-            let device = Arc::new(Device::new(disk.clone(), source, terms.clone(), record));
-            Arc::new(Lease { device, present: Mutex::default() })
-        });
+        let lease =
+            known.unwrap_or_else(|| Lease::new(Device::new(disk.clone(), source, terms.clone(), record)));
         let there = open.listeners.get(path).and_then(Weak::upgrade);
         let listener = match there.filter(|listener| Arc::ptr_eq(&listener.lease, &lease)) {
             Some(listener) if listener.rights == rights => listener,

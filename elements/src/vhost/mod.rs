@@ -14,6 +14,9 @@ mod chain;
 pub(crate) mod device;
 pub(crate) mod export;
 mod fault;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inflight;
 mod log;
 mod memory;

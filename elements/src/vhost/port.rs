@@ -225,7 +225,9 @@ impl Port {
 
     /// True if memory that it needs has been taken away.
     pub(crate) fn is_lost(&self) -> bool {
-        self.ring.memory().is_lost() || self.tracked.as_ref().is_some_and(Tracked::is_lost)
+        self.ring.memory().is_lost()
+            || self.tracked.as_ref().is_some_and(Tracked::is_lost)
+            || self.logs.log.as_ref().is_some_and(|log| log.mapping().is_lost())
     }
 }
 

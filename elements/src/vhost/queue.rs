@@ -323,6 +323,10 @@ impl Queue {
 
     /// Takes a request of the driver apart: into requests for the graph, or answers it.
     fn take(&self, state: &mut State, head: u16) -> Result<(), &'static str> {
+        // One chain may be offered any number of times, and a request may cost nothing of the disk's budget.
+        if state.taken >= usize::from(state.port.ring().size()) {
+            return Err("more requests in flight than the ring has room for");
+        }
         let mut chain = std::mem::take(&mut state.chain);
         let parsed =
             chain.read(state.port.ring(), head, self.rules.indirect).and_then(|()| blk::parse(&mut chain));

@@ -255,40 +255,31 @@ impl Session {
     async fn set_address(&mut self, index: u32, address: RingAddress) -> Result<()> {
         let vring = self.vring(index)?;
         let place = |address: RingAddress| (address.desc, address.avail, address.used);
-        let moves = vring.running.is_some() && vring.address.map(place) != Some(place(address));
-        vring.address = Some(address);
-        if moves {
-            self.move_ring(index as usize).await?;
+        if vring.running.is_some() && vring.address.map(place) != Some(place(address)) {
+            let vring = &self.vrings[index as usize];
+            move_to(vring, Ring::new(&self.memory, &address, vring.size)?).await;
         }
+        self.vring(index)?.address = Some(address);
         self.tell_logs().await;
         Ok(())
     }
 
-    /// The queue goes on with the rings and the memory as they are now.
-    async fn move_ring(&self, index: usize) -> Result<()> {
-        let vring = &self.vrings[index];
-        let ring = self.ring(vring)?;
-        if vring.ask(Command::Pause).await.is_some() {
-            vring.tell(Command::Resume(Some(ring)));
-        }
-        Ok(())
-    }
-
     fn ring(&self, vring: &Vring) -> Result<Ring> {
-        let address = vring.address.ok_or_else(|| Error::invalid("a queue without an address"))?;
-        Ring::new(&self.memory, &address, vring.size)
+        ring_in(&self.memory, vring)
     }
 
     /// All queues stop for it; in flight is nothing that the old memory would be needed for.
+    ///
+    /// # Errors
+    /// A queue that runs has its rings outside of it. Nothing has changed.
     async fn change_memory(&mut self, memory: Memory) -> Result<()> {
-        self.memory = Arc::new(memory);
-        for index in 0..self.vrings.len() {
-            if self.vrings[index].running.is_some()
-                && let Err(error) = self.move_ring(index).await
-            {
-                // Its rings are in no memory any more.
-                self.stop(index as u32).await?;
-                return Err(error);
+        let memory = Arc::new(memory);
+        let ring = |vring: &Vring| vring.running.as_ref().map(|_| ring_in(&memory, vring)).transpose();
+        let rings = self.vrings.iter().map(ring).collect::<Result<Vec<_>>>()?;
+        self.memory = memory;
+        for (vring, ring) in self.vrings.iter().zip(rings) {
+            if let Some(ring) = ring {
+                move_to(vring, ring).await;
             }
         }
         Ok(())
@@ -462,6 +453,18 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.claim.iter().for_each(|claim| claim.disconnect());
+    }
+}
+
+fn ring_in(memory: &Arc<Memory>, vring: &Vring) -> Result<Ring> {
+    let address = vring.address.ok_or_else(|| Error::invalid("a queue without an address"))?;
+    Ring::new(memory, &address, vring.size)
+}
+
+/// A queue goes on with other rings, or others' memory.
+async fn move_to(vring: &Vring, ring: Ring) {
+    if vring.ask(Command::Pause).await.is_some() {
+        vring.tell(Command::Resume(Some(ring)));
     }
 }
 

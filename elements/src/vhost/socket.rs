@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+use tokio::time::Instant;
 
 /// How long the rest of a message may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -28,16 +29,18 @@ pub(crate) struct Socket {
     /// What has come of the next message.
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// When it began.
+    begun: Option<Instant>,
 }
 
 impl Socket {
     pub(crate) fn new(stream: UnixStream) -> Socket {
-        Socket { stream, bytes: Vec::new(), fds: Vec::new() }
+        Socket { stream, bytes: Vec::new(), fds: Vec::new(), begun: None }
     }
 
     /// One of which another process has received this of a message.
     pub(crate) fn resume(stream: UnixStream, bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Socket {
-        Socket { stream, bytes, fds }
+        Socket { stream, bytes, fds, begun: None }
     }
 
     /// The connection itself.
@@ -73,15 +76,20 @@ impl Socket {
                 self.bytes.clear();
                 return Ok(Some(Received { header, payload, fds: std::mem::take(&mut self.fds) }));
             }
-            let amid = !self.bytes.is_empty();
+            if self.bytes.is_empty() {
+                self.begun = None;
+            } else if self.begun.is_none() {
+                self.begun = Some(blockmason::rt::now());
+            }
+            let left =
+                self.begun.map(|begun| (begun + PATIENCE).saturating_duration_since(blockmason::rt::now()));
             let read = self.read(wanted.saturating_sub(self.bytes.len()));
-            // The rest of a message does not take long.
-            let read = if amid {
-                let late =
-                    || io::Error::new(io::ErrorKind::TimedOut, "half a message, and no more for too long");
-                blockmason::rt::timeout(PATIENCE, read).await.unwrap_or_else(|| Err(late()))?
-            } else {
-                read.await?
+            // The rest of a message does not take long, in however many parts it comes.
+            let read = match left {
+                Some(left) => blockmason::rt::timeout(left, read).await.unwrap_or_else(|| {
+                    Err(io::Error::new(io::ErrorKind::TimedOut, "half a message, and no more for too long"))
+                })?,
+                None => read.await?,
             };
             if read == 0 {
                 return if self.bytes.is_empty() {
@@ -95,7 +103,7 @@ impl Socket {
 
     /// Reads at most `n` bytes, so that descriptors are those of this message.
     async fn read(&mut self, n: usize) -> io::Result<usize> {
-        let Socket { stream, bytes, fds } = self;
+        let Socket { stream, bytes, fds, .. } = self;
         stream.async_io(Interest::READABLE, || receive_some(stream.as_fd(), n, bytes, fds)).await
     }
 
@@ -190,6 +198,18 @@ mod tests {
         assert_eq!((second.header.code, second.fds.len()), (1, 0));
         drop(ours);
         assert!(socket.receive().await.unwrap().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_message_is_not_waited_for_for_ever() {
+        for n in [1, HEADER, HEADER + 1] {
+            let (ours, mut socket) = pair();
+            let (begun, bytes) = (blockmason::rt::now(), request(2, &[0; 8]));
+            send_some(ours.as_fd(), &bytes[..n], None).unwrap();
+            let error = socket.receive().await.map(drop).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+            assert!((PATIENCE..2 * PATIENCE).contains(&(blockmason::rt::now() - begun)));
+        }
     }
 
     #[tokio::test]

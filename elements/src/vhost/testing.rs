@@ -54,6 +54,12 @@ impl Driver {
         &self.memory
     }
 
+    /// Adds memory, for nothing in particular.
+    pub(crate) fn add_region(&mut self, guest: u64, size: u64) {
+        let place = MemoryRegion { guest, size, user: guest, offset: 0 };
+        self.memory = Arc::new(self.memory.with(place, memory_file(size).into()).unwrap());
+    }
+
     pub(crate) fn ring(&self) -> Ring {
         let address = RingAddress { flags: 0, desc: USER, used: USER + USED, avail: USER + AVAIL, log: 0 };
         Ring::new(&self.memory, &address, self.size).unwrap()

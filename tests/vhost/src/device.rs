@@ -4,6 +4,7 @@
 
 use crate::inflight::Inflight;
 use crate::memory::Memory;
+use crate::raw::Raw;
 use crate::ring::Place;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -25,6 +26,8 @@ pub const F_MQ: u64 = 1 << 12;
 pub const F_DISCARD: u64 = 1 << 13;
 /// VIRTIO_BLK_F_WRITE_ZEROES.
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
+/// VHOST_F_LOG_ALL.
+pub const F_LOG_ALL: u64 = 1 << 26;
 /// VIRTIO_F_INDIRECT_DESC.
 pub const F_INDIRECT: u64 = 1 << 28;
 /// VIRTIO_F_EVENT_IDX.
@@ -214,6 +217,12 @@ impl Device {
     /// The connection; panics when there is none.
     pub fn link(&self) -> Frontend {
         self.link.clone().expect("the device is not connected")
+    }
+
+    /// The connection, to send what the one above does not.
+    pub fn raw(&self) -> Raw {
+        let stream = self.stream.as_ref().expect("the device was connected");
+        Raw::from(stream.try_clone().unwrap())
     }
 
     /// Whether there is a connection, as far as this side knows.

@@ -22,6 +22,10 @@ pub const SET_FEATURES: u32 = 2;
 pub const SET_OWNER: u32 = 3;
 /// VHOST_USER_SET_MEM_TABLE.
 pub const SET_MEM_TABLE: u32 = 5;
+/// VHOST_USER_SET_LOG_BASE.
+pub const SET_LOG_BASE: u32 = 6;
+/// VHOST_USER_SET_LOG_FD.
+pub const SET_LOG_FD: u32 = 7;
 /// VHOST_USER_SET_VRING_NUM.
 pub const SET_VRING_NUM: u32 = 8;
 /// VHOST_USER_SET_VRING_ADDR.
@@ -40,6 +44,8 @@ pub const GET_PROTOCOL_FEATURES: u32 = 15;
 pub const SET_PROTOCOL_FEATURES: u32 = 16;
 /// VHOST_USER_SET_VRING_ENABLE.
 pub const SET_VRING_ENABLE: u32 = 18;
+/// VHOST_USER_SET_BACKEND_REQ_FD.
+pub const SET_BACKEND_REQ_FD: u32 = 21;
 /// VHOST_USER_GET_CONFIG.
 pub const GET_CONFIG: u32 = 24;
 /// VHOST_USER_GET_INFLIGHT_FD.
@@ -48,9 +54,17 @@ pub const GET_INFLIGHT_FD: u32 = 31;
 pub const SET_INFLIGHT_FD: u32 = 32;
 /// VHOST_USER_ADD_MEM_REG.
 pub const ADD_MEM_REG: u32 = 37;
+/// VHOST_USER_REM_MEM_REG.
+pub const REM_MEM_REG: u32 = 38;
 
 /// A connection.
 pub struct Raw(UnixStream);
+
+impl From<UnixStream> for Raw {
+    fn from(stream: UnixStream) -> Raw {
+        Raw(stream)
+    }
+}
 
 impl Raw {
     /// Connects.
@@ -112,6 +126,12 @@ impl Raw {
         assert_eq!((word(0), word(1) & 7), (request, VERSION | REPLY), "the header of a reply");
         assert!(word(2) <= 4096, "a reply of {} bytes", word(2));
         self.exactly(word(2) as usize)
+    }
+
+    /// Sends a message that is to be acknowledged. Returns whether it was; the connection may have ended instead.
+    pub fn acknowledged(&self, request: u32, payload: &[u8], fds: &[BorrowedFd]) -> bool {
+        self.message(request, VERSION | NEED_REPLY, payload.len() as u32, payload, fds);
+        self.reply(request).is_some_and(|answer| answer == [0; 8])
     }
 
     /// Waits until the back-end has closed the connection; what it sends before is dropped. Returns false when it

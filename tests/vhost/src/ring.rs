@@ -158,8 +158,12 @@ impl Ring {
         if !self.event_idx {
             return self.mem.load::<u16>(self.place.used) & 1 == 0;
         }
-        let event = self.mem.load::<u16>(self.place.used + 4 + 8 * u64::from(self.place.size));
-        new - Wrapping(event) - Wrapping(1) < new - old
+        new - Wrapping(self.asked_for()) - Wrapping(1) < new - old
+    }
+
+    /// How far the device had come when it asked to be told of more, with VIRTIO_F_EVENT_IDX.
+    pub fn asked_for(&self) -> u16 {
+        self.mem.load(self.place.used + 4 + 8 * u64::from(self.place.size))
     }
 
     /// The next head that the device has used, and the bytes that it says it has written. Panics when that chain is

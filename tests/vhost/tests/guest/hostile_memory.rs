@@ -3,9 +3,12 @@
 use crate::hostile_rings::{Parts, offer, parts};
 use crate::two::Two;
 use blockmason_tests::mason::until;
-use blockmason_vhost_tests::blk::{Blk, Shape};
+use blockmason_vhost_tests::blk::{Blk, OK, Request, Shape};
+use blockmason_vhost_tests::device::Wishes;
 use blockmason_vhost_tests::memory::{HIGH, Half, Memory};
+use blockmason_vhost_tests::raw;
 use blockmason_vhost_tests::ring::{DESCRIPTOR, INDIRECT, NEXT, WRITE};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A guest that changes descriptors while they are read: what was checked must be what is used.
@@ -99,4 +102,55 @@ fn parts_low(blk: &Blk, kind: u32) -> Parts {
     blk.device.mem.set(head + 8, 0_u64);
     blk.device.mem.set(head + 16, 0xff_u8);
     Parts { head, data: 0, status: head + 16 }
+}
+
+/// Regions of memory that come and go in orders that make no sense, one message at a time, while requests are carried
+/// out. What is refused changes nothing; what takes the rings away ends the queue and nothing else.
+#[test]
+fn regions_in_odd_orders() {
+    let two = Two::new();
+    let mut rng = fastrand::Rng::with_seed(5);
+    for round in 0..30 {
+        let lines = two.daemon.log().lines().count();
+        let wishes = Wishes { slots: true, ..Wishes::default() };
+        let mut blk = Blk::connected(Shape { wishes, ..Shape::default() }, &two.socket());
+        let raw = blk.device.raw();
+        for _ in 0..20 {
+            for ix in 0..4 {
+                blk.submit(0, Request::read(ix * 8, 4096));
+            }
+            blk.device.kick_all();
+            let (request, region, good) = odd_region(&mut rng, &blk.device.mem, round % 3 == 0);
+            let fds = [blk.device.mem.file().as_fd()];
+            let fds = if request == raw::ADD_MEM_REG { &fds[..] } else { &[] };
+            let taken = raw.acknowledged(request, &region.map(u64::to_le_bytes).concat(), fds);
+            assert!(good.is_none_or(|good| good == taken), "{request} of {region:x?}: {taken}");
+            if good.is_none() {
+                break;
+            }
+            (0..4).for_each(|_| assert_eq!(blk.next(0).status, OK));
+        }
+        drop(raw);
+        blk.device.disconnect();
+        two.is_well("regions in odd orders");
+        let said = two.daemon.log().lines().count() - lines;
+        assert!(said <= 1, "{said} lines in the log\n{}", two.daemon.log());
+    }
+    two.finish();
+}
+
+/// A message about a region, and whether it is to be taken; none where the guest's own memory goes.
+fn odd_region(rng: &mut fastrand::Rng, mem: &Memory, fatal: bool) -> (u32, [u64; 5], Option<bool>) {
+    let of = &mem.regions()[rng.usize(..2)];
+    let (guest, size, user) = (of.guest_phys_addr, of.memory_size, of.userspace_addr);
+    let region = |guest, size, user| [0, guest, size, user, of.mmap_offset];
+    match rng.u32(..if fatal { 7 } else { 6 }) {
+        0 => (raw::ADD_MEM_REG, region(guest, size, user), Some(false)),
+        1 => (raw::ADD_MEM_REG, region(guest + size - 1, 4096, user + size), Some(false)),
+        2 => (raw::REM_MEM_REG, region(guest, size, user + 4096), Some(false)),
+        3 => (raw::REM_MEM_REG, region(guest, size - 4096, user), Some(false)),
+        4 => (raw::REM_MEM_REG, region(guest + size, size, user + size), Some(false)),
+        5 => (raw::ADD_MEM_REG, region(rng.u64(1 << 34..1 << 62), 4096, 1 << 40), Some(true)),
+        _ => (raw::REM_MEM_REG, region(guest, size, user), None),
+    }
 }

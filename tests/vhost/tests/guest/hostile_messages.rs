@@ -58,6 +58,10 @@ impl Kit {
         self.raw.send(request, &value.to_le_bytes(), fds);
     }
 
+    fn log(&self, size: u64, offset: u64, fds: &[BorrowedFd]) {
+        self.raw.send(raw::SET_LOG_BASE, &[size, offset].map(u64::to_le_bytes).concat(), fds);
+    }
+
     fn inflight(&self, request: u32, size: u64, offset: u64, queues: u16, entries: u16, fds: &[BorrowedFd]) {
         let body =
             [&size.to_le_bytes()[..], &offset.to_le_bytes(), &queues.to_le_bytes(), &entries.to_le_bytes()];
@@ -185,6 +189,34 @@ const DEEDS: &[(&str, Deed)] = &[
     }),
     ("notes that are a pipe", |kit| {
         kit.inflight(raw::SET_INFLIGHT_FD, 4096, 0, 2, 64, &[kit.pipe.as_fd()]);
+    }),
+    ("a log without a descriptor", |kit| kit.log(4096, 0, &[])),
+    ("a log with two descriptors", |kit| kit.log(4096, 0, &[kit.fd(), kit.fd()])),
+    ("a log of no bytes", |kit| kit.log(0, 0, &[kit.fd()])),
+    ("a log behind the file's end", |kit| kit.log(4096, 1 << 40, &[kit.fd()])),
+    ("a log across the file's end", |kit| kit.log(4096, 2 * kit.mem.half() - 4095, &[kit.fd()])),
+    ("a log of all bytes there are", |kit| kit.log(u64::MAX, 0, &[kit.fd()])),
+    ("a log that goes round", |kit| kit.log(u64::MAX - 4095, 8192, &[kit.fd()])),
+    ("a log at an odd offset", |kit| kit.log(100, 17, &[kit.fd()])),
+    ("a log that is a pipe", |kit| kit.log(4096, 0, &[kit.pipe.as_fd()])),
+    ("a log that is an event", |kit| kit.log(4096, 0, &[kit.event()])),
+    ("a log that may only be read", |kit| kit.log(4096, 0, &[kit.file.as_fd()])),
+    ("half a log", |kit| kit.number(raw::SET_LOG_BASE, 4096, &[kit.fd()])),
+    ("an event of a log", |kit| kit.raw.send(raw::SET_LOG_FD, &[], &[kit.event()])),
+    ("an event of a log that is a file", |kit| kit.raw.send(raw::SET_LOG_FD, &[], &[kit.file.as_fd()])),
+    ("an event of a log that is none", |kit| kit.raw.send(raw::SET_LOG_FD, &[], &[])),
+    ("a channel without a descriptor", |kit| kit.raw.send(raw::SET_BACKEND_REQ_FD, &[], &[])),
+    ("a channel that is a file", |kit| kit.raw.send(raw::SET_BACKEND_REQ_FD, &[], &[kit.file.as_fd()])),
+    ("two channels", |kit| {
+        kit.raw.send(raw::SET_BACKEND_REQ_FD, &[], &[kit.event(), kit.pipe.as_fd()]);
+    }),
+    ("memory that was never there is taken away", |kit| {
+        kit.raw.send(raw::REM_MEM_REG, &[0, LOW, 4096, 0x7000_0000, 0].map(u64::to_le_bytes).concat(), &[]);
+    }),
+    ("memory in addition to itself", |kit| {
+        let region = [0, LOW, 4096, 0x7000_0000, 0].map(u64::to_le_bytes).concat();
+        kit.raw.send(raw::ADD_MEM_REG, &region, &[kit.fd()]);
+        kit.raw.send(raw::ADD_MEM_REG, &region, &[kit.fd()]);
     }),
     ("the configuration space of 4 GiB", |kit| {
         kit.raw.send(raw::GET_CONFIG, &[0, u32::MAX, 0].map(u32::to_le_bytes).concat(), &[]);

@@ -1,9 +1,10 @@
 //! Guests that write nonsense into their rings. A request gets an error, or the queue stops, or the connection ends,
 //! with a line in the log; the daemon goes on, and so do its other guests.
 
+use crate::protocol::slow;
 use crate::two::{SECTORS, Two};
 use blockmason_tests::mason::until;
-use blockmason_vhost_tests::blk::{Blk, IOERR, OK, Request, Shape, UNSUPP};
+use blockmason_vhost_tests::blk::{Blk, FLUSH, IOERR, OK, Request, Shape, UNSUPP};
 use blockmason_vhost_tests::device::{USUAL, Wishes};
 use blockmason_vhost_tests::memory::{HIGH, Half, LOW};
 use blockmason_vhost_tests::ring::{DESCRIPTOR, INDIRECT, NEXT, Part, WRITE};
@@ -307,6 +308,31 @@ fn check(two: &Two, what: &str, wanted: Wanted, deed: Deed, features: u64) {
     let said = lines() - before;
     assert!(said <= 1, "{what}: {said} lines in the log\n{}", two.daemon.log());
     assert!(said == 1 || seen == Wanted::Fails, "{what}: the log does not say why\n{}", two.daemon.log());
+}
+
+/// A guest that offers one flush again and again while none is completed: what is in flight is bounded by the ring.
+#[test]
+fn more_in_flight_than_the_ring_has_room_for() {
+    let daemon = slow();
+    let mut blk = Blk::connected(Shape::default(), &daemon.socket());
+    let at = parts(&blk, FLUSH, 0);
+    let chain = [(at.head, 16, false), (at.status, 1, true)];
+    let head = blk.rings[0].lay(&chain.map(|(addr, len, write)| Part { addr, len, write })).unwrap();
+    let broken = (0..50).any(|_| {
+        (0..64).for_each(|_| blk.rings[0].publish(head));
+        blk.device.kick_all();
+        let mut broken = false;
+        until("everything is taken", || {
+            broken = blk.device.vrings[0].err.read().is_ok();
+            broken || blk.rings[0].asked_for() == blk.rings[0].avail_idx()
+        });
+        broken
+    });
+    assert!(broken, "there is no end to what is taken");
+    assert!(daemon.log().contains("more requests in flight than the ring has room for"), "{}", daemon.log());
+    blk.device.disconnect();
+    let mut next = Blk::connected(Shape::default(), &daemon.socket());
+    assert_eq!(next.run(Request::read(0, 512)).status, OK);
 }
 
 /// The byte at the end of a chain.

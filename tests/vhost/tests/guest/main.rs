@@ -4,6 +4,8 @@
 
 mod crash;
 mod handover;
+mod hostile_channel;
+mod hostile_logs;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_rings;

@@ -90,7 +90,7 @@ fn memory_that_is_taken_back() {
 }
 
 /// An export whose requests take a while.
-fn slow() -> Daemon {
+pub(crate) fn slow() -> Daemon {
     let mut daemon = Daemon::new();
     daemon.running = Some(daemon.run(&format!(
         "element Guest (type vhost_user_blk) (listen unix:vm.sock)\n\

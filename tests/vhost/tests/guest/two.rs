@@ -1,9 +1,11 @@
 //! A daemon with two exports: what the guest of one does must not be seen by that of the other.
 
 use crate::{Daemon, Running};
+use blockmason_tests::control::Control;
 use blockmason_tests::mason::until;
 use blockmason_vhost_tests::blk::{Blk, Shape};
 use blockmason_vhost_tests::model::{BLOCK, contents};
+use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -64,6 +66,16 @@ impl Two {
             assert!(!self.bystander.as_ref().unwrap().is_finished(), "{after}: the other guest has failed");
             self.served.load(Ordering::Relaxed) > before
         });
+    }
+
+    /// Gives the bad guest's export a disk of another size.
+    pub(crate) fn resize(&self, bytes: u64) {
+        let folder = self.daemon.home.path();
+        let name = format!("{bytes}.img");
+        std::fs::File::create(folder.join(&name)).unwrap().set_len(bytes).unwrap();
+        let edit = json!({ "edit": "replace", "element": "One", "by": format!("(type file) (path {name})") });
+        let body = json!({ "edits": [edit], "folder": folder });
+        Control::connect(&folder.join("c.sock")).done("POST", "/v1/graphs/vm/edits", &body);
     }
 
     pub(crate) fn finish(mut self) {
