@@ -21,9 +21,9 @@ pub(crate) struct Polling {
 #[derive(Clone, Copy)]
 enum Doing {
     Working,
-    /// Looking until then.
+    /// Looking, since then.
     Looking(Instant),
-    /// Waiting for a kick, since then.
+    /// Waiting for a kick; idle since then.
     Waiting(Instant),
 }
 
@@ -39,13 +39,13 @@ impl Polling {
     }
 
     fn looks(&mut self, now: Instant, task: &Context<'_>) -> bool {
-        let until = match self.state {
-            Doing::Working => now + self.window,
-            Doing::Looking(until) => until,
+        let since = match self.state {
+            Doing::Working => now,
+            Doing::Looking(since) => since,
             Doing::Waiting(_) => return false,
         };
-        if now < until {
-            self.state = Doing::Looking(until);
+        if now < since + self.window {
+            self.state = Doing::Looking(since);
             task.waker().wake_by_ref();
             // The thread does not sleep: what was queued for the kernel goes to it here.
             Shard::submit();
@@ -53,7 +53,7 @@ impl Polling {
         }
         // In vain: half as long next time, and not at all below what is worth it.
         self.window = if self.window / 2 < SHORTEST { Duration::ZERO } else { self.window / 2 };
-        self.state = Doing::Waiting(now);
+        self.state = Doing::Waiting(since);
         false
     }
 
@@ -64,9 +64,10 @@ impl Polling {
             return;
         }
         if let Doing::Waiting(since) = self.state {
-            // It would have been found by looking a little longer.
-            if blockmason::rt::now() - since < self.most {
-                self.window = (self.window * 2).clamp(SHORTEST, self.most);
+            let idle = blockmason::rt::now() - since;
+            // It would have been found by looking a little longer: the next may take as long, and a bit.
+            if idle < self.most {
+                self.window = (2 * idle).clamp(SHORTEST.min(self.most), self.most);
             }
         }
         self.state = Doing::Working;
@@ -96,9 +97,13 @@ mod tests {
         assert_eq!(polling.window, us(20));
         let now = blockmason::rt::now();
         assert!(looks(&mut polling, now) && !looks(&mut polling, now + us(20)));
-        // Right after: longer again.
+        assert_eq!(polling.window, us(10));
+        // Soon after: long enough for the next that takes as long.
+        tokio::time::advance(us(30)).await;
         polling.found();
-        assert_eq!(polling.window, us(20));
+        assert_eq!(polling.window, us(40));
+        let now = blockmason::rt::now();
+        assert!(looks(&mut polling, now + us(39)));
     }
 
     #[test]
