@@ -33,6 +33,8 @@ pub struct Job {
     pub client: Client,
     /// Whose processor time is counted.
     pub server: Option<u32>,
+    /// For how long the guest does nothing afterwards.
+    pub idle: Duration,
 }
 
 /// Whose rings and connection.
@@ -61,6 +63,8 @@ pub struct Outcome {
     pub latencies: Histogram,
     /// Processor time of the server, where one was named.
     pub server_cpu: Option<Duration>,
+    /// Processor time of the server while the guest did nothing afterwards.
+    pub server_idle_cpu: Option<Duration>,
     /// Processor time of this process.
     pub client_cpu: Duration,
 }
@@ -104,9 +108,12 @@ pub fn run(job: &Job) -> Result<Outcome, String> {
     }
     let (server, client) = (job.server.map(cpu_of), cpu_of(std::process::id()));
     let begun = crate::now();
+    let mut queues = queues;
     let parts: Vec<Outcome> = std::thread::scope(|scope| {
-        let thread = |(ix, queue)| scope.spawn(move || drive(job, queue, ix, blocks));
-        let threads: Vec<_> = queues.into_iter().enumerate().map(thread).collect();
+        let mut threads = Vec::new();
+        for (ix, queue) in queues.iter_mut().enumerate() {
+            threads.push(scope.spawn(move || drive(job, &mut **queue, ix, blocks)));
+        }
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     let mut outcome = Outcome { time: begun.elapsed(), ..Outcome::default() };
@@ -119,12 +126,23 @@ pub fn run(job: &Job) -> Result<Outcome, String> {
     }
     outcome.server_cpu = job.server.map(|pid| cpu_of(pid).saturating_sub(server.unwrap()));
     outcome.client_cpu = cpu_of(std::process::id()).saturating_sub(client);
+    outcome.server_idle_cpu = job.server.filter(|_| !job.idle.is_zero()).map(|pid| idle_cpu(pid, job.idle));
+    drop(queues);
     connection.close()?;
     Ok(outcome)
 }
 
+/// Processor time of the server in a while without requests. What it does once to go to rest is over by then.
+#[allow(clippy::disallowed_methods, reason = "another process does not follow a stopped clock")]
+fn idle_cpu(server: u32, time: Duration) -> Duration {
+    std::thread::sleep(Duration::from_millis(100));
+    let before = cpu_of(server);
+    std::thread::sleep(time);
+    cpu_of(server).saturating_sub(before)
+}
+
 /// Keeps a queue busy until the time is over, and waits for what is in flight then.
-fn drive(job: &Job, mut queue: Box<dyn Queue>, ix: usize, blocks: u64) -> Outcome {
+fn drive(job: &Job, queue: &mut dyn Queue, ix: usize, blocks: u64) -> Outcome {
     let mut offsets = Offsets {
         rng: fastrand::Rng::with_seed(ix as u64),
         next: blocks * ix as u64 / job.queues as u64,
@@ -145,7 +163,7 @@ fn drive(job: &Job, mut queue: Box<dyn Queue>, ix: usize, blocks: u64) -> Outcom
             queue.submit(buffer, offsets.draw() * job.block as u64);
         }
         outcome.kicks += u64::from(queue.tell());
-        outcome.waits += until_ready(&mut *queue, job.poll);
+        outcome.waits += until_ready(queue, job.poll);
         // One look at the clock for a batch, as for what is submitted.
         now = crate::now();
         while let Some((buffer, well)) = queue.next() {

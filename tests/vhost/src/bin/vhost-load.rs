@@ -39,6 +39,9 @@ struct Args {
     /// Counts the processor time of this process
     #[arg(long)]
     server_pid: Option<u32>,
+    /// Does nothing for so many seconds afterwards, in which the server's processor time is counted again
+    #[arg(long, default_value_t = 0.0)]
+    idle: f64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         span: args.span,
         client: if args.client == Driver::Plain { Client::Plain } else { Client::Libblkio },
         server: args.server_pid,
+        idle: Duration::from_secs_f64(args.idle),
     };
     match run(&job) {
         Ok(outcome) => {
@@ -106,6 +110,7 @@ fn report(outcome: &Outcome, block: usize) -> Value {
         },
         "server_cpu_seconds_per_million": outcome.server_cpu.map(each),
         "client_cpu_seconds_per_million": each(outcome.client_cpu),
+        "server_idle_cpu_seconds": outcome.server_idle_cpu.map(|time| time.as_secs_f64()),
         "kicks": outcome.kicks,
         "waits": outcome.waits,
     })

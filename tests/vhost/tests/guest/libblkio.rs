@@ -17,6 +17,7 @@ fn job(daemon: &Daemon, client: Client) -> Job {
         span: None,
         client,
         server: Some(daemon.pid()),
+        idle: Duration::from_millis(10),
     }
 }
 
