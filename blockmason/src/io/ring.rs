@@ -32,6 +32,8 @@ struct Inner {
     /// Did not fit the submission queue.
     overflow: std::collections::VecDeque<squeue::Entry>,
     queued: bool,
+    /// Empty between two turns: its memory is used again.
+    wakers: Vec<Waker>,
 }
 
 enum Slot {
@@ -75,6 +77,7 @@ impl Ring {
                     free: Vec::new(),
                     overflow: Default::default(),
                     queued: false,
+                    wakers: Vec::new(),
                 }),
             }),
             Err(error) => {
@@ -115,8 +118,9 @@ impl Ring {
     }
 
     fn complete(&self) {
-        let wakers = self.inner.borrow_mut().take_completions();
-        wakers.into_iter().for_each(Waker::wake);
+        let mut wakers = self.inner.borrow_mut().take_completions();
+        wakers.drain(..).for_each(Waker::wake);
+        self.inner.borrow_mut().wakers = wakers;
     }
 
     /// Reads into `buf` from `offset` on. Returns how many bytes came, and the buffer.
@@ -247,7 +251,7 @@ impl Inner {
     }
 
     fn take_completions(&mut self) -> Vec<Waker> {
-        let mut wakers = Vec::new();
+        let mut wakers = std::mem::take(&mut self.wakers);
         for completion in self.uring.completion() {
             let ix = completion.user_data() as usize;
             match std::mem::replace(&mut self.slots[ix], Slot::Free) {
