@@ -52,6 +52,15 @@ impl Drop for Admitted<'_> {
     }
 }
 
+impl Admitted<'_> {
+    /// The client has been told of a larger disk, and relies on that from now on.
+    pub fn promise_size(&self, size: u64) {
+        if let Some((promise, _)) = self.clients.list().clients.get_mut(&self.number) {
+            promise.size = promise.size.max(size);
+        }
+    }
+}
+
 impl Clients {
     fn list(&self) -> MutexGuard<'_, List> {
         // Every change is complete before anything can panic.
@@ -164,6 +173,11 @@ mod tests {
         clients.dismiss(Some(&read_only));
         assert!(!*reader.dismissed.borrow() && *writer.dismissed.borrow());
         assert!(clients.can_live_with(None).unwrap_err().to_string().starts_with("2 clients"));
+        reader.promise_size(9);
+        clients.can_live_with(Some(&read_only.clone())).unwrap_err();
+        reader.promise_size(20);
+        let error = clients.can_live_with(Some(&Geometry::new(19))).unwrap_err();
+        assert!(error.to_string().contains("was told 20 bytes, and there would be 19"), "{error}");
         drop((reader, writer));
         clients.can_live_with(None).unwrap();
     }

@@ -67,6 +67,9 @@ fn id(table: &str, name: &str) -> Result<u32> {
     found.ok_or_else(|| Error::invalid(format!("there is no {name:?}")).with_path(table))
 }
 
+/// Bytes that the kernel has room for.
+const LONGEST_PATH: usize = 107;
+
 /// What a process that goes on with a socket knows it by.
 pub(crate) fn key(path: &Path) -> String {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
@@ -123,6 +126,13 @@ pub(crate) fn open_unix(path: &Path, rights: &SocketRights) -> Result<UnixListen
     hidden.push(format!(".{}", std::process::id()));
     let hidden = PathBuf::from(hidden);
     let _ = std::fs::remove_file(&hidden);
+    if hidden.as_os_str().len() > LONGEST_PATH {
+        let most = LONGEST_PATH - (hidden.as_os_str().len() - path.as_os_str().len());
+        return Err(Error::invalid(format!("the path of a socket has at most {most} bytes")).with_path(path));
+    }
+    if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
+        return Err(Error::new(Kind::Unavailable, "its folder does not exist").with_path(path));
+    }
     let made = (|| {
         let listener =
             UnixListener::bind(&hidden).map_err(|error| refused(error, "the socket cannot be made"))?;

@@ -6,7 +6,7 @@ use super::queue::News;
 use super::session::{Session, carry};
 use super::socket::{Received, Socket};
 use super::wire::{self, Message};
-use crate::export::clients::Promise;
+use crate::export::clients::{Admitted, Promise};
 use blockmason::luggage::Descriptors;
 use blockmason::sched::Served;
 use blockmason::{Error, Host, Kind, Luggage, Result};
@@ -98,24 +98,29 @@ pub(super) async fn serve_front_end(stream: UnixStream, device: &Arc<Device>, pl
 /// Serves a front-end. `admitted` hears whether it may come in.
 async fn attend(mut front_end: FrontEnd, device: &Device, place: Place, admitted: impl FnOnce(bool)) {
     let export = device.source.as_str();
-    let Some(admission) = device.clients.admit(front_end.promise, &device.disk, export) else {
+    let Some(mut admission) = device.clients.admit(front_end.promise, &device.disk, export) else {
         admitted(false);
         return tracing::info!(export, "the disk changed while a front-end came");
     };
     admitted(true);
     tracing::info!(export, "a front-end has come");
-    let why = front_end.work(device, place, admission.dismissed.clone()).await;
-    tracing::info!(export, "a front-end has gone: {why}");
+    match front_end.work(device, place, &mut admission).await {
+        Ok(why) => tracing::info!(export, "a front-end has gone: {why}"),
+        Err(why) => device.complain(&format!("a front-end is cut off: {why}")),
+    }
 }
 
 impl FrontEnd {
     /// Does what it says. Returns why that has ended.
+    ///
+    /// # Errors
+    /// What it has done wrong.
     async fn work(
         &mut self,
         device: &Device,
         mut place: Place,
-        mut dismissed: tokio::sync::watch::Receiver<bool>,
-    ) -> String {
+        admission: &mut Admitted<'_>,
+    ) -> Result<&'static str, String> {
         let sockets = device.disk.host().sockets();
         let mut closing = device.closing();
         let mut changes = device.disk.changes();
@@ -126,35 +131,36 @@ impl FrontEnd {
                 biased;
                 news = self.news.recv() => Next::News(news),
                 Some(ask) = place.asked.recv() => Next::Asked(ask),
-                _ = dismissed.wait_for(|dismissed| *dismissed) => Next::Dismissed,
+                _ = admission.dismissed.wait_for(|dismissed| *dismissed) => Next::Dismissed,
                 _ = closing.wait_for(|closing| *closing), if !self.session.runs() => Next::Closing,
                 _ = changes.changed() => Next::Changed,
                 message = self.socket.receive() => Next::Message(message),
             };
             match next {
-                Next::Message(Ok(None)) => return "it has disconnected".to_owned(),
-                Next::Message(Err(error)) => return error.to_string(),
-                Next::Message(Ok(Some(received))) => {
-                    if let Err(why) = self.answer(received).await {
-                        return why;
-                    }
+                Next::Message(Ok(None)) => return Ok("it has disconnected"),
+                Next::Message(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionReset => {
+                    return Ok("it has disconnected");
                 }
+                Next::Message(Err(error)) => return Err(error.to_string()),
+                Next::Message(Ok(Some(received))) => self.answer(received, device).await?,
                 Next::News(Some((index, News::Ended(served)))) => {
                     self.session.ended(index);
                     if matches!(served, Served::Closing | Served::Gone) && !self.session.runs() {
-                        return "the disk has closed".to_owned();
+                        return Ok("the disk has closed");
                     }
                 }
-                Next::News(_) => return "it cannot be served any more".to_owned(),
-                Next::Closing => return "the disk closes".to_owned(),
+                Next::News(_) => return Ok("it cannot be served any more"),
+                Next::Closing => return Ok("the disk closes"),
                 Next::Dismissed => {
                     // What is in flight is completed; the guest learns of it if it comes again.
                     let _ = self.session.stop_all().await;
-                    return "it was sent away".to_owned();
+                    return Ok("it was sent away");
                 }
                 Next::Changed => {
                     if let Some(disk) = device.geometry().ok().filter(|disk| disk.size != self.told) {
                         self.told = disk.size;
+                        self.promise.size = self.promise.size.max(disk.size);
+                        admission.promise_size(disk.size);
                         self.session.config_changed();
                     }
                 }
@@ -171,7 +177,7 @@ impl FrontEnd {
     ///
     /// # Errors
     /// Why the session cannot go on.
-    async fn answer(&mut self, received: Received) -> Result<(), String> {
+    async fn answer(&mut self, received: Received, device: &Device) -> Result<(), String> {
         let Received { header, payload, fds } = received;
         let message = Message::parse(header.code, &payload)
             .map_err(|why| format!("{why}, number {} with {} bytes", header.code, payload.len()))?;
@@ -187,7 +193,8 @@ impl FrontEnd {
             Ok(None) if acknowledge => (0u64.to_ne_bytes().to_vec(), None),
             Ok(None) => return Ok(()),
             Err(error) if acknowledge => {
-                tracing::info!("a front-end's message, number {}, is refused: {error}", header.code);
+                device
+                    .complain(&format!("a front-end's message, number {}, is refused: {error}", header.code));
                 (1u64.to_ne_bytes().to_vec(), None)
             }
             Err(error) => return Err(format!("{error} (message number {})", header.code)),

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 /// VHOST_F_LOG_ALL: written pages are logged.
 pub(crate) const LOG_ALL: u64 = 1 << 26;
@@ -27,6 +28,9 @@ pub(crate) const PROTOCOL: u64 = protocol::MQ
 
 /// A front-end that still runs the queues when another wants to has so long to go.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Complaints about front-ends are that far apart.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// What an administrator decides about a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +63,10 @@ pub(crate) struct Device {
     /// Exists while that is so: a front-end tells us once, and not again after we died.
     record: PathBuf,
     closing: watch::Sender<bool>,
+    /// `terms.read_only`, for every request to see.
+    read_only: AtomicBool,
+    /// When a front-end was last complained of: it may come again ten times a second.
+    complained: Mutex<Option<Instant>>,
 }
 
 /// Who runs the queues.
@@ -73,6 +81,7 @@ impl Device {
     /// A device of a disk. `record` is where a driver's choice to do without a volatile cache is kept.
     pub(crate) fn new(disk: Arc<Disk>, source: &str, terms: Terms, record: PathBuf) -> Device {
         let write_through = AtomicBool::new(record.exists());
+        let read_only = AtomicBool::new(terms.read_only);
         Device {
             disk,
             source: source.to_owned(),
@@ -84,6 +93,8 @@ impl Device {
             write_through,
             record,
             closing: watch::channel(false).0,
+            read_only,
+            complained: Mutex::default(),
         }
     }
 
@@ -91,8 +102,47 @@ impl Device {
         lock(&self.terms).clone()
     }
 
+    /// Whether front-ends that were told of these terms can live with others.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] with what would be taken from them.
+    pub(crate) fn may_have(&self, terms: &Terms) -> Result<()> {
+        let old = self.terms();
+        let busy = |what: String| {
+            Err(Error::new(Kind::Busy, format!("a guest is connected that {what}; unplug its disk first")))
+        };
+        if terms.read_only && !old.read_only {
+            return busy("may write, and (readonly yes) would come too late for it".to_owned());
+        }
+        if terms.queues < old.queues || terms.queue_size < old.queue_size {
+            return busy(format!(
+                "was offered {} queues of {}, and there would be {} of {}",
+                old.queues, old.queue_size, terms.queues, terms.queue_size
+            ));
+        }
+        Ok(())
+    }
+
+    /// True if nobody may write, whatever lies below.
+    #[inline]
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// Tells the administrator what a front-end has done wrong, but not ten times a second.
+    pub(crate) fn complain(&self, of: &str) {
+        let mut last = lock(&self.complained);
+        let now = blockmason::rt::now();
+        if last.is_some_and(|last| now < last + QUIET) {
+            return tracing::info!(export = self.source, "{of}");
+        }
+        *last = Some(now);
+        tracing::warn!(export = self.source, "{of}");
+    }
+
     /// For front-ends that come from now on.
     pub(crate) fn set_terms(&self, terms: Terms) {
+        self.read_only.store(terms.read_only, Ordering::Relaxed);
         *lock(&self.terms) = terms;
     }
 

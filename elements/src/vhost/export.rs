@@ -146,6 +146,9 @@ impl Exports {
         let same =
             |lease: &Arc<Lease>| Arc::ptr_eq(&lease.device.disk, disk) && lease.device.source == source;
         let known = open.devices.iter().filter_map(Weak::upgrade).find(same);
+        if let Some(lease) = known.as_ref().filter(|lease| !lease.present().is_empty()) {
+            lease.device.may_have(&terms)?;
+        }
         let lease =
             known.unwrap_or_else(|| Lease::new(Device::new(disk.clone(), source, terms.clone(), record)));
         let there = open.listeners.get(path).and_then(Weak::upgrade);

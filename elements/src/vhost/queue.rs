@@ -260,7 +260,7 @@ impl State {
 
     /// Memory that was taken for requests and is of no use now goes to others.
     fn give_back(&mut self) {
-        if self.admitted == 0 && self.reserve.bytes() > STEP {
+        if self.admitted == 0 && self.reserve.bytes() > 0 {
             self.reserve = Permit::default();
         }
     }
@@ -340,6 +340,9 @@ impl Queue {
                 let mut request = Request::read(offset, len);
                 request.data = dest.clone();
                 state.ready.push_back((tag(dest, len), request));
+            }
+            Job::Write { .. } | Job::Discard(_) | Job::WriteZeroes(_) if self.device.is_read_only() => {
+                state.finish(head, status, blk::IOERR, 0, 0);
             }
             Job::Write { offset, len } => {
                 let request = Request::write(offset, self.foreign(state, &chain.readable)).with(fua);

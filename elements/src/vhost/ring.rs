@@ -60,7 +60,7 @@ impl Ring {
         let part = |address: u64, len: u64, align: usize| {
             let at = memory.get_user(address, len).filter(|at| (at.as_ptr() as usize).is_multiple_of(align));
             at.ok_or_else(|| {
-                Error::invalid(format!("a queue at {address:#x}, which is not the guest's memory"))
+                Error::invalid(format!("a queue at {address:#x}, which is not the guest's memory: is that shared with this process (share=on)?"))
             })
         };
         Ok(Ring {

@@ -425,8 +425,17 @@ impl Session {
 
     fn make_inflight(&mut self, wanted: InflightArea) -> Result<Answer> {
         let most = self.device.terms().queue_size;
-        if usize::from(wanted.queues) > self.vrings.len() || wanted.queues == 0 || wanted.entries > most {
-            return Err(Error::invalid("a record of what is in flight for more than there are queues"));
+        if usize::from(wanted.queues) > self.vrings.len() || wanted.queues == 0 {
+            let (here, wanted) = (self.vrings.len(), wanted.queues);
+            return Err(Error::invalid(format!(
+                "{wanted} queues are wanted, and (queues {here}) are offered"
+            )));
+        }
+        if wanted.entries > most {
+            let entries = wanted.entries;
+            return Err(Error::invalid(format!(
+                "queues of {entries} are wanted, and (queue_size {most}) is the most"
+            )));
         }
         let inflight = Inflight::create(wanted.queues, wanted.entries)?;
         let fd = inflight.mapping().file()?.try_clone_to_owned();

@@ -77,7 +77,7 @@ fn a_socket_in_a_folder_that_is_not_there() {
     home.file("vm.mason", &graph.replace("vm.nbd", "gone/vm.nbd"));
     let sentence = home.mason(&["run", "vm.mason"]).failed();
     assert!(sentence.starts_with("mason: Guest (vm.mason:1:9): "), "{sentence}");
-    assert!(sentence.contains("gone/vm.nbd: the socket cannot be made: No such file"), "{sentence}");
+    assert!(sentence.contains("gone/vm.nbd: its folder does not exist"), "{sentence}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod killpoints;
 mod libblkio;
 mod protocol;
 mod spec;
+mod terms;
 mod two;
 
 use blockmason_tests::mason::{Mason, Start, until};
