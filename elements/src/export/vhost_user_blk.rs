@@ -1,7 +1,7 @@
 //! An export for virtual machines: a virtio block device over vhost-user, in the guest's own memory.
 
 use crate::export::socket::{Mode, rights};
-use crate::vhost::device::Terms;
+use crate::vhost::device::{MOST_QUEUES, Terms};
 use crate::vhost::export::{Export, Exports};
 use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::element::BoxFuture;
@@ -9,9 +9,6 @@ use blockmason::lang::value::{Time, Uri};
 use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Luggage, Open, Prepared, Request, Result};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// The most queues: more than processors that a guest has.
-const MOST_QUEUES: u16 = 256;
 
 /// Bytes of a serial number.
 const SERIAL: usize = 20;

@@ -1,19 +1,21 @@
 //! Serving a front-end from its first message to its last, also where that was on another process.
 
 use super::device::Device;
-use super::export::{Lease, Place};
+use super::export::{Lease, Place, Served as FrontEndServed};
 use super::queue::News;
 use super::session::{Session, carry};
 use super::socket::{Received, Socket};
 use super::wire::{self, Message};
 use crate::export::clients::{Admitted, Promise};
 use blockmason::luggage::Descriptors;
-use blockmason::sched::Served;
+use blockmason::sched::{Served, Sockets};
 use blockmason::{Error, Host, Kind, Luggage, Result};
+use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -23,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a message may take that is being worked on when everything is handed over.
 const MESSAGE: Duration = Duration::from_secs(1);
+
+/// The same of a front-end whose queues do not run: one that says or reads nothing must not hold up all others.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// The form of what is handed over to another process.
 const VERSION: u32 = 1;
@@ -124,9 +129,14 @@ impl FrontEnd {
         let sockets = device.disk.host().sockets();
         let mut closing = device.closing();
         let mut changes = device.disk.changes();
-        // Another process may still be in charge.
-        sockets.released().await;
+        // Another process may be in charge, still or already.
+        tokio::select! {
+            biased;
+            () = sockets.released() => {}
+            Some(ask) = place.asked.recv() => self.be_carried(ask, sockets).await,
+        }
         loop {
+            place.set_runs(self.session.runs());
             let next = tokio::select! {
                 biased;
                 news = self.news.recv() => Next::News(news),
@@ -164,13 +174,16 @@ impl FrontEnd {
                         self.session.config_changed();
                     }
                 }
-                Next::Asked(ask) => {
-                    // Whoever asked may have given up.
-                    let _ = ask.send(self.carry().await);
-                    sockets.released().await;
-                }
+                Next::Asked(ask) => self.be_carried(ask, sockets).await,
             }
         }
+    }
+
+    /// Tells what another process needs, and does nothing until it is known that there is none.
+    async fn be_carried(&self, ask: Ask, sockets: &Sockets) {
+        // Whoever asked may have given up.
+        let _ = ask.send(self.carry().await);
+        sockets.released().await;
     }
 
     /// Does what a message asks for, and answers it.
@@ -246,32 +259,35 @@ impl FrontEnd {
     }
 }
 
-/// The front-ends of an export, for another process. Its disk's gate is closed, and nothing is in flight.
+/// The front-ends of an export, for another process. Its disk's gate is closed, and nothing is in flight. One that has
+/// no queue that runs, and does not come to the end of a message, is left behind: it loses nothing but its connection.
 ///
 /// # Errors
-/// [`Kind::Busy`] if one is in the middle of something.
+/// [`Kind::Busy`] if one whose queues run is in the middle of something.
 pub(super) async fn hand_over(lease: &Lease) -> Result<Luggage> {
+    // All at once: the gate is closed.
+    let carried = join_all(lease.present().into_iter().map(ask)).await;
     let (mut front_ends, mut fds) = (Vec::new(), Vec::new());
-    for ask in lease.present() {
-        let (answer, answered) = oneshot::channel();
-        // One that has gone meanwhile says nothing.
-        let _ = ask.send(answer);
-        let carried = match blockmason::rt::timeout(MESSAGE, answered).await {
-            Some(Ok(carried)) => carried?,
-            Some(Err(_)) => None,
-            None => {
-                return Err(Error::new(
-                    Kind::Busy,
-                    "a virtual machine is being set up or stopped: try again",
-                ));
-            }
-        };
-        if let Some(packed) = carried {
-            front_ends.push(packed.written);
-            fds.extend(packed.fds);
-        }
+    for packed in carried.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten() {
+        front_ends.push(packed.written);
+        fds.extend(packed.fds);
     }
     Ok(Luggage { fds, ..Luggage::of(VERSION, &AllWritten { front_ends })? })
+}
+
+async fn ask(of: FrontEndServed) -> Result<Option<Packed>> {
+    let (answer, answered) = oneshot::channel();
+    let runs = of.runs.load(Ordering::Relaxed);
+    // One that has gone meanwhile says nothing.
+    let _ = of.ask.send(answer);
+    match blockmason::rt::timeout(if runs { MESSAGE } else { GRACE }, answered).await {
+        Some(Ok(carried)) => carried,
+        Some(Err(_)) => Ok(None),
+        None if runs => {
+            Err(Error::new(Kind::Busy, "a virtual machine is being set up or stopped: try again"))
+        }
+        None => Ok(None),
+    }
 }
 
 /// Goes on with the front-ends of another process. Their requests wait at the gate.

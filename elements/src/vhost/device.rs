@@ -29,6 +29,9 @@ pub(crate) const PROTOCOL: u64 = protocol::MQ
 /// A front-end that still runs the queues when another wants to has so long to go.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// The most queues: more than processors that a guest has.
+pub(crate) const MOST_QUEUES: u16 = 256;
+
 /// Complaints about front-ends are that far apart.
 const QUIET: Duration = Duration::from_secs(10);
 

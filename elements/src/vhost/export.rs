@@ -7,6 +7,7 @@ use blockmason::{Disk, Host, Luggage, Result};
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::net::UnixListener;
@@ -45,7 +46,15 @@ pub(super) struct Lease {
 #[derive(Default)]
 struct Present {
     next: u64,
-    served: HashMap<u64, mpsc::UnboundedSender<Ask>>,
+    served: HashMap<u64, Served>,
+}
+
+/// A front-end that is connected.
+#[derive(Clone)]
+pub(super) struct Served {
+    pub(super) ask: mpsc::UnboundedSender<Ask>,
+    /// A queue of its runs: it would be missed.
+    pub(super) runs: Arc<AtomicBool>,
 }
 
 /// A front-end's place among them; given up when it is dropped.
@@ -54,6 +63,14 @@ pub(super) struct Place {
     number: u64,
     /// What whoever serves it is asked.
     pub(super) asked: mpsc::UnboundedReceiver<Ask>,
+    runs: Arc<AtomicBool>,
+}
+
+impl Place {
+    /// Whether a queue runs.
+    pub(super) fn set_runs(&self, runs: bool) {
+        self.runs.store(runs, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Place {
@@ -78,16 +95,17 @@ impl Lease {
         let (ask, asked) = mpsc::unbounded_channel();
         let number = present.next;
         present.next += 1;
-        present.served.insert(number, ask);
-        Some(Place { lease: Arc::downgrade(self), number, asked })
+        let runs = Arc::<AtomicBool>::default();
+        present.served.insert(number, Served { ask, runs: runs.clone() });
+        Some(Place { lease: Arc::downgrade(self), number, asked, runs })
     }
 
-    /// Whom to ask about those who are connected, in the order in which they came.
-    pub(super) fn present(&self) -> Vec<mpsc::UnboundedSender<Ask>> {
+    /// Those who are connected, in the order in which they came.
+    pub(super) fn present(&self) -> Vec<Served> {
         let present = lock(&self.present);
         let mut served: Vec<_> = present.served.iter().collect();
         served.sort_unstable_by_key(|(number, _)| **number);
-        served.into_iter().map(|(_, ask)| ask.clone()).collect()
+        served.into_iter().map(|(_, served)| served.clone()).collect()
     }
 }
 

@@ -26,6 +26,11 @@ use tokio::sync::{mpsc, oneshot};
 /// many requests.
 const STEP: u64 = 1 << 20;
 
+/// What a request costs of the budget that moves so many bytes. One that moves none has a place in the graph, too.
+fn cost(bytes: u64) -> u64 {
+    bytes.max(512)
+}
+
 /// Everything that a queue starts with.
 pub(crate) struct Start {
     pub(crate) index: usize,
@@ -399,7 +404,8 @@ impl Queue {
     /// A request that was taken goes into the graph, once there is memory for what it may cost.
     #[inline]
     fn admit(&self, state: &mut State, task: &mut Context<'_>) -> Poll<(Tag, Request)> {
-        let need = state.ready.front().map_or(0, |(_, request)| request.data.len() as u64) + state.bytes;
+        let need =
+            state.ready.front().map_or(0, |(_, request)| cost(request.data.len() as u64)) + state.bytes;
         if need > state.reserve.bytes() {
             state.give_back();
             let more = (need - state.reserve.bytes()).max(STEP);
@@ -409,7 +415,7 @@ impl Queue {
         match state.ready.pop_front() {
             Some((tag, request)) => {
                 state.admitted += 1;
-                state.bytes += request.data.len() as u64;
+                state.bytes += cost(request.data.len() as u64);
                 Poll::Ready((tag, request))
             }
             None => Poll::Pending,
@@ -467,7 +473,7 @@ impl Stream for Queue {
     fn reply(&self, tag: Tag, reply: Reply) {
         let mut state = self.state.borrow_mut();
         state.admitted -= 1;
-        state.bytes -= if tag.dest.is_empty() { tag.len } else { tag.dest.len() as u64 };
+        state.bytes -= cost(tag.len.max(tag.dest.len() as u64));
         let mut code = if state.abandoned { blk::OK } else { code(&state, &tag, reply) };
         if let Some(group) = &tag.group {
             if code != blk::OK {

@@ -390,6 +390,8 @@ impl Session {
     async fn reset(&mut self) -> Result<()> {
         self.stop_all().await?;
         self.features = 0;
+        // A driver that begins anew has offered nothing of what it says.
+        self.inflight = None;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         Ok(())
     }
@@ -503,15 +505,31 @@ mod tests {
     use blockmason::testing::{TestDisk, run};
     use std::time::Duration;
 
+    fn device(disk: &TestDisk) -> Arc<Device> {
+        let (queue_size, poll) = (8, Duration::ZERO);
+        let terms = Terms { queues: 1, queue_size, serial: String::new(), read_only: false, poll };
+        Arc::new(Device::new(disk.disk.clone(), "Client", terms, "/nonexistent/record".into()))
+    }
+
+    /// Otherwise a driver that begins anew would have executed what it has never offered.
+    #[test]
+    fn a_reset_forgets_what_was_in_flight() {
+        run(1, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, "element D (type null)", "D").await.unwrap();
+            let mut session = Session::new(&device(&disk), mpsc::unbounded_channel().0);
+            let area = InflightArea { size: 0, offset: 0, queues: 1, entries: 8 };
+            session.handle(Message::GetInflightFd(area), Vec::new()).await.unwrap();
+            assert!(session.inflight.is_some());
+            session.handle(Message::ResetDevice, Vec::new()).await.unwrap();
+            assert!(session.inflight.is_none());
+        });
+    }
+
     #[test]
     fn a_log_is_acknowledged_when_the_queues_go_by_it() {
         run(1, async |host| {
             let disk = TestDisk::new(&host, crate::ALL, "element D (type null)", "D").await.unwrap();
-            let (queue_size, poll) = (8, Duration::ZERO);
-            let terms = Terms { queues: 1, queue_size, serial: String::new(), read_only: false, poll };
-            let device =
-                Arc::new(Device::new(disk.disk.clone(), "Client", terms, "/nonexistent/record".into()));
-            let mut session = Session::new(&device, mpsc::unbounded_channel().0);
+            let mut session = Session::new(&device(&disk), mpsc::unbounded_channel().0);
             let (running, mut queue) = mpsc::unbounded_channel();
             session.vrings[0].running = Some(running);
             let mut handled = std::pin::pin!(session.handle(Message::SetFeatures(LOG_ALL), Vec::new()));

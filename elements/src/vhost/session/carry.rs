@@ -1,6 +1,6 @@
 //! A session on its way to another process: nothing of it is in flight, and both have the guest's memory mapped.
 
-use super::super::device::Device;
+use super::super::device::{Device, MOST_QUEUES};
 use super::super::inflight::Inflight;
 use super::super::log::DirtyLog;
 use super::super::memory::{Mapping, Memory};
@@ -136,9 +136,11 @@ impl Session {
         fds: &mut Descriptors,
     ) -> Result<Session> {
         let mut session = Session::new(device, news);
-        if written.queues.len() != session.vrings.len() {
-            return Err(Error::invalid("a front-end was handed over with another number of queues"));
+        if written.queues.len() > usize::from(MOST_QUEUES) {
+            return Err(Error::invalid("a front-end was handed over with more queues than one may have"));
         }
+        // As many as it was offered when it came.
+        session.vrings = written.queues.iter().map(|_| Vring::default()).collect();
         session.features = written.features;
         session.protocol = written.protocol;
         let regions = written.memory.into_iter().map(|region| Ok((region.place, fds.take(region.file)?)));

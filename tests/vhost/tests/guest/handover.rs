@@ -4,15 +4,16 @@ use crate::{Daemon, Running, Sink};
 use blockmason_tests::control::mason;
 use blockmason_tests::handover::{Heir, is_running};
 use blockmason_tests::mason::{program, until};
-use blockmason_vhost_tests::blk::{Blk, Shape};
+use blockmason_vhost_tests::blk::{Blk, OK, Request, Shape};
 use blockmason_vhost_tests::device::Wishes;
 use blockmason_vhost_tests::model::{BLOCK, Load};
-use blockmason_vhost_tests::raw::{GET_FEATURES, Raw, SET_MEM_TABLE, VERSION};
+use blockmason_vhost_tests::raw::{GET_CONFIG, GET_FEATURES, Raw, SET_MEM_TABLE, VERSION};
 use rustix::process::Signal;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const BLOCKS: u64 = 512;
@@ -189,5 +190,61 @@ fn a_disk_that_grows_afterwards() {
     let mut told = [0; 12];
     near.read_exact(&mut told).unwrap();
     assert_eq!(told[..4], 2u32.to_ne_bytes(), "VHOST_USER_BACKEND_CONFIG_CHANGE_MSG");
+    heir.stop(&daemon.socket());
+}
+
+/// Somebody who does not read their answers, and others who come and go, hold up nobody.
+#[test]
+fn others_are_not_waited_for() {
+    let mut daemon = Daemon::started(Sink::File(SIZE), 2);
+    let shape = Shape { queues: 2, ..Shape::default() };
+    let mut load = Load::new(Blk::connected(shape, &daemon.socket()), BLOCKS, 13);
+    let (socket, stop) = (daemon.socket(), AtomicBool::new(false));
+    let mute = Raw::greeted(&socket, CHANNEL);
+    let config: Vec<u8> = [0u32, 256, 0].iter().flat_map(|n| n.to_ne_bytes()).chain([0; 256]).collect();
+    // Until its answers find no room, and so nothing is read any more.
+    (0..300).for_each(|_| mute.send(GET_CONFIG, &config, &[]));
+    let heir = std::thread::scope(|scope| {
+        let comers = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let comer = Raw::connect(&socket);
+                comer.send(GET_FEATURES, &[], &[]);
+                // It may be let down while one process ends.
+                comer.reply(GET_FEATURES);
+            }
+        });
+        let mut heir = None;
+        for _ in 0..5 {
+            let (next, pause) = busy(&mut load, || hand_over(&mut daemon, heir.take()));
+            assert!(pause < Duration::from_secs(1), "{pause:?}");
+            heir = Some(next);
+        }
+        stop.store(true, Ordering::Relaxed);
+        comers.join().unwrap();
+        heir.unwrap()
+    });
+    load.drain();
+    load.check_all();
+    heir.stop(&daemon.socket());
+}
+
+/// A guest keeps the queues that it was offered, whatever others are offered since.
+#[test]
+fn more_queues_for_those_who_come() {
+    let mut daemon = Daemon::started(Sink::File(SIZE), 2);
+    let shape = Shape { queues: 2, ..Shape::default() };
+    let mut load = Load::new(Blk::connected(shape, &daemon.socket()), BLOCKS, 14);
+    let graph = daemon.home.path().join("vm.mason");
+    let text = std::fs::read_to_string(&graph).unwrap();
+    std::fs::write(&graph, text.replace("(queues 2)", "(queues 4)")).unwrap();
+    mason(daemon.home.path(), &["reload", "vm.mason", "--control", "c.sock"]).done();
+    let (heir, _) = busy(&mut load, || hand_over(&mut daemon, None));
+    load.drain();
+    load.check_all();
+    load.blk.device.stop().unwrap();
+    load.blk.device.disconnect();
+    let shape = Shape { queues: 4, ..Shape::default() };
+    let mut blk = Blk::connected(shape, &daemon.socket());
+    assert_eq!(blk.run_on(3, Request::read(0, 4096)).status, OK);
     heir.stop(&daemon.socket());
 }
