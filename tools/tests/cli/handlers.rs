@@ -37,6 +37,8 @@ fn a_value_is_read_and_set_and_stays() {
     let tree = home.mason(&["show"]).done();
     assert!(tree.contains("Move.Copy  throttle  rate 50M/s"), "{tree}");
     assert_eq!(home.mason(&["call", "Move.Probe.reset"]).code, Some(0));
+    // The flush at the end is a request, too.
+    home.mason(&["set", "Move.Bad.probability", "0%"]).done();
     daemon.stop().done();
 }
 
