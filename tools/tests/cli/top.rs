@@ -56,7 +56,6 @@ impl Terminal {
         unlockpt(&master).unwrap();
         let path = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
         let slave = File::options().read(true).write(true).open(path).unwrap();
-        tcsetwinsize(&slave, Winsize { ws_row: 20, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let (before, master) = (tcgetattr(&slave).unwrap(), File::from(master));
         let (tx, came) = channel();
         let mut reader = master.try_clone().unwrap();
@@ -68,7 +67,9 @@ impl Terminal {
                 }
             }
         });
-        Terminal { master, slave, before, came, seen: String::new() }
+        let terminal = Terminal { master, slave, before, came, seen: String::new() };
+        terminal.resize(100);
+        terminal
     }
 
     fn start(&self, home: &Home) -> Child {
@@ -77,7 +78,10 @@ impl Terminal {
         command.env("TERM", "xterm").stdin(end()).stdout(end()).spawn().unwrap()
     }
 
+    /// Waits until the terminal shows that. What stands there already is not drawn again, character by character, so
+    /// that a sentence over another one may come with gaps: now and then the width changes, and all is drawn.
     fn until(&mut self, wanted: &str) {
+        let mut looks = 0;
         let end = loop {
             if let Some(at) = self.seen.find(wanted) {
                 break at + wanted.len();
@@ -85,8 +89,18 @@ impl Terminal {
             let came = self.came.recv_timeout(Duration::from_secs(20));
             let came = came.unwrap_or_else(|_| panic!("no {wanted:?} in {:?}", self.seen));
             self.seen += &String::from_utf8_lossy(&came);
+            looks += 1;
+            assert!(looks < 1000, "no {wanted:?} in {:?}", self.seen);
+            if looks % 20 == 0 {
+                self.resize(100 + looks / 20 % 2);
+            }
         };
         self.seen.drain(..end);
+    }
+
+    fn resize(&self, columns: u16) {
+        tcsetwinsize(&self.slave, Winsize { ws_row: 20, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })
+            .unwrap();
     }
 
     #[track_caller]
