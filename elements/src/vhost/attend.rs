@@ -89,6 +89,7 @@ enum Next {
 /// Serves one that has just connected.
 pub(super) async fn serve_front_end(stream: UnixStream, device: &Arc<Device>, place: Place) {
     let Ok(disk) = device.geometry() else { return };
+    device.look_at_record();
     let (reporter, news) = mpsc::unbounded_channel();
     let front_end = FrontEnd {
         socket: Socket::new(stream),

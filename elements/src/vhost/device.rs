@@ -177,6 +177,14 @@ impl Device {
         self.write_through.load(Ordering::Relaxed)
     }
 
+    /// A front-end comes. A process that has handed the device over may have recorded a choice since this one looked,
+    /// and acknowledged it to somebody who now comes here.
+    pub(crate) fn look_at_record(&self) {
+        if self.record.exists() {
+            self.write_through.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// The driver turns the volatile cache on or off. Known after the death of this process too.
     ///
     /// # Errors
@@ -307,6 +315,11 @@ mod tests {
             first.set_write_back(false).unwrap();
             let next = device(&disk, record.clone());
             assert!(next.is_write_through());
+            let late = device(&disk, folder.path().join("cache/E"));
+            assert!(!late.is_write_through());
+            std::fs::write(folder.path().join("cache/E"), "").unwrap();
+            late.look_at_record();
+            assert!(late.is_write_through());
             next.set_write_back(true).unwrap();
             next.set_write_back(true).unwrap();
             assert!(!device(&disk, record).is_write_through());
