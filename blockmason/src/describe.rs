@@ -3,7 +3,9 @@
 
 use crate::element::Element;
 use crate::error::Error;
+use crate::lang::value::{Ref, Service};
 use crate::lang::{ParamError, Params};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -101,6 +103,8 @@ pub struct Build<'a> {
     pub params: &'a Params,
     /// Where state may be kept (`--state`).
     pub state_dir: &'a Path,
+    /// The elements of the graph that have been made so far: all that this one refers to.
+    pub others: &'a HashMap<String, Arc<dyn Element>>,
 }
 
 impl Build<'_> {
@@ -113,6 +117,17 @@ impl Build<'_> {
             let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
             Error::invalid(all.join("; "))
         })
+    }
+
+    /// The service of the element that a parameter refers to. An element that is rebuilt rebuilds those that
+    /// refer to it, so it may be kept.
+    ///
+    /// # Errors
+    /// [`Kind::Internal`](crate::Kind::Internal) if the element declares the service and does not provide it.
+    pub fn refer<T: Service + ?Sized + 'static>(&self, to: &Ref<T>) -> Result<Arc<T>, Error> {
+        let provided = self.others.get(to.name()).and_then(|other| other.provide(T::NAME));
+        let service = provided.and_then(|service| service.downcast().ok()).map(|service: Box<Arc<T>>| *service);
+        service.ok_or_else(|| Error::internal(format!("{} provides no {}", to.name(), T::NAME)))
     }
 }
 
@@ -127,6 +142,8 @@ pub enum Family {
     Route,
     /// Changes data or addresses.
     Transform,
+    /// Brings one disk up to date with another one.
+    Migrate,
     /// Breaks things on purpose.
     Fault,
 }
@@ -139,6 +156,7 @@ impl Family {
             Family::Sink => "sink",
             Family::Route => "route",
             Family::Transform => "transform",
+            Family::Migrate => "migrate",
             Family::Fault => "fault",
         }
     }

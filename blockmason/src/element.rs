@@ -146,6 +146,13 @@ pub trait Element: Any + Send + Sync {
         Err(Error::no_handler(handler))
     }
 
+    /// A service that its type declares in [`provides`](crate::describe::ElementType::provides), for an element
+    /// whose parameter refers to this one: an `Arc` of the service, boxed. See
+    /// [`Build::refer`](crate::describe::Build::refer).
+    fn provide(&self, _service: &str) -> Option<Box<dyn Any>> {
+        None
+    }
+
     /// Takes over what `old`, an element of the same name and type but with other parameters, has
     /// learnt; leaves it usable, for the change may yet be undone. Nothing is in flight in either.
     /// `(old as &dyn Any).downcast_ref()` gives its own type.

@@ -2,6 +2,7 @@
 
 pub mod export;
 pub mod fault;
+pub mod migrate;
 pub mod nbd;
 pub mod route;
 pub mod sink;
@@ -19,6 +20,7 @@ pub static ALL: &[&ElementType] = &[
     &route::debug_log::TYPE,
     &route::filter::TYPE,
     &route::linear::TYPE,
+    &migrate::log_dirty::TYPE,
     &route::notify::TYPE,
     &route::probe::TYPE,
     &route::readonly::TYPE,

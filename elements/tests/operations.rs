@@ -48,6 +48,7 @@ const FRAGMENTS: &[Fragment] = &[
     disk("debug_log", "element X (type debug_log) (logfile {folder}/log) element S {odd} X -> S"),
     disk("filter", "element X (type filter) element S {odd} X -> S"),
     disk("linear", "element X (type linear) element A {odd} element B {sink} (X, a) -> A (X, b) -> B"),
+    disk("log_dirty", "element X (type log_dirty) element S {odd} X -> S"),
     disk(
         "notify",
         "element X (type notify) (exec /bin/true) (latency 1h) (errors 1000000) element S {odd} X -> S",

@@ -2,8 +2,9 @@
 
 use super::{Connection, Graph, Instance};
 use crate::describe::{Build, Catalogue, find};
+use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::lang::Spec;
+use crate::lang::{ElementSpec, Spec};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -40,26 +41,64 @@ impl Builder<'_> {
         spec: &Spec,
         kept: &HashMap<String, Arc<Instance>>,
     ) -> Result<Vec<Arc<Instance>>> {
-        let mut instances = Vec::with_capacity(spec.elements.len());
-        for element in &spec.elements {
-            if let Some(instance) = kept.get(&element.name) {
-                instances.push(instance.clone());
-                continue;
-            }
-            let place = spec.place(element).to_string();
-            let at = format!("{} ({place})", element.name);
-            let ty = find(self.catalogue, &element.ty)
-                .ok_or_else(|| Error::invalid(format!("there is no type {}", element.ty)).in_element(&at))?;
-            let build = Build {
-                name: &element.name,
-                graph: self.name,
-                params: &element.params,
-                state_dir: self.state_dir,
+        let mut instances: Vec<Option<Arc<Instance>>> = vec![None; spec.elements.len()];
+        let mut others = HashMap::with_capacity(spec.elements.len());
+        for ix in self.referred_first(spec) {
+            let element = &spec.elements[ix];
+            let instance = match kept.get(&element.name) {
+                Some(instance) => instance.clone(),
+                None => self.make(spec, element, &others)?,
             };
-            let made = (ty.build)(&build).map_err(|error| error.in_element(&at))?;
-            instances.push(Instance::new(&element.name, ty, place, made));
+            others.insert(element.name.clone(), instance.element.clone());
+            instances[ix] = Some(instance);
         }
-        Ok(instances)
+        Ok(instances.into_iter().flatten().collect())
+    }
+
+    fn make(
+        &self,
+        spec: &Spec,
+        element: &ElementSpec,
+        others: &HashMap<String, Arc<dyn Element>>,
+    ) -> Result<Arc<Instance>> {
+        let place = spec.place(element).to_string();
+        let at = format!("{} ({place})", element.name);
+        let ty = find(self.catalogue, &element.ty)
+            .ok_or_else(|| Error::invalid(format!("there is no type {}", element.ty)).in_element(&at))?;
+        let build = Build {
+            name: &element.name,
+            graph: self.name,
+            params: &element.params,
+            state_dir: self.state_dir,
+            others,
+        };
+        let made = (ty.build)(&build).map_err(|error| error.in_element(&at))?;
+        Ok(Instance::new(&element.name, ty, place, made))
+    }
+
+    /// The elements in the order of the file, but each after those that it refers to. The checker has seen to
+    /// it that references do not go in circles.
+    fn referred_first(&self, spec: &Spec) -> Vec<usize> {
+        let mut order = Vec::with_capacity(spec.elements.len());
+        let mut seen = vec![false; spec.elements.len()];
+        // An element is left on the stack until what it refers to is done.
+        let mut stack: Vec<(usize, bool)> = (0..spec.elements.len()).rev().map(|ix| (ix, false)).collect();
+        while let Some((ix, ready)) = stack.pop() {
+            if ready {
+                order.push(ix);
+            } else if !std::mem::replace(&mut seen[ix], true) {
+                stack.push((ix, true));
+                stack.extend(self.referred(spec, &spec.elements[ix]).map(|target| (target, false)));
+            }
+        }
+        order
+    }
+
+    fn referred<'s>(&self, spec: &'s Spec, element: &'s ElementSpec) -> impl Iterator<Item = usize> + 's {
+        let params = find(self.catalogue, &element.ty).map_or(&[][..], |ty| ty.params);
+        let values = params.iter().filter(|param| param.refers.is_some());
+        let values = values.flat_map(|param| element.params.get(param.name).into_iter().flatten());
+        values.filter_map(|value| spec.find(value.target()))
     }
 
     /// Assembles instances into a graph.
