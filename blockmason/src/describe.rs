@@ -126,7 +126,8 @@ impl Build<'_> {
     /// [`Kind::Internal`](crate::Kind::Internal) if the element declares the service and does not provide it.
     pub fn refer<T: Service + ?Sized + 'static>(&self, to: &Ref<T>) -> Result<Arc<T>, Error> {
         let provided = self.others.get(to.name()).and_then(|other| other.provide(T::NAME));
-        let service = provided.and_then(|service| service.downcast().ok()).map(|service: Box<Arc<T>>| *service);
+        let service =
+            provided.and_then(|service| service.downcast().ok()).map(|service: Box<Arc<T>>| *service);
         service.ok_or_else(|| Error::internal(format!("{} provides no {}", to.name(), T::NAME)))
     }
 }

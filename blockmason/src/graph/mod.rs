@@ -61,6 +61,12 @@ impl Instance {
             flushes: Coalesced::default(),
         })
     }
+
+    /// The same element under another name, for a graph that takes over behind a gate: who holds ranges of the
+    /// one is not known to the other.
+    pub(crate) fn renamed(&self, name: &str, place: String) -> Arc<Instance> {
+        Instance::new(name, self.ty, place, self.element.clone())
+    }
 }
 
 /// An edge to be, by the indices of its ends.
@@ -308,11 +314,12 @@ impl Graph {
         (0..self.nodes.len()).filter(|node| !self.nodes[*node].instance.ty.ports.input)
     }
 
-    /// The graph without the elements that need not see every request: each other instance, and
+    /// The graph without the elements that need not see every request: each other instance, by its name too, and
     /// what its out ports lead to. Two graphs that are equal in this can take over from each other
     /// without a pause.
-    pub(crate) fn contracted(&self) -> BTreeMap<usize, Vec<(&str, usize)>> {
+    pub(crate) fn contracted(&self) -> BTreeMap<(usize, &str), Vec<(&str, usize)>> {
         let identity = |node: usize| identity(&self.nodes[node].instance);
+        let name = |node: usize| self.nodes[node].instance.name.as_str();
         let through = |node: usize| {
             let node = &self.nodes[node];
             (node.instance.ty.comes_and_goes() && node.edge_count == 1).then_some(node.first_edge)
@@ -329,7 +336,7 @@ impl Graph {
             let edges = &self.edges[first_edge as usize..][..edge_count as usize];
             edges.iter().map(|edge| (&*edge.port, behind(edge.to as usize))).collect()
         };
-        stays.map(|node| (identity(node), ports(node))).collect()
+        stays.map(|node| ((identity(node), name(node)), ports(node))).collect()
     }
 
     /// What every edge has carried so far, on all shards.
@@ -378,9 +385,9 @@ impl Graph {
     }
 }
 
-/// What tells an instance from one like it.
+/// What tells an instance from one like it: its element, which it keeps when it is renamed.
 fn identity(instance: &Arc<Instance>) -> usize {
-    Arc::as_ptr(instance) as usize
+    Arc::as_ptr(&instance.element).cast::<()>() as usize
 }
 
 /// Each element's out ports with what they lead to, in the type's order or that of the edges.

@@ -9,8 +9,12 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// The version of the format.
-const VERSION: u64 = 1;
+/// The version of the format, and the one of heads of volumes that have never moved.
+const VERSION: u64 = 2;
+const NEVER_MOVED: u64 = 1;
+
+/// Bytes of the name of the other volume of a move.
+const LONGEST_PEER: usize = 4096;
 
 /// Bytes of a head.
 pub(super) const LARGEST: usize = 64 << 10;
@@ -30,6 +34,46 @@ pub struct Head {
     pub complete: bool,
     /// The ways from an export to the volume.
     pub ways: BTreeSet<Vec<String>>,
+    /// How often the volume has moved: of two with one name the higher one is the newer.
+    pub generation: u64,
+    /// Where it stands in a move.
+    pub standing: Standing,
+}
+
+/// Where a volume stands in a move from one store to another. The other one is named in words for people.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum Standing {
+    /// It is the volume.
+    #[default]
+    Active,
+    /// It is the volume, and about to move there.
+    Moving(String),
+    /// It is being filled from there, and nothing yet; or it is a mirror.
+    Filling(String),
+    /// The volume is there now; this is what it was before.
+    Moved(String),
+}
+
+impl Standing {
+    /// The word of the file, and the other volume.
+    fn parts(&self) -> (&'static str, Option<&str>) {
+        match self {
+            Standing::Active => ("active", None),
+            Standing::Moving(peer) => ("moving", Some(peer)),
+            Standing::Filling(peer) => ("filling", Some(peer)),
+            Standing::Moved(peer) => ("moved", Some(peer)),
+        }
+    }
+
+    fn of_parts(word: &str, peer: Option<String>) -> Option<Standing> {
+        match (word, peer) {
+            ("active", None) => Some(Standing::Active),
+            ("moving", Some(peer)) => Some(Standing::Moving(peer)),
+            ("filling", Some(peer)) => Some(Standing::Filling(peer)),
+            ("moved", Some(peer)) => Some(Standing::Moved(peer)),
+            _ => None,
+        }
+    }
 }
 
 /// The file as it is written.
@@ -41,6 +85,12 @@ struct Written {
     volume: String,
     complete: bool,
     layout: Vec<Way>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    generation: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    state: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    peer: Option<String>,
     crc32: String,
 }
 
@@ -52,11 +102,24 @@ struct Version {
 }
 
 impl Head {
+    /// True if it has to say something about a move.
+    fn has_moved(&self) -> bool {
+        self.generation > 0 || self.standing != Standing::Active
+    }
+
+    fn version(&self) -> u64 {
+        if self.has_moved() { VERSION } else { NEVER_MOVED }
+    }
+
     fn checksum(&self) -> String {
-        let mut text = format!("{VERSION}\n{}\n{}\n", self.volume, self.complete);
+        let mut text = format!("{}\n{}\n{}\n", self.version(), self.volume, self.complete);
         for way in &self.ways {
             way.iter().for_each(|line| text.extend([line.as_str(), "\n"]));
             text.push('\n');
+        }
+        if self.has_moved() {
+            let (state, peer) = self.standing.parts();
+            text += &format!("{}\n{state}\n{}\n", self.generation, peer.unwrap_or_default());
         }
         format!("{:08x}", crc32fast::hash(text.as_bytes()))
     }
@@ -66,11 +129,16 @@ impl Head {
     /// # Errors
     /// If the layout is too large.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        let (state, peer) = self.standing.parts();
+        let moved = self.has_moved();
         let written = Written {
-            version: VERSION,
+            version: self.version(),
             volume: self.volume.clone(),
             complete: self.complete,
             layout: self.ways.iter().cloned().collect(),
+            generation: moved.then_some(self.generation),
+            state: moved.then(|| state.to_owned()),
+            peer: peer.map(str::to_owned),
             crc32: self.checksum(),
         };
         let mut bytes = serde_json::to_vec_pretty(&written)
@@ -94,7 +162,7 @@ impl Head {
         }
         let version: Version = serde_json::from_slice(bytes)
             .map_err(|error| damaged("it is not understood").with_source(error))?;
-        if version.version != VERSION {
+        if !(NEVER_MOVED..=VERSION).contains(&version.version) {
             let message = format!(
                 "its format is version {}, this program knows {VERSION}: use the program that wrote it",
                 version.version
@@ -117,8 +185,25 @@ impl Head {
             return Err(damaged("its layout is no text"));
         }
         let (count, ways) = (written.layout.len(), written.layout.into_iter().collect::<BTreeSet<_>>());
-        let head = Head { volume: written.volume, complete: written.complete, ways };
-        if head.checksum() != written.crc32 || head.ways.len() != count {
+        if written.peer.as_ref().is_some_and(|peer| {
+            peer.is_empty() || peer.len() > LONGEST_PEER || peer.chars().any(char::is_control)
+        }) {
+            return Err(damaged("the other volume's name is none"));
+        }
+        let standing = match (written.state, written.peer) {
+            (None, None) => Some(Standing::Active),
+            (None, Some(_)) => None,
+            (Some(state), peer) => Standing::of_parts(&state, peer),
+        };
+        let head = Head {
+            volume: written.volume,
+            complete: written.complete,
+            ways,
+            generation: written.generation.unwrap_or(0),
+            standing: standing.ok_or_else(|| damaged("its state is unknown"))?,
+        };
+        let fits = head.version() == written.version && head.ways.len() == count;
+        if !fits || head.checksum() != written.crc32 {
             return Err(damaged("the checksum does not fit"));
         }
         Ok(head)

@@ -69,7 +69,9 @@ impl<'a> Layout<'a> {
         let mut ways: Vec<BTreeSet<Rc<Way>>> = vec![BTreeSet::new(); self.outs.len()];
         let mut ready: Vec<usize> =
             (0..waiting.len()).filter(|ix| waiting[*ix] == 0 && self.leads[*ix]).collect();
-        ready.iter().for_each(|ix| ways[*ix] = BTreeSet::from([Rc::default()]));
+        // What a copier reads and writes is no way to serve a volume.
+        let enters = |ix: &&usize| !self.known[**ix].0.serialises;
+        ready.iter().filter(enters).for_each(|ix| ways[*ix] = BTreeSet::from([Rc::default()]));
         let mut ended = Vec::new();
         while let Some(ix) = ready.pop() {
             let own = std::mem::take(&mut ways[ix]);

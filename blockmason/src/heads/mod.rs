@@ -12,7 +12,7 @@ mod place;
 #[cfg(test)]
 mod tests;
 
-pub use file::Head;
+pub use file::{Head, Standing};
 pub use place::HeadPlace;
 
 use crate::describe::Outs;
@@ -63,11 +63,77 @@ pub enum Finding {
 }
 
 impl Volume {
-    /// The head that the layout of the graph asks for; None if the volume is served as it is.
+    /// The head that the layout of the graph asks for; None if the volume is served as it is and has never
+    /// moved.
     pub fn wanted(&self) -> Option<Head> {
         let volume = self.name.clone()?;
         let layout = self.ways.iter().any(|way| !way.is_empty());
-        layout.then(|| Head { volume, complete: true, ways: self.ways.clone() })
+        let generation = self.generation();
+        let head =
+            Head { volume, complete: true, ways: self.ways.clone(), generation, standing: Standing::Active };
+        (layout || generation > 0).then_some(head)
+    }
+
+    /// How often it has moved.
+    pub fn generation(&self) -> u64 {
+        self.found.as_ref().map_or(0, |head| head.generation)
+    }
+
+    /// Where it stands in a move.
+    pub fn standing(&self) -> &Standing {
+        self.found.as_ref().map_or(&Standing::Active, |head| &head.standing)
+    }
+
+    /// What it is called by other volumes.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// What it is called by people: the path of its image, or what its head is called.
+    pub fn called(&self) -> String {
+        let path = self.at.path.display().to_string();
+        path.strip_suffix(".mason-head").unwrap_or(&path).to_owned()
+    }
+
+    /// Writes where it stands, under the name `name` if it is given. When this returns, it is durable.
+    ///
+    /// # Errors
+    /// The head cannot be written. What it said before it says still.
+    pub fn stand(&self, name: Option<&str>, generation: u64, standing: Standing) -> Result<()> {
+        let Some(volume) = name.or(self.name.as_deref()).map(str::to_owned) else {
+            let message = "it is read-only and has no head: where it goes cannot be noted";
+            return Err(Error::new(Kind::Denied, message).in_element(&self.element));
+        };
+        let ways = self.ways.clone();
+        file::write(&self.at.path, &Head { volume, complete: true, ways, generation, standing })
+    }
+
+    /// Puts back the head that was there when it was surveyed, or that none was.
+    ///
+    /// # Errors
+    /// It cannot be written or removed.
+    pub fn restore(&self) -> Result<()> {
+        match &self.found {
+            Some(head) => file::write(&self.at.path, head),
+            None => file::remove(&self.at.path),
+        }
+    }
+
+    /// Why it must not be served by whoever does not know of a move.
+    fn elsewhere(&self) -> Option<String> {
+        let generation = self.generation();
+        match self.standing() {
+            Standing::Active => None,
+            Standing::Moving(to) => Some(format!(
+                "it is on its way to {to}, and only the daemon that moves it knows which of the two is newer"
+            )),
+            Standing::Filling(from) => {
+                Some(format!("it is being filled from {from}, and is not, or not always, the whole disk"))
+            }
+            Standing::Moved(to) => {
+                Some(format!("it has moved to {to} (generation {generation}); this is what it was before"))
+            }
+        }
     }
 
     /// From the head that is there to the one that the layout asks for, as a diff.
@@ -76,13 +142,16 @@ impl Volume {
         diff::diff(self.found.as_ref().map_or(&none, |head| &head.ways), &self.ways)
     }
 
-    fn judge(&self, head: Result<Option<Head>>) -> Finding {
+    fn judge(&self, head: Result<Option<Head>>, moves: Moves) -> Finding {
         let head = match head {
             Ok(Some(head)) => head,
             Ok(None) if self.wanted().is_some() => return Finding::New,
             Ok(None) => return Finding::Plain,
             Err(error) => return Finding::Refused(with_source(&error), Vec::new()),
         };
+        if let (Moves::Refused, Some(why)) = (moves, self.elsewhere()) {
+            return Finding::Refused(why, Vec::new());
+        }
         let known = |ways: &BTreeSet<Vec<String>>| ways.is_subset(&head.ways);
         let elements = |ways: &BTreeSet<Vec<String>>| -> BTreeSet<Vec<String>> {
             ways.iter().map(|way| way.iter().filter(|line| !is_neighbour(line)).cloned().collect()).collect()
@@ -104,6 +173,15 @@ impl Volume {
     }
 }
 
+/// Whether a graph may serve volumes that are on the move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moves {
+    /// No.
+    Refused,
+    /// It is what moves them, or takes up what was left of a move.
+    Known,
+}
+
 /// How names are given to the volumes of a survey.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Names {
@@ -117,7 +195,7 @@ pub enum Names {
 ///
 /// # Errors
 /// A layout that is too large. What is wrong with a head is a finding.
-pub fn survey(graphs: &[(&Spec, &Graph)], names: Names) -> Result<Vec<Volume>> {
+pub fn survey(graphs: &[(&Spec, &Graph)], names: Names, moves: Moves) -> Result<Vec<Volume>> {
     let (mut volumes, sinks) = volumes(graphs);
     let mut heads = Vec::with_capacity(volumes.len());
     let mut taken = HashSet::new();
@@ -144,7 +222,9 @@ pub fn survey(graphs: &[(&Spec, &Graph)], names: Names) -> Result<Vec<Volume>> {
                 volumes[volume].ways.extend(ways.iter().map(|way| way.to_vec()));
             }
         }
-        for (one, other) in layout.copies {
+        // A volume that moves is for a while in two places.
+        let moves = |ix: usize| matches!(volumes[ix].standing(), Standing::Filling(_) | Standing::Moved(_));
+        for (one, other) in layout.copies.into_iter().filter(|(one, other)| !moves(*one) && !moves(*other)) {
             copies.insert(one, volumes[other].at.path.clone());
             copies.insert(other, volumes[one].at.path.clone());
         }
@@ -152,7 +232,7 @@ pub fn survey(graphs: &[(&Spec, &Graph)], names: Names) -> Result<Vec<Volume>> {
     let fresh = volumes.iter().filter(|volume| volume.found.is_none());
     let fresh: HashSet<String> = fresh.filter_map(|volume| volume.name.clone()).collect();
     for (ix, (volume, head)) in volumes.iter_mut().zip(heads).enumerate() {
-        volume.finding = volume.judge(head);
+        volume.finding = volume.judge(head, moves);
         if let Finding::Refused(_, lines) = &mut volume.finding {
             lines.iter_mut().for_each(|line| *line = without(line, &fresh));
         }
@@ -242,8 +322,8 @@ fn with_source(error: &Error) -> String {
 ///
 /// # Errors
 /// All volumes that must not be served so, each with the difference.
-pub fn verify(graphs: &[(&Spec, &Graph)]) -> Result<Plan> {
-    let volumes = survey(graphs, Names::Keep)?;
+pub fn verify(graphs: &[(&Spec, &Graph)], moves: Moves) -> Result<Plan> {
+    let volumes = survey(graphs, Names::Keep, moves)?;
     let mut text = String::new();
     let refused = volumes.iter().filter_map(|volume| match &volume.finding {
         Finding::Refused(why, lines) => Some((volume, why, lines)),
@@ -327,6 +407,24 @@ impl Plan {
             }
         }
     }
+}
+
+/// The volumes of a graph that requests reach from an element.
+///
+/// # Errors
+/// As [`survey`].
+pub fn below(spec: &Spec, graph: &Graph, element: &str) -> Result<Vec<Volume>> {
+    let mut reached: Vec<usize> = spec.find(element).into_iter().collect();
+    let mut next = 0;
+    while let Some(&ix) = reached.get(next) {
+        next += 1;
+        let more = spec.edges.iter().filter(|edge| edge.from == ix && !reached.contains(&edge.to));
+        let more: Vec<usize> = more.map(|edge| edge.to).collect();
+        reached.extend(more);
+    }
+    let names: HashSet<&str> = reached.iter().map(|ix| spec.elements[*ix].name.as_str()).collect();
+    let volumes = survey(&[(spec, graph)], Names::Keep, Moves::Known)?;
+    Ok(volumes.into_iter().filter(|volume| names.contains(volume.element.as_str())).collect())
 }
 
 /// Removes the head of a volume that is to be served as it is. When it returns, it is gone for good.

@@ -6,7 +6,13 @@ use proptest::prelude::*;
 
 fn head(ways: &[&[&str]]) -> Head {
     let ways = ways.iter().map(|way| way.iter().map(|line| (*line).to_owned()).collect()).collect();
-    Head { volume: "0123456789abcdef0123456789abcdef".to_owned(), complete: true, ways }
+    Head {
+        volume: "0123456789abcdef0123456789abcdef".to_owned(),
+        complete: true,
+        ways,
+        generation: 0,
+        standing: Standing::Active,
+    }
 }
 
 fn text(head: &Head) -> String {
@@ -39,7 +45,8 @@ fn what_is_no_head_is_refused() {
         ("0123456789abcdef0", "0", "name"),
         ("1M", "\\u001b[2J", "no text"),
         ("slice (offset 1M)", "", "no text"),
-        ("\"mason-head\": 1", "\"mason-head\": 2", "version 2, this program knows 1"),
+        ("\"mason-head\": 1", "\"mason-head\": 2", "checksum"),
+        ("\"mason-head\": 1", "\"mason-head\": 3", "version 3, this program knows 2"),
         ("\"mason-head\": 1", "\"mason-head\": 1, \"more\": 1", "unknown field"),
         ("\"mason-head\": 1", "\"mason\": 1", "missing field"),
         ("\"complete\": true,", "", "missing field"),
@@ -58,6 +65,34 @@ fn what_is_no_head_is_refused() {
     assert!(refused(b"").contains("EOF"));
     let lines = format!("[{}\"x\"]", "\"x\",".repeat(5000));
     assert!(refused(text.replace("[]", &lines).as_bytes()).contains("too long"));
+}
+
+#[test]
+fn a_head_says_where_its_volume_stands_in_a_move() {
+    for (generation, standing) in [
+        (0, Standing::Moving("/b.img".to_owned())),
+        (3, Standing::Active),
+        (4, Standing::Filling("nbd://h/x".to_owned())),
+        (u64::MAX, Standing::Moved("/b.img".to_owned())),
+    ] {
+        let good = Head { generation, standing, ..head(&[&[]]) };
+        let text = text(&good);
+        assert_eq!(Head::decode(text.as_bytes()).unwrap(), good);
+        for (was, is, says) in [
+            ("\"mason-head\": 2", "\"mason-head\": 1", "checksum"),
+            ("\"generation\"", "\"generation\": 7, \"x\"", "unknown field"),
+            ("\"state\": \"", "\"state\": \"x", "state is unknown"),
+            ("\"state\": \"active\"", "\"state\": \"moved\"", "state is unknown"),
+            ("/b.img", "/c.img", "checksum"),
+            ("/b.img", "\\n", "none"),
+            ("\"state\": \"moved\"", "\"state\": \"moving\"", "checksum"),
+        ] {
+            if text.contains(was) {
+                let found = refused(text.replace(was, is).as_bytes());
+                assert!(found.contains(says), "{was} -> {is}: {found}");
+            }
+        }
+    }
 }
 
 #[test]

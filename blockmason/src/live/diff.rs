@@ -126,6 +126,12 @@ fn elements(before: &Spec, next: &Spec, catalogue: Catalogue) -> Vec<ElementDiff
     diffs
 }
 
+/// True if one may go on as the other: their types are the same, and what their parameters mean.
+pub(super) fn alike(old: &ElementSpec, new: &ElementSpec, catalogue: Catalogue) -> bool {
+    let (was, is) = (describe::find(catalogue, &old.ty), describe::find(catalogue, &new.ty));
+    was.zip(is).is_some_and(|(was, is)| was.name == is.name && parameters(old, new, is).is_empty())
+}
+
 /// The parameters whose meaning changes. One that is not given means its default.
 fn parameters(old: &ElementSpec, new: &ElementSpec, ty: &ElementType) -> Vec<ParamDiff> {
     let (before, after) = (meanings(old, ty), meanings(new, ty));

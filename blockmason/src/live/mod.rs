@@ -18,9 +18,9 @@ use crate::events::{Event, EventKind};
 use crate::graph::build::{Builder, connections};
 use crate::graph::tally::Histogram;
 use crate::graph::{Graph, Instance};
-use crate::heads::{self, Finding, Names, Volume};
+use crate::heads::{self, Finding, Moves, Names, Volume};
 use crate::lang::Spec;
-use crate::sched::{Change, Changed, Disk, Host, Setting, contained};
+use crate::sched::{Change, Changed, Commit, Disk, Host, Setting, contained};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -40,7 +40,7 @@ pub struct Setup {
 }
 
 /// How a change is to be made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Options {
     /// How long requests in flight may take to end before the change is given up.
     pub deadline: Duration,
@@ -50,6 +50,11 @@ pub struct Options {
     pub alone: bool,
     /// What the heads of volumes have to say.
     pub heads: Heads,
+    /// Elements that go on under another name: the one before, and the one from now on. Type and parameters must
+    /// be the same.
+    pub renames: Vec<(String, String)>,
+    /// See [`Change::commit`].
+    pub commit: Option<Commit>,
 }
 
 /// What the heads of volumes have to say to a graph; see [`heads`].
@@ -58,6 +63,8 @@ pub enum Heads {
     /// A volume is served through no other layout than its head names; new ones are signed.
     #[default]
     Verify,
+    /// The same, but volumes may be on the move: the graph is what moves them.
+    Moving,
     /// Nothing. They stay as they are.
     Ignore,
     /// The layout of the graph becomes that of the volumes.
@@ -66,7 +73,14 @@ pub enum Heads {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { deadline: Duration::from_secs(5), disconnect: false, alone: false, heads: Heads::Verify }
+        Options {
+            deadline: Duration::from_secs(5),
+            disconnect: false,
+            alone: false,
+            heads: Heads::Verify,
+            renames: Vec::new(),
+            commit: None,
+        }
     }
 }
 
@@ -219,12 +233,12 @@ impl Live {
             return Ok(Report { diff, pause_seconds: 0.0, took_seconds, left: Vec::new() });
         }
         let before = self.disk.graph();
-        let graph = self.build(&next, &diff, &before).await?;
+        let graph = self.build(&next, &diff, &before, &options.renames).await?;
         let signed = Signing::of(&next, &graph, options.heads)?;
         signed.plan.begin()?;
         let settings = settings(&diff, &graph);
         let Options { deadline, disconnect, alone, .. } = *options;
-        let change = Change { deadline, disconnect, alone, settings };
+        let change = Change { deadline, disconnect, alone, settings, commit: options.commit.clone() };
         let changed = self.disk.replace(Arc::new(graph), &change).await;
         let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
         signed.complete();
@@ -238,12 +252,19 @@ impl Live {
     }
 
     /// Builds what is new, on a thread where waiting harms nobody: files and sockets are opened.
-    async fn build(&self, next: &Arc<Spec>, diff: &Diff, before: &Arc<Graph>) -> Result<Graph> {
+    async fn build(
+        &self,
+        next: &Arc<Spec>,
+        diff: &Diff,
+        before: &Arc<Graph>,
+        renames: &[(String, String)],
+    ) -> Result<Graph> {
         let before = before.clone();
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let kept = before.instances().filter(|instance| stays(&instance.name));
-        let kept: HashMap<String, Arc<Instance>> =
+        let mut kept: HashMap<String, Arc<Instance>> =
             kept.map(|instance| (instance.name.clone(), instance.clone())).collect();
+        kept.extend(self.renamed(next, &before, renames)?);
         let (setup, next, shards) = (self.setup.clone(), next.clone(), self.disk.host().shards());
         let build = move || {
             let (name, state_dir) = (&*setup.name, &*setup.state_dir);
@@ -256,6 +277,26 @@ impl Live {
         crate::rt::blocking(build)
             .await
             .unwrap_or_else(|| Err(Error::internal("building the graph was given up")))
+    }
+
+    /// The instances that go on under other names.
+    fn renamed(
+        &self,
+        next: &Spec,
+        before: &Graph,
+        renames: &[(String, String)],
+    ) -> Result<Vec<(String, Arc<Instance>)>> {
+        let running = self.spec();
+        let rename = |(from, to): &(String, String)| {
+            let instance = before.instances().find(|instance| instance.name == *from)?;
+            let (was, is) = (&running.elements[running.find(from)?], &next.elements[next.find(to)?]);
+            let renamed = instance.renamed(to, next.place(is).to_string());
+            diff::alike(was, is, self.setup.catalogue).then(|| (to.clone(), renamed))
+        };
+        let wrong = |(from, to): &(String, String)| {
+            Error::internal(format!("{from} is to be {to} from now on, and that is another element"))
+        };
+        renames.iter().map(|names| rename(names).ok_or_else(|| wrong(names))).collect()
     }
 
     fn adopt(&self, next: Arc<Spec>, changed: &Changed) {
@@ -338,10 +379,15 @@ impl Signing {
     fn of(spec: &Spec, graph: &Graph, heads: Heads) -> Result<Signing> {
         let none = Vec::new();
         match heads {
-            Heads::Verify => Ok(Signing { plan: heads::verify(&[(spec, graph)])?, needless: none }),
+            Heads::Verify => {
+                Ok(Signing { plan: heads::verify(&[(spec, graph)], Moves::Refused)?, needless: none })
+            }
+            Heads::Moving => {
+                Ok(Signing { plan: heads::verify(&[(spec, graph)], Moves::Known)?, needless: none })
+            }
             Heads::Ignore => Ok(Signing { plan: heads::Plan::default(), needless: none }),
             Heads::Sign => {
-                let volumes = heads::survey(&[(spec, graph)], Names::Adopt)?;
+                let volumes = heads::survey(&[(spec, graph)], Names::Adopt, Moves::Known)?;
                 let plan = heads::Plan::of(volumes.iter());
                 let needless = |volume: &Volume| {
                     volume.wanted().is_none()

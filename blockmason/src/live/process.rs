@@ -43,7 +43,7 @@ impl Live {
     ) -> Result<Arriving> {
         let live = Live::empty(host, setup, &spec).await?;
         let spec = Arc::new(spec);
-        let graph = live.build(&spec, &live.diff(&spec), &live.disk.graph()).await?;
+        let graph = live.build(&spec, &live.diff(&spec), &live.disk.graph(), &[]).await?;
         built()?;
         let entering = live.disk.enter(Arc::new(graph)).await?;
         *live.state() = State { spec, exports: entering.announced.clone() };

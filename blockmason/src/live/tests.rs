@@ -237,6 +237,74 @@ fn the_same_graph_changes_nothing() {
 }
 
 #[test]
+fn an_element_goes_on_under_another_name() {
+    run(1, async |host| {
+        let old = "element F (type fanout) element A (type store) element B (type store) (size 128k)\n\
+                   Client -> F (F, a) -> A (F, b) -> B";
+        let (live, disk) = start(&host, old).await;
+        let element = |name: &str| {
+            let graph = live.disk().graph();
+            let found = graph.instances().find(|instance| instance.name == name).unwrap().element.clone();
+            Arc::as_ptr(&found).cast::<()>()
+        };
+        let was = element("B");
+        let options = Options { renames: vec![("B".to_owned(), "A".to_owned())], ..Options::default() };
+        let next = checked(ALL, &with_client("element A (type store) (size 128k) Client -> A")).unwrap();
+        live.reload(next, &options).await.unwrap();
+        assert_eq!(element("A"), was);
+        assert_eq!(log(), ["close F red", "close A red"], "it was neither opened nor closed");
+        assert_eq!(disk.size(), 128 << 10);
+        // What is another element cannot go on as one.
+        let next = checked(ALL, &with_client("element C (type store) (size 64k) Client -> C")).unwrap();
+        let options = Options { renames: vec![("A".to_owned(), "C".to_owned())], ..Options::default() };
+        assert_eq!(live.reload(next, &options).await.unwrap_err().kind(), Kind::Internal);
+        assert_eq!(log(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_commit_comes_last_behind_the_gate_and_undoes_all_if_it_fails() {
+    for fails in [false, true] {
+        run(1, async |host| {
+            let old = "element D (type held) element S (type store) Client -> D -> S";
+            let (live, disk) = start(&host, old).await;
+            let inside = disk.send(Request::read(0, 1));
+            settle().await;
+            let commit: crate::sched::Commit = Arc::new(move || {
+                LOG.with_borrow_mut(|log| log.push("commit".to_owned()));
+                let done = if fails { Err(Error::new(Kind::Unavailable, "of a test")) } else { Ok(()) };
+                Box::pin(std::future::ready(done))
+            });
+            let changing = tokio::task::spawn_local({
+                let live = live.clone();
+                async move {
+                    let text = with_client("element S (type store) (colour blue) Client -> S");
+                    let options = Options { commit: Some(commit), ..Options::default() };
+                    live.reload(checked(ALL, &text).unwrap(), &options).await
+                }
+            });
+            until(|| live.disk().gated() > 0).await;
+            assert_eq!(log(), [""; 0], "something is in flight");
+            release("D");
+            inside.await.unwrap().unwrap();
+            let changed = changing.await.unwrap();
+            assert_eq!(changed.is_err(), fails);
+            let expected: &[&str] = match fails {
+                false => &["take S blue", "open S blue", "commit", "close D red", "close S red"],
+                true => &["take S blue", "open S blue", "commit", "close S blue"],
+            };
+            assert_eq!(log(), expected);
+            let again = disk.send(Request::read(0, 1));
+            settle().await;
+            if fails {
+                release("D");
+            }
+            again.await.unwrap().unwrap();
+        });
+    }
+}
+
+#[test]
 fn a_hop_comes_and_goes_without_a_pause() {
     run(1, async |host| {
         let (live, disk) =

@@ -15,7 +15,7 @@ pub use process::{Entering, Leaving};
 use super::disk::InFlight;
 use super::{Disk, Lane};
 use crate::describe::{ElementType, Family, Handover};
-use crate::element::{Element, Open};
+use crate::element::{BoxFuture, Element, Open};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::Geometry;
 use crate::graph::{Graph, Instance};
@@ -39,11 +39,24 @@ pub struct Change {
     pub alone: bool,
     /// Handlers of elements that stay, to be set when the graph changes.
     pub settings: Vec<Setting>,
+    /// What makes the change one that cannot be taken back, done last of all behind a closed gate: nothing is in
+    /// flight, what leaves the graph has been flushed. If it fails, the change is undone. A change with this goes
+    /// through the gate.
+    pub commit: Option<Commit>,
 }
+
+/// See [`Change::commit`].
+pub type Commit = Arc<dyn Fn() -> BoxFuture<'static, Result<()>> + Send + Sync>;
 
 impl Default for Change {
     fn default() -> Change {
-        Change { deadline: Duration::from_secs(5), disconnect: false, alone: false, settings: Vec::new() }
+        Change {
+            deadline: Duration::from_secs(5),
+            disconnect: false,
+            alone: false,
+            settings: Vec::new(),
+            commit: None,
+        }
     }
 }
 
@@ -105,8 +118,8 @@ impl Disk {
         let step = Step { disk: self, before: self.graph(), next: next.clone(), change };
         self.expect(Some(next), change.alone);
         let changed = match way(&step.before, &step.next) {
-            Handover::Free => step.without_pause(&mut past).await,
-            Handover::Gate => step.with_gate(&mut past).await,
+            Handover::Free if change.commit.is_none() => step.without_pause(&mut past).await,
+            Handover::Free | Handover::Gate => step.with_gate(&mut past).await,
         };
         self.expect(None, false);
         self.settle(&mut past)?;
@@ -184,12 +197,15 @@ impl Disk {
         flushed
     }
 
-    /// Flushes through every source of a graph that admits nothing.
+    /// Flushes through every port of every source of a graph that admits nothing: by a copier's comes what
+    /// clients' flushes do not reach.
     async fn flush(&self, graph: &Arc<Graph>) -> Result<()> {
         let mut flushed = Ok(());
-        for node in graph.sources().filter(|node| graph.nodes[*node].edge_count > 0) {
-            let reply = self.host.submit(graph, node, 0, Request::flush()).await;
-            flushed = flushed.and(reply.map(drop));
+        for node in graph.sources() {
+            for port in 0..graph.nodes[node].edge_count as usize {
+                let reply = self.host.submit(graph, node, port, Request::flush()).await;
+                flushed = flushed.and(reply.map(drop));
+            }
         }
         flushed
     }
@@ -285,7 +301,11 @@ impl Step<'_> {
         }
         let mut undo = Undo::new();
         let opened = self.take_over().and_then(|()| self.open(&mut undo));
-        self.undo_if_failed(opened, undo)
+        let committed = match (opened, &self.change.commit) {
+            (Ok(announced), Some(commit)) => commit().await.map(|()| announced),
+            (opened, _) => opened,
+        };
+        self.undo_if_failed(committed, undo)
     }
 
     /// What could not be flushed is a reason to keep the graph, unless it has failed: only another graph

@@ -19,7 +19,8 @@ impl FromStr for Granule {
     fn from_str(text: &str) -> Result<Granule, String> {
         let Size(bytes) = text.parse()?;
         let fits = bytes.is_power_of_two() && (4 << 10..=16 << 20).contains(&bytes);
-        fits.then_some(Granule(bytes)).ok_or(format!("expected a power of two from 4k to 16M, found `{text:.40}`"))
+        fits.then_some(Granule(bytes))
+            .ok_or(format!("expected a power of two from 4k to 16M, found `{text:.40}`"))
     }
 }
 
@@ -144,7 +145,8 @@ impl Element for LogDirty {
             "remaining" => Ok(self.map.dirty_bytes().to_string()),
             "granules" => {
                 let granule = self.map.granule();
-                let (dirty, all) = (self.map.dirty_bytes().div_ceil(granule), self.map.size().div_ceil(granule));
+                let (dirty, all) =
+                    (self.map.dirty_bytes().div_ceil(granule), self.map.size().div_ceil(granule));
                 Ok(format!("{dirty}/{all}"))
             }
             _ => Err(Error::no_handler(handler)),
@@ -172,7 +174,10 @@ mod tests {
             assert_eq!(get(&disk, "granules").await, "3/3");
             disk.write(0, &[1; 4096]).await.unwrap();
             disk.write(8192, &[1; 2048]).await.unwrap();
-            assert_eq!((get(&disk, "granules").await, get(&disk, "remaining").await), ("1/3".into(), "4096".into()));
+            assert_eq!(
+                (get(&disk, "granules").await, get(&disk, "remaining").await),
+                ("1/3".into(), "4096".into())
+            );
         });
     }
 

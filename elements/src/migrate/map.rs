@@ -65,7 +65,8 @@ impl DirtyMap {
     /// # Errors
     /// It was another size before.
     pub fn cover(&self, size: u64) -> Result<()> {
-        let bits = self.bits.get_or_init(|| Bits::new(size, size.div_ceil(self.granule), self.initially_dirty));
+        let bits =
+            self.bits.get_or_init(|| Bits::new(size, size.div_ceil(self.granule), self.initially_dirty));
         if bits.size == size {
             return Ok(());
         }
@@ -288,7 +289,9 @@ mod tests {
     fn only_whole_granules_become_clean_and_the_last_one_is_what_the_disk_has_of_it() {
         let map = map(40, true);
         assert_eq!((map.dirty_bytes(), runs(&map)), (40, vec![0..40]));
-        for (range, left) in [(1..32, vec![0..16, 32..40]), (0..15, vec![0..16, 32..40]), (32..40, vec![0..16])] {
+        for (range, left) in
+            [(1..32, vec![0..16, 32..40]), (0..15, vec![0..16, 32..40]), (32..40, vec![0..16])]
+        {
             map.intend_now(range).unwrap().synced();
             assert_eq!(runs(&map), left);
         }

@@ -80,6 +80,7 @@ impl Served {
                 (_, true) => Heads::Ignore,
                 _ => Heads::Verify,
             },
+            ..Options::default()
         };
         let mut next_spec = None;
         let before = |next: &Spec, diff: &Diff| {
