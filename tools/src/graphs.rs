@@ -47,6 +47,7 @@ impl DefineArgs {
 }
 
 /// A graph file that has been read.
+#[derive(Clone)]
 pub(crate) struct GraphFile {
     /// The stem of the file.
     pub(crate) name: String,

@@ -18,6 +18,7 @@ mod hops;
 mod left;
 mod load;
 mod logs;
+mod migrate;
 mod openapi;
 mod output;
 mod reload;
@@ -71,6 +72,7 @@ enum Command {
     Try(trial::TryArgs),
     Commit(trial::CommitArgs),
     Discard(trial::DiscardArgs),
+    Migrate(migrate::Args),
     Handover(handover::Args),
     Events(events::Args),
     Get(handlers::GetArgs),
@@ -111,6 +113,7 @@ fn main() -> ExitCode {
         Command::Try(args) => trial::try_graph(args),
         Command::Commit(args) => trial::commit(args),
         Command::Discard(args) => trial::discard(args),
+        Command::Migrate(args) => migrate::main(args),
         Command::Handover(args) => handover::main(args),
         Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),

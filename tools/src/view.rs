@@ -562,3 +562,122 @@ impl OpView {
         }
     }
 }
+
+/// What `POST /v1/graphs/{name}/moves` is sent.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct MoveRequest {
+    /// The disk: an element of the graph.
+    pub(crate) element: String,
+    /// Where it moves to: `file (path b.img)`, or statements whose first element takes its place.
+    pub(crate) to: String,
+    /// Relative paths in `to` start here.
+    #[schema(value_type = String)]
+    pub(crate) folder: PathBuf,
+    /// How fast it is copied at the most, `50M/s`; without a limit if it is not given.
+    pub(crate) rate: Option<String>,
+    /// The same while guests are active.
+    pub(crate) busy_rate: Option<String>,
+    /// Compare both sides before the cut-over.
+    pub(crate) verify: bool,
+    /// Cut over only when asked to.
+    pub(crate) manual: bool,
+    /// Keep the old disk as a mirror.
+    pub(crate) keep_mirror: bool,
+    /// Overwrite a disk whose head says that it is a volume.
+    pub(crate) force: bool,
+    /// How long the new disk may fail before the move is given up. Default: 30.
+    pub(crate) patience_seconds: Option<f64>,
+}
+
+/// What `POST /v1/cutover` is sent: disks that cut over at one instant.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CutoverRequest {
+    pub(crate) disks: Vec<DiskName>,
+    /// How long requests in flight may take to end. Default: 5.
+    #[serde(default)]
+    pub(crate) deadline_seconds: Option<f64>,
+}
+
+/// A disk of a graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DiskName {
+    pub(crate) graph: String,
+    pub(crate) element: String,
+}
+
+/// A disk on its way to another store.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct MoveView {
+    pub(crate) graph: String,
+    pub(crate) element: String,
+    /// Where it moves to, as it was asked for.
+    pub(crate) to: String,
+    pub(crate) state: MoveState,
+    /// One sentence for people: what it waits for, or what it came to.
+    pub(crate) message: String,
+    /// Bytes of the disk.
+    pub(crate) total: u64,
+    /// Bytes that may differ still.
+    pub(crate) remaining: u64,
+    /// Bytes that were copied, again and again where guests have changed them.
+    pub(crate) copied: u64,
+    /// Bytes of holes and zeros.
+    pub(crate) skipped: u64,
+    /// Bytes a second, lately.
+    pub(crate) rate: u64,
+    /// Bytes that were compared.
+    pub(crate) verified: u64,
+    /// Passes over the disk.
+    pub(crate) passes: u64,
+    /// For how long no request was admitted at the cut-over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pause_seconds: Option<f64>,
+    /// Since it began in this process.
+    pub(crate) seconds: f64,
+}
+
+/// How far a move is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MoveState {
+    /// The old disk is being copied, and guests' changes go to both.
+    Copying,
+    /// Somebody has stopped the copier for a while.
+    Paused,
+    /// Both sides are being compared.
+    Verifying,
+    /// Both are the same, and stay so, until somebody asks for the cut-over.
+    Ready,
+    /// The new disk takes over.
+    Cutting,
+    /// The new disk has taken over, and the old one is kept the same.
+    Mirroring,
+    /// The new disk is the disk.
+    Done,
+    /// The old disk is the disk, as before.
+    Aborted,
+}
+
+impl MoveState {
+    /// True if nothing more will happen.
+    pub(crate) fn is_over(self) -> bool {
+        matches!(self, MoveState::Done | MoveState::Aborted)
+    }
+
+    /// The word of the control socket.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            MoveState::Copying => "copying",
+            MoveState::Paused => "paused",
+            MoveState::Verifying => "verifying",
+            MoveState::Ready => "ready",
+            MoveState::Cutting => "cutting",
+            MoveState::Mirroring => "mirroring",
+            MoveState::Done => "done",
+            MoveState::Aborted => "aborted",
+        }
+    }
+}

@@ -22,7 +22,7 @@ use crate::lang::{ElementSpec, Spec};
 use layout::{Label, Layout, is_neighbour};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Bytes of a volume's name.
 const NAME: usize = 32;
@@ -82,6 +82,11 @@ impl Volume {
     /// Where it stands in a move.
     pub fn standing(&self) -> &Standing {
         self.found.as_ref().map_or(&Standing::Active, |head| &head.standing)
+    }
+
+    /// True if its head names other volumes, parts of the same disk.
+    pub fn has_neighbours(&self) -> bool {
+        self.ways.iter().flatten().any(|line| is_neighbour(line))
     }
 
     /// What it is called by other volumes.
@@ -160,7 +165,8 @@ impl Volume {
             _ if !head.complete && elements(&self.ways).is_subset(&elements(&head.ways)) => {
                 Finding::Unfinished
             }
-            Some(image) if head.complete => {
+            // What is to be filled need not be there yet.
+            Some(image) if head.complete && !matches!(head.standing, Standing::Filling(_)) => {
                 let message = format!("{} is gone, but its head is there", image.display());
                 Finding::Refused(message, Vec::new())
             }
@@ -425,6 +431,30 @@ pub fn below(spec: &Spec, graph: &Graph, element: &str) -> Result<Vec<Volume>> {
     let names: HashSet<&str> = reached.iter().map(|ix| spec.elements[*ix].name.as_str()).collect();
     let volumes = survey(&[(spec, graph)], Names::Keep, Moves::Known)?;
     Ok(volumes.into_iter().filter(|volume| names.contains(volume.element.as_str())).collect())
+}
+
+/// The head at a path; None if there is none.
+///
+/// # Errors
+/// It cannot be read, or is no sound head.
+pub fn read(path: &Path) -> Result<Option<Head>> {
+    file::read(path)
+}
+
+/// Writes where the volume of a head stands, and leaves the rest as it is. A head that says nothing any more, of a
+/// volume that is served as it is and has never moved, is removed. When this returns, it is durable.
+///
+/// # Errors
+/// There is no sound head, or it cannot be written. What it said before it says still.
+pub fn restand(path: &Path, generation: u64, standing: Standing) -> Result<()> {
+    let head = file::read(path)?.ok_or_else(|| {
+        Error::new(Kind::Unavailable, "the head of a volume that moves is gone").with_path(path)
+    })?;
+    let plain = head.ways.iter().all(Vec::is_empty);
+    if plain && generation == 0 && standing == Standing::Active {
+        return file::remove(path);
+    }
+    file::write(path, &Head { generation, standing, ..head })
 }
 
 /// Removes the head of a volume that is to be served as it is. When it returns, it is gone for good.

@@ -20,6 +20,34 @@ pub(super) enum Stop {
     DryRun(Box<(Spec, Diff)>),
 }
 
+/// How a graph is changed.
+pub(super) struct How {
+    pub(super) options: Options,
+    /// Only says what would change.
+    pub(super) dry_run: bool,
+    /// Writes the graph as it then runs into its file.
+    pub(super) save: bool,
+    /// It is part of a move.
+    pub(super) moves: bool,
+}
+
+impl How {
+    /// As somebody has asked for it.
+    pub(super) fn asked(asked: &ChangeOptions) -> How {
+        let options = Options {
+            deadline: asked.deadline_seconds.map_or(Options::default().deadline, seconds),
+            disconnect: asked.disconnect,
+            heads: match (asked.sign, asked.force) {
+                (true, _) => Heads::Sign,
+                (_, true) => Heads::Ignore,
+                _ => Heads::Verify,
+            },
+            ..Options::default()
+        };
+        How { options, dry_run: asked.dry_run, save: asked.save, moves: false }
+    }
+}
+
 impl From<Error> for Stop {
     fn from(error: Error) -> Stop {
         Stop::Failed(error)
@@ -38,7 +66,20 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
-        self.change(&saving, daemon, |_| Ok(next), options, false).await
+        self.change(&saving, daemon, |_| Ok(next), How::asked(options)).await
+    }
+
+    /// Replaces the graph as a step of a move.
+    pub(super) async fn change_to(
+        &self,
+        saving: &MutexGuard<'_, ()>,
+        daemon: &Daemon,
+        next: Spec,
+        heads: Heads,
+    ) -> Result<ChangeView, Refusal> {
+        let options = Options { heads, ..Options::default() };
+        let how = How { options, dry_run: false, save: false, moves: true };
+        self.change(saving, daemon, |_| Ok(next), how).await
     }
 
     /// Makes single edits. Relative paths in them start in `folder`.
@@ -58,33 +99,35 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
-        self.change(&saving, daemon, make, options, false).await
+        self.change(&saving, daemon, make, How::asked(options)).await
     }
 
-    /// Makes a change for whoever holds `saving`. With `alone` no client may stay connected.
+    /// Makes a change for whoever holds `saving`.
     pub(super) async fn change(
         &self,
         _saving: &MutexGuard<'_, ()>,
         daemon: &Daemon,
         make: impl FnOnce(&Spec) -> Result<Spec, Stop>,
-        options: &ChangeOptions,
-        alone: bool,
+        how: How,
     ) -> Result<ChangeView, Refusal> {
         let file = daemon.reader.read(&self.path).ok().map(|file| file.spec);
-        let how = Options {
-            deadline: options.deadline_seconds.map_or(Options::default().deadline, seconds),
-            disconnect: options.disconnect,
-            alone,
-            heads: match (options.sign, options.force) {
-                (true, _) => Heads::Sign,
-                (_, true) => Heads::Ignore,
-                _ => Heads::Verify,
-            },
-            ..Options::default()
+        let How { mut options, dry_run, save, moves } = how;
+        if save && !moves {
+            self.not_moving()?;
+        }
+        if options.heads == Heads::Verify && self.moves.go_on() {
+            options.heads = Heads::Moving;
+        }
+        let make = |running: &Spec| {
+            let next = make(running)?;
+            if !moves {
+                self.keeps_moves(running, &next)?;
+            }
+            Ok(next)
         };
         let mut next_spec = None;
         let before = |next: &Spec, diff: &Diff| {
-            if options.dry_run {
+            if dry_run {
                 return Err(Stop::DryRun(Box::new((next.clone(), diff.clone()))));
             }
             next_spec = Some(next.clone());
@@ -93,7 +136,7 @@ impl Served {
             let noted = if differs(file.as_ref(), next) { self.left.remember(next) } else { Ok(()) };
             noted.map_err(|error| Stop::Refused(not_kept(&error)))
         };
-        let changed = self.live.reload_with(&how, make, before).await;
+        let changed = self.live.reload_with(&options, make, before).await;
         let report = match changed {
             Ok(report) => report,
             Err(Stop::DryRun(dry)) => return Ok(self.view_of(None, &dry.1, &dry.0, file.as_ref())),
@@ -109,7 +152,7 @@ impl Served {
             }
         };
         let running = self.live.spec();
-        if options.save {
+        if save {
             self.write_file(&running)?;
             return Ok(self.view_of(Some(&report), &report.diff, &running, Some(&running)));
         }
@@ -143,6 +186,7 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
+        self.not_moving()?;
         self.write_file(&self.live.spec())
     }
 

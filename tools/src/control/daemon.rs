@@ -1,5 +1,6 @@
 //! What a daemon serves: graphs, which come and go while it runs.
 
+use super::moving::{Moves, Resumed};
 use super::refusal::Refusal;
 use super::server::Ended;
 use super::trial::Trial;
@@ -63,6 +64,8 @@ pub(crate) struct Served {
     pub(crate) saving: tokio::sync::Mutex<()>,
     /// Set while a graph is being tried.
     trial: Mutex<Option<Trial>>,
+    /// Disks on their way to other stores.
+    pub(super) moves: Moves,
 }
 
 /// A name that nobody else may load or unload until this goes.
@@ -113,7 +116,7 @@ impl Daemon {
 
     /// Builds a graph and serves it. When this returns, its exports accept.
     pub(crate) async fn load(
-        &self,
+        self: &Arc<Self>,
         file: GraphFile,
         choice: Choice,
         heads: Heads,
@@ -176,24 +179,39 @@ impl Daemon {
         Ok(Changing { daemon: self, name: name.to_owned() })
     }
 
-    async fn start(&self, file: GraphFile, choice: Choice, heads: Heads) -> Result<Arc<Served>, Refusal> {
+    async fn start(
+        self: &Arc<Self>,
+        file: GraphFile,
+        choice: Choice,
+        heads: Heads,
+    ) -> Result<Arc<Served>, Refusal> {
         let source = file.spec.sources.get(0);
         let path = source.map_or_else(|| file.path.clone(), |source| source.opened().to_owned());
         // By the file itself, whatever links lead to it.
         let path = path.canonicalize().unwrap_or(path);
         let left = Left::of(self.host.state_dir(), &path);
         let trial = Trial::read(self, &path)?;
-        let file = left.choose(file, choice).map_err(|refusal| on_trial(refusal, trial.is_some()))?;
+        let resumed = Resumed::of(self, &path, file, &left, choice);
+        let (file, mut resumed) = resumed.map_err(|refusal| on_trial(refusal, trial.is_some()))?;
         let trial = self.resumed(trial, &file, &path, choice)?;
         file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
-        let state_dir = self.host.state_dir().to_owned();
-        let setup = Setup { catalogue: CATALOGUE, name: file.name, state_dir };
-        // For the place of an element that fails.
-        let spec = file.spec.clone();
         // On trial the disks are not written: their heads have nothing to say.
         let heads = if trial.is_some() { Heads::Ignore } else { heads };
-        let live = Live::start(&self.host, setup, file.spec, heads).await;
-        let live = live.map_err(|error| Refusal::in_graph(&error, &spec))?;
+        let shown = file.path.display().to_string();
+        let live = match resumed.take_if(|resumed| resumed.goes_on()) {
+            None => self.start_live(&file, heads).await?,
+            Some(moves) => match self.start_live(&file, moving_heads(heads)).await {
+                Ok(live) => {
+                    resumed = Some(moves);
+                    live
+                }
+                Err(refusal) => {
+                    let (file, rest) = moves.fall_back(self, &path, file, &refusal.message)?;
+                    resumed = Some(rest);
+                    self.start_live(&file, heads).await?
+                }
+            },
+        };
         if choice == Choice::File
             && let Err(error) = left.forget()
         {
@@ -202,10 +220,25 @@ impl Daemon {
         if choice == Choice::File {
             Trial::forget(self, &path);
         }
-        let trial = Mutex::new(trial);
-        let (file, saving) = (file.path.display().to_string(), Default::default());
-        Ok(Arc::new(Served { live, file, path, left, saving, trial }))
+        let (trial, saving, moves) = (Mutex::new(trial), Default::default(), Moves::default());
+        let served = Arc::new(Served { live, file: shown, path, left, saving, trial, moves });
+        if let Some(resumed) = resumed {
+            resumed.attend(&served, self);
+        }
+        Ok(served)
     }
+
+    async fn start_live(&self, file: &GraphFile, heads: Heads) -> Result<Arc<Live>, Refusal> {
+        let state_dir = self.host.state_dir().to_owned();
+        let setup = Setup { catalogue: CATALOGUE, name: file.name.clone(), state_dir };
+        let live = Live::start(&self.host, setup, file.spec.clone(), heads).await;
+        live.map_err(|error| Refusal::in_graph(&error, &file.spec))
+    }
+}
+
+/// Volumes of moves that go on may be on the move.
+fn moving_heads(heads: Heads) -> Heads {
+    if heads == Heads::Verify { Heads::Moving } else { heads }
 }
 
 impl Daemon {
@@ -321,12 +354,18 @@ impl Daemon {
         let left = Left::of(self.host.state_dir(), &path);
         let trial =
             Trial::read(self, &path)?.filter(|trial| trial.is_in(&live.spec()) || trial.is_committing());
-        Ok(Arc::new(Served { live, file, path, left, saving: Default::default(), trial: Mutex::new(trial) }))
+        let (trial, saving, moves) = (Mutex::new(trial), Default::default(), Moves::default());
+        Ok(Arc::new(Served { live, file, path, left, saving, trial, moves }))
     }
 
     /// It serves.
-    pub(crate) fn adopt(&self, served: Arc<Served>) {
-        self.graphs().served.push(served);
+    ///
+    /// # Errors
+    /// What is left of its moves cannot be understood; it serves all the same, and they stand still.
+    pub(crate) fn adopt(self: &Arc<Self>, served: Arc<Served>) -> Result<(), Refusal> {
+        self.graphs().served.push(served.clone());
+        Resumed::arrived(self, &served.path, &served.live.spec())?.attend(&served, self);
+        Ok(())
     }
 }
 

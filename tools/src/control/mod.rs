@@ -8,6 +8,7 @@ pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod find;
 mod metrics;
+pub(crate) mod moving;
 mod patient;
 pub(crate) mod refusal;
 pub(crate) mod routes;

@@ -3,7 +3,7 @@
 //!
 //! What a later process must know lies in STATE/try/NAME: `trial.json`, and an overlay for each disk.
 
-use super::change::Stop;
+use super::change::{How, Stop};
 use super::daemon::{Daemon, Served};
 use super::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile};
@@ -158,6 +158,7 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
+        self.not_moving()?;
         let name = self.live.name();
         // Built once as it is: what is wrong with it shows now, and the sizes are known.
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
@@ -189,7 +190,7 @@ impl Served {
         }
         // The disks are not written: their heads have nothing to say yet.
         let how = ChangeOptions { force: true, sign: false, save: false, ..options.clone() };
-        let changed = self.change(&saving, daemon, |_| Ok(tried), &how, false).await;
+        let changed = self.change(&saving, daemon, |_| Ok(tried), How::asked(&how)).await;
         match &changed {
             Ok(view) if view.done => self.set_trial(Some(trial)),
             Ok(_) => {}
@@ -222,7 +223,7 @@ impl Served {
         }
         // The file comes last: that it cannot be written does not keep the trial from ending.
         let how = ChangeOptions { save: false, ..options.clone() };
-        let mut changed = self.change(&saving, daemon, |_| Ok(after), &how, false).await?;
+        let mut changed = self.change(&saving, daemon, |_| Ok(after), How::asked(&how)).await?;
         if changed.done {
             self.set_trial(None);
             Trial::forget(daemon, &self.path);
@@ -267,7 +268,9 @@ impl Served {
         let before =
             parse_checked(&NoFiles, &path, opened.to_owned(), trial.before.clone(), &none, CATALOGUE);
         let before = before.map_err(|diagnostics| Refusal::graph(&diagnostics))?;
-        let changed = self.change(&saving, daemon, |_| Ok(before), options, true).await?;
+        let mut how = How::asked(options);
+        how.options.alone = true;
+        let changed = self.change(&saving, daemon, |_| Ok(before), how).await?;
         if changed.done {
             self.set_trial(None);
             Trial::forget(daemon, &self.path);

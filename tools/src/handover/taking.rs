@@ -68,7 +68,9 @@ async fn take(host: Arc<Host>, reader: Reader) -> Result<Taken, Failure> {
     old.let_go().await?;
     for (served, arriving) in arrived {
         arriving.begin().await.map_err(|error| Failure::from_error(&error))?;
-        daemon.adopt(served);
+        if let Err(refusal) = daemon.adopt(served) {
+            tracing::error!("{}", refusal.message);
+        }
     }
     daemon.host.sockets().release();
     let published = daemon.control().map(|(path, identity)| Published::of(path, identity));

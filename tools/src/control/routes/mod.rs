@@ -9,6 +9,7 @@ mod graphs;
 mod handlers;
 mod handover;
 mod metrics;
+mod moves;
 mod text;
 mod trace;
 mod trials;
@@ -48,6 +49,10 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(trials::try_graph))
         .routes(routes!(trials::commit))
         .routes(routes!(trials::discard))
+        .routes(routes!(moves::list, moves::begin))
+        .routes(routes!(moves::show))
+        .routes(routes!(moves::ask))
+        .routes(routes!(moves::together))
         .routes(routes!(text::text))
         .routes(routes!(counters::counters))
         .routes(routes!(trace::trace))

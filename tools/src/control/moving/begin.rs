@@ -1,0 +1,237 @@
+//! How a move begins.
+
+use super::graph::{Names, Plan, Target};
+use super::job::Job;
+use super::record::{Heads, Options, Record};
+use crate::control::daemon::{Daemon, Served};
+use crate::control::refusal::Refusal;
+use crate::graphs::CATALOGUE;
+use crate::view::{MoveRequest, MoveView};
+use blockmason::graph::Graph;
+use blockmason::graph::build::{Builder, connections};
+use blockmason::heads::{self, Standing, Volume};
+use blockmason::lang::Spec;
+use blockmason::live::Fate;
+use blockmason::{Error, rt};
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// How long the new disk may fail if nothing else is said, in seconds.
+const PATIENCE: f64 = 30.0;
+
+/// Both sides, from a graph that is built and not open.
+struct Sides {
+    old: Vec<Volume>,
+    new: Vec<Volume>,
+    /// Volumes of the graph that are neither.
+    others: Vec<Volume>,
+}
+
+impl Served {
+    /// Puts a mirror in the place of a disk, and begins to copy.
+    ///
+    /// # Errors
+    /// The disk cannot move there. Nothing has changed, but for an empty file that may have been made.
+    pub(crate) async fn begin_move(
+        self: &Arc<Self>,
+        daemon: &Arc<Daemon>,
+        request: &MoveRequest,
+    ) -> Result<MoveView, Refusal> {
+        let saving = self.saving.lock().await;
+        if self.trial().is_some() {
+            return Err(self.on_trial());
+        }
+        let disk = &request.element;
+        if let Some(job) = self.moves.active().find(|job| job.names().has(disk)) {
+            return Err(Refusal::busy(self.on_the_move(&job)));
+        }
+        let running = self.live.spec();
+        let place = running.find(disk).ok_or_else(|| {
+            Refusal::not_found(format!("there is no element {disk} in {}", self.live.name()))
+        })?;
+        if running.edges.iter().all(|edge| edge.to != place) {
+            return Err(Refusal::invalid(format!("{disk} is where requests enter, and no disk")));
+        }
+        let target = Target::new(&request.to);
+        let names = Names { new: target.top(&Names::of(disk, false).new), ..Names::of(disk, false) };
+        let map = Record::map(daemon, &self.path, &names);
+        let copy = copier(request);
+        let plan = Plan { map: &map, clean: false, copy: &copy };
+        let mut next = names.with_mirror(&running, &target, &plan, &request.folder)?;
+        self.size_of_new(&mut next, &names);
+        let record_folder = Record::folder(daemon, &self.path, disk);
+        make_folder(&record_folder)?;
+        let sides = self.survey(daemon, &next, &names).await;
+        let sides = sides.map_err(|error| Refusal::in_graph(&error, &next))?;
+        sides.check(&names, request.force)?;
+        let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
+        record.write(daemon, &self.path)?;
+        let begun = match sides.stand(&record.heads) {
+            Ok(()) => self.change_to(&saving, daemon, next, blockmason::live::Heads::Moving).await,
+            Err(error) => Err(Refusal::of(&error)),
+        };
+        if let Err(refusal) = begun {
+            sides.restore();
+            record.forget(daemon, &self.path);
+            return Err(refusal);
+        }
+        let job = Job::start(record, self, daemon);
+        self.moves.add(job.clone());
+        job.say(self, format!("{} is on its way to {}", job.disk(), job.to()));
+        Ok(job.view(self))
+    }
+
+    /// A file that is not there yet becomes as large as the disk.
+    fn size_of_new(&self, next: &mut Spec, names: &Names) {
+        let graph = self.live.disk().graph();
+        let Some(size) = graph.node(&names.disk).map(|node| graph.geometry(node).size) else { return };
+        let Some(ix) = next.find(&names.new).filter(|ix| next.elements[*ix].ty == "file") else { return };
+        let params = &mut next.elements[ix].params;
+        let path = params.get("path").and_then(|values| values.first());
+        let missing = path.is_some_and(|path| !path.folder().join(path.text()).exists());
+        if missing && params.get("size").is_none() {
+            params.set("size", &blockmason::lang::value::Size(size).to_string());
+        }
+    }
+
+    /// Builds the graph once as it would be: what is wrong with it shows now, and the volumes are known.
+    async fn survey(&self, daemon: &Daemon, next: &Spec, names: &Names) -> Result<Sides, Error> {
+        let running = self.live.disk().graph();
+        let diff = self.live.diff(next);
+        let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
+        let kept = running.instances().filter(|instance| stays(&instance.name));
+        let kept: HashMap<_, _> = kept.map(|it| (it.name.clone(), it.clone())).collect();
+        let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
+        let (graph, next, names) = (self.live.name().to_owned(), next.clone(), names.clone());
+        let build = move || {
+            let builder = Builder { catalogue: CATALOGUE, name: &graph, state_dir: &state_dir, shards };
+            let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
+            Sides::of(&next, &built, &names)
+        };
+        rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
+    }
+}
+
+impl Sides {
+    fn of(spec: &Spec, graph: &Graph, names: &Names) -> Result<Sides, Error> {
+        let old = heads::below(spec, graph, &names.disk)?;
+        let new = heads::below(spec, graph, &names.new)?;
+        let all = heads::survey(&[(spec, graph)], heads::Names::Keep, heads::Moves::Known)?;
+        let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
+        let others = all.into_iter().filter(|volume| !old.iter().chain(&new).any(|one| is(one, volume)));
+        let others = others.collect();
+        Ok(Sides { old, new, others })
+    }
+
+    /// Whether the disk may move there.
+    fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
+        for new in &self.new {
+            if let Some(old) = self.old.iter().find(|old| same(old, new)) {
+                let message =
+                    format!("{}: it is the disk {} itself, by another way", new.called(), old.element);
+                return Err(Refusal::invalid(message));
+            }
+            if let Some(other) = self.others.iter().find(|other| same(other, new)) {
+                let message = format!("{}: it is {} of this graph", new.called(), other.element);
+                return Err(Refusal::busy(message));
+            }
+            if new.at.read_only {
+                return Err(Refusal::new("denied", format!("{}: it is read-only", new.called())));
+            }
+            let leftover = matches!(new.standing(), Standing::Filling(_) | Standing::Moved(_));
+            if new.found.is_some() && !leftover && !force {
+                let message = format!(
+                    "{}: its head says that it is a volume that somebody uses: --force overwrites it",
+                    new.called()
+                );
+                return Err(Refusal::busy(message));
+            }
+        }
+        let neighbours = self.old.iter().any(Volume::has_neighbours);
+        if neighbours && (self.old.len(), self.new.len()) != (1, 1) {
+            let message = format!(
+                "{} is a part of a larger disk, and its volumes and those that it moves to are not one each: \
+                 move them one by one",
+                names.disk
+            );
+            return Err(Refusal::new("unsupported", message));
+        }
+        Ok(())
+    }
+
+    fn heads(&self) -> Heads {
+        let paths = |volumes: &[Volume]| volumes.iter().map(|volume| volume.at.path.clone()).collect();
+        let called = |volumes: &[Volume], otherwise: &str| {
+            let names: Vec<_> = volumes.iter().map(Volume::called).collect();
+            if names.is_empty() { otherwise.to_owned() } else { names.join(", ") }
+        };
+        Heads {
+            generation: self.old.iter().map(Volume::generation).max().unwrap_or(0),
+            old: paths(&self.old),
+            new: paths(&self.new),
+            old_called: called(&self.old, "memory"),
+            new_called: called(&self.new, "memory"),
+        }
+    }
+
+    /// Writes down that the one is filled and the other is on its way, the first one first: until then it is
+    /// nothing.
+    fn stand(&self, heads: &Heads) -> Result<(), Error> {
+        // The volume keeps its name where one moves to one, so that its neighbours know it again.
+        let name = match (&self.old[..], &self.new[..]) {
+            ([old], [_]) => old.name(),
+            _ => None,
+        };
+        for new in &self.new {
+            new.stand(name, heads.generation, Standing::Filling(heads.old_called.clone()))?;
+        }
+        for old in &self.old {
+            old.stand(None, heads.generation, Standing::Moving(heads.new_called.clone()))?;
+        }
+        Ok(())
+    }
+
+    /// Puts all heads back.
+    fn restore(&self) {
+        for volume in self.old.iter().chain(&self.new) {
+            if let Err(error) = volume.restore() {
+                tracing::warn!("{}: its head cannot be put back: {error}", volume.called());
+            }
+        }
+    }
+}
+
+/// True if two volumes are one, by whatever names.
+fn same(one: &Volume, other: &Volume) -> bool {
+    let file = |volume: &Volume| {
+        let meta = Path::new(&volume.called()).metadata().ok()?;
+        Some((meta.dev(), meta.ino(), meta.rdev()))
+    };
+    one.at.path == other.at.path || file(one).is_some_and(|one| Some(one) == file(other))
+}
+
+/// The parameters of the copier.
+fn copier(request: &MoveRequest) -> String {
+    let parameter = |name: &str, value: &Option<String>| {
+        value.as_ref().map(|value| format!("({name} {value}) ")).unwrap_or_default()
+    };
+    parameter("rate", &request.rate) + &parameter("busy_rate", &request.busy_rate)
+}
+
+fn options(request: &MoveRequest) -> Options {
+    Options {
+        verify: request.verify,
+        manual: request.manual,
+        keep_mirror: request.keep_mirror,
+        is_mirror: false,
+        patience_seconds: request.patience_seconds.unwrap_or(PATIENCE),
+    }
+}
+
+fn make_folder(path: &Path) -> Result<(), Refusal> {
+    std::fs::create_dir_all(path).map_err(|error| {
+        Refusal::new("unavailable", format!("{}: the folder cannot be made: {error}", path.display()))
+    })
+}

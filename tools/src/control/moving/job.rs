@@ -1,0 +1,392 @@
+//! A move that goes on: looks at the copier, decides what comes next, and does what an operator asks for.
+
+use super::cut::cut_over;
+use super::graph::{Names, Side};
+use super::record::{Options, Record};
+use crate::control::daemon::{Daemon, Served};
+use crate::control::refusal::Refusal;
+use crate::view::{MoveState, MoveView};
+use blockmason::events::{Event, EventKind};
+use blockmason::live::Heads;
+use blockmason::rt;
+use serde::Deserialize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// How often the copier is looked at.
+const EVERY: Duration = Duration::from_millis(50);
+
+/// How long a cut-over that could not be made waits before it is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A move, from its begin or from a restart until it is over.
+pub(crate) struct Job {
+    now: Mutex<Now>,
+    /// Told when an operator has asked for something.
+    wake: Notify,
+    began: Instant,
+}
+
+/// What is known of a move, and asked of it.
+struct Now {
+    record: Record,
+    state: MoveState,
+    message: String,
+    progress: Progress,
+    pause: Option<Duration>,
+    took: Option<Duration>,
+    asked: Option<Asked>,
+    /// Since when the new side fails.
+    failing: Option<Instant>,
+    /// When a cut-over may be tried again.
+    again: Option<Instant>,
+    comparing: Comparing,
+}
+
+/// What an operator has asked for.
+#[derive(Clone, Copy, PartialEq)]
+enum Asked {
+    Cutover,
+    Abort,
+}
+
+/// How far the comparison of both sides is.
+#[derive(Clone, Copy, PartialEq)]
+enum Comparing {
+    No,
+    Begun,
+    Done,
+}
+
+/// What the copier says of itself.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Progress {
+    state: String,
+    remaining: u64,
+    total: u64,
+    copied: u64,
+    skipped: u64,
+    rate_now: u64,
+    passes: u64,
+    error: String,
+    verified: u64,
+}
+
+/// What comes next.
+enum Next {
+    Look,
+    Verify,
+    Cut,
+    Abort(String),
+    Over,
+}
+
+impl Job {
+    /// Attends to a move whose mirror is in place.
+    pub(super) fn start(record: Record, served: &Arc<Served>, daemon: &Arc<Daemon>) -> Arc<Job> {
+        let job = Arc::new(Job {
+            now: Mutex::new(Now {
+                record,
+                state: MoveState::Copying,
+                message: String::new(),
+                progress: Progress::default(),
+                pause: None,
+                took: None,
+                asked: None,
+                failing: None,
+                again: None,
+                comparing: Comparing::No,
+            }),
+            wake: Notify::new(),
+            began: rt::now(),
+        });
+        let attended = attend(job.clone(), Arc::downgrade(served), Arc::downgrade(daemon));
+        drop(crate::control::server::spawn(attended));
+        job
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        // Every change is complete before anything can panic.
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk that moves.
+    pub(crate) fn disk(&self) -> String {
+        self.now().record.names.disk.clone()
+    }
+
+    pub(super) fn to(&self) -> String {
+        self.now().record.heads.new_called.clone()
+    }
+
+    pub(super) fn names(&self) -> Names {
+        self.now().record.names.clone()
+    }
+
+    pub(super) fn record(&self) -> Record {
+        self.now().record.clone()
+    }
+
+    pub(crate) fn state(&self) -> MoveState {
+        self.now().state
+    }
+
+    fn set(&self, state: MoveState, message: impl Into<String>) {
+        let mut now = self.now();
+        (now.state, now.message) = (state, message.into());
+    }
+
+    /// As the control socket shows it.
+    pub(crate) fn view(&self, served: &Served) -> MoveView {
+        let now = self.now();
+        let progress = &now.progress;
+        MoveView {
+            graph: served.live.name().to_owned(),
+            element: now.record.names.disk.clone(),
+            to: now.record.to.clone(),
+            state: now.state,
+            message: now.message.clone(),
+            total: progress.total,
+            remaining: progress.remaining,
+            copied: progress.copied,
+            skipped: progress.skipped,
+            rate: progress.rate_now,
+            verified: progress.verified,
+            passes: progress.passes,
+            pause_seconds: now.pause.map(|pause| pause.as_secs_f64()),
+            seconds: now.took.unwrap_or_else(|| rt::now() - self.began).as_secs_f64(),
+        }
+    }
+
+    /// Tells the operator, as an event.
+    pub(super) fn say(&self, served: &Served, message: impl std::fmt::Display) {
+        let event = Event::new(EventKind::Notice, served.live.name(), message).of(&self.disk());
+        served.live.disk().host().events().publish(event.with("move", self.state().name()));
+    }
+
+    /// Stops the copier for a while, or lets it go on. Guests' changes go to both sides all the same.
+    pub(crate) async fn pause(&self, served: &Served, daemon: &Daemon, pause: bool) -> Result<(), Refusal> {
+        self.goes_on()?;
+        let copy = self.names().copy;
+        served.set(daemon, &copy, "paused", if pause { "yes" } else { "no" }).await?;
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// Asks for the end of the move: the old disk is the disk, as before.
+    pub(crate) fn abort(&self) -> Result<(), Refusal> {
+        self.ask(Asked::Abort)
+    }
+
+    /// Asks for the cut-over as soon as both sides are the same.
+    pub(crate) fn cut(&self) -> Result<(), Refusal> {
+        self.ask(Asked::Cutover)
+    }
+
+    fn ask(&self, what: Asked) -> Result<(), Refusal> {
+        self.goes_on()?;
+        self.now().asked = Some(what);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// # Errors
+    /// It is over.
+    pub(super) fn goes_on(&self) -> Result<(), Refusal> {
+        let now = self.now();
+        match now.state.is_over() {
+            true => {
+                Err(Refusal::invalid(format!("{}: the move is over: {}", now.record.names.disk, now.message)))
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// True if both sides are the same and stay so.
+    pub(crate) fn is_ready(&self) -> bool {
+        matches!(self.state(), MoveState::Ready | MoveState::Mirroring)
+    }
+
+    /// The cut-over is under way, which nobody else may begin.
+    pub(super) fn cutting(&self) {
+        self.set(MoveState::Cutting, "the new disk takes over");
+    }
+
+    /// The cut-over could not be made, and may be tried again.
+    pub(super) fn not_cut(&self, refusal: &Refusal) {
+        let mut now = self.now();
+        (now.state, now.message) = (MoveState::Copying, refusal.message.clone());
+        now.again = Some(rt::now() + AGAIN);
+        now.failing.get_or_insert_with(rt::now);
+    }
+
+    /// The new disk is the disk; with a record of its mirror, if the old one is that now.
+    pub(super) fn has_cut(&self, pause: Duration, mirror: Option<Record>) {
+        let mut now = self.now();
+        now.pause = Some(pause);
+        now.took = Some(rt::now() - self.began);
+        (now.asked, now.failing) = (None, None);
+        let to = now.record.heads.new_called.clone();
+        (now.state, now.message) = match &mirror {
+            None => (MoveState::Done, format!("the disk is {to} now")),
+            Some(mirror) => {
+                let old = &mirror.heads.new_called;
+                (MoveState::Mirroring, format!("the disk is {to} now, and {old} is kept as its mirror"))
+            }
+        };
+        if let Some(mirror) = mirror {
+            now.record = mirror;
+        }
+    }
+
+    /// What comes next, from what the copier and the leg of the mirror say.
+    fn decide(&self, progress: Progress, given_up: bool) -> Next {
+        let mut now = self.now();
+        let Options { verify, manual, is_mirror, patience_seconds, .. } = now.record.options;
+        now.progress = progress;
+        if now.state.is_over() {
+            return Next::Over;
+        }
+        if now.asked == Some(Asked::Abort) {
+            return Next::Abort("it was given up".to_owned());
+        }
+        if now.progress.state == "differs" {
+            return Next::Abort(format!("the two sides differ: {}", now.progress.error));
+        }
+        let fails = given_up || now.progress.state == "waiting";
+        if !fails && now.again.is_none() {
+            now.failing = None;
+        }
+        if fails {
+            let error =
+                if now.progress.error.is_empty() { "a change" } else { &now.progress.error }.to_owned();
+            let since = *now.failing.get_or_insert_with(rt::now);
+            now.message = format!("{} fails: {error}", now.record.heads.new_called);
+            if rt::now() - since > Duration::from_secs_f64(patience_seconds) {
+                return Next::Abort(now.message.clone());
+            }
+            return Next::Look;
+        }
+        if now.progress.state == "paused" {
+            (now.state, now.message) = (MoveState::Paused, "until `mason migrate resume`".to_owned());
+            return Next::Look;
+        }
+        if now.progress.state == "verifying" {
+            (now.state, now.message) = (MoveState::Verifying, String::new());
+            return Next::Look;
+        }
+        if now.progress.remaining > 0 || now.progress.state != "clean" {
+            if now.state != MoveState::Mirroring {
+                now.state = MoveState::Copying;
+                now.message.clear();
+            }
+            return Next::Look;
+        }
+        if now.comparing == Comparing::Begun {
+            now.comparing = Comparing::Done;
+        }
+        if verify && now.comparing == Comparing::No && !is_mirror {
+            now.comparing = Comparing::Begun;
+            return Next::Verify;
+        }
+        if let Some(again) = now.again {
+            if rt::now() < again {
+                return Next::Look;
+            }
+            let since = now.failing.unwrap_or(again);
+            if rt::now() - since > Duration::from_secs_f64(patience_seconds) {
+                return Next::Abort(now.message.clone());
+            }
+            now.again = None;
+            return Next::Cut;
+        }
+        if (manual || is_mirror) && now.asked != Some(Asked::Cutover) {
+            now.state = if is_mirror { MoveState::Mirroring } else { MoveState::Ready };
+            if !is_mirror {
+                now.message = "both disks are the same: `mason migrate cutover` goes on".to_owned();
+            }
+            return Next::Look;
+        }
+        Next::Cut
+    }
+
+    async fn step(self: &Arc<Self>, served: &Arc<Served>, daemon: &Arc<Daemon>) -> bool {
+        // Somebody else is about to cut several over.
+        if self.state() == MoveState::Cutting {
+            return true;
+        }
+        let names = self.names();
+        let told = served.live.get(&names.copy, "progress");
+        let progress = told.ok().and_then(|text| serde_json::from_str(&text).ok());
+        // The graph is being changed by a move of another disk, or has failed.
+        let Some(progress) = progress else { return !self.state().is_over() };
+        let given_up = served.live.get(&names.retry, "state").is_ok_and(|state| state == "given_up");
+        match self.decide(progress, given_up) {
+            Next::Look => {}
+            Next::Verify => {
+                if let Err(error) = served.live.call(&names.copy, "verify", "") {
+                    tracing::warn!("{}: the two sides cannot be compared: {error}", names.disk);
+                }
+            }
+            Next::Cut => {
+                let disks = [(served.clone(), self.clone())];
+                // Why it could not be is its message.
+                let _ = cut_over(daemon, &disks, None).await;
+            }
+            Next::Abort(why) => self.give_up(served, daemon, &why).await,
+            Next::Over => return false,
+        }
+        true
+    }
+
+    /// Takes the mirror out again.
+    async fn give_up(&self, served: &Served, daemon: &Daemon, why: &str) {
+        let saving = served.saving.lock().await;
+        let record = self.record();
+        let spec = served.live.spec();
+        let changed = match record.names.without_mirror(&spec, Side::Old) {
+            Ok((next, _)) => served.change_to(&saving, daemon, next, Heads::Moving).await.map(drop),
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = changed {
+            let mut now = self.now();
+            now.message = format!("{why}; it cannot be given up yet: {}", refusal.message);
+            (now.asked, now.again) = (Some(Asked::Abort), None);
+            return;
+        }
+        let heads = &record.heads;
+        let stands = if record.options.is_mirror { heads.part() } else { heads.stay() };
+        if let Err(error) = stands {
+            tracing::warn!(
+                "{}: its head cannot say that it does not move any more: {error}",
+                record.names.disk
+            );
+        }
+        record.forget(daemon, &served.path);
+        let (disk, other) = (&heads.old_called, &heads.new_called);
+        let (state, message) = match record.options.is_mirror {
+            true => {
+                (MoveState::Done, format!("the disk is {disk}, and {other} is its mirror no more: {why}"))
+            }
+            false => (MoveState::Aborted, format!("the disk is {disk}, as before: {why}")),
+        };
+        self.now().took = Some(rt::now() - self.began);
+        self.set(state, message.clone());
+        drop(saving);
+        self.say(served, message);
+    }
+}
+
+/// Attends to a move until it is over or its graph is gone.
+async fn attend(job: Arc<Job>, served: Weak<Served>, daemon: Weak<Daemon>) {
+    loop {
+        let (Some(served), Some(daemon)) = (served.upgrade(), daemon.upgrade()) else { return };
+        if !job.step(&served, &daemon).await {
+            return;
+        }
+        drop((served, daemon));
+        let _ = rt::timeout(EVERY, job.wake.notified()).await;
+    }
+}

@@ -1,0 +1,239 @@
+//! What a later process must know of a move, below STATE/moving/GRAPH/DISK: `move.json`, and the map of what
+//! differs.
+
+use super::graph::Names;
+use crate::control::daemon::Daemon;
+use crate::control::refusal::Refusal;
+use blockmason::Error;
+use blockmason::heads::{self, Standing};
+use blockmason::io::replace_file;
+use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+/// The newest form of the record.
+const VERSION: u32 = 1;
+
+/// The longest record that is read, in bytes.
+const LONGEST: u64 = 64 << 20;
+
+/// A move that has begun and is not over.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    version: u32,
+    pub(super) names: Names,
+    /// Where it moves to, as it was asked for.
+    pub(super) to: String,
+    pub(super) heads: Heads,
+    pub(super) phase: Phase,
+    pub(super) options: Options,
+}
+
+/// The heads of the volumes on both sides: what decides which of them is the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Heads {
+    /// How often the disk has moved before.
+    pub(super) generation: u64,
+    /// Of the volume that moves, or several.
+    pub(super) old: Vec<PathBuf>,
+    pub(super) new: Vec<PathBuf>,
+    /// What the two sides are called by people.
+    pub(super) old_called: String,
+    pub(super) new_called: String,
+}
+
+impl Heads {
+    /// The same, once the disk has moved.
+    pub(super) fn reversed(&self) -> Heads {
+        Heads {
+            generation: self.generation + 1,
+            old: self.new.clone(),
+            new: self.old.clone(),
+            old_called: self.new_called.clone(),
+            new_called: self.old_called.clone(),
+        }
+    }
+
+    /// True if the new side is the disk: its heads say so.
+    pub(super) fn have_cut(&self) -> bool {
+        let is_disk = |path: &PathBuf| {
+            let head = heads::read(path).ok().flatten();
+            head.is_some_and(|head| {
+                head.generation > self.generation
+                    && matches!(head.standing, Standing::Active | Standing::Moving(_))
+            })
+        };
+        !self.new.is_empty() && self.new.iter().all(is_disk)
+    }
+
+    /// The move has been given up: the old side is the disk.
+    pub(super) fn stay(&self) -> Result<(), Error> {
+        self.old.iter().try_for_each(|path| heads::restand(path, self.generation, Standing::Active))
+    }
+
+    /// The mirror has been given up: the old side is the disk, and the other one what it was before.
+    pub(super) fn part(&self) -> Result<(), Error> {
+        let moved = || Standing::Moved(self.old_called.clone());
+        self.stay()?;
+        self.new.iter().try_for_each(|path| heads::restand(path, self.generation, moved()))
+    }
+
+    /// Makes the new side the disk, and the old one its mirror or what it was before. When this returns well the
+    /// first is durable.
+    ///
+    /// # Errors
+    /// The old side is the disk, as before.
+    pub(super) fn cut(&self, keep_mirror: bool) -> Result<(), Error> {
+        let next = self.generation + 1;
+        let (new, old) = match keep_mirror {
+            true => (Standing::Moving(self.old_called.clone()), Standing::Filling(self.new_called.clone())),
+            false => (Standing::Active, Standing::Moved(self.new_called.clone())),
+        };
+        let taken = self.new.iter().try_for_each(|path| heads::restand(path, next, new.clone()));
+        if let Err(error) = taken {
+            let back = Standing::Filling(self.old_called.clone());
+            let undone =
+                self.new.iter().try_for_each(|path| heads::restand(path, self.generation, back.clone()));
+            // A head that says that it is the disk, durably, decides. Where not all of several can be taken back, some
+            // were never written, and the next start takes the old side.
+            if undone.is_ok() || !self.have_cut() {
+                return Err(error);
+            }
+            tracing::error!("the new disk's head was written and could not be taken back: it is the disk");
+        }
+        if let Err(error) = self.finish(old) {
+            // It says that its disk is on the move: nobody serves it by mistake.
+            tracing::warn!("the old disk's head cannot say yet that it has moved: {error}");
+        }
+        Ok(())
+    }
+
+    /// Undoes [`cut`](Self::cut), behind the same closed gate.
+    ///
+    /// # Errors
+    /// One side or both say still that they have moved.
+    pub(super) fn take_back(&self) -> Result<(), Error> {
+        let (old, new) =
+            (Standing::Moving(self.new_called.clone()), Standing::Filling(self.old_called.clone()));
+        self.old.iter().try_for_each(|path| heads::restand(path, self.generation, old.clone()))?;
+        self.new.iter().try_for_each(|path| heads::restand(path, self.generation, new.clone()))
+    }
+
+    /// Writes down on the old side what it is from now on.
+    fn finish(&self, standing: Standing) -> Result<(), Error> {
+        let next = self.generation + 1;
+        self.old.iter().try_for_each(|path| heads::restand(path, next, standing.clone()))
+    }
+
+    /// What a cut-over that was interrupted has still to do.
+    pub(super) fn finish_cut(&self, keep_mirror: bool) -> Result<(), Error> {
+        self.finish(match keep_mirror {
+            true => Standing::Filling(self.new_called.clone()),
+            false => Standing::Moved(self.new_called.clone()),
+        })
+    }
+}
+
+/// How far it has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Phase {
+    /// The old disk is the disk.
+    Copying,
+    /// The new one is the disk if its heads say so; else the old one, and this graph goes on.
+    Cutting {
+        /// The graph with the mirror, as a graph file with absolute paths.
+        graph: String,
+    },
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Options {
+    /// Both sides are compared before the cut-over.
+    pub(super) verify: bool,
+    /// The cut-over comes when somebody says so.
+    pub(super) manual: bool,
+    /// The old disk stays, as a mirror.
+    pub(super) keep_mirror: bool,
+    /// The disk has moved already, and what was the old one is its mirror.
+    pub(super) is_mirror: bool,
+    /// How long the new disk may fail before the move is given up.
+    pub(super) patience_seconds: f64,
+}
+
+impl Record {
+    pub(super) fn new(names: Names, to: String, heads: Heads, options: Options) -> Record {
+        Record { version: VERSION, names, to, heads, phase: Phase::Copying, options }
+    }
+
+    /// By the path of the graph file, and by the disk: several of one graph may move.
+    pub(super) fn folder(daemon: &Daemon, file: &Path, disk: &str) -> PathBuf {
+        folder(daemon, file).join(disk)
+    }
+
+    /// Where the map is. A mirror has one of its own, since that of the move may still be in use when it begins.
+    pub(super) fn map(daemon: &Daemon, file: &Path, names: &Names) -> PathBuf {
+        Record::folder(daemon, file, &names.disk).join(format!("{}.map", names.dirty))
+    }
+
+    /// Writes it, durably.
+    pub(super) fn write(&self, daemon: &Daemon, file: &Path) -> Result<(), Refusal> {
+        let path = Record::folder(daemon, file, &self.names.disk).join("move.json");
+        let cannot = |error: std::io::Error| {
+            Refusal::new("unavailable", format!("{}: the move cannot be noted: {error}", path.display()))
+        };
+        replace_file(&path, &serde_json::to_vec(self).map_err(|error| cannot(error.into()))?).map_err(cannot)
+    }
+
+    /// Forgets it, durably, with its map.
+    pub(super) fn forget(&self, daemon: &Daemon, file: &Path) {
+        let folder = Record::folder(daemon, file, &self.names.disk);
+        // The record first: a map alone means nothing.
+        let removed = blockmason::io::remove_file(&folder.join("move.json"));
+        let removed = removed.and_then(|()| std::fs::remove_dir_all(&folder));
+        match removed {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!("{}: what a move left cannot be removed: {error}", folder.display());
+            }
+            _ => {}
+        }
+    }
+
+    /// All moves of a graph file that are not over.
+    pub(super) fn read_all(daemon: &Daemon, file: &Path) -> Result<Vec<Record>, Refusal> {
+        let folder = folder(daemon, file);
+        let bad = |path: &Path, what: &dyn std::fmt::Display| {
+            Refusal::invalid(format!("{}: the record of a move {what}", path.display()))
+        };
+        let entries = match std::fs::read_dir(&folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|error| bad(&folder, &format!("cannot be read: {error}")))?,
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(|error| bad(&folder, &format!("cannot be read: {error}")))?;
+            let path = entry.path().join("move.json");
+            match path.metadata() {
+                // A folder without a record: the move had not begun, or was over.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Ok(meta) if meta.len() > LONGEST => return Err(bad(&path, &"is too large to be one")),
+                _ => {}
+            }
+            let bytes = std::fs::read(&path).map_err(|e| bad(&path, &format!("cannot be read: {e}")))?;
+            let record: Record =
+                serde_json::from_slice(&bytes).map_err(|e| bad(&path, &format!("is damaged: {e}")))?;
+            if record.version != VERSION {
+                return Err(bad(&path, &format!("has version {}, not {VERSION}", record.version)));
+            }
+            records.push(record);
+        }
+        records.sort_by(|one, other| one.names.disk.cmp(&other.names.disk));
+        Ok(records)
+    }
+}
+
+fn folder(daemon: &Daemon, file: &Path) -> PathBuf {
+    daemon.host.state_dir().join("moving").join(crate::left::key(file))
+}

@@ -1,0 +1,174 @@
+//! What becomes of moves that were under way when the process ended.
+
+use super::cut::After;
+use super::graph::Side;
+use super::job::Job;
+use super::record::{Phase, Record};
+use crate::control::daemon::{Daemon, Served};
+use crate::control::refusal::Refusal;
+use crate::graphs::{CATALOGUE, GraphFile};
+use crate::left::{Choice, Left, parse_printed};
+use blockmason::io::replace_file;
+use blockmason::lang::{Spec, print};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What a graph starts with that had moves under way.
+pub(crate) struct Resumed {
+    /// The moves that go on.
+    records: Vec<Record>,
+    /// What has become of the others, in sentences.
+    said: Vec<String>,
+}
+
+impl Resumed {
+    /// Decides for each move of a graph file which side is the disk, and makes the graph that follows; None if there
+    /// is nothing of a move. What a cut-over had still to do is done here.
+    ///
+    /// # Errors
+    /// What is left of a move cannot be understood, or written.
+    pub(crate) fn of(
+        daemon: &Daemon,
+        path: &Path,
+        file: GraphFile,
+        left: &Left,
+        choice: Choice,
+    ) -> Result<(GraphFile, Option<Resumed>), Refusal> {
+        let records = Record::read_all(daemon, path)?;
+        if records.is_empty() {
+            return Ok((left.choose(file, choice)?, None));
+        }
+        let mut resumed = Resumed { records: Vec::new(), said: Vec::new() };
+        let cutting = records.iter().find_map(|record| match &record.phase {
+            Phase::Cutting { graph } => Some(graph.clone()),
+            Phase::Copying => None,
+        });
+        let mut spec = match cutting {
+            Some(graph) => parse(path, graph)?,
+            None if choice == Choice::File => file.spec.clone(),
+            None => left.choose(file.clone(), Choice::Left)?.spec,
+        };
+        let (cut, others): (Vec<_>, Vec<_>) = records
+            .into_iter()
+            .partition(|record| matches!(record.phase, Phase::Cutting { .. }) && record.heads.have_cut());
+        if !cut.is_empty() {
+            spec = resumed.finish(daemon, path, &spec, cut)?;
+            write(path, &spec)?;
+        }
+        for record in others {
+            if record.names.are_in(&spec) && choice != Choice::File {
+                resumed.go_on(daemon, path, record)?;
+            } else {
+                resumed.give_up(daemon, path, &record, "its graph was left without it")?;
+            }
+        }
+        Ok((file.with(spec), Some(resumed)))
+    }
+
+    /// The new disks of these moves are the disks.
+    fn finish(
+        &mut self,
+        daemon: &Daemon,
+        path: &Path,
+        spec: &Spec,
+        cut: Vec<Record>,
+    ) -> Result<Spec, Refusal> {
+        let after = After::of(daemon, path, spec, &cut)?;
+        for (record, mirror) in cut.into_iter().zip(after.mirrors) {
+            let heads = &record.heads;
+            heads.finish_cut(record.options.keep_mirror).map_err(|error| Refusal::of(&error))?;
+            let disk = &record.names.disk;
+            self.said.push(format!("{disk} has moved: it is {} now", heads.new_called));
+            match mirror {
+                Some(mirror) => self.go_on(daemon, path, mirror)?,
+                None => record.forget(daemon, path),
+            }
+        }
+        Ok(after.spec)
+    }
+
+    fn go_on(&mut self, daemon: &Daemon, path: &Path, record: Record) -> Result<(), Refusal> {
+        let record = Record { phase: Phase::Copying, ..record };
+        record.write(daemon, path)?;
+        let (disk, heads) = (&record.names.disk, &record.heads);
+        self.said.push(match record.options.is_mirror {
+            true => format!("{disk} is {}, and its mirror {} goes on", heads.old_called, heads.new_called),
+            false => format!("{disk} is {}, and its move to {} goes on", heads.old_called, heads.new_called),
+        });
+        self.records.push(record);
+        Ok(())
+    }
+
+    fn give_up(&mut self, daemon: &Daemon, path: &Path, record: &Record, why: &str) -> Result<(), Refusal> {
+        let heads = &record.heads;
+        let given_up = if record.options.is_mirror { heads.part() } else { heads.stay() };
+        if let Err(error) = given_up {
+            tracing::warn!(
+                "{}: its head cannot say that it does not move any more: {error}",
+                heads.old_called
+            );
+        }
+        record.forget(daemon, path);
+        let (disk, old, new) = (&record.names.disk, &heads.old_called, &heads.new_called);
+        self.said.push(format!("{disk} is {old}, as before; its move to {new} was given up: {why}"));
+        Ok(())
+    }
+
+    /// The same without its moves, of which the graph could not be served: the old disks are the disks.
+    ///
+    /// # Errors
+    /// Their graph cannot be made, or the records not be written.
+    pub(crate) fn fall_back(
+        mut self,
+        daemon: &Daemon,
+        path: &Path,
+        file: GraphFile,
+        why: &str,
+    ) -> Result<(GraphFile, Resumed), Refusal> {
+        let mut spec = file.spec.clone();
+        for record in std::mem::take(&mut self.records) {
+            spec = record.names.without_mirror(&spec, Side::Old)?.0;
+            self.said.retain(|said| !said.starts_with(&format!("{} is ", record.names.disk)));
+            self.give_up(daemon, path, &record, why)?;
+        }
+        Ok((file.with(spec), self))
+    }
+
+    /// True if moves go on.
+    pub(crate) fn goes_on(&self) -> bool {
+        !self.records.is_empty()
+    }
+
+    /// Of a graph that has come from another process, with all its moves.
+    pub(crate) fn arrived(daemon: &Daemon, path: &Path, spec: &Spec) -> Result<Resumed, Refusal> {
+        let records = Record::read_all(daemon, path)?;
+        let records = records.into_iter().filter(|record| record.names.are_in(spec)).collect();
+        Ok(Resumed { records, said: Vec::new() })
+    }
+
+    /// The graph serves: attends to what goes on, and says what has become of all.
+    pub(crate) fn attend(self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
+        for record in self.records {
+            served.moves.add(Job::start(record, served, daemon));
+        }
+        for said in self.said {
+            tracing::warn!("{}: {said}", served.file);
+            let graph = served.live.name();
+            let event = blockmason::events::Event::new(blockmason::events::EventKind::Notice, graph, said);
+            daemon.host.events().publish(event);
+        }
+    }
+}
+
+fn parse(path: &Path, text: String) -> Result<Spec, Refusal> {
+    let name = PathBuf::from(format!("{} (amid a move)", path.display()));
+    parse_printed(&name, path, text).map_err(|diagnostics| Refusal::graph(&diagnostics))
+}
+
+/// Makes the graph file say what is served: a cut-over does that, too.
+fn write(path: &Path, spec: &Spec) -> Result<(), Refusal> {
+    let text = print(spec, CATALOGUE, path.parent().unwrap_or(Path::new("/")));
+    replace_file(path, text.as_bytes()).map_err(|error| {
+        Refusal::new("unavailable", format!("{}: the graph file cannot be written: {error}", path.display()))
+    })
+}
