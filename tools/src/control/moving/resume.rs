@@ -87,8 +87,8 @@ impl Resumed {
         Ok(after.spec)
     }
 
-    fn go_on(&mut self, daemon: &Daemon, path: &Path, record: Record) -> Result<(), Refusal> {
-        let record = Record { phase: Phase::Copying, ..record };
+    fn go_on(&mut self, daemon: &Daemon, path: &Path, mut record: Record) -> Result<(), Refusal> {
+        record.phase = Phase::Copying;
         record.write(daemon, path)?;
         let (disk, heads) = (&record.names.disk, &record.heads);
         self.said.push(match record.options.is_mirror {
