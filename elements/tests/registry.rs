@@ -118,7 +118,8 @@ fn every_type_has_tests_and_stands_where_its_name_says() {
 #[test]
 fn every_type_in_the_source_is_in_the_table() {
     let mut faults = Faults::default();
-    let families = [Family::Export, Family::Sink, Family::Route, Family::Transform, Family::Migrate, Family::Fault];
+    let families =
+        [Family::Export, Family::Sink, Family::Route, Family::Transform, Family::Migrate, Family::Fault];
     for folder in families.map(Family::name) {
         // A family may have no element yet.
         let Ok(entries) = std::fs::read_dir(source().join(folder)) else { continue };
