@@ -2,6 +2,7 @@
 
 use super::bits::{Bits, mask, words};
 use super::format::this_boot;
+use super::regions::Resting;
 use super::store::{Opened, Store, get, put};
 use super::{DirtyMap, Flights, overlap};
 use blockmason::{Error, Kind, Result};
@@ -102,16 +103,20 @@ impl DirtyMap {
             Ok(()) => flights.suspect = false,
             Err(error) => {
                 flights.suspect = true;
+                // Nothing has been announced there.
+                for region in wanted.into_iter().filter(|region| !flights.regions.is_durable(*region)) {
+                    store.set_region(region, false);
+                }
                 return Err(error);
             }
         }
         wanted.into_iter().for_each(|region| flights.regions.set_durable(region));
-        for region in resting {
-            if !self.is_flying(&flights, region) && flights.regions.take_back(region) {
-                store.set_region(region, false);
+        for resting in resting {
+            if flights.regions.take_back(resting) {
+                store.set_region(resting.region, false);
             }
         }
-        // What was frozen before this process is dirty, durably.
+        // What was frozen once is dirty, durably.
         if stale && std::mem::take(&mut flights.stale) {
             self.write_frozen(store, &flights);
         }
@@ -153,10 +158,10 @@ impl DirtyMap {
 
     /// Regions in which nothing has happened since this was asked last, or if `all`, in which nothing happens now. To
     /// be [taken back](Self::rest) when the disk below has been flushed.
-    pub fn resting(&self, all: bool) -> Vec<usize> {
+    pub fn resting(&self, all: bool) -> Vec<Resting> {
         let mut flights = self.flights();
         let mut found = flights.regions.untouched(all);
-        found.retain(|region| !self.is_flying(&flights, *region));
+        found.retain(|resting| !self.is_flying(&flights, resting.region));
         found
     }
 
@@ -165,7 +170,7 @@ impl DirtyMap {
     ///
     /// # Errors
     /// The file could not be made durable. They stay set.
-    pub async fn rest(&self, regions: Vec<usize>) -> Result<()> {
+    pub async fn rest(&self, regions: Vec<Resting>) -> Result<()> {
         self.flights().regions.resting.extend(regions);
         self.write().await
     }
@@ -214,6 +219,7 @@ impl DirtyMap {
         match written {
             Err(error) => {
                 self.put_back(&mut flights);
+                flights.stale = true;
                 Err(error)
             }
             Ok(()) => {
@@ -249,15 +255,15 @@ impl DirtyMap {
             self.put_back(&mut flights);
         }
         flights.frozen = None;
+        if let Some(store) = self.store.get() {
+            // What was put back must be durable before it is no longer called frozen.
+            flights.stale = failed;
+            if !failed {
+                self.write_frozen(store, &flights);
+            }
+        }
         drop(flights);
-        if failed {
-            self.write().await?;
-        }
-        let flights = self.flights();
-        if let (Some(store), None) = (self.store.get(), &flights.frozen) {
-            self.write_frozen(store, &flights);
-        }
-        Ok(())
+        if failed { self.write().await } else { Ok(()) }
     }
 
     /// Takes over what another map of the same disk knows; what it cannot know is dirty. To be called before this one

@@ -18,12 +18,14 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use crate::services::Test;
 use bits::Bits;
 use blockmason::lang::value::Service;
 use blockmason::sched::Coalesced;
-use blockmason::{Error, Result};
+use blockmason::{Error, Request, Result};
 use format::Layout;
 use regions::Regions;
+pub use regions::Resting;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -55,6 +57,16 @@ impl Service for DirtyMap {
     const NAME: &'static str = "dirty_map";
 }
 
+impl Test for DirtyMap {
+    fn test(&self, req: &Request, at: u64) -> (bool, u64) {
+        match self.next_dirty(at..req.end()) {
+            Some(run) if run.start == at => (true, run.end),
+            Some(run) => (false, run.start),
+            None => (false, req.end()),
+        }
+    }
+}
+
 /// Read without a lock, changed only by whoever holds `flights`.
 struct Known {
     layout: Layout,
@@ -75,7 +87,7 @@ struct Flights {
     inherited: bool,
     /// The file may not say what was last written there: making it durable has failed.
     suspect: bool,
-    /// What the file calls frozen has been taken for dirty.
+    /// What the file calls frozen is dirty, and frozen no longer.
     stale: bool,
 }
 

@@ -11,7 +11,7 @@ pub(super) struct Regions {
     /// To be set by the next run.
     pub(super) wanted: Vec<usize>,
     /// To be taken back by the next run, if nothing is announced there before it ends.
-    pub(super) resting: Vec<usize>,
+    pub(super) resting: Vec<Resting>,
     /// Changes go to a second disk that is flushed apart.
     mirrored: bool,
     /// Flushes of that disk that have begun, and how many of them at least have covered everything before them.
@@ -23,10 +23,19 @@ pub(super) struct Regions {
 struct Region {
     /// It is set in the file, durably.
     durable: bool,
-    /// Something has been announced or has landed there since this was cleared.
-    touched: bool,
+    /// How often something has been announced or has landed there.
+    touched: u64,
+    /// How often when somebody asked last.
+    seen: u64,
     /// How many flushes of the second disk had begun then.
     at: u64,
+}
+
+/// A region as it was when nothing happened there.
+#[derive(Clone, Copy, Debug)]
+pub struct Resting {
+    pub(super) region: usize,
+    touched: u64,
 }
 
 impl Regions {
@@ -34,7 +43,7 @@ impl Regions {
     pub(super) fn reset(&mut self, bytes: u64, durable: impl IntoIterator<Item = bool>) {
         self.bytes = bytes;
         let at = self.begun;
-        self.list = durable.into_iter().map(|durable| Region { durable, touched: durable, at }).collect();
+        self.list = durable.into_iter().map(|durable| Region { durable, touched: 1, seen: 0, at }).collect();
     }
 
     /// The regions that a range of bytes touches.
@@ -56,6 +65,10 @@ impl Regions {
         self.list[self.of(range)].iter().all(|region| region.durable)
     }
 
+    pub(super) fn is_durable(&self, region: usize) -> bool {
+        self.list[region].durable
+    }
+
     pub(super) fn any_durable(&self) -> bool {
         self.list.iter().any(|region| region.durable)
     }
@@ -71,7 +84,8 @@ impl Regions {
     pub(super) fn touch(&mut self, range: &Range<u64>) {
         let (at, of) = (self.begun, self.of(range));
         for region in &mut self.list[of] {
-            (region.touched, region.at) = (true, at);
+            region.touched += 1;
+            region.at = at;
         }
     }
 
@@ -82,23 +96,23 @@ impl Regions {
 
     /// Those that nobody has touched since this was asked last; or, if `all`, since now. What is on its way is the
     /// caller's to know.
-    pub(super) fn untouched(&mut self, all: bool) -> Vec<usize> {
+    pub(super) fn untouched(&mut self, all: bool) -> Vec<Resting> {
         let (mirrored, flushed) = (self.mirrored, self.flushed);
         let found = self.list.iter_mut().enumerate().filter(|(_, region)| region.durable);
         let found = found.filter_map(|(ix, region)| {
-            let touched = std::mem::take(&mut region.touched) && !all;
-            (!touched && (!mirrored || flushed > region.at)).then_some(ix)
+            let rests = std::mem::replace(&mut region.seen, region.touched) == region.touched || all;
+            let covered = !mirrored || flushed > region.at;
+            (rests && covered).then_some(Resting { region: ix, touched: region.touched })
         });
         found.collect()
     }
 
-    /// Takes one back, unless somebody has touched it. True if it is.
-    pub(super) fn take_back(&mut self, region: usize) -> bool {
-        let region = &mut self.list[region];
-        if !region.touched {
-            region.durable = false;
-        }
-        !region.touched
+    /// Takes one back, unless somebody has touched it since. True if it is.
+    pub(super) fn take_back(&mut self, resting: Resting) -> bool {
+        let region = &mut self.list[resting.region];
+        let rests = region.touched == resting.touched;
+        region.durable &= !rests;
+        rests
     }
 
     pub(super) fn mirror(&mut self) {

@@ -138,7 +138,7 @@ struct World {
     /// The disk, and its copy.
     disks: [Disk; 2],
     ways: Vec<Way>,
-    resting: Vec<usize>,
+    resting: Vec<Resting>,
     /// The disk when the backup began.
     frozen: Option<Vec<u64>>,
     number: u64,
