@@ -5,6 +5,7 @@ pub mod fault;
 pub mod migrate;
 pub mod nbd;
 pub mod route;
+pub mod services;
 pub mod sink;
 pub mod transform;
 #[cfg(feature = "vhost")]
@@ -19,6 +20,7 @@ pub static ALL: &[&ElementType] = &[
     &export::vhost_user_blk::TYPE,
     &route::debug_log::TYPE,
     &route::filter::TYPE,
+    &route::r#if::TYPE,
     &route::linear::TYPE,
     &migrate::log_dirty::TYPE,
     &route::notify::TYPE,

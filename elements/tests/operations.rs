@@ -47,6 +47,10 @@ const FRAGMENTS: &[Fragment] = &[
     disk("volatile", "element X (type volatile) (size 70001)"),
     disk("debug_log", "element X (type debug_log) (logfile {folder}/log) element S {odd} X -> S"),
     disk("filter", "element X (type filter) element S {odd} X -> S"),
+    disk(
+        "if",
+        "element X (type if) (test L) element L (type log_dirty) (written dirty) element S {odd} X -> L -> S",
+    ),
     disk("linear", "element X (type linear) element A {odd} element B {sink} (X, a) -> A (X, b) -> B"),
     disk("log_dirty", "element X (type log_dirty) element S {odd} X -> S"),
     disk(

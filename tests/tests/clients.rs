@@ -167,3 +167,53 @@ fn a_folder_with_a_space_in_its_name() {
     let spec = spec.unwrap();
     blockmason::lang::check(&spec, blockmason_elements::ALL).unwrap_or_else(|errors| panic!("{errors}"));
 }
+
+#[test]
+fn clients_see_what_has_changed() {
+    let server = Server::new(2);
+    let graph = "
+        element Guest (type nbd) (listen unix:guest.sock) (dirty_map Nightly Hourly)
+        element Nightly (type log_dirty) (initially clean) (written dirty) (file nightly.map)
+        element Hourly (type log_dirty) (initially clean) (written dirty) (granule 1M)
+        element Disk (type file) (path disk.img) (size 64M)
+        Guest -> Nightly -> Hourly -> Disk
+    ";
+    let (_disk, uris) = server.serve(graph).unwrap();
+    client("qemu-io", &["-f", "raw", &uris[0], "-c", "write 1M 64k", "-c", "discard 40M 100k"]);
+    let seen = |context: &str| {
+        let map = client("nbdinfo", &["--json", &format!("--map={context}"), &uris[0]]);
+        let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+        let dirty = map.as_array().unwrap().iter().filter(|extent| extent["type"] == 1);
+        dirty
+            .map(|extent| [&extent["offset"], &extent["length"]].map(|n| n.as_u64().unwrap()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(seen("qemu:dirty-bitmap:Nightly"), [[1 << 20, 64 << 10], [40 << 20, 128 << 10]]);
+    assert_eq!(seen("x-mason:dirty"), seen("qemu:dirty-bitmap:Nightly"));
+    assert_eq!(seen("qemu:dirty-bitmap:Hourly"), [[1 << 20, 1 << 20], [40 << 20, 1 << 20]]);
+    // qemu shows what is dirty in the place of what is data.
+    let path = server.path("guest.sock");
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:Nightly",
+        path.display()
+    );
+    let map = client("qemu-img", &["map", "--output=json", "--image-opts", &image]);
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let dirty = map.as_array().unwrap().iter().filter(|extent| extent["data"] == false);
+    let dirty: Vec<_> = dirty.map(|extent| [&extent["start"], &extent["length"]]).collect();
+    assert_eq!(dirty, [[1 << 20, 64 << 10], [40 << 20, 128 << 10]], "{map}");
+}
+
+#[test]
+fn a_map_of_another_disk_is_not_offered() {
+    let server = Server::new(1);
+    let graph = "
+        element Guest (type nbd) (listen unix:guest.sock) (dirty_map Log)
+        element Part (type slice) (offset 1M)
+        element Log (type log_dirty)
+        element Disk (type mem) (size 64M)
+        Guest -> Part -> Log -> Disk
+    ";
+    let error = server.serve(graph).err().unwrap().to_string();
+    assert!(error.contains("Log has the map of a disk of 67108864 bytes"), "{error}");
+}

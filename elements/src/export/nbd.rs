@@ -1,14 +1,16 @@
 //! An NBD export: serves what lies below it to NBD clients.
 
 use super::socket::{Mode, rights};
+use crate::migrate::map::DirtyMap;
 use crate::nbd::attend;
 use crate::nbd::listen::{Address, Entry, Listeners, Listening, StdioEnd, Terms};
+use crate::nbd::meta::MAX_CONTEXTS;
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
 use crate::nbd::wire::MAX_STRING;
 use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::element::BoxFuture;
-use blockmason::lang::value::{FilePath, Uri};
+use blockmason::lang::value::{FilePath, Ref, Uri};
 use blockmason::{Cx, Element, Error, Flow, Geometry, Host, Luggage, Open, Request, Result};
 use std::net::ToSocketAddrs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,6 +63,9 @@ blockmason::params! {
         tls_certificates: Option<FilePath>,
         /// Whether clients show certificates.
         tls_clients: Clients = "none",
+        /// Elements whose maps of changes clients may ask for, by `qemu:dirty-bitmap:` and the element's name; the
+        /// first one also by `x-mason:dirty`. A map must be that of a disk of the same size.
+        dirty_map: Vec<Ref<DirtyMap>>,
     }
 }
 
@@ -73,6 +78,10 @@ pub const TYPE: ElementType = ElementType {
           request. Nothing listens on the network unless `listen` says so.\n\n\
           Requests are answered in any order, as the protocol has it. A flush on one connection covers \
           what was answered on all of them before, so clients may use several.\n\n\
+          With `dirty_map`, block status tells which parts have changed, or differ from another disk: flag 1 of \
+          a context of `log_dirty`. It is answered from the map, and offsets are those of the disk that the map is \
+          of: what shifts addresses must not lie between, which the sizes tell only in part. A client that \
+          has begun to ask goes on after a change of the graph; of a map that is gone then it hears that all has changed.\n\n\
           A socket in the file system appears only when it accepts; one that a dead process has left \
           behind is replaced, that of a living one is not.",
     family: Family::Export,
@@ -83,14 +92,19 @@ pub const TYPE: ElementType = ElementType {
               element Memory (type mem) (size 64M)\n\
               Guest -> Memory\n",
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Nbd::new(build.read(Params::from)?)?)),
+    build: |build: &Build<'_>| Ok(Arc::new(Nbd::new(build)?)),
     ..ElementType::BASE
 };
+
+/// The most maps: clients select among so many contexts, and two are others.
+const MOST_MAPS: usize = MAX_CONTEXTS - 2;
 
 struct Nbd {
     params: Params,
     address: Option<Address>,
     terms: Terms,
+    /// In the order of the parameter.
+    maps: Vec<Arc<DirtyMap>>,
     listening: Mutex<Option<Listening>>,
 }
 
@@ -106,7 +120,8 @@ pub fn use_stdio(host: &Host) -> Arc<StdioEnd> {
 }
 
 impl Nbd {
-    fn new(params: Params) -> Result<Nbd> {
+    fn new(build: &Build<'_>) -> Result<Nbd> {
+        let params = build.read(Params::from)?;
         if params.name.len() > MAX_STRING || params.description.len() > MAX_STRING {
             return Err(Error::invalid(format!("name and description have at most {MAX_STRING} bytes")));
         }
@@ -118,11 +133,29 @@ impl Nbd {
             rights_written: format!("{rights:?}"),
             tls_written: format!("{:?}", (params.tls, &params.tls_certificates, params.tls_clients)),
         };
-        Ok(Nbd { params, address, terms, listening: Mutex::new(None) })
+        if params.dirty_map.len() > MOST_MAPS {
+            return Err(Error::invalid(format!("an export offers at most {MOST_MAPS} maps")));
+        }
+        let maps = params.dirty_map.iter().map(|map| build.refer(map)).collect::<Result<_>>()?;
+        Ok(Nbd { params, address, terms, maps, listening: Mutex::new(None) })
     }
 }
 
 impl Nbd {
+    /// Whether the maps are of a disk as large as this one.
+    fn check_maps(&self, size: u64) -> Result<()> {
+        for (map, name) in self.maps.iter().zip(&self.params.dirty_map) {
+            if map.size() != size {
+                let message = format!(
+                    "{name} has the map of a disk of {} bytes, and this export is one of {size}: their offsets differ",
+                    map.size()
+                );
+                return Err(Error::invalid(message));
+            }
+        }
+        Ok(())
+    }
+
     fn listening(&self) -> MutexGuard<'_, Option<Listening>> {
         self.listening.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,6 +211,9 @@ impl Element for Nbd {
     }
 
     fn open(&self, open: &Open<'_>) -> Result<Option<String>> {
+        let graph = open.disk.next_graph().unwrap_or_else(|| open.disk.graph());
+        let node = graph.node(open.name).ok_or_else(|| Error::internal("an export is opened in no graph"))?;
+        self.check_maps(graph.below(node)?.size)?;
         let stdio = open.host.service(Stdio::default).0.load(Ordering::Relaxed);
         let address = match &self.address {
             _ if stdio => Address::Stdio,
@@ -189,6 +225,7 @@ impl Element for Nbd {
             description: self.params.description.clone(),
             disk: open.disk.clone(),
             source: open.name.to_owned(),
+            dirty_maps: self.params.dirty_map.iter().map(|map| map.name().to_owned()).collect(),
             clients: Arc::default(),
         };
         let listeners = open.host.service(Listeners::default);

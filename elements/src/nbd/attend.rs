@@ -71,7 +71,8 @@ pub(super) async fn serve_client<S: Peer>(socket: S, listener: &Arc<Listener>, s
     tracing::info!(export = entry.name, "an NBD client has come");
     let info = &negotiated.export.info;
     let promise = Promise { size: info.size, writable: !info.flags.contains(TransmissionFlags::READ_ONLY) };
-    let connection = Rc::new(Connection::new(negotiated, entry.disk.budget().clone()));
+    let connection =
+        Rc::new(Connection::new(negotiated, entry.disk.budget().clone()).with_maps(entry.maps()));
     attend(connection, &entry, promise, |_| drop(shaking)).await;
 }
 
@@ -267,14 +268,15 @@ async fn resume<S: Peer>(
     socket: std::io::Result<S>,
     carried: Carried,
     bytes: Option<OwnedFd>,
-    entry: &Entry,
+    entry: &Arc<Entry>,
     answer: oneshot::Sender<Result<()>>,
 ) {
     let flags = TransmissionFlags(carried.flags);
     let promise = Promise { size: carried.size, writable: !flags.contains(TransmissionFlags::READ_ONLY) };
     let connection = socket
         .map_err(|error| Error::io(error, "a client's descriptor is of no use"))
-        .and_then(|socket| Connection::resume(carried, bytes, socket, entry.disk.budget().clone()));
+        .and_then(|socket| Connection::resume(carried, bytes, socket, entry.disk.budget().clone()))
+        .map(|connection| connection.with_maps(entry.maps()));
     // Whoever asks waits for this; if not, nobody has to be told.
     match connection {
         Err(error) => drop(answer.send(Err(error))),

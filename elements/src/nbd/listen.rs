@@ -1,15 +1,20 @@
 //! Listeners: sockets that several exports of several disks may share.
 
 use super::attend::{Peer, serve_client};
+use super::meta::{ALLOCATION, BITMAP, DIRTY};
+use super::serve::dirty::Maps;
 use super::serve::flags_of;
 use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy};
 use crate::export::clients::Clients;
 use crate::export::socket::{self, Bound, SocketRights, nonblocking, open_unix};
+use crate::migrate::map::DirtyMap;
+use blockmason::lang::value::Service;
 use blockmason::sched::{Disk, Host};
 use blockmason::{Error, Kind, Result};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -68,6 +73,8 @@ pub struct Entry {
     pub disk: Arc<Disk>,
     /// The element at which its requests enter.
     pub source: String,
+    /// The elements whose maps of changes it offers.
+    pub dirty_maps: Vec<String>,
     /// Who is connected. An export that takes the place of another of the same disk and element
     /// shares it.
     pub clients: Arc<Clients>,
@@ -79,9 +86,26 @@ impl Entry {
         Arc::ptr_eq(&self.disk, &other.disk) && self.source == other.source
     }
 
+    /// The maps of its contexts, as the graph has them whenever it is asked.
+    pub(crate) fn maps(self: &Arc<Entry>) -> Maps {
+        let entry = self.clone();
+        Rc::new(move |context| {
+            let first = entry.dirty_maps.first().filter(|_| context == DIRTY).map(String::as_str);
+            let name = first.or_else(|| context.strip_prefix(BITMAP))?;
+            let graph = entry.disk.graph();
+            let instance = graph.instances().find(|instance| instance.name == name)?;
+            let map: Box<Arc<DirtyMap>> = instance.element.provide(DirtyMap::NAME)?.downcast().ok()?;
+            let size = graph.below(graph.node(&entry.source)?).ok()?.size;
+            (map.size() == size).then_some(*map)
+        })
+    }
+
     fn info(&self) -> Option<ExportInfo> {
         let graph = self.disk.graph();
         let below = graph.below(graph.node(&self.source)?).ok()?;
+        let first = self.dirty_maps.first().map(|_| DIRTY.to_owned());
+        let named = self.dirty_maps.iter().map(|name| format!("{BITMAP}{name}"));
+        let contexts = [ALLOCATION.to_owned()].into_iter().chain(first).chain(named).collect();
         let blocks = super::handshake::BlockSizes {
             minimum: 1,
             preferred: below.preferred_block.clamp(512, 1 << 16),
@@ -93,7 +117,7 @@ impl Entry {
             size: below.size,
             flags: flags_of(&below),
             blocks,
-            contexts: vec![super::meta::ALLOCATION.to_owned()],
+            contexts,
         })
     }
 }

@@ -11,6 +11,12 @@ pub const ALLOCATION: &str = "base:allocation";
 pub const STATE_HOLE: u32 = 1;
 /// `base:allocation`: the range reads as zeroes.
 pub const STATE_ZERO: u32 = 1 << 1;
+/// The context of the first map of changes of an export.
+pub const DIRTY: &str = "x-mason:dirty";
+/// What the contexts of all its maps begin with, before their names.
+pub const BITMAP: &str = "qemu:dirty-bitmap:";
+/// Both: the range has changed.
+pub const STATE_DIRTY: u64 = 1;
 
 /// The most contexts that an export may offer or a client may have selected.
 pub const MAX_CONTEXTS: usize = 64;

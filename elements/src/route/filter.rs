@@ -1,13 +1,15 @@
 //! Keeps some requests from going down.
 
+use crate::services::Test;
 use blockmason::describe::{Build, Carries, ElementType, Family, Ports};
-use blockmason::lang::value::ByteRange;
+use blockmason::lang::value::{ByteRange, Service};
 use blockmason::lang::{ParamError, Params};
 use blockmason::sched::Part;
 use blockmason::{
     Answer, Children, Cx, Data, Element, Extent, ExtentState, Flow, Geometry, Op, Ops, Origin, Prepared,
     Request, Result,
 };
+use std::any::Any;
 use std::sync::Arc;
 
 blockmason::params! {
@@ -40,10 +42,13 @@ pub const TYPE: ElementType = ElementType {
           A dropped write is lost, FUA or not; that is what was asked for. But a flush is dropped only \
           by `(drop flush)`, never by a `keep` that does not name it, since everything that did go down \
           would no longer be durable; and so is a control request. Neither has a range or a size: \
-          where one is given, it passes.",
+          where one is given, it passes.\n\n\
+          An `if` that refers to this asks only whether a request matches, and drops or keeps what it is told to; \
+          with a `range`, it asks of the parts.",
     family: Family::Route,
     params: Filter::PARAMS,
     ports: Ports::THROUGH,
+    provides: &["test"],
     passes_through: true,
     carries,
     example: "element Guest (type nbd) (listen unix:filter.sock)\n\
@@ -110,6 +115,16 @@ fn send<'a>(cx: Cx<'a>, port: usize, req: Request) -> Flow<'a> {
     }))
 }
 
+impl Test for Filter {
+    fn test(&self, req: &Request, at: u64) -> (bool, u64) {
+        let Some(range) = self.range else { return (self.fits(req), req.end()) };
+        let end = range.end.unwrap_or(u64::MAX);
+        let bounds = [range.start, end].into_iter().filter(|bound| *bound > at);
+        let next = bounds.min().unwrap_or(u64::MAX).min(req.end());
+        ((range.start..end).contains(&at) && self.fits(req), next)
+    }
+}
+
 impl Element for Filter {
     /// What may be dropped is taken as it comes: done by other means, it would have another name.
     fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
@@ -123,6 +138,11 @@ impl Element for Filter {
             extents: takes(Op::Extents),
         };
         Ok(Prepared::of(Geometry { ops, ..below }))
+    }
+
+    fn provide(&self, service: &str) -> Option<Box<dyn Any>> {
+        let test = || Box::new(Arc::new(self.clone()) as Arc<dyn Test>) as Box<dyn Any>;
+        (service == <dyn Test>::NAME).then(test)
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {

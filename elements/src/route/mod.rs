@@ -2,6 +2,7 @@
 
 pub mod debug_log;
 pub mod filter;
+pub mod r#if;
 pub mod linear;
 pub mod notify;
 pub mod probe;

@@ -1,6 +1,7 @@
 //! The server's transmission phase: a connection as a stream of requests into a graph.
 
 pub(super) mod carry;
+pub(crate) mod dirty;
 mod receive;
 mod send;
 
@@ -12,10 +13,12 @@ use blockmason::geometry::Geometry;
 use blockmason::rt::Timer;
 use blockmason::sched::{Admit, Budget, Permit, Stream};
 use blockmason::{Answer, Data, Errno, Error, ExtentState, Flags, Op, Reply, Request};
+use dirty::Maps;
 use receive::{Received, Receiver};
 use send::Sender;
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -42,6 +45,8 @@ pub struct Connection<S> {
     rules: Rules,
     style: ReplyStyle,
     contexts: Vec<Selected>,
+    /// Of the contexts that say what has changed.
+    maps: Maps,
     receiver: RefCell<Receiver>,
     sender: RefCell<Sender>,
     budget: Arc<Budget>,
@@ -78,6 +83,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
+    /// Answers what has changed from these.
+    pub(crate) fn with_maps(self, maps: Maps) -> Connection<S> {
+        Connection { maps, ..self }
+    }
+
     /// One that has agreed on nothing yet.
     fn over(socket: Socket<S>, budget: Arc<Budget>) -> Connection<S> {
         Connection {
@@ -90,6 +100,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             },
             style: ReplyStyle::Simple,
             contexts: Vec::new(),
+            maps: Rc::new(|_| None),
             socket: RefCell::new(socket),
             receiver: RefCell::default(),
             sender: RefCell::default(),
@@ -200,6 +211,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.answer_empty(&header);
             return None;
         }
+        if header.command == Command::BLOCK_STATUS && self.asks_only_for_changes(query.as_ref()) {
+            self.answer_status(&Tag { header, permit, query }, &[]);
+            return None;
+        }
         let request = request(&header, len, data);
         self.requests.set(self.requests.get() + 1);
         self.bytes.set(self.bytes.get() + permit.bytes());
@@ -210,6 +225,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let query = StatusQuery::parse(&payload.to_vec(), &self.contexts)?;
         self.rules.check_range(header.command, header.offset, query.len)?;
         Ok(query)
+    }
+
+    /// True if no context is wanted that the graph knows of.
+    fn asks_only_for_changes(&self, query: Option<&StatusQuery>) -> bool {
+        let wanted = |place: &usize| query.is_none_or(|query| query.wants(*place));
+        let mut wanted = (0..self.contexts.len()).filter(wanted);
+        wanted.all(|place| dirty::is_of_changes(&self.contexts[place].name))
     }
 
     fn reply_to(&self, header: &RequestHeader) -> ReplyTo {
@@ -287,14 +309,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             .collect();
         let mut sender = self.sender.borrow_mut();
         for place in &wanted {
-            let mut status = Status::new(len, one, extended);
-            for extent in extents {
-                if !status.push(extent.len, status_of(extent.state)) {
-                    break;
-                }
+            let (mut status, context) = (Status::new(len, one, extended), &self.contexts[*place]);
+            if dirty::is_of_changes(&context.name) {
+                let map = (self.maps)(&context.name);
+                dirty::collect(&mut status, map.as_deref(), header.offset..header.offset + len);
+            } else {
+                // All that are pushed, up to the first that is of no use.
+                let _ = extents.iter().all(|extent| status.push(extent.len, status_of(extent.state)));
             }
             let done = Some(place) == wanted.last();
-            status.put(sender.head(), &self.reply_to(header), done, self.contexts[*place].id);
+            status.put(sender.head(), &self.reply_to(header), done, context.id);
         }
     }
 }

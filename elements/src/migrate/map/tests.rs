@@ -1,0 +1,65 @@
+//! What the map says, without a file; and what a file says after the two kinds of crash.
+
+mod crash;
+mod freeze;
+mod power;
+
+use super::*;
+use futures::FutureExt;
+
+fn map(size: u64, dirty: bool) -> Arc<DirtyMap> {
+    let map = Arc::new(DirtyMap::new(16, dirty));
+    map.cover(size).unwrap();
+    map
+}
+
+fn runs(map: &DirtyMap) -> Vec<Range<u64>> {
+    let (mut runs, mut at) = (Vec::new(), 0);
+    while let Some(run) = map.next_dirty(at..map.size()) {
+        at = run.end;
+        runs.push(run);
+    }
+    runs
+}
+
+#[test]
+fn only_whole_granules_become_clean_and_the_last_one_is_what_the_disk_has_of_it() {
+    let map = map(40, true);
+    assert_eq!((map.dirty_bytes(), runs(&map)), (40, vec![0..40]));
+    for (range, left) in [(1..32, vec![0..16, 32..40]), (0..15, vec![0..16, 32..40]), (32..40, vec![0..16])] {
+        map.intend_now(range).unwrap().synced();
+        assert_eq!(runs(&map), left);
+    }
+    map.set(39..40);
+    assert_eq!((map.dirty_bytes(), runs(&map)), (24, vec![0..16, 32..40]));
+    map.intend_now(0..48).unwrap().synced();
+    assert_eq!(map.dirty_bytes(), 0);
+    assert!(map.cover(41).is_err() && map.cover(40).is_ok());
+}
+
+#[test]
+fn what_fails_beside_a_change_keeps_it_from_cleaning() {
+    let map = map(64, true);
+    let (one, other) = (map.intend_now(0..32).unwrap(), map.intend_now(20..24).unwrap());
+    other.failed();
+    drop(other);
+    one.synced();
+    drop(one);
+    assert_eq!(map.dirty_bytes(), 64, "in what order the two came there is not known");
+    map.intend_now(0..32).unwrap().synced();
+    assert_eq!(runs(&map), [32..64]);
+    map.intend_now(0..1).unwrap().failed();
+    assert_eq!(runs(&map), [0..16, 32..64]);
+}
+
+#[tokio::test]
+async fn it_has_settled_when_nothing_is_on_its_way() {
+    let map = map(64, false);
+    let (one, far) = (map.intend_now(0..32).unwrap(), map.intend_now(32..64).unwrap());
+    let mut settled = Box::pin(map.settled(16..20));
+    assert!((&mut settled).now_or_never().is_none());
+    drop(far);
+    assert!((&mut settled).now_or_never().is_none());
+    drop(one);
+    settled.await;
+}
