@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 /// The map of a disk, shared by all that refer to it.
 pub struct DirtyMap {
@@ -24,6 +25,8 @@ pub struct DirtyMap {
     flights: Mutex<Flights>,
     /// Told whenever an intent ends.
     landed: Notify,
+    /// Told whenever something has become dirty.
+    spoilt: Notify,
 }
 
 impl Service for DirtyMap {
@@ -56,8 +59,8 @@ struct Flight {
 impl DirtyMap {
     /// The map of a disk whose size is not known yet. Granules are `granule` bytes, a power of two.
     pub fn new(granule: u64, initially_dirty: bool) -> DirtyMap {
-        let (bits, flights, landed) = Default::default();
-        DirtyMap { granule, initially_dirty, bits, flights, landed }
+        let (bits, flights, landed, spoilt) = Default::default();
+        DirtyMap { granule, initially_dirty, bits, flights, landed, spoilt }
     }
 
     /// Says how large the disk is.
@@ -65,7 +68,8 @@ impl DirtyMap {
     /// # Errors
     /// It was another size before.
     pub fn cover(&self, size: u64) -> Result<()> {
-        let bits = self.bits.get_or_init(|| Bits::new(size, size.div_ceil(self.granule), self.initially_dirty));
+        let bits =
+            self.bits.get_or_init(|| Bits::new(size, size.div_ceil(self.granule), self.initially_dirty));
         if bits.size == size {
             return Ok(());
         }
@@ -118,6 +122,15 @@ impl DirtyMap {
         (start < end).then_some(run)
     }
 
+    /// The last run of dirty bytes of a range, as [`next_dirty`](Self::next_dirty).
+    pub fn last_dirty(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let (bits, granules) = (self.bits.get()?, self.touched(&range));
+        let end = bits.find_last(true, granules.clone());
+        let start = bits.find_last(false, granules.start..end);
+        let run = (start * self.granule).max(range.start)..(end * self.granule).min(range.end).min(bits.size);
+        (start < end).then_some(run)
+    }
+
     /// True if something of a range is dirty.
     pub fn is_dirty(&self, range: Range<u64>) -> bool {
         self.next_dirty(range).is_some()
@@ -160,6 +173,11 @@ impl DirtyMap {
         }
     }
 
+    /// Resolves when something has been made dirty since this was called, whether it was before or not.
+    pub fn changed(&self) -> Notified<'_> {
+        self.spoilt.notified()
+    }
+
     /// Says that a range of the copy may hold something else than the disk.
     pub fn set(&self, range: Range<u64>) {
         self.spoil(&mut self.flights(), &range, None);
@@ -174,6 +192,7 @@ impl DirtyMap {
         if let Some(bits) = self.bits.get() {
             bits.change(granules, true);
         }
+        self.spoilt.notify_waiters();
     }
 }
 
@@ -207,6 +226,20 @@ impl Bits {
             at = (at / 64 + 1) * 64;
         }
         range.end
+    }
+
+    /// Where the last granule of a range that is set or not ends, or the start of the range.
+    fn find_last(&self, set: bool, range: Range<u64>) -> u64 {
+        let mut at = range.end;
+        while at > range.start {
+            let word = self.words[(at - 1) as usize / 64].load(Ordering::Acquire);
+            let rest = if set { word } else { !word } << (63 - (at - 1) % 64);
+            if rest != 0 {
+                return (at - u64::from(rest.leading_zeros())).max(range.start);
+            }
+            at = (at - 1) / 64 * 64;
+        }
+        range.start
     }
 
     fn change(&self, range: Range<u64>, set: bool) {
@@ -288,7 +321,9 @@ mod tests {
     fn only_whole_granules_become_clean_and_the_last_one_is_what_the_disk_has_of_it() {
         let map = map(40, true);
         assert_eq!((map.dirty_bytes(), runs(&map)), (40, vec![0..40]));
-        for (range, left) in [(1..32, vec![0..16, 32..40]), (0..15, vec![0..16, 32..40]), (32..40, vec![0..16])] {
+        for (range, left) in
+            [(1..32, vec![0..16, 32..40]), (0..15, vec![0..16, 32..40]), (32..40, vec![0..16])]
+        {
             map.intend_now(range).unwrap().synced();
             assert_eq!(runs(&map), left);
         }
@@ -312,6 +347,26 @@ mod tests {
         assert_eq!(runs(&map), [32..64]);
         map.intend_now(0..1).unwrap().failed();
         assert_eq!(runs(&map), [0..16, 32..64]);
+    }
+
+    #[test]
+    fn runs_are_found_from_either_end() {
+        let map = map(200, true);
+        map.intend_now(32..96).unwrap().synced();
+        assert_eq!((map.next_dirty(0..200), map.last_dirty(0..200)), (Some(0..32), Some(96..200)));
+        assert_eq!((map.last_dirty(0..104), map.last_dirty(0..96)), (Some(96..104), Some(0..32)));
+        assert_eq!((map.last_dirty(8..96), map.last_dirty(32..96)), (Some(8..32), None));
+    }
+
+    #[test]
+    fn whoever_watches_is_told_of_what_becomes_dirty() {
+        let map = map(64, false);
+        let mut changed = Box::pin(map.changed());
+        assert!((&mut changed).now_or_never().is_none());
+        map.intend_now(0..16).unwrap().synced();
+        assert!((&mut changed).now_or_never().is_none());
+        map.intend_now(0..1).unwrap().failed();
+        assert!(changed.now_or_never().is_some());
     }
 
     #[tokio::test]
@@ -339,6 +394,8 @@ mod tests {
                 for set in [false, true] {
                     let found = find(set).map_or(200, |at| at as u64 + range.start);
                     prop_assert_eq!(bits.find(set, range.start..200), found);
+                    let last = model[..range.end as usize].iter().rposition(|bit| *bit == set);
+                    prop_assert_eq!(bits.find_last(set, 0..range.end), last.map_or(0, |at| at as u64 + 1));
                 }
             }
             prop_assert_eq!(bits.count.load(Ordering::Relaxed), model.iter().filter(|bit| **bit).count() as u64);
