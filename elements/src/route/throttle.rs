@@ -161,6 +161,13 @@ impl Bucket {
         }
     }
 
+    /// Gives back what was taken and not needed.
+    pub(crate) fn give(&mut self, tokens: u64) {
+        if self.rate.is_some() {
+            self.level += i128::from(tokens) * BILLION;
+        }
+    }
+
     /// A limit where there was none starts without a debt; one that changes keeps what is owed.
     pub(crate) fn limit(&mut self, rate: Option<u64>) {
         if self.rate.is_none() || rate.is_none() {
