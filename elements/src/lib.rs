@@ -18,6 +18,7 @@ pub static ALL: &[&ElementType] = &[
     &export::nbd::TYPE,
     #[cfg(feature = "vhost")]
     &export::vhost_user_blk::TYPE,
+    &migrate::copy::TYPE,
     &route::debug_log::TYPE,
     &route::filter::TYPE,
     &route::r#if::TYPE,

@@ -375,6 +375,17 @@ impl Graph {
         arrived
     }
 
+    /// How many requests of clients have entered so far, on all shards, answered or not. What a serialiser does on
+    /// its own account does not count.
+    pub(crate) fn guest_requests(&self) -> u64 {
+        let clients =
+            self.nodes.iter().filter(|node| !node.instance.ty.ports.input && !node.instance.ty.serialises);
+        let edges = clients.flat_map(|node| node.first_edge..node.first_edge + node.edge_count);
+        let carried =
+            |edge: u32| self.tallies.iter().map(|tally| tally.edges[edge as usize].requests()).sum::<u64>();
+        edges.map(carried).sum()
+    }
+
     /// What has entered at an element, on all shards; nothing for one that is no source.
     pub fn read_source(&self, node: usize) -> SourceReading {
         let mut reading = SourceReading::default();

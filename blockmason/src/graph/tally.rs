@@ -48,6 +48,11 @@ impl EdgeCount {
         }
     }
 
+    /// How many requests it has carried.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.iter().map(Count::get).sum()
+    }
+
     /// Adds it to a sum.
     pub(crate) fn read(&self, sum: &mut [Moved; Op::ALL.len()]) {
         for (count, sum) in self.requests.iter().zip(sum.iter_mut()) {

@@ -161,6 +161,12 @@ impl<'a> Cx<'a> {
         &self.lane.shard
     }
 
+    /// How many requests of clients have entered this graph so far, on all shards. Where it grows, guests are
+    /// active: what can wait steps back.
+    pub fn guest_requests(self) -> u64 {
+        self.lane.graph.guest_requests()
+    }
+
     /// Tells the operator something about this element, as an event: not for every request.
     #[cold]
     pub fn notice(self, message: impl std::fmt::Display) {

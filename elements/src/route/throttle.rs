@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 /// Bytes in a second, or no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Bandwidth(Option<u64>);
+pub(crate) struct Bandwidth(pub(crate) Option<u64>);
 
 /// Requests in a second, or no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,7 +133,7 @@ pub const TYPE: ElementType = ElementType {
 
 /// Fills by `rate` tokens a second. Counted in billionths of a token, so that a nanosecond's worth is whole.
 #[derive(Default)]
-struct Bucket {
+pub(crate) struct Bucket {
     rate: Option<u64>,
     /// In debt below zero.
     level: i128,
@@ -143,26 +143,33 @@ const BILLION: i128 = 1_000_000_000;
 
 impl Bucket {
     /// Fills it with what `time` is worth, to what `burst` is worth at the most.
-    fn fill(&mut self, time: Duration, burst: Duration) {
+    pub(crate) fn fill(&mut self, time: Duration, burst: Duration) {
         let rate = i128::from(self.rate.unwrap_or(0));
         let worth = |time: Duration| rate.saturating_mul(time.as_nanos() as i128);
         self.level = self.level.saturating_add(worth(time)).min(worth(burst));
     }
 
     /// How long it will be in debt.
-    fn debt(&self) -> Duration {
+    pub(crate) fn debt(&self) -> Duration {
         let (Some(rate), true) = (self.rate.map(i128::from), self.level < 0) else { return Duration::ZERO };
         Duration::from_nanos(u64::try_from((-self.level + rate - 1) / rate).unwrap_or(u64::MAX))
     }
 
-    fn take(&mut self, tokens: u64) {
+    pub(crate) fn take(&mut self, tokens: u64) {
         if self.rate.is_some() {
             self.level -= i128::from(tokens) * BILLION;
         }
     }
 
+    /// Gives back what was taken and not needed.
+    pub(crate) fn give(&mut self, tokens: u64) {
+        if self.rate.is_some() {
+            self.level += i128::from(tokens) * BILLION;
+        }
+    }
+
     /// A limit where there was none starts without a debt; one that changes keeps what is owed.
-    fn limit(&mut self, rate: Option<u64>) {
+    pub(crate) fn limit(&mut self, rate: Option<u64>) {
         if self.rate.is_none() || rate.is_none() {
             self.level = 0;
         }

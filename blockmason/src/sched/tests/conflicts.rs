@@ -388,6 +388,27 @@ fn a_copier_never_undoes_what_the_guest_wrote() {
 }
 
 #[test]
+fn guests_are_active_when_their_requests_enter_and_not_when_a_copier_works() {
+    fresh();
+    run(1, async |host| {
+        let disk = TestDisk::new(&host, ALL, MIGRATION, "T").await.unwrap();
+        settle().await;
+        let copied = copy(0..10, 2..6);
+        release_all().await;
+        copied.await.unwrap().unwrap();
+        assert_eq!(disk.disk.graph().guest_requests(), 0);
+        let waiting = disk.send(write(0..4, 2));
+        let hint = disk.send(Request::flush());
+        settle().await;
+        assert_eq!(disk.disk.graph().guest_requests(), 2, "one of them is not answered yet");
+        release_all().await;
+        waiting.await.unwrap().unwrap();
+        hint.await.unwrap().unwrap();
+        assert_eq!(disk.disk.graph().guest_requests(), 2);
+    });
+}
+
+#[test]
 fn a_guard_lets_its_own_requests_pass_and_no_others() {
     fresh();
     run(1, async |host| {

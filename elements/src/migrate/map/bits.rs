@@ -58,6 +58,20 @@ impl Bits {
         range.end
     }
 
+    /// Where the last granule of a range that is set or not ends, or the start of the range.
+    pub(super) fn find_last(&self, set: bool, range: Range<u64>) -> u64 {
+        let mut at = range.end;
+        while at > range.start {
+            let word = self.word((at - 1) as usize / 64);
+            let rest = if set { word } else { !word } << (63 - (at - 1) % 64);
+            if rest != 0 {
+                return (at - u64::from(rest.leading_zeros())).max(range.start);
+            }
+            at = (at - 1) / 64 * 64;
+        }
+        range.start
+    }
+
     /// The first run of granules of a range that are set; empty at the end of the range if none is.
     pub(super) fn run(&self, range: Range<u64>) -> Range<u64> {
         let start = self.find(true, range.clone());
@@ -109,6 +123,8 @@ mod tests {
                 for set in [false, true] {
                     let found = find(set).map_or(200, |at| at as u64 + range.start);
                     prop_assert_eq!(bits.find(set, range.start..200), found);
+                    let last = model[..range.end as usize].iter().rposition(|bit| *bit == set);
+                    prop_assert_eq!(bits.find_last(set, 0..range.end), last.map_or(0, |at| at as u64 + 1));
                 }
             }
             let set = model.iter().filter(|bit| **bit).count() as u64;

@@ -31,6 +31,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use store::{Place, Store};
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 /// The map of a disk, shared by all that refer to it.
 pub struct DirtyMap {
@@ -51,6 +52,8 @@ pub struct DirtyMap {
     writing: Coalesced,
     /// Told when there is something to take back, or to make durable.
     work: Notify,
+    /// Told whenever something has become dirty.
+    spoilt: Notify,
 }
 
 impl Service for DirtyMap {
@@ -102,8 +105,8 @@ impl DirtyMap {
     /// The map of a disk whose size is not known yet. Granules are `granule` bytes, a power of two.
     pub fn new(granule: u64, initially_dirty: bool) -> DirtyMap {
         let (known, place, store, flights) = Default::default();
-        let (landed, writing, work) = Default::default();
-        DirtyMap { granule, initially_dirty, known, place, store, flights, landed, writing, work }
+        let (landed, writing, work, spoilt) = Default::default();
+        DirtyMap { granule, initially_dirty, known, place, store, flights, landed, writing, work, spoilt }
     }
 
     /// The same, kept in a file by an element of a graph. Nothing is changed before [`open`](Self::open).
@@ -195,6 +198,16 @@ impl DirtyMap {
         self.run_in(self.bits()?, &range)
     }
 
+    /// The last run of dirty bytes of a range, as [`next_dirty`](Self::next_dirty).
+    pub fn last_dirty(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let (bits, granules) = (self.bits()?, self.touched(&range));
+        let end = bits.find_last(true, granules.clone());
+        let start = bits.find_last(false, granules.start..end);
+        let run =
+            (start * self.granule).max(range.start)..(end * self.granule).min(range.end).min(self.size());
+        (start < end).then_some(run)
+    }
+
     /// True if something of a range is dirty.
     pub fn is_dirty(&self, range: Range<u64>) -> bool {
         self.next_dirty(range).is_some()
@@ -246,6 +259,11 @@ impl DirtyMap {
         }
     }
 
+    /// Resolves when something has been made dirty since this was called, whether it was before or not.
+    pub fn changed(&self) -> Notified<'_> {
+        self.spoilt.notified()
+    }
+
     /// Says that a range of the copy may hold something else than the disk. What is not announced by an intent
     /// outlives a loss of power only a moment later.
     pub fn set(&self, range: Range<u64>) {
@@ -269,6 +287,7 @@ impl DirtyMap {
         if let Some(bits) = self.bits() {
             bits.change(granules, true);
         }
+        self.spoilt.notify_waiters();
     }
 }
 

@@ -52,6 +52,26 @@ fn what_fails_beside_a_change_keeps_it_from_cleaning() {
     assert_eq!(runs(&map), [0..16, 32..64]);
 }
 
+#[test]
+fn runs_are_found_from_either_end() {
+    let map = map(200, true);
+    map.intend_now(32..96).unwrap().synced();
+    assert_eq!((map.next_dirty(0..200), map.last_dirty(0..200)), (Some(0..32), Some(96..200)));
+    assert_eq!((map.last_dirty(0..104), map.last_dirty(0..96)), (Some(96..104), Some(0..32)));
+    assert_eq!((map.last_dirty(8..96), map.last_dirty(32..96)), (Some(8..32), None));
+}
+
+#[test]
+fn whoever_watches_is_told_of_what_becomes_dirty() {
+    let map = map(64, false);
+    let mut changed = Box::pin(map.changed());
+    assert!((&mut changed).now_or_never().is_none());
+    map.intend_now(0..16).unwrap().synced();
+    assert!((&mut changed).now_or_never().is_none());
+    map.intend_now(0..1).unwrap().failed();
+    assert!(changed.now_or_never().is_some());
+}
+
 #[tokio::test]
 async fn it_has_settled_when_nothing_is_on_its_way() {
     let map = map(64, false);
