@@ -175,6 +175,25 @@ pub enum Class {
     Background,
 }
 
+impl Class {
+    /// Every class.
+    pub const ALL: [Class; 2] = [Class::Interactive, Class::Background];
+
+    /// The word used in parameters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Interactive => "interactive",
+            Class::Background => "background",
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
 /// A request on its way through a graph. One cache line; rarities are boxed in `extra`.
 #[derive(Clone, Debug)]
 pub struct Request {

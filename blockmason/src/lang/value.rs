@@ -3,7 +3,7 @@
 
 use super::parse::shorten;
 use super::suggest;
-use crate::request::{Op, Origin};
+use crate::request::{Class, Op, Origin};
 use crate::text_value;
 use nom::Parser;
 use nom::bytes::complete::take_while_m_n;
@@ -309,6 +309,7 @@ macro_rules! named_value {
 
 named_value!(Op, "operation");
 named_value!(Origin, "origin");
+named_value!(Class, "class");
 
 /// A URI or socket address: `nbd://host/disk`, `tcp:127.0.0.1:10809`, `unix:/run/vm.sock`. A relative
 /// path right after `unix:`, or after `?socket=` of `nbd+unix:`, starts in the folder that the value

@@ -213,7 +213,8 @@ impl Host {
         })
     }
 
-    /// Sends one request of the framework's own into a graph, by an out port of one of its elements.
+    /// Sends one request of the framework's own into a graph, by an out port of one of its elements. The reply
+    /// comes when what elements have detached for it has ended, too: a flush on a leg that lags, say.
     pub async fn submit(&self, graph: &Arc<Graph>, node: usize, port: usize, mut req: Request) -> Reply {
         let (tx, rx) = oneshot::channel();
         let graph = graph.clone();
@@ -223,7 +224,7 @@ impl Host {
             let lane = Lane::new(graph, shard.clone());
             drop(tokio::task::spawn_local(async move {
                 // Whoever asked may have gone.
-                let _ = tx.send(lane.cx(node).forward(port, req).await);
+                let _ = tx.send(super::serve::run_one(&lane, node, port, req).await);
             }));
         })?;
         rx.await.map_err(|_| Error::internal("an element panicked"))?

@@ -5,9 +5,9 @@ use crate::request::Request;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::future::Future;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::pin::Pin;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 use tokio::time::Instant;
 
@@ -166,6 +166,21 @@ impl RangeLock {
     /// is left that one of them conflicts with. Dropping what this returns, at any time, gives the place
     /// up. Ranges of one claim may overlap each other.
     pub fn claim(&self, holder: Holder, mode: Mode, ranges: &[Range<u64>]) -> Waiting<'_> {
+        self.join(holder, mode, ranges).of(Lock::Borrowed(self))
+    }
+
+    /// As [`claim`](Self::claim), for a place in the order that is taken now and used by a flow that
+    /// outlives the caller: one that is detached.
+    pub fn claim_shared(
+        self: &Arc<Self>,
+        holder: Holder,
+        mode: Mode,
+        ranges: &[Range<u64>],
+    ) -> Waiting<'static> {
+        self.join(holder, mode, ranges).of(Lock::Shared(self.clone()))
+    }
+
+    fn join(&self, holder: Holder, mode: Mode, ranges: &[Range<u64>]) -> Joined {
         let since = crate::rt::now();
         let (first, more) = ranges.split_first().map_or((&(0..0), ranges), |(first, more)| (first, more));
         let mut state = self.state();
@@ -180,8 +195,7 @@ impl RangeLock {
         let slot = &mut state.slots[head as usize];
         slot.head = head;
         slot.claim = Some(Head { holder, since, waits_for, waker: None, more });
-        drop(state);
-        Waiting { guard: Some(RangeGuard { lock: self, head }), granted: waits_for == 0 }
+        Joined { head, granted: waits_for == 0 }
     }
 
     fn release(&self, head: u32) {
@@ -230,6 +244,18 @@ impl RangeLock {
     }
 }
 
+/// A claim that has just been made, to be given to whoever keeps the lock.
+struct Joined {
+    head: u32,
+    granted: bool,
+}
+
+impl Joined {
+    fn of(self, lock: Lock<'_>) -> Waiting<'_> {
+        Waiting { guard: Some(RangeGuard { lock, head: self.head }), granted: self.granted }
+    }
+}
+
 /// A place in the order.
 #[must_use = "dropping it gives the place up"]
 pub struct Waiting<'a> {
@@ -273,8 +299,25 @@ impl<'a> Future for Waiting<'a> {
 
 /// Holds ranges until it is dropped.
 pub struct RangeGuard<'a> {
-    lock: &'a RangeLock,
+    lock: Lock<'a>,
     head: u32,
+}
+
+/// What a guard keeps its lock by.
+enum Lock<'a> {
+    Borrowed(&'a RangeLock),
+    Shared(Arc<RangeLock>),
+}
+
+impl Deref for Lock<'_> {
+    type Target = RangeLock;
+
+    fn deref(&self) -> &RangeLock {
+        match self {
+            Lock::Borrowed(lock) => lock,
+            Lock::Shared(lock) => lock,
+        }
+    }
 }
 
 impl Drop for RangeGuard<'_> {

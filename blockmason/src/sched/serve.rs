@@ -364,26 +364,50 @@ pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
                 }
             }
         }
-        loop {
-            while let Some(task) = lane.take_detached() {
-                let (make, done) = task.start(&lane);
-                match catch_unwind(AssertUnwindSafe(make)) {
-                    Ok(Flow::Now(reply)) => done.send(reply),
-                    Ok(Flow::Later(flow)) => flows.insert(flow, done),
-                    Err(_) => lane.fail(),
-                }
-            }
-            flows.poll(task, |done, reply| {
-                done.send(reply.unwrap_or_else(|| {
-                    lane.fail();
-                    Err(Error::internal("an element panicked"))
-                }));
-            });
-            if lane.detached.borrow().is_empty() {
-                break;
-            }
-        }
+        carry_on(&lane, &mut flows, task);
         if over && flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;
+}
+
+/// Does one request and all that it leaves to be done when it has been answered, then gives the reply.
+pub(super) async fn run_one(lane: &Lane, node: usize, port: usize, req: Request) -> Reply {
+    let mut flows: Flows<'_, Done> = Flows::new();
+    let mut flow = lane.cx(node).forward(port, req);
+    let mut reply = None;
+    poll_fn(|task| {
+        if reply.is_none()
+            && let Poll::Ready(found) = std::pin::Pin::new(&mut flow).poll(task)
+        {
+            reply = Some(found);
+        }
+        carry_on(lane, &mut flows, task);
+        // After a panic nobody knows who would ever wake what is left.
+        let over = flows.len() == 0 || lane.graph.is_failed();
+        if over { reply.take().map_or(Poll::Pending, Poll::Ready) } else { Poll::Pending }
+    })
+    .await
+}
+
+/// Takes up what has been detached and polls it, until nothing more comes of it now.
+fn carry_on<'a>(lane: &'a Lane, flows: &mut Flows<'a, Done>, task: &Context<'_>) {
+    loop {
+        while let Some(task) = lane.take_detached() {
+            let (make, done) = task.start(lane);
+            match catch_unwind(AssertUnwindSafe(make)) {
+                Ok(Flow::Now(reply)) => done.send(reply),
+                Ok(Flow::Later(flow)) => flows.insert(flow, done),
+                Err(_) => lane.fail(),
+            }
+        }
+        flows.poll(task, |done, reply| {
+            done.send(reply.unwrap_or_else(|| {
+                lane.fail();
+                Err(Error::internal("an element panicked"))
+            }));
+        });
+        if lane.detached.borrow().is_empty() {
+            break;
+        }
+    }
 }

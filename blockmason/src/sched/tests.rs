@@ -12,6 +12,7 @@ use crate::request::{Answer, Extent, ExtentState, Op, Request};
 use crate::sched::{Cx, Disk};
 use crate::testing::{TestDisk, graph, play_against_model, run};
 use crate::{Data, Flags};
+use futures::FutureExt;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -333,6 +334,21 @@ fn detached_work_outlives_its_request_and_holds_its_graph() {
         assert!(Arc::strong_count(&before) > 1);
         release("A");
         before.drained().await;
+    });
+}
+
+#[test]
+fn a_request_of_the_frameworks_own_is_answered_when_what_it_detached_has_ended() {
+    run(1, async |host| {
+        let text = "element W (type behind) element A (type park) W -> A";
+        let graph = graph(&host, ALL, text, "W").unwrap();
+        let client = graph.node("Client").unwrap();
+        let mut reply = Box::pin(host.submit(&graph, client, 0, Request::write(0, Data::copy_of(b"x"))));
+        assert!((&mut reply).now_or_never().is_none());
+        settle().await;
+        assert!((&mut reply).now_or_never().is_none());
+        release("A");
+        reply.await.unwrap();
     });
 }
 

@@ -6,8 +6,8 @@ use blockmason::lang::value::{ByteRange, Service};
 use blockmason::lang::{ParamError, Params};
 use blockmason::sched::Part;
 use blockmason::{
-    Answer, Children, Cx, Data, Element, Extent, ExtentState, Flow, Geometry, Op, Ops, Origin, Prepared,
-    Request, Result,
+    Answer, Children, Class, Cx, Data, Element, Extent, ExtentState, Flow, Geometry, Op, Ops, Origin,
+    Prepared, Request, Result,
 };
 use std::any::Any;
 use std::sync::Arc;
@@ -26,13 +26,15 @@ blockmason::params! {
         size: Option<ByteRange>,
         /// Only requests of these origins match: `guest`, `copy`, `prefetch`, `write_back`, `internal`.
         origin: Vec<Origin>,
+        /// Only requests of these classes match: `interactive`, for which somebody waits, and `background`.
+        class: Vec<Class>,
     }
 }
 
 /// See the module.
 pub const TYPE: ElementType = ElementType {
     name: "filter",
-    summary: "drops requests by operation, range, size or origin",
+    summary: "drops requests by operation, range, size, origin or class",
     doc: "A request that is dropped succeeds without going down: a read answers zeros, an extents request \
           that all is data, everything else that it is done. For a leg of a tee that must not see reads, \
           or for what a graph under test shall miss. What is not dropped passes as it is.\n\n\
@@ -72,7 +74,9 @@ fn check(params: &Params) -> Result<(), Vec<ParamError>> {
 fn carries(params: &Params) -> Carries {
     let Ok(filter) = Filter::from(params) else { return Carries::ALL };
     // What some requests of an operation escape carries it.
-    let some_escape = filter.range.is_some() || filter.size.is_some() || !filter.origin.is_empty();
+    let some_escape = filter.range.is_some()
+        || filter.size.is_some()
+        || !(filter.origin.is_empty() && filter.class.is_empty());
     let passes = |op: &Op| match filter.drops() {
         true => some_escape || !filter.drop.contains(op),
         false => filter.keep.contains(op),
@@ -95,6 +99,7 @@ impl Filter {
         named.contains(&req.op)
             && self.size.is_none_or(|size| req.op.has_range() && size.contains(req.len))
             && (self.origin.is_empty() || self.origin.contains(&req.origin))
+            && (self.class.is_empty() || self.class.contains(&req.class))
     }
 
     /// Where the bytes of `req` go that lie in the range, and where the others: a port.
@@ -232,6 +237,9 @@ mod tests {
         assert!(
             !dropped("(origin copy)", |_| ()) && dropped("(origin copy)", |req| req.origin = Origin::Copy)
         );
+        let background = |req: &mut Request| req.class = Class::Background;
+        assert!(dropped("(class interactive)", |_| ()) && !dropped("(class interactive)", background));
+        assert!(!dropped("(class background)", |_| ()) && dropped("(class background)", background));
     }
 
     #[test]

@@ -5,10 +5,13 @@ pub mod filter;
 pub mod r#if;
 pub mod linear;
 pub mod notify;
+pub mod on_error;
+pub mod prioritise;
 pub mod probe;
 pub mod readonly;
 pub mod slice;
 pub mod stripe;
+pub mod tee;
 pub mod throttle;
 
 #[cfg(test)]

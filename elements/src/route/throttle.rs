@@ -2,7 +2,7 @@
 
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::{Rate, Time};
-use blockmason::{Cx, Element, Error, Flow, LocalBoxFuture, Op, Reply, Request, Result, rt};
+use blockmason::{Class, Cx, Element, Error, Flow, LocalBoxFuture, Op, Reply, Request, Result, rt};
 use futures::future::select;
 use std::fmt;
 use std::pin::pin;
@@ -89,6 +89,9 @@ blockmason::params! {
         /// How much may pass at once after a rest: what is allowed in this time. Waits are kept to the
         /// millisecond, rounded up: with less than a few of them here, less than the limits passes.
         burst: Time = "100ms",
+        /// Only requests of these classes count and wait, `interactive` or `background`; all of them if none is
+        /// named.
+        class: Vec<Class>,
     }
 }
 
@@ -104,7 +107,8 @@ pub const TYPE: ElementType = ElementType {
           of reads. Writes of zeros and discards count as requests that write no bytes. A flush keeps its place \
           behind the changes that came before it and costs nothing, as does a control request.\n\n\
           Every request that passes here counts, whoever made it: those of a copier or a cache above, too. What \
-          elements below make of a request does not. Errors from below pass.\n\n\
+          elements below make of a request does not. With `(class background)` only the work counts for which \
+          nobody waits, and guests pass as if nothing stood here. Errors from below pass.\n\n\
           Limits that are set while the graph runs count at once, for those that wait as well. A reload starts \
           with full buckets.",
     family: Family::Route,
@@ -277,6 +281,8 @@ struct Throttle {
     reads: Gate,
     changes: Gate,
     all: Gate,
+    /// What counts; all if it is empty.
+    classes: Vec<Class>,
     waiting: AtomicU64,
 }
 
@@ -286,6 +292,7 @@ impl Throttle {
             reads: Gate::new(params.read_rate, params.read_iops, params.burst),
             changes: Gate::new(params.write_rate, params.write_iops, params.burst),
             all: Gate::new(params.rate, params.iops, params.burst),
+            classes: params.class.clone(),
             waiting: AtomicU64::new(0),
         }
     }
@@ -321,6 +328,9 @@ impl Drop for Waiting<'_> {
 
 impl Element for Throttle {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        if !self.classes.is_empty() && !self.classes.contains(&req.class) {
+            return cx.forward(0, req);
+        }
         let (gate, cost) = self.cost(&req);
         let passed = gate.try_pass(cost, cx);
         if passed && self.all.try_pass(cost, cx) {
@@ -533,6 +543,16 @@ mod tests {
             // Replies that nobody waits for: the requests run to their end all the same.
             drop((disk.send(write(1)), disk.send(write(1))));
             assert_eq!(answers(&disk, vec![Request::read(0, 1)]).await, [(0, 2000)]);
+        });
+    }
+
+    #[test]
+    fn only_the_classes_that_are_named_count_and_wait() {
+        run(1, async |host| {
+            let (disk, _) = serve(&host, "(iops 1) (burst 0s) (class background)").await;
+            let background = Request { class: Class::Background, ..write(1) };
+            let requests = vec![background.clone(), write(1), write(1), background.clone(), write(1)];
+            assert_eq!(answers(&disk, requests).await, [(0, 0), (1, 0), (2, 0), (4, 0), (3, 1000)]);
         });
     }
 

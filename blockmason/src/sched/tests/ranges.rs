@@ -5,6 +5,7 @@ use futures::FutureExt;
 use proptest::prelude::*;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 const HOLDER: Holder = Holder { root: 7, doing: "write" };
 
@@ -52,6 +53,19 @@ fn reads_share_and_do_not_overtake_a_write() {
     assert!(poll(&mut late).is_none());
     drop(change);
     assert!(poll(&mut late).is_some());
+}
+
+#[test]
+fn a_shared_claim_has_its_place_at_once_and_outlives_the_caller() {
+    let lock = Arc::new(RangeLock::default());
+    let first = poll(&mut lock.claim_shared(HOLDER, Mode::Exclusive, &[0..10])).unwrap();
+    let mut second: Waiting<'static> = lock.claim_shared(HOLDER, Mode::Exclusive, &[5..20]);
+    let mut third = write(&lock, 15..30);
+    assert!(poll(&mut second).is_none() && poll(&mut third).is_none());
+    drop(first);
+    assert!(poll(&mut third).is_none(), "the second one holds, though nobody has asked for its guard");
+    drop(second);
+    assert!(poll(&mut third).is_some());
 }
 
 #[test]
