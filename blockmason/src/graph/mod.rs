@@ -246,6 +246,17 @@ impl Graph {
         self.node(name).filter(|node| !self.nodes[*node].instance.ty.ports.input)
     }
 
+    /// The index of an out port.
+    ///
+    /// # Errors
+    /// The element has no such port.
+    pub(crate) fn port(&self, node: usize, name: &str) -> Result<usize> {
+        let Node { first_edge, edge_count, instance, .. } = &self.nodes[node];
+        let mut edges = self.edges[*first_edge as usize..][..*edge_count as usize].iter();
+        let none = || Error::internal(format!("it has no port {name}")).in_element(&instance.name);
+        edges.position(|edge| &*edge.port == name).ok_or_else(none)
+    }
+
     /// True if requests of clients enter at this element.
     pub fn is_source(&self, node: usize) -> bool {
         !self.nodes[node].instance.ty.ports.input

@@ -55,6 +55,8 @@ pub struct Options {
     pub renames: Vec<(String, String)>,
     /// See [`Change::commit`].
     pub commit: Option<Commit>,
+    /// See [`Change::flush_by`].
+    pub flush_by: Option<Vec<(String, String)>>,
 }
 
 /// What the heads of volumes have to say to a graph; see [`heads`].
@@ -80,6 +82,7 @@ impl Default for Options {
             heads: Heads::Verify,
             renames: Vec::new(),
             commit: None,
+            flush_by: None,
         }
     }
 }
@@ -238,7 +241,8 @@ impl Live {
         signed.plan.begin()?;
         let settings = settings(&diff, &graph);
         let Options { deadline, disconnect, alone, .. } = *options;
-        let change = Change { deadline, disconnect, alone, settings, commit: options.commit.clone() };
+        let (commit, flush_by) = (options.commit.clone(), options.flush_by.clone());
+        let change = Change { deadline, disconnect, alone, settings, commit, flush_by };
         let changed = self.disk.replace(Arc::new(graph), &change).await;
         let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
         signed.complete();

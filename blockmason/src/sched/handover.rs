@@ -43,6 +43,9 @@ pub struct Change {
     /// flight, what leaves the graph has been flushed. If it fails, the change is undone. A change with this goes
     /// through the gate.
     pub commit: Option<Commit>,
+    /// Sources and their ports by which everything is flushed that has to be durable before the change; without
+    /// it, by all ports of all sources, if anything leaves the graph that may hold something back.
+    pub flush_by: Option<Vec<(String, String)>>,
 }
 
 /// See [`Change::commit`].
@@ -56,6 +59,7 @@ impl Default for Change {
             alone: false,
             settings: Vec::new(),
             commit: None,
+            flush_by: None,
         }
     }
 }
@@ -251,10 +255,10 @@ impl Step<'_> {
         self.ask_clients()?;
         // What only routes holds nothing back.
         let holds = |ty: &ElementType| !matches!(ty.family, Family::Export | Family::Route | Family::Fault);
-        let flush = self.leaving().any(|instance| holds(instance.ty));
+        let flush = change.flush_by.is_some() || self.leaving().any(|instance| holds(instance.ty));
         if flush {
             // Most of what has to be flushed is flushed while requests go on.
-            self.flush_or_fail(crate::rt::timeout(change.deadline, disk.flush(&self.before)).await)?;
+            self.flush_or_fail(crate::rt::timeout(change.deadline, self.flush()).await)?;
         }
         let since = crate::rt::now();
         if self.before.sources().next().is_some() {
@@ -288,7 +292,7 @@ impl Step<'_> {
             for graph in past.graphs.iter().chain([&self.before]) {
                 graph.drained().await;
             }
-            if flush && !self.before.is_failed() { Some(self.disk.flush(&self.before).await) } else { None }
+            if flush && !self.before.is_failed() { Some(self.flush().await) } else { None }
         };
         let left = self.change.deadline.saturating_sub(crate::rt::now() - since);
         match crate::rt::timeout(left, body).await {
@@ -325,6 +329,18 @@ impl Step<'_> {
             }
             flushed => flushed,
         }
+    }
+
+    /// Makes durable what has to be before the change.
+    async fn flush(&self) -> Result<()> {
+        let (disk, graph) = (self.disk, &self.before);
+        let Some(ways) = &self.change.flush_by else { return disk.flush(graph).await };
+        for (source, port) in ways {
+            let node = graph.source(source).ok_or_else(|| Error::internal("it is no source"));
+            let node = node.map_err(|error| error.in_element(source))?;
+            disk.host.submit(graph, node, graph.port(node, port)?, Request::flush()).await?;
+        }
+        Ok(())
     }
 
     /// Instances of the graph before that the next one has not.

@@ -85,6 +85,7 @@ async fn cut(
         heads: Heads::Moving,
         renames: after.renames.clone(),
         commit: Some(commit.behind(meeting)),
+        flush_by: Some(records.iter().flat_map(flushed).collect()),
         ..Options::default()
     };
     let how = How { options, dry_run: false, save: false, moves: true };
@@ -109,6 +110,13 @@ async fn cut(
         job.say(served, format!("{} is {} now", job.disk(), record.heads.new_called));
     }
     Ok(())
+}
+
+/// By which ports of the copier everything is flushed that has to be durable: the old disk need not be any more,
+/// unless it is a mirror from now on, of which the map says that it is clean.
+fn flushed(record: &Record) -> Vec<(String, String)> {
+    let ports: &[&str] = if record.options.keep_mirror { &["to", "from"] } else { &["to"] };
+    ports.iter().map(|port| (record.names.copy.clone(), (*port).to_owned())).collect()
 }
 
 /// The graph after the cut-over.
