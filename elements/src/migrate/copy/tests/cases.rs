@@ -229,6 +229,7 @@ fn it_keeps_its_rate() {
 fn it_goes_slower_while_guests_are_active() {
     run(1, async |host| {
         let moving = moving(&host, Ops::NONE, "(busy_rate 64k/s) (paused yes)").await;
+        settle().await;
         moving.disk.read(0, 1).await.unwrap();
         moving.set("paused", "no");
         let until = rt::now() + std::time::Duration::from_secs(3);
