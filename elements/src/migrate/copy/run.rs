@@ -219,7 +219,8 @@ impl Run<'_> {
             if self.desk.borrow().under_way > 0 {
                 return self.wait(State::Copying, None);
             }
-            walk.rest = 0..self.place.end;
+            // What was a hole in the last pass need not be one any more.
+            (walk.rest, walk.ahead) = (0..self.place.end, Default::default());
             run = self.find(walk, now);
             if run.is_some() {
                 self.copy.counters.passes.fetch_add(1, Ordering::Relaxed);

@@ -44,7 +44,7 @@ impl Choices {
 enum Event {
     Guest,
     /// A disk does something, well or not.
-    Done(String, usize, Op, bool),
+    Done(String, usize, bool),
     /// Time passes: a copier that waits for a leg holds its range.
     Time,
 }
@@ -60,10 +60,10 @@ async fn one_write(host: Arc<Host>, write: &Range<u64>, mut failures: usize, cho
     loop {
         settle().await;
         let mut events: Vec<Event> = Vec::new();
-        for (disk, ix, op, _) in parked() {
-            events.push(Event::Done(disk.clone(), ix, op, true));
+        for (disk, ix, ..) in parked() {
+            events.push(Event::Done(disk.clone(), ix, true));
             if failures > 0 {
-                events.push(Event::Done(disk, ix, op, false));
+                events.push(Event::Done(disk, ix, false));
             }
         }
         let idle = events.is_empty();
@@ -87,7 +87,7 @@ async fn one_write(host: Arc<Host>, write: &Range<u64>, mut failures: usize, cho
                 let data = Data::copy_of(&vec![2; (write.end - write.start) as usize]);
                 guest = Some(moving.disk.send(Request::write(write.start, data)));
             }
-            Event::Done(disk, ix, _, well) => {
+            Event::Done(disk, ix, well) => {
                 failures -= usize::from(!well);
                 release(&disk, ix, well);
             }
@@ -205,6 +205,7 @@ async fn many_writes(host: Arc<Host>, seed: u64) {
     futures::future::join(playing, fidget(&moving, &mut rng)).await;
     world(|world| world.failing.clear());
     moving.call("retry");
+    moving.landed().await;
     moving.until("clean").await;
     let (old, found) = (bytes("Old"), bytes("New"));
     let same = old.iter().zip(&found).position(|(a, b)| a != b);

@@ -1,11 +1,11 @@
 //! Disks that do each request when the test says so, or after a random time, well or not; and a mirror with a leg that
 //! guests do not wait for.
 
-use super::super::{Copy, TYPE};
+use super::super::Copy;
 use crate::migrate::map::{DirtyMap, Intent};
 use blockmason::describe::{Build, Catalogue, ElementType, Family, Outs, Ports};
 use blockmason::lang::value::{Ref, Size};
-use blockmason::testing::{TestDisk, graph};
+use blockmason::testing::{CLIENT, TestDisk, graph};
 use blockmason::{
     Answer, Children, Cx, Data, Element, Error, Extent, ExtentState, Flow, Geometry, Host, Instance, Op, Ops,
     Prepared, Reply, Request, Result,
@@ -38,7 +38,7 @@ static TWIN: ElementType = ElementType {
 
 /// All types with those of this file.
 pub(super) static ALL: LazyLock<Catalogue> =
-    LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&HAND, &SLOW, &TWIN]).collect()));
+    LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&CLIENT, &HAND, &SLOW, &TWIN]).collect()));
 
 /// A request that a disk has not done.
 struct Parked {
@@ -72,6 +72,10 @@ impl World {
     fn new() -> World {
         let (bytes, parked, failing, moved) = Default::default();
         World { bytes, parked, failing, moved, ops: Ops::NONE, slow: 5, seen: Vec::new(), legs: Vec::new() }
+    }
+
+    pub(super) fn bytes_mut(&mut self, disk: &str) -> &mut [u8] {
+        self.bytes.get_mut(disk).unwrap()
     }
 }
 
@@ -142,13 +146,16 @@ impl Disk {
     fn answer(&self, req: &Request, well: bool) -> Reply {
         world(|world| {
             let range = req.offset as usize..req.end() as usize;
-            let bytes = &mut world.bytes.get_mut(&self.name).unwrap()[range];
+            let size = self.geometry.size as usize;
+            // What serves a graph that can be changed builds it on another thread, with a world of its own.
+            let bytes = &mut world.bytes.entry(self.name.clone()).or_insert_with(|| vec![0; size])[range];
             let half = bytes.len().div_ceil(2);
             match req.op {
                 Op::Read if well => {
                     *world.moved.entry(self.name.clone()).or_default() += req.len;
                     return Ok(Answer::Data(Data::copy_of(bytes)));
                 }
+                Op::Control => return Err(Error::unsupported("of a test")),
                 Op::Extents => return Ok(Answer::Extents(extents(bytes))),
                 Op::Write if well => {
                     req.data.copy_to(bytes);
@@ -157,7 +164,7 @@ impl Disk {
                 Op::Write => req.data.slice(0..half).copy_to(&mut bytes[..half]),
                 Op::WriteZeroes | Op::Discard if well => bytes.fill(0),
                 Op::WriteZeroes | Op::Discard => bytes[..half].fill(0),
-                Op::Read | Op::Flush | Op::Cache | Op::Control => {}
+                Op::Read | Op::Flush | Op::Cache => {}
             }
             if well { Ok(Answer::Done) } else { Err(Error::internal("of a test")) }
         })
@@ -330,16 +337,16 @@ impl Moving {
         panic!("it never was {state}: {}", self.get("progress"));
     }
 
+    /// Waits until no change of a guest is on its way: it has been answered before.
+    pub(super) async fn landed(&self) {
+        let copy: &Copy = (&*self.copy.element as &dyn Any).downcast_ref().unwrap();
+        copy.only.as_ref().unwrap().settled(0..u64::MAX).await;
+    }
+
     /// Compares both disks, and finds them alike.
     pub(super) async fn verify(&self) {
         self.call("verify");
         self.until("clean").await;
         assert_eq!(self.get("verified"), self.get("total"), "{}", self.get("progress"));
     }
-}
-
-/// The copier itself.
-pub(super) fn inner(copy: &Instance) -> &Copy {
-    assert!(std::ptr::eq(copy.ty, &TYPE));
-    (&*copy.element as &dyn Any).downcast_ref().unwrap()
 }
