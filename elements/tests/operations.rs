@@ -53,6 +53,8 @@ const FRAGMENTS: &[Fragment] = &[
         "notify",
         "element X (type notify) (exec /bin/true) (latency 1h) (errors 1000000) element S {odd} X -> S",
     ),
+    disk("on_error", "element X (type on_error) element S {odd} (X, only) -> S"),
+    disk("prioritise", "element X (type prioritise) element S {odd} X -> S"),
     disk("probe", "element X (type probe) element S {odd} X -> S"),
     Fragment {
         ty: "readonly",
@@ -64,6 +66,7 @@ const FRAGMENTS: &[Fragment] = &[
         "stripe",
         "element X (type stripe) (chunk 4k) element A {odd} element B {sink} (X, a) -> A (X, b) -> B",
     ),
+    disk("tee", "element X (type tee) element S {odd} (X, only) -> S"),
     disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
     disk(
         "cow",

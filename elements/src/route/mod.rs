@@ -4,10 +4,13 @@ pub mod debug_log;
 pub mod filter;
 pub mod linear;
 pub mod notify;
+pub mod on_error;
+pub mod prioritise;
 pub mod probe;
 pub mod readonly;
 pub mod slice;
 pub mod stripe;
+pub mod tee;
 pub mod throttle;
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub(crate) const CATALOGUE: Catalogue = &[
     &super::linear::TYPE,
     &super::probe::TYPE,
     &super::stripe::TYPE,
+    &super::tee::TYPE,
     &super::slice::TYPE,
     &super::readonly::TYPE,
     &crate::sink::mem::TYPE,
