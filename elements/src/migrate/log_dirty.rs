@@ -180,7 +180,7 @@ mod tests {
     fn since_a_backup_every_change_is_dirty_also_one_that_fails() {
         run(1, async |host| {
             let text = "element L (type log_dirty) (granule 4k) (initially clean) (written dirty)\n\
-                        element E (type error) (ops write) (range 4k-8k) element M (type mem) (size 12k) L -> E -> M";
+                        element E (type error) (op write) (range 4k-8k) element M (type mem) (size 12k) L -> E -> M";
             let disk = TestDisk::new(&host, crate::ALL, text, "L").await.unwrap();
             disk.write(100, &[1; 8]).await.unwrap();
             assert_eq!(get(&disk, "granules").await, "1/3");
