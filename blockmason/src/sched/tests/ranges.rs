@@ -58,8 +58,10 @@ fn reads_share_and_do_not_overtake_a_write() {
 #[test]
 fn a_shared_claim_has_its_place_at_once_and_outlives_the_caller() {
     let lock = Arc::new(RangeLock::default());
-    let first = poll(&mut lock.claim_shared(HOLDER, Mode::Exclusive, &[0..10])).unwrap();
-    let mut second: Waiting<'static> = lock.claim_shared(HOLDER, Mode::Exclusive, &[5..20]);
+    let shared =
+        |range: Range<u64>| -> Waiting<'static> { lock.claim_shared(HOLDER, Mode::Exclusive, &[range]) };
+    let first = poll(&mut shared(0..10)).unwrap();
+    let mut second = shared(5..20);
     let mut third = write(&lock, 15..30);
     assert!(poll(&mut second).is_none() && poll(&mut third).is_none());
     drop(first);

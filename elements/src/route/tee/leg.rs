@@ -108,10 +108,16 @@ impl Leg {
                 let number = NUMBERS + self.next.fetch_add(1, Ordering::AcqRel);
                 claim(Mode::Exclusive, &[own, number..number + 1])
             }
-            Op::Flush => claim(Mode::Shared, &[NUMBERS..NUMBERS + self.next.load(Ordering::Acquire)]),
+            Op::Flush => {
+                let earlier = NUMBERS..NUMBERS + self.next.load(Ordering::Acquire);
+                claim(Mode::Shared, &[earlier])
+            }
             Op::Cache | Op::Extents => claim(Mode::Shared, &[]),
-            // Everybody sees it at the same place in the stream.
-            Op::Control => claim(Mode::Exclusive, &[0..u64::MAX]),
+            Op::Control => {
+                // Everybody sees it at the same place in the stream.
+                let all = 0..u64::MAX;
+                claim(Mode::Exclusive, &[all])
+            }
         }
     }
 }

@@ -61,7 +61,7 @@ pub const TYPE: ElementType = ElementType {
           Reads go down every leg, too. Put a `filter` with `(drop read)` on those that need not see them, and an \
           `on_error` where errors should be tried again. Errors of legs that are not `required` do not reach the \
           guest; the first one is told as an event, all are counted.\n\n\
-          A legs' size is at least that of the primary, which is the size of the disk. A discard would leave \
+          Every leg has at least the size of the primary, which is that of the disk. A discard would leave \
           different things on different disks: it becomes a write of zeros that may unmap, if all legs are \
           fast at that, and else is answered without doing anything. A write of zeros that must be fast is \
           sent to the primary first. With a single leg everything passes as it is.\n\n\

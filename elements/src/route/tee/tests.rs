@@ -191,7 +191,7 @@ impl Setup {
 
     /// Waits until no leg is behind.
     async fn quiet(&self) {
-        while self.get("lag").split(", ").any(|leg| !leg.ends_with(" 0")) {
+        while self.get("lag").split(", ").any(|leg| !leg.is_empty() && !leg.ends_with(" 0")) {
             rt::sleep(Duration::from_millis(1)).await;
         }
     }
