@@ -53,9 +53,9 @@ blockmason::params! {
 pub const TYPE: ElementType = ElementType {
     name: "tee",
     summary: "sends every request down several legs, for mirrors and migration",
-    doc: "A request is answered by the primary leg, and has been answered by those that it waits for. The other \
-          legs get it at the same time and may take longer: guests go on. On each of those legs later requests \
-          stay behind earlier ones that they overlap, and a flush behind all changes that came before it, so \
+    doc: "Guests get the answers of the primary leg, once the legs that they wait for have ended, too. The other \
+          legs get a request at the same time and may take longer: guests go on. On each of those legs later \
+          requests stay behind earlier ones that they overlap, and a flush behind all changes that came before it, so \
           that in the end all legs hold the same. A leg that is `lag` behind slows guests down to its own \
           speed, or with `(behind skip)` misses what comes until it has caught up.\n\n\
           Reads go down every leg, too. Put a `filter` with `(drop read)` on those that need not see them, and an \
