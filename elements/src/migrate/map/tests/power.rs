@@ -175,7 +175,7 @@ impl World {
         let way = &mut self.ways[ix];
         way.steps += 1;
         match way.steps {
-            1 | 2 => self.disks[usize::from((way.number + u64::from(way.steps)) % 2 == 0)]
+            1 | 2 => self.disks[usize::from((way.number + u64::from(way.steps)).is_multiple_of(2))]
                 .write(&way.granules, way.number),
             3 if self.rng.u8(0..4) == 0 => way.intent.failed(),
             3 => way.intent.synced(),
