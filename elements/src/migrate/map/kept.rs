@@ -230,7 +230,7 @@ impl DirtyMap {
         written
     }
 
-    fn begin_freeze(&self) -> Result<()> {
+    pub(super) fn begin_freeze(&self) -> Result<()> {
         let mut flights = self.flights();
         if flights.frozen.is_some() {
             return Err(Error::new(Kind::Busy, "a backup has begun already: wait for its end"));

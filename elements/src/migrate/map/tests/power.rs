@@ -319,3 +319,26 @@ fn a_mirror_is_never_called_clean_where_its_legs_differ() {
 fn a_backup_never_misses_what_has_changed() {
     play(0..60, false);
 }
+
+/// Where granules are large, a word of marks has those of several regions.
+#[tokio::test]
+async fn what_is_frozen_keeps_its_mark_until_it_is_durable_also_when_a_neighbour_lands() {
+    let layout = Layout::with_regions(SIZE, GRANULE, 4 * GRANULE);
+    let medium = Medium::new(layout);
+    let map = over(layout, &medium);
+    map.intend(0..1).await.unwrap().failed();
+    map.rest(map.resting(true)).await.unwrap();
+    assert!(!map.is_at_work());
+    let neighbour = map.intend(8 * GRANULE..9 * GRANULE).await.unwrap();
+    map.begin_freeze().unwrap();
+    medium.look();
+    drop(neighbour);
+    medium.look();
+    let (states, mut rng) = (medium.past.lock().unwrap().states.clone(), fastrand::Rng::with_seed(1));
+    for _ in 0..100 {
+        let left = Medium::new(layout);
+        let words = Medium::remains(&states, &mut rng);
+        left.words.iter().zip(words).for_each(|(word, value)| put(word, value));
+        assert!(store(layout, &left).load(false).has(0), "what was frozen is called clean");
+    }
+}
