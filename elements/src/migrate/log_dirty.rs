@@ -188,7 +188,7 @@ impl LogDirty {
         loop {
             let wait = async {
                 match self.map.is_at_work() {
-                    true => drop(select(pin!(cx.sleep(REST)), pin!(self.map.has_work())).await),
+                    true => cx.sleep(REST).await,
                     false => self.map.has_work().await,
                 }
             };

@@ -8,6 +8,14 @@ use super::{DirtyMap, Flights, overlap};
 use blockmason::{Error, Kind, Result};
 use std::ops::Range;
 
+/// What is being made durable.
+struct Begun {
+    wanted: Vec<usize>,
+    resting: Vec<Resting>,
+    /// What the file calls frozen was dirty before.
+    stale: bool,
+}
+
 impl DirtyMap {
     /// Opens the file, if there is one, or makes it: from then on changes may be announced. Waits for disks.
     ///
@@ -20,9 +28,9 @@ impl DirtyMap {
         let mut flights = self.flights();
         if found {
             let loaded = store.load(same_boot);
-            for (ix, word) in loaded.words.iter().enumerate() {
+            for ix in 0..loaded.words.len() {
                 let own = if flights.inherited { known.bits.word(ix) } else { 0 };
-                known.bits.put(ix, word.load(std::sync::atomic::Ordering::Relaxed) | own);
+                known.bits.put(ix, loaded.word(ix) | own);
             }
             flights.stale = true;
         }
@@ -87,37 +95,42 @@ impl DirtyMap {
     }
 
     async fn write_now(&self, store: &Store) -> Result<()> {
+        let begun = self.begin_write(store);
+        let disk = store.disk();
+        let synced = blockmason::rt::blocking(move || disk.sync()).await;
+        let lost = || Err(Error::internal("marks were not made durable"));
+        self.end_write(store, begun, synced.unwrap_or_else(lost))
+    }
+
+    fn begin_write(&self, store: &Store) -> Begun {
         let mut flights = self.flights();
-        let (wanted, resting) =
-            (std::mem::take(&mut flights.regions.wanted), std::mem::take(&mut flights.regions.resting));
+        let wanted = std::mem::take(&mut flights.regions.wanted);
+        let resting = std::mem::take(&mut flights.regions.resting);
         if flights.suspect {
             self.write_everything(store, &flights);
         }
         wanted.iter().for_each(|region| store.set_region(*region, true));
-        let stale = flights.stale;
-        drop(flights);
-        let disk = store.disk();
-        let synced = blockmason::rt::blocking(move || disk.sync()).await;
+        Begun { wanted, resting, stale: flights.stale }
+    }
+
+    fn end_write(&self, store: &Store, begun: Begun, synced: Result<()>) -> Result<()> {
         let mut flights = self.flights();
-        match synced.unwrap_or_else(|| Err(Error::internal("marks were not made durable"))) {
-            Ok(()) => flights.suspect = false,
-            Err(error) => {
-                flights.suspect = true;
-                // Nothing has been announced there.
-                for region in wanted.into_iter().filter(|region| !flights.regions.is_durable(*region)) {
-                    store.set_region(region, false);
-                }
-                return Err(error);
+        flights.suspect = synced.is_err();
+        if synced.is_err() {
+            // Nothing has been announced there.
+            for region in begun.wanted.into_iter().filter(|region| !flights.regions.is_durable(*region)) {
+                store.set_region(region, false);
             }
+            return synced;
         }
-        wanted.into_iter().for_each(|region| flights.regions.set_durable(region));
-        for resting in resting {
+        begun.wanted.into_iter().for_each(|region| flights.regions.set_durable(region));
+        for resting in begun.resting {
             if flights.regions.take_back(resting) {
                 store.set_region(resting.region, false);
             }
         }
         // What was frozen once is dirty, durably.
-        if stale && std::mem::take(&mut flights.stale) {
+        if begun.stale && std::mem::take(&mut flights.stale) {
             self.write_frozen(store, &flights);
         }
         Ok(())
@@ -171,8 +184,14 @@ impl DirtyMap {
     /// # Errors
     /// The file could not be made durable. They stay set.
     pub async fn rest(&self, regions: Vec<Resting>) -> Result<()> {
-        self.flights().regions.resting.extend(regions);
-        self.write().await
+        if self.queue(regions) { self.write().await } else { Ok(()) }
+    }
+
+    /// True if there is something to write.
+    fn queue(&self, regions: Vec<Resting>) -> bool {
+        let mut flights = self.flights();
+        flights.regions.resting.extend(regions);
+        !flights.regions.resting.is_empty() || !flights.regions.wanted.is_empty() || flights.stale
     }
 
     /// Changes that are announced here go to a second disk, too, which is flushed apart: from now on no region is taken
@@ -198,6 +217,20 @@ impl DirtyMap {
     /// # Errors
     /// There is one that has not ended, or the file could not be made durable: then nothing is frozen.
     pub async fn freeze(&self) -> Result<()> {
+        self.begin_freeze()?;
+        let written = self.write().await;
+        let mut flights = self.flights();
+        flights.freezing = false;
+        if written.is_ok() {
+            self.lower(&mut flights, &(0..self.size()));
+        } else {
+            self.put_back(&mut flights);
+            flights.stale = true;
+        }
+        written
+    }
+
+    pub(super) fn begin_freeze(&self) -> Result<()> {
         let mut flights = self.flights();
         if flights.frozen.is_some() {
             return Err(Error::new(Kind::Busy, "a backup has begun already: wait for its end"));
@@ -212,21 +245,7 @@ impl DirtyMap {
             flights.stale = false;
             self.write_frozen(store, &flights);
         }
-        drop(flights);
-        let written = self.write().await;
-        let mut flights = self.flights();
-        flights.freezing = false;
-        match written {
-            Err(error) => {
-                self.put_back(&mut flights);
-                flights.stale = true;
-                Err(error)
-            }
-            Ok(()) => {
-                self.lower(&mut flights, &(0..self.size()));
-                Ok(())
-            }
-        }
+        Ok(())
     }
 
     /// What was frozen is dirty again.
@@ -250,6 +269,11 @@ impl DirtyMap {
     /// # Errors
     /// The file could not be made durable: it says more than is dirty, and never less.
     pub async fn thaw(&self, failed: bool) -> Result<()> {
+        self.end_frozen(failed);
+        if failed { self.write().await } else { Ok(()) }
+    }
+
+    fn end_frozen(&self, failed: bool) {
         let mut flights = self.flights();
         if failed {
             self.put_back(&mut flights);
@@ -262,8 +286,6 @@ impl DirtyMap {
                 self.write_frozen(store, &flights);
             }
         }
-        drop(flights);
-        if failed { self.write().await } else { Ok(()) }
     }
 
     /// Takes over what another map of the same disk knows; what it cannot know is dirty. To be called before this one

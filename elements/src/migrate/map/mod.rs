@@ -265,7 +265,7 @@ impl DirtyMap {
     }
 
     /// Says that a range of the copy may hold something else than the disk. What is not announced by an intent
-    /// outlives a loss of power only a moment later.
+    /// outlives a loss of power only some seconds later.
     pub fn set(&self, range: Range<u64>) {
         let mut flights = self.flights();
         self.spoil(&mut flights, &range, None);

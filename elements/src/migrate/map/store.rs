@@ -243,7 +243,7 @@ impl Store {
         }
     }
 
-    /// What `dirty` says, as found: with every granule of regions that are set if power may have been lost.
+    /// What is dirty by what was found: also every granule of regions that are set, if power may have been lost.
     pub(super) fn load(&self, same_boot: bool) -> Bits {
         let bits = Bits::new(self.layout.granules(), false);
         for (ix, _) in bits.words.iter().enumerate() {

@@ -1,4 +1,8 @@
 //! What the map says, without a file; and what a file says after the two kinds of crash.
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "the runs of a map are ranges, also where there is only one"
+)]
 
 mod crash;
 mod freeze;

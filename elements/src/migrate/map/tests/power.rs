@@ -175,7 +175,7 @@ impl World {
         let way = &mut self.ways[ix];
         way.steps += 1;
         match way.steps {
-            1 | 2 => self.disks[usize::from((way.number + u64::from(way.steps)) % 2 == 0)]
+            1 | 2 => self.disks[usize::from((way.number + u64::from(way.steps)).is_multiple_of(2))]
                 .write(&way.granules, way.number),
             3 if self.rng.u8(0..4) == 0 => way.intent.failed(),
             3 => way.intent.synced(),
@@ -318,4 +318,27 @@ fn a_mirror_is_never_called_clean_where_its_legs_differ() {
 #[test]
 fn a_backup_never_misses_what_has_changed() {
     play(0..60, false);
+}
+
+/// Where granules are large, a word of marks has those of several regions.
+#[tokio::test]
+async fn what_is_frozen_keeps_its_mark_until_it_is_durable_also_when_a_neighbour_lands() {
+    let layout = Layout::with_regions(SIZE, GRANULE, 4 * GRANULE);
+    let medium = Medium::new(layout);
+    let map = over(layout, &medium);
+    map.intend(0..1).await.unwrap().failed();
+    map.rest(map.resting(true)).await.unwrap();
+    assert!(!map.is_at_work());
+    let neighbour = map.intend(8 * GRANULE..9 * GRANULE).await.unwrap();
+    map.begin_freeze().unwrap();
+    medium.look();
+    drop(neighbour);
+    medium.look();
+    let (states, mut rng) = (medium.past.lock().unwrap().states.clone(), fastrand::Rng::with_seed(1));
+    for _ in 0..100 {
+        let left = Medium::new(layout);
+        let words = Medium::remains(&states, &mut rng);
+        left.words.iter().zip(words).for_each(|(word, value)| put(word, value));
+        assert!(store(layout, &left).load(false).has(0), "what was frozen is called clean");
+    }
 }
