@@ -297,6 +297,7 @@ impl Drop for Intent {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "one run of dirty bytes is meant")]
 mod tests {
     use super::*;
     use futures::FutureExt;
