@@ -100,7 +100,8 @@ pub const TYPE: ElementType = ElementType {
           out to be zero, is made zero at `to` and may become a hole there. Large holes are passed over at once, with \
           `(order up)` and where zeros are fast at `to`. Only whole granules of the map are written. The disk at `to` \
           may be larger than that at `from`; what lies behind the end of `from` is not touched, but for the rest \
-          of the last granule, which becomes zeros.\n\n\
+          of the last granule, which becomes zeros. What is written is not flushed: flush the disk at `to` before the \
+          one at `from` goes away.\n\n\
           **Guests first.** While guests are active, and for 100 ms after a request of theirs, two chunks at the \
           most are under way, each is followed by a pause as long as it took, 100 ms at the most, and `busy_rate` \
           counts, too. When they are idle, `depth` chunks are under way at `rate`. Zeros count nothing.\n\n\

@@ -228,14 +228,17 @@ impl Run<'_> {
         }
         match run {
             Some(run) => {
-                let mut told = self.copy.now();
-                (told.state, told.clean) = (State::Copying, false);
-                drop(told);
+                self.goes_on();
                 Next::Do(self.cut(walk, run).await)
             }
             None if self.place.map.is_dirty(0..self.place.end) => self.wait(State::Waiting, until),
             None => self.clean(),
         }
+    }
+
+    fn goes_on(&self) {
+        let mut now = self.copy.now();
+        (now.state, now.clean) = (State::Copying, false);
     }
 
     /// Whether what had failed is clean now, when the rest is tried again, and whether that is too much.

@@ -165,7 +165,10 @@ impl Guest {
 /// An operator who cannot make up his mind.
 async fn fidget(moving: &Moving, rng: &mut fastrand::Rng) {
     for _ in 0..10 {
-        pass(rng.u64(0..30)).await;
+        for _ in 0..rng.u64(0..30) {
+            pass(1).await;
+            assert_ne!(moving.get("state"), "differs", "{}", moving.get("progress"));
+        }
         match rng.u8(0..5) {
             0 => moving.set("paused", if rng.bool() { "yes" } else { "no" }),
             1 => moving.set("depth", &rng.u8(1..9).to_string()),

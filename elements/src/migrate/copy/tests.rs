@@ -1,9 +1,12 @@
-//! One case each of what a copier promises besides.
+//! Copying while guests write: one case each of what it promises. Orders of events have a file of their own.
 
-use super::world::{ALL, Moving, bytes, fresh, parked, pass, release, set, settle, world};
+mod orders;
+mod world;
+
 use blockmason::live::Options;
 use blockmason::testing::{checked, live, play_against_model, run};
 use blockmason::{Data, Op, Ops, Request, rt};
+use world::{ALL, Moving, bytes, fresh, parked, pass, release, set, settle, world};
 
 const SIZE: u64 = 300_000;
 
