@@ -97,6 +97,9 @@ pub const TYPE: ElementType = ElementType {
     build: |build: &Build<'_>| {
         let setup = build.read(Setup::from)?;
         let log = setup.log.as_ref().map(|log| build.refer(log)).transpose()?;
+        if let Some(log) = &log {
+            log.mirror();
+        }
         Ok(Arc::new(Tee { setup, log, legs: Mutex::default() }))
     },
     ..ElementType::BASE
@@ -315,7 +318,17 @@ impl Tee {
     fn send<'a>(&'a self, admitted: Admitted, cx: Cx<'a>) -> Flow<'a> {
         let Admitted { op, primary, others, announced } = admitted;
         let waited = self.send_others(others, announced.as_ref(), cx);
-        let primary = cx.forward(cx.prepared::<Below>().primary, primary);
+        let flush = self.log.as_ref().filter(|_| op == Op::Flush).map(|log| (log, log.flush_begins()));
+        let mut primary = cx.forward(cx.prepared::<Below>().primary, primary);
+        if let Some((log, number)) = flush {
+            // What a loss of power leaves of the old disk decides what the map may call clean.
+            primary = primary.then(move |reply| {
+                if reply.is_ok() {
+                    log.flushed(number);
+                }
+                reply
+            });
+        }
         together(op, primary, waited, announced, cx)
     }
 
