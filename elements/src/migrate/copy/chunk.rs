@@ -132,13 +132,15 @@ pub(super) struct Chunk<'a> {
     pub(super) place: &'a Place,
     pub(super) held: &'a Held<'a>,
     pub(super) moved: &'a Moved,
+    /// The disk at `from` is not asked for holes.
+    pub(super) dense: bool,
 }
 
 /// Copies what is dirty of a range.
 pub(super) async fn copy(step: &Step<'_>, range: &Range<u64>) -> Result<(), Failed> {
-    let Step { place, cx, moved } = *step;
+    let Step { place, cx, moved, dense } = *step;
     let held = place.hold(cx, range).await;
-    let chunk = Chunk { place, held: &held, moved };
+    let chunk = Chunk { place, held: &held, moved, dense };
     let mut at = range.start;
     while let Some(run) = place.map.next_dirty(at..range.end) {
         at = run.end;
@@ -150,7 +152,7 @@ pub(super) async fn copy(step: &Step<'_>, range: &Range<u64>) -> Result<(), Fail
 /// Makes zero what is dirty at the start of a range which is known to be a large hole, if it still is one. The rest
 /// stays dirty.
 pub(super) async fn zero(step: &Step<'_>, range: &Range<u64>) -> Result<(), Failed> {
-    let Step { place, cx, moved } = *step;
+    let Step { place, cx, moved, dense } = *step;
     let held = place.hold(cx, range).await;
     let Some(run) = place.map.next_dirty(range.clone()) else { return Ok(()) };
     let mut asked = request(Op::Extents, &run);
@@ -161,7 +163,7 @@ pub(super) async fn zero(step: &Step<'_>, range: &Range<u64>) -> Result<(), Fail
     if end <= run.start {
         return Ok(());
     }
-    Chunk { place, held: &held, moved }.put(run.start..end, None).await
+    Chunk { place, held: &held, moved, dense }.put(run.start..end, None).await
 }
 
 impl Chunk<'_> {
@@ -195,7 +197,8 @@ impl Chunk<'_> {
             _ => zeros.push(zero),
         };
         let end = if port == FROM { range.end.min(self.place.from) } else { range.end };
-        let (mut at, knows) = (range.start, [self.place.from_extents, self.place.to_extents][port]);
+        let knows = [self.place.from_extents && !self.dense, self.place.to_extents][port];
+        let mut at = range.start;
         while at < end && knows {
             let known = self.held.forward(port, request(Op::Extents, &(at..end))).await;
             let known = known.and_then(Answer::into_extents).unwrap_or_default();

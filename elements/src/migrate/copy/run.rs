@@ -26,14 +26,17 @@ pub(super) struct Step<'a> {
     pub(super) place: &'a Place,
     pub(super) cx: Cx<'a>,
     pub(super) moved: &'a Moved,
+    /// All of it was data when it was looked at last: to ask for holes again would be dear for nothing.
+    pub(super) dense: bool,
 }
 
 /// Something to do.
 enum Task {
-    Copy(Range<u64>),
+    /// The second says whether all of it was data.
+    Copy(Range<u64>, bool),
     /// The range is known to be a hole.
     Zero(Range<u64>),
-    Verify(Range<u64>),
+    Verify(Range<u64>, bool),
 }
 
 /// What whoever has the turn does.
@@ -157,7 +160,7 @@ impl Run<'_> {
             return self.wait(State::Differs, None);
         }
         if verify && walk.verify.is_none() {
-            walk.verify = Some(0);
+            (walk.verify, walk.ahead) = (Some(0), Default::default());
             self.begin_verify();
         }
         let state = if verify { State::Verifying } else { State::Copying };
@@ -165,7 +168,7 @@ impl Run<'_> {
             return self.wait(state, until);
         }
         match walk.verify {
-            Some(at) => self.choose_verify(walk, at),
+            Some(at) => self.choose_verify(walk, at).await,
             None => self.choose_copy(walk, now).await,
         }
     }
@@ -284,30 +287,34 @@ impl Run<'_> {
     /// Takes a chunk of the run, or a large hole.
     async fn cut(&self, walk: &mut Walk, run: Range<u64>) -> Task {
         let chunk = self.chunk(&run);
-        let may_leap = self.copy.order == Way::Up && self.place.to_fast && self.place.from_extents;
-        let hole = if may_leap { self.hole(walk, &run).await } else { chunk.clone() };
-        if hole.end - hole.start > self.place.chunk {
-            self.take(walk, &hole);
-            return Task::Zero(hole);
+        // What is known is known upwards.
+        let up = self.copy.order == Way::Up;
+        let dense = up && self.is_dense(walk, &chunk).await;
+        if up && !dense && self.place.to_fast && walk.ahead.1 {
+            let end =
+                self.place.down(walk.ahead.0.end.min(self.place.from)).min(run.end).min(run.start + AHEAD);
+            if end.saturating_sub(run.start) > self.place.chunk {
+                let hole = run.start..end;
+                self.take(walk, &hole);
+                return Task::Zero(hole);
+            }
         }
         self.take(walk, &chunk);
         self.desk.borrow_mut().pace.take(chunk.end - chunk.start);
-        Task::Copy(chunk)
+        Task::Copy(chunk, dense)
     }
 
-    /// What of a run seems to be a hole, from its start.
-    async fn hole(&self, walk: &mut Walk, run: &Range<u64>) -> Range<u64> {
-        let at = run.start;
-        if !walk.ahead.0.contains(&at) {
-            walk.ahead = self.look_ahead(at..self.place.from.min(at + AHEAD)).await;
+    /// Sees to it that it is known what the disk at `from` has at the start of a range. True if all of it is data.
+    async fn is_dense(&self, walk: &mut Walk, range: &Range<u64>) -> bool {
+        if !walk.ahead.0.contains(&range.start) {
+            walk.ahead = self.look_ahead(range.start..self.place.from.min(range.start + AHEAD)).await;
         }
         let (known, hole) = &walk.ahead;
-        let end = self.place.down(known.end.min(self.place.from)).min(run.end).min(at + AHEAD);
-        if *hole { at..end.max(at) } else { at..at }
+        !*hole && known.end >= range.end.min(self.place.from)
     }
 
     async fn look_ahead(&self, range: Range<u64>) -> (Range<u64>, bool) {
-        if range.is_empty() {
+        if range.is_empty() || !self.place.from_extents {
             return (range, false);
         }
         let mut asked = request(Op::Extents, &range);
@@ -327,22 +334,24 @@ impl Run<'_> {
         self.copy.now().error.clear();
     }
 
-    fn choose_verify(&self, walk: &mut Walk, at: u64) -> Next {
-        let desk = self.desk.borrow();
-        if at < self.place.from && desk.broken.is_none() {
+    async fn choose_verify(&self, walk: &mut Walk, at: u64) -> Next {
+        let (broken, under_way) = {
+            let desk = self.desk.borrow();
+            (desk.broken.is_some(), desk.under_way)
+        };
+        if at < self.place.from && !broken {
             let chunk = at..self.place.from.min(at + self.place.chunk);
-            drop(desk);
             walk.verify = Some(chunk.end);
             self.copy.now().state = State::Verifying;
             self.desk.borrow_mut().pace.take(chunk.end - chunk.start);
-            return Next::Do(Task::Verify(chunk));
+            let dense = self.is_dense(walk, &chunk).await;
+            return Next::Do(Task::Verify(chunk, dense));
         }
-        if desk.under_way > 0 {
-            drop(desk);
+        if under_way > 0 {
             return self.wait(State::Verifying, None);
         }
         walk.verify = None;
-        self.end_verify(&desk);
+        self.end_verify(&self.desk.borrow());
         Next::Look
     }
 
@@ -368,19 +377,19 @@ impl Run<'_> {
     }
 
     async fn perform(&self, task: &Task, moved: &Moved) {
-        let step = Step { place: self.place, cx: self.cx, moved };
+        let step = |dense: bool| Step { place: self.place, cx: self.cx, moved, dense };
         match task {
-            Task::Copy(range) => {
-                let done = chunk::copy(&step, range).await;
+            Task::Copy(range, dense) => {
+                let done = chunk::copy(&step(*dense), range).await;
                 self.count(moved, range.end - range.start);
                 self.end(range, done);
             }
             Task::Zero(range) => {
-                let done = chunk::zero(&step, range).await;
+                let done = chunk::zero(&step(false), range).await;
                 self.count(moved, 0);
                 self.end(range, done);
             }
-            Task::Verify(range) => self.end_part(range, verify::verify(&step, range).await),
+            Task::Verify(range, dense) => self.end_part(range, verify::verify(&step(*dense), range).await),
         }
     }
 

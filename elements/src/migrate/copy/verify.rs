@@ -48,9 +48,9 @@ impl Findings {
 
 /// Compares what is clean of a range. What differs is made dirty.
 pub(super) async fn verify(step: &Step<'_>, range: &Range<u64>) -> Result<Findings, Failed> {
-    let Step { place, cx, moved } = *step;
+    let Step { place, cx, moved, dense } = *step;
     let held = place.hold(cx, range).await;
-    let chunk = Chunk { place, held: &held, moved };
+    let chunk = Chunk { place, held: &held, moved, dense };
     let mut found = Findings::default();
     let mut at = range.start;
     while at < range.end {
