@@ -447,9 +447,15 @@ pub fn read(path: &Path) -> Result<Option<Head>> {
 /// # Errors
 /// There is no sound head, or it cannot be written. What it said before it says still.
 pub fn restand(path: &Path, generation: u64, standing: Standing) -> Result<()> {
-    let head = file::read(path)?.ok_or_else(|| {
-        Error::new(Kind::Unavailable, "the head of a volume that moves is gone").with_path(path)
-    })?;
+    let Some(head) = file::read(path)? else {
+        // A move that ended before it began.
+        return match standing {
+            Standing::Active if generation == 0 => Ok(()),
+            _ => {
+                Err(Error::new(Kind::Unavailable, "the head of a volume that moves is gone").with_path(path))
+            }
+        };
+    };
     let plain = head.ways.iter().all(Vec::is_empty);
     if plain && generation == 0 && standing == Standing::Active {
         return file::remove(path);

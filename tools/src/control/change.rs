@@ -76,8 +76,9 @@ impl Served {
         daemon: &Daemon,
         next: Spec,
         heads: Heads,
+        deadline: Duration,
     ) -> Result<ChangeView, Refusal> {
-        let options = Options { heads, ..Options::default() };
+        let options = Options { heads, deadline, ..Options::default() };
         let how = How { options, dry_run: false, save: false, moves: true };
         self.change(saving, daemon, |_| Ok(next), how).await
     }

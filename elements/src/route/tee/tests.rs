@@ -682,3 +682,30 @@ fn legs_below_a_write_ahead_log_end_alike() {
         });
     }
 }
+
+/// Guests' flushes go to the old disk and not down the leg. Until one has, a loss of power may leave there what was
+/// before, and on the leg what came after.
+#[test]
+fn the_map_takes_nothing_back_before_the_old_disk_has_been_flushed() {
+    run(1, async |host| {
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!(
+            "element T (type tee) (primary old) (log D)\n\
+             element F (type filter) (drop read flush)\n\
+             element D (type log_dirty) (granule 4k) (file \"{}/map\")\n\
+             element O (type mem) (size 64k) element N (type mem) (size 64k)\n\
+             (T, old) -> O (T, new) -> F -> D -> N",
+            folder.path().display()
+        );
+        let disk = TestDisk::new(&host, *CATALOGUE, &text, "T").await.unwrap();
+        let graph = disk.disk.graph();
+        let log = graph.instances().find(|instance| instance.name == "D").unwrap();
+        let map = *log.element.provide("dirty_map").unwrap().downcast::<Arc<DirtyMap>>().unwrap();
+        disk.write(0, &[1; 4096]).await.unwrap();
+        settle().await;
+        assert!(map.is_at_work() && map.resting(true).is_empty());
+        disk.op(Op::Flush, 0, 0).await.unwrap();
+        settle().await;
+        assert_eq!(map.resting(true).len(), 1);
+    });
+}

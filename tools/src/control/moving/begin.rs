@@ -11,7 +11,7 @@ use blockmason::graph::Graph;
 use blockmason::graph::build::{Builder, connections};
 use blockmason::heads::{self, Standing, Volume};
 use blockmason::lang::Spec;
-use blockmason::live::Fate;
+use blockmason::live::{self, Fate};
 use blockmason::{Error, rt};
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -69,7 +69,10 @@ impl Served {
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
         record.write(daemon, &self.path)?;
         let begun = match sides.stand(&record.heads) {
-            Ok(()) => self.change_to(&saving, daemon, next, blockmason::live::Heads::Moving).await,
+            Ok(()) => {
+                self.change_to(&saving, daemon, next, live::Heads::Moving, live::Options::default().deadline)
+                    .await
+            }
             Err(error) => Err(Refusal::of(&error)),
         };
         if let Err(refusal) = begun {

@@ -29,27 +29,35 @@ pub(crate) async fn cut_over(
     disks: &[(Arc<Served>, Arc<Job>)],
     deadline: Option<f64>,
 ) -> Result<(), Refusal> {
-    let mut graphs: BTreeMap<String, (Arc<Served>, Vec<Arc<Job>>)> = BTreeMap::new();
+    let mut graphs: BTreeMap<String, (Arc<Served>, Vec<Wanted>)> = BTreeMap::new();
     for (served, job) in disks {
         let name = served.live.name().to_owned();
-        graphs.entry(name).or_insert_with(|| (served.clone(), Vec::new())).1.push(job.clone());
+        let wanted = Wanted { job: job.clone(), is_mirror: job.record().options.is_mirror };
+        graphs.entry(name).or_insert_with(|| (served.clone(), Vec::new())).1.push(wanted);
     }
     let meeting = Arc::new(Meeting::of(graphs.len()));
     let cuts = graphs.values().map(|(served, jobs)| cut_graph(served, daemon, jobs, &meeting, deadline));
     join_all(cuts).await.into_iter().collect()
 }
 
+/// A cut-over as it was asked for.
+struct Wanted {
+    job: Arc<Job>,
+    /// It is the way back.
+    is_mirror: bool,
+}
+
 async fn cut_graph(
     served: &Arc<Served>,
     daemon: &Arc<Daemon>,
-    jobs: &[Arc<Job>],
+    wanted: &[Wanted],
     meeting: &Arc<Meeting>,
     deadline: Option<f64>,
 ) -> Result<(), Refusal> {
-    let cut = cut(served, daemon, jobs, meeting, deadline).await;
+    let cut = cut(served, daemon, wanted, meeting, deadline).await;
     if let Err(refusal) = &cut {
         meeting.fail();
-        jobs.iter().filter(|job| !job.state().is_over()).for_each(|job| job.not_cut(refusal));
+        wanted.iter().for_each(|wanted| wanted.job.not_cut(refusal));
     }
     cut
 }
@@ -57,15 +65,19 @@ async fn cut_graph(
 async fn cut(
     served: &Arc<Served>,
     daemon: &Arc<Daemon>,
-    jobs: &[Arc<Job>],
+    wanted: &[Wanted],
     meeting: &Arc<Meeting>,
     deadline: Option<f64>,
 ) -> Result<(), Refusal> {
     let saving = served.saving.lock().await;
-    for job in jobs {
+    for Wanted { job, is_mirror } in wanted {
         job.goes_on()?;
-        job.cutting();
+        if job.record().options.is_mirror != *is_mirror {
+            return Err(Refusal::invalid(format!("{} has just cut over", job.disk())));
+        }
     }
+    let jobs: Vec<&Arc<Job>> = wanted.iter().map(|wanted| &wanted.job).collect();
+    jobs.iter().for_each(|job| job.cutting());
     let running = served.live.spec();
     let graph = print(&running, CATALOGUE, Path::new("/"));
     let mut records: Vec<Record> = jobs.iter().map(|job| job.record()).collect();

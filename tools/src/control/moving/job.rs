@@ -21,6 +21,9 @@ const EVERY: Duration = Duration::from_millis(50);
 /// How long a cut-over that could not be made waits before it is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 
+/// How long guests may wait behind the gate for a new disk that is given up, and may not answer.
+const GIVING_UP: Duration = Duration::from_secs(1);
+
 /// A move, from its begin or from a restart until it is over.
 pub(crate) struct Job {
     now: Mutex<Now>,
@@ -38,9 +41,11 @@ struct Now {
     pause: Option<Duration>,
     took: Option<Duration>,
     asked: Option<Asked>,
+    /// Why it is given up, if nobody has asked for that.
+    why: Option<String>,
     /// Since when the new side fails.
     failing: Option<Instant>,
-    /// When a cut-over may be tried again.
+    /// When what could not be done may be tried again.
     again: Option<Instant>,
     comparing: Comparing,
 }
@@ -95,6 +100,7 @@ impl Job {
                 pause: None,
                 took: None,
                 asked: None,
+                why: None,
                 failing: None,
                 again: None,
                 comparing: Comparing::No,
@@ -217,6 +223,9 @@ impl Job {
     /// The cut-over could not be made, and may be tried again.
     pub(super) fn not_cut(&self, refusal: &Refusal) {
         let mut now = self.now();
+        if now.state != MoveState::Cutting {
+            return;
+        }
         (now.state, now.message) = (MoveState::Copying, refusal.message.clone());
         now.again = Some(rt::now() + AGAIN);
         now.failing.get_or_insert_with(rt::now);
@@ -250,7 +259,10 @@ impl Job {
             return Next::Over;
         }
         if now.asked == Some(Asked::Abort) {
-            return Next::Abort("it was given up".to_owned());
+            return match now.again {
+                Some(again) if rt::now() < again => Next::Look,
+                _ => Next::Abort(now.why.clone().unwrap_or_else(|| "it was given up".to_owned())),
+            };
         }
         if now.progress.state == "differs" {
             return Next::Abort(format!("the two sides differ: {}", now.progress.error));
@@ -347,13 +359,16 @@ impl Job {
         let record = self.record();
         let spec = served.live.spec();
         let changed = match record.names.without_mirror(&spec, Side::Old) {
-            Ok((next, _)) => served.change_to(&saving, daemon, next, Heads::Moving).await.map(drop),
+            Ok((next, _)) => {
+                served.change_to(&saving, daemon, next, Heads::Moving, GIVING_UP).await.map(drop)
+            }
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = changed {
             let mut now = self.now();
             now.message = format!("{why}; it cannot be given up yet: {}", refusal.message);
-            (now.asked, now.again) = (Some(Asked::Abort), None);
+            (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
+            now.why = Some(why.to_owned());
             return;
         }
         let heads = &record.heads;
