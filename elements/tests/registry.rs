@@ -221,6 +221,14 @@ fn graphs_that_need_no_client_check_and_serve() {
     run("powerloss", include_str!("../../graphs/powerloss.mason")).unwrap();
 }
 
+#[test]
+fn graphs_of_moves_check_and_serve() {
+    run("migrate", include_str!("../../graphs/migrate.mason")).unwrap();
+    let compound = include_str!("../../graphs/lib/migrate.mason");
+    let moving = include_str!("../../graphs/moving.mason");
+    run("moving", &moving.replace("include \"lib/migrate.mason\"", compound)).unwrap();
+}
+
 /// Whoever keeps data in memory says so before another process goes on without it.
 #[test]
 fn what_does_not_survive_is_not_handed_over() {

@@ -5,6 +5,7 @@
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
 use blockmason::lang::{Edit, Spec, edit};
+use blockmason::live::{Diff, Fate};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -68,9 +69,8 @@ impl Names {
     /// True if a change leaves the elements of the move, and what leads from one to the other, as they are.
     pub(super) fn untouched(&self, before: &Spec, next: &Spec) -> bool {
         let all = self.between().into_iter().chain([self.disk.as_str(), self.new.as_str()]);
-        let element = |spec: &Spec, name: &str| spec.find(name).map(|ix| spec.elements[ix].clone());
-        let same =
-            |name: &str| element(before, name).is_some() && element(before, name) == element(next, name);
+        let diff = Diff::between(before, next, CATALOGUE);
+        let same = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let edges = |spec: &Spec| -> Vec<String> {
             let ours = |ix: usize| self.between().contains(&spec.elements[ix].name.as_str());
             let edges = spec.edges.iter().filter(|edge| ours(edge.from));
@@ -210,5 +210,97 @@ impl Target {
         let named = self.0.strip_prefix("element ").map(str::trim_start);
         let name = named.and_then(|text| text.split(|c: char| c.is_whitespace() || c == '(').next());
         name.unwrap_or(otherwise).to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::left::parse_printed;
+    use blockmason::lang::print;
+
+    fn spec(text: &str) -> Spec {
+        parse_printed(Path::new("t.mason"), Path::new("/srv/t.mason"), text.to_owned()).unwrap()
+    }
+
+    fn vm1() -> Spec {
+        spec(
+            "element Guest (type nbd) (listen unix:/g.sock)\nelement Other (type nbd) (listen unix:/o.sock)\n\
+             element Log (type debug_log)\nelement Disk (type file) (path /a.img)\n\
+             Guest -> Log -> Disk\nOther -> Disk\n",
+        )
+    }
+
+    fn plan() -> Plan<'static> {
+        Plan { map: Path::new("/map"), clean: false, copy: "(rate 1M/s)" }
+    }
+
+    fn edges(spec: &Spec) -> Vec<String> {
+        let mut edges: Vec<_> = spec.edges.iter().map(|edge| spec.edge_text(edge)).collect();
+        edges.sort();
+        edges
+    }
+
+    fn mirrored(to: &str) -> (Names, Spec) {
+        let target = Target::new(to);
+        let names = Names { new: target.top("Disk_new"), ..Names::of("Disk", false) };
+        let next = names.with_mirror(&vm1(), &target, &plan(), Path::new("/srv")).unwrap();
+        (names, next)
+    }
+
+    #[test]
+    fn everything_that_led_to_the_disk_leads_to_the_mirror_and_back() {
+        let (names, moving) = mirrored("file (path b.img)");
+        assert!(names.are_in(&moving) && !names.are_in(&vm1()));
+        let into_tee = edges(&moving).into_iter().filter(|edge| edge.ends_with("-> Disk_tee"));
+        assert_eq!(into_tee.collect::<Vec<_>>(), ["Log -> Disk_tee", "Other -> Disk_tee"]);
+        let (old, renames) = names.without_mirror(&moving, Side::Old).unwrap();
+        assert_eq!((edges(&old), old.elements.len(), renames), (edges(&vm1()), 4, vec![]));
+        let (new, renames) = names.without_mirror(&moving, Side::New).unwrap();
+        assert_eq!((edges(&new), new.elements.len()), (edges(&vm1()), 4));
+        assert_eq!(renames, [("Disk_new".to_owned(), "Disk".to_owned())]);
+        assert!(print(&new, CATALOGUE, Path::new("/")).contains("/srv/b.img"));
+    }
+
+    #[test]
+    fn the_mirror_turned_round_has_the_old_disk_on_its_leg() {
+        let (names, moving) = mirrored("file (path b.img)");
+        let (reversed, back, renames) = names.reversed(&moving, &plan()).unwrap();
+        assert!(back.are_in(&reversed) && !names.between().iter().any(|name| reversed.find(name).is_some()));
+        let path = |spec: &Spec, name: &str| {
+            spec.elements[spec.find(name).unwrap()].params.get("path").unwrap()[0].text().to_owned()
+        };
+        assert_eq!(
+            (path(&reversed, "Disk"), path(&reversed, &back.new)),
+            ("/srv/b.img".into(), "/a.img".into())
+        );
+        assert_eq!(renames.len(), 2);
+        let (home, _) = back.without_mirror(&reversed, Side::New).unwrap();
+        assert_eq!((edges(&home), path(&home, "Disk")), (edges(&vm1()), "/a.img".to_owned()));
+    }
+
+    #[test]
+    fn a_target_may_be_several_elements() {
+        let to = "element Both (type linear) element A (type file) (path x) element B (type file) (path y) \
+                  (Both, a) -> A (Both, b) -> B";
+        let (names, moving) = mirrored(to);
+        assert_eq!(names.new, "Both");
+        let (new, _) = names.without_mirror(&moving, Side::New).unwrap();
+        assert!(new.find("Both").is_none() && edges(&new).contains(&"(Disk, a) -> A".to_owned()));
+    }
+
+    #[test]
+    fn other_changes_leave_a_move_untouched() {
+        let (names, moving) = mirrored("null (size 1G)");
+        let insert = |element: &str, above: &str, below: &str| Edit::Insert {
+            element: element.to_owned(),
+            above: above.to_owned(),
+            below: below.to_owned(),
+        };
+        let edited = |edit| names.edited(&moving, &[edit], Path::new("/")).unwrap();
+        assert!(names.untouched(&moving, &edited(insert("probe", "Guest", "Log"))));
+        assert!(!names.untouched(&moving, &edited(insert("probe", "Disk_dirty", "Disk_new"))));
+        assert!(!names.untouched(&moving, &edited(Edit::Remove { element: "Disk_leg".to_owned() })));
+        assert!(!names.untouched(&moving, &vm1()));
     }
 }
