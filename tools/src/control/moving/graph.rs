@@ -5,6 +5,7 @@
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
 use blockmason::lang::{Edit, Spec, edit};
+use blockmason::live::{Diff, Fate};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -68,9 +69,9 @@ impl Names {
     /// True if a change leaves the elements of the move, and what leads from one to the other, as they are.
     pub(super) fn untouched(&self, before: &Spec, next: &Spec) -> bool {
         let all = self.between().into_iter().chain([self.disk.as_str(), self.new.as_str()]);
-        let element = |spec: &Spec, name: &str| spec.find(name).map(|ix| spec.elements[ix].clone());
-        let same =
-            |name: &str| element(before, name).is_some() && element(before, name) == element(next, name);
+        // Not by their text: an edit may write the same path in another way.
+        let diff = Diff::between(before, next, CATALOGUE);
+        let same = |name: &str| diff.fate(name) == Some(Fate::Kept);
         let edges = |spec: &Spec| -> Vec<String> {
             let ours = |ix: usize| self.between().contains(&spec.elements[ix].name.as_str());
             let edges = spec.edges.iter().filter(|edge| ours(edge.from));
@@ -122,28 +123,38 @@ impl Names {
 
     /// The mirror the other way round: the new disk answers and is called as the old one was, which is kept up to
     /// date. Both are the same at this instant.
-    pub(super) fn reversed(&self, spec: &Spec, plan: &Plan<'_>) -> Result<(Spec, Names, Renames), Refusal> {
+    pub(super) fn reversed(
+        &self,
+        spec: &Spec,
+        plan: &Plan<'_>,
+        file: &Path,
+    ) -> Result<(Spec, Names, Renames), Refusal> {
         let back = Names::of(&self.disk, true);
         // The disks keep their names until the rest is in order.
         let mirror = Names { disk: self.new.clone(), new: self.disk.clone(), ..back.clone() };
         let mut edits = vec![Edit::Add { text: mirror.mirror(plan) }];
         edits.extend(self.edges_to_tee(spec, &mirror.tee));
         edits.push(Edit::Remove { element: self.copy.clone() });
-        let mut next = self.edited(spec, &edits, Path::new("/"))?;
+        let mut next = self.edited(spec, &edits, folder_of(file))?;
         let renames = vec![(self.new.clone(), back.disk.clone()), (self.disk.clone(), back.new.clone())];
         rename(&mut next, &renames);
         Ok((next, back, renames))
     }
 
     /// The graph with one of the two in the place of the mirror, and who goes on under another name.
-    pub(super) fn without_mirror(&self, spec: &Spec, side: Side) -> Result<(Spec, Renames), Refusal> {
+    pub(super) fn without_mirror(
+        &self,
+        spec: &Spec,
+        side: Side,
+        file: &Path,
+    ) -> Result<(Spec, Renames), Refusal> {
         let stays = match side {
             Side::Old => &self.disk,
             Side::New => &self.new,
         };
         let mut edits = self.edges_to_tee(spec, stays);
         edits.push(Edit::Remove { element: self.copy.clone() });
-        let mut next = self.edited(spec, &edits, Path::new("/"))?;
+        let mut next = self.edited(spec, &edits, folder_of(file))?;
         let renames = match side {
             Side::Old => Vec::new(),
             Side::New => vec![(self.new.clone(), self.disk.clone())],
@@ -166,6 +177,11 @@ impl Names {
         let name = format!("moving {}", self.disk);
         edit(spec, edits, &name, folder, CATALOGUE).map_err(|diagnostics| Refusal::graph(&diagnostics))
     }
+}
+
+/// Paths of a graph file that are relative start here, and stay so.
+fn folder_of(file: &Path) -> &Path {
+    file.parent().unwrap_or(Path::new("/"))
 }
 
 /// Names from now on, by those before.
