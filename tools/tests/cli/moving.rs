@@ -9,6 +9,9 @@ const GRAPH: &str = "element Guest (type nbd) (listen unix:vm1.nbd)\n\
     element Second (type file) (path second.img) (size 4M)\n\
     Guest -> Disk\nOther -> Second\n";
 
+/// The number of a flush on the wire.
+const FLUSH: u16 = 3;
+
 /// Slow enough that a move is still there when the next command comes.
 const SLOWLY: [&str; 4] = ["--rate", "64k/s", "--until", "begun"];
 
@@ -137,5 +140,32 @@ fn a_graph_is_edited_elsewhere_while_its_disk_moves() {
     home.mason(&["migrate", "cutover"]).done();
     let file = graph_file(&home);
     assert!(file.contains("(type probe)") && file.contains("(path b.img)"), "{file}");
+    stop(daemon);
+}
+
+#[test]
+fn a_cut_over_that_was_refused_is_not_made_later() {
+    let home = home();
+    home.file(
+        "vm1.mason",
+        &GRAPH.replace("Guest -> Disk", "element Slow (type delay)\nGuest -> Slow -> Disk"),
+    );
+    let daemon = serve(&home);
+    moved(&home, "file (path b.img)", &["--cutover", "manual", "--until", "ready"]);
+    home.mason(&["set", "Slow.flush", "3s"]).done();
+    std::thread::scope(|scope| {
+        let mut client = home.nbd_client("vm1.nbd");
+        scope.spawn(move || client.send(FLUSH, 0, 0).unwrap());
+        wait_until("nothing is in flight", || home.mason(&["status"]).out.contains("1 in flight"));
+        let refused = home.mason(&["migrate", "cutover", "--deadline", "100ms"]).failed();
+        assert!(refused.contains("have not ended in 100ms"), "{refused}");
+    });
+    // It would be tried again after a second.
+    let end = Instant::now() + Duration::from_millis(1500);
+    wait_until("it is not ready again", || home.mason(&["migrate", "status"]).out.contains(": ready"));
+    while Instant::now() < end {
+        let status = home.mason(&["migrate", "status"]).done();
+        assert!(status.starts_with("vm1 Disk: ready"), "{status}");
+    }
     stop(daemon);
 }

@@ -222,10 +222,15 @@ impl Job {
         self.set(MoveState::Cutting, "the new disk takes over");
     }
 
-    /// The cut-over could not be made, and may be tried again.
+    /// The cut-over could not be made. It is tried again if it was not asked for at this instant.
     pub(super) fn not_cut(&self, refusal: &Refusal) {
         let mut now = self.now();
         (now.state, now.message) = (MoveState::Copying, refusal.message.clone());
+        let Options { manual, is_mirror, .. } = now.record.options;
+        // Who has said when it is to be has been told, and says so again.
+        if (manual || is_mirror) && now.asked != Some(Asked::Cutover) {
+            return;
+        }
         now.again = Some(rt::now() + AGAIN);
         now.failing.get_or_insert_with(rt::now);
     }
