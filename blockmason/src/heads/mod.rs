@@ -94,10 +94,9 @@ impl Volume {
         self.name.as_deref()
     }
 
-    /// What it is called by people: the path of its image, or what its head is called.
+    /// What it is called by people.
     pub fn called(&self) -> String {
-        let path = self.at.path.display().to_string();
-        path.strip_suffix(".mason-head").unwrap_or(&path).to_owned()
+        self.at.called.clone()
     }
 
     /// Writes where it stands, under the name `name` if it is given. When this returns, it is durable.
@@ -429,8 +428,12 @@ pub fn below(spec: &Spec, graph: &Graph, element: &str) -> Result<Vec<Volume>> {
         reached.extend(more);
     }
     let names: HashSet<&str> = reached.iter().map(|ix| spec.elements[*ix].name.as_str()).collect();
+    // By their places: a volume that several elements store is called by the first of them.
+    let sinks = graph.instances().filter(|instance| names.contains(instance.name.as_str()));
+    let places: HashSet<PathBuf> =
+        sinks.filter_map(|instance| instance.element.head()).map(|at| at.path).collect();
     let volumes = survey(&[(spec, graph)], Names::Keep, Moves::Known)?;
-    Ok(volumes.into_iter().filter(|volume| names.contains(volume.element.as_str())).collect())
+    Ok(volumes.into_iter().filter(|volume| places.contains(&volume.at.path)).collect())
 }
 
 /// The head at a path; None if there is none.

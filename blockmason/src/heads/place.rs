@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 pub struct HeadPlace {
     /// The head. One path for one volume, whatever names lead to it.
     pub path: PathBuf,
+    /// What people call the volume: the path of its image, or where it is.
+    pub called: String,
     /// The sink never writes: its head is compared and not written.
     pub read_only: bool,
     /// The image, if it is not there (yet).
@@ -25,13 +27,14 @@ impl HeadPlace {
             true => HeadPlace::of_device(image, state_dir),
             false => beside(&whole(image)),
         };
-        HeadPlace { path, read_only: false, missing: (!image.exists()).then(|| image.to_owned()) }
+        let missing = (!image.exists()).then(|| image.to_owned());
+        HeadPlace { path, called: whole(image).display().to_string(), read_only: false, missing }
     }
 
     /// Of something elsewhere that `kind` and `id` name, in the folder for state.
     pub fn keyed(kind: &str, id: &str, state_dir: &Path) -> HeadPlace {
         let path = state_dir.join("heads").join(file_name(kind, id));
-        HeadPlace { path, read_only: false, missing: None }
+        HeadPlace { path, called: id.to_owned(), read_only: false, missing: None }
     }
 
     /// The same, kept elsewhere.
@@ -137,6 +140,8 @@ mod tests {
         }
         let kept = place.kept_at(Some(&home.join("heads/one")));
         assert_eq!(kept.path, home.join("heads/one"));
+        assert_eq!(kept.called, image.display().to_string());
+        assert_eq!(HeadPlace::keyed("nbd", "nbd://h/a", Path::new("/state")).called, "nbd://h/a");
     }
 
     #[test]

@@ -69,16 +69,16 @@ impl Served {
         self.change(&saving, daemon, |_| Ok(next), How::asked(options)).await
     }
 
-    /// Replaces the graph as a step of a move.
+    /// Replaces the graph as a step of a move. `flush_by` says what is flushed before, if it is not all.
     pub(super) async fn change_to(
         &self,
         saving: &MutexGuard<'_, ()>,
         daemon: &Daemon,
         next: Spec,
-        heads: Heads,
+        flush_by: Option<Vec<(String, String)>>,
         deadline: Duration,
     ) -> Result<ChangeView, Refusal> {
-        let options = Options { heads, deadline, ..Options::default() };
+        let options = Options { heads: Heads::Moving, flush_by, deadline, ..Options::default() };
         let how = How { options, dry_run: false, save: false, moves: true };
         self.change(saving, daemon, |_| Ok(next), how).await
     }

@@ -22,15 +22,17 @@ use blockmason::lang::value::Time;
   mason migrate vm1 Disk --back           the old disk, kept the same, takes over again
   mason migrate status
 
-What guests change goes to both disks from the start, and guests are answered by the old one. The rest is copied in the
-background, holes and zeros without their bytes. When both are the same the new disk takes over: requests wait
-until those in flight have ended and the new disk has flushed. The graph file is written anew.
+What guests change goes to both disks from the start, and guests are answered by the old one.
+The rest is copied in the background, holes and zeros without their bytes. When both are the
+same the new disk takes over: requests wait until those in flight have ended and the new disk
+has flushed. The graph file is written anew.
 
-The daemon does all this. When this command is interrupted the move goes on, and `mason migrate status` tells how far it
-is; when the daemon ends, whatever ends it, it goes on at the next start. Until the new disk has taken over, the old one
-has everything.
+The daemon does all this. When this command is interrupted the move goes on, and `mason migrate
+status` tells how far it is; when the daemon ends, whatever ends it, it goes on at the next
+start. Until the new disk has taken over, the old one has everything.
 
-A new disk that is there and large enough is overwritten; a file that is not there becomes as large as the old disk.")]
+A new disk that is there and large enough is overwritten; a file that is not there becomes as
+large as the old disk.")]
 pub(crate) struct Args {
     #[command(subcommand)]
     what: Option<What>,
@@ -332,7 +334,9 @@ fn sentence(view: &MoveView) -> String {
     let how_far = match view.state {
         MoveState::Copying | MoveState::Paused => {
             let done = view.total.saturating_sub(view.remaining);
-            format!(", {} of {}, {}/s", Bytes(done), Bytes(view.total), Bytes(view.rate))
+            let rate = format!(", {}/s", Bytes(view.rate));
+            let rate = if view.state == MoveState::Paused { String::new() } else { rate };
+            format!(", {} of {}{rate}", Bytes(done), Bytes(view.total))
         }
         MoveState::Verifying => format!(", {} of {}", Bytes(view.verified), Bytes(view.total)),
         MoveState::Ready | MoveState::Cutting => String::new(),

@@ -18,6 +18,7 @@ mod heads;
 mod live;
 mod load;
 mod metrics;
+mod moving;
 mod refused;
 mod run;
 mod show;

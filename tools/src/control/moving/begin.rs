@@ -25,7 +25,7 @@ const PATIENCE: f64 = 30.0;
 struct Sides {
     old: Vec<Volume>,
     new: Vec<Volume>,
-    /// Volumes of the graph that are neither.
+    /// Other volumes of the graph as it runs.
     others: Vec<Volume>,
 }
 
@@ -69,10 +69,7 @@ impl Served {
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
         record.write(daemon, &self.path)?;
         let begun = match sides.stand(&record.heads) {
-            Ok(()) => {
-                self.change_to(&saving, daemon, next, live::Heads::Moving, live::Options::default().deadline)
-                    .await
-            }
+            Ok(()) => self.change_to(&saving, daemon, next, None, live::Options::default().deadline).await,
             Err(error) => Err(Refusal::of(&error)),
         };
         if let Err(refusal) = begun {
@@ -107,23 +104,25 @@ impl Served {
         let kept = running.instances().filter(|instance| stays(&instance.name));
         let kept: HashMap<_, _> = kept.map(|it| (it.name.clone(), it.clone())).collect();
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
-        let (graph, next, names) = (self.live.name().to_owned(), next.clone(), names.clone());
+        let (name, now) = (self.live.name().to_owned(), self.live.spec());
+        let (next, names) = (next.clone(), names.clone());
         let build = move || {
-            let builder = Builder { catalogue: CATALOGUE, name: &graph, state_dir: &state_dir, shards };
+            let builder = Builder { catalogue: CATALOGUE, name: &name, state_dir: &state_dir, shards };
             let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
-            Sides::of(&next, &built, &names)
+            Sides::of(&next, &built, &names, &now, &running)
         };
         rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
     }
 }
 
 impl Sides {
-    fn of(spec: &Spec, graph: &Graph, names: &Names) -> Result<Sides, Error> {
-        let old = heads::below(spec, graph, &names.disk)?;
-        let new = heads::below(spec, graph, &names.new)?;
-        let all = heads::survey(&[(spec, graph)], heads::Names::Keep, heads::Moves::Known)?;
+    /// Of the next graph; what else there is, from the one that runs: the new disk must be none of it.
+    fn of(next: &Spec, graph: &Graph, names: &Names, now: &Spec, running: &Graph) -> Result<Sides, Error> {
+        let old = heads::below(next, graph, &names.disk)?;
+        let new = heads::below(next, graph, &names.new)?;
+        let all = heads::survey(&[(now, running)], heads::Names::Keep, heads::Moves::Known)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
-        let others = all.into_iter().filter(|volume| !old.iter().chain(&new).any(|one| is(one, volume)));
+        let others = all.into_iter().filter(|volume| !old.iter().any(|one| is(one, volume)));
         let others = others.collect();
         Ok(Sides { old, new, others })
     }
@@ -132,8 +131,7 @@ impl Sides {
     fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
-                let message =
-                    format!("{}: it is the disk {} itself, by another way", new.called(), old.element);
+                let message = format!("{}: it is the disk {} itself", new.called(), old.element);
                 return Err(Refusal::invalid(message));
             }
             if let Some(other) = self.others.iter().find(|other| same(other, new)) {

@@ -151,7 +151,7 @@ impl After {
         for record in moves {
             let (spec, renames, mirror) = match record.options.keep_mirror {
                 false => {
-                    let (spec, renames) = record.names.without_mirror(&after.spec, Side::New)?;
+                    let (spec, renames) = record.names.without_mirror(&after.spec, Side::New, file)?;
                     (spec, renames, None)
                 }
                 true => after.reversed(daemon, file, record)?,
@@ -171,7 +171,7 @@ impl After {
     ) -> Result<(Spec, Renames, Option<Record>), Refusal> {
         let map = Record::map(daemon, file, &Names::of(&record.names.disk, true));
         let plan = Plan { map: &map, clean: true, copy: "" };
-        let (spec, names, renames) = record.names.reversed(&self.spec, &plan)?;
+        let (spec, names, renames) = record.names.reversed(&self.spec, &plan, file)?;
         let options = Asked {
             manual: true,
             is_mirror: true,

@@ -69,6 +69,7 @@ impl Names {
     /// True if a change leaves the elements of the move, and what leads from one to the other, as they are.
     pub(super) fn untouched(&self, before: &Spec, next: &Spec) -> bool {
         let all = self.between().into_iter().chain([self.disk.as_str(), self.new.as_str()]);
+        // Not by their text: an edit may write the same path in another way.
         let diff = Diff::between(before, next, CATALOGUE);
         let same = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let edges = |spec: &Spec| -> Vec<String> {
@@ -122,28 +123,38 @@ impl Names {
 
     /// The mirror the other way round: the new disk answers and is called as the old one was, which is kept up to
     /// date. Both are the same at this instant.
-    pub(super) fn reversed(&self, spec: &Spec, plan: &Plan<'_>) -> Result<(Spec, Names, Renames), Refusal> {
+    pub(super) fn reversed(
+        &self,
+        spec: &Spec,
+        plan: &Plan<'_>,
+        file: &Path,
+    ) -> Result<(Spec, Names, Renames), Refusal> {
         let back = Names::of(&self.disk, true);
         // The disks keep their names until the rest is in order.
         let mirror = Names { disk: self.new.clone(), new: self.disk.clone(), ..back.clone() };
         let mut edits = vec![Edit::Add { text: mirror.mirror(plan) }];
         edits.extend(self.edges_to_tee(spec, &mirror.tee));
         edits.push(Edit::Remove { element: self.copy.clone() });
-        let mut next = self.edited(spec, &edits, Path::new("/"))?;
+        let mut next = self.edited(spec, &edits, folder_of(file))?;
         let renames = vec![(self.new.clone(), back.disk.clone()), (self.disk.clone(), back.new.clone())];
         rename(&mut next, &renames);
         Ok((next, back, renames))
     }
 
     /// The graph with one of the two in the place of the mirror, and who goes on under another name.
-    pub(super) fn without_mirror(&self, spec: &Spec, side: Side) -> Result<(Spec, Renames), Refusal> {
+    pub(super) fn without_mirror(
+        &self,
+        spec: &Spec,
+        side: Side,
+        file: &Path,
+    ) -> Result<(Spec, Renames), Refusal> {
         let stays = match side {
             Side::Old => &self.disk,
             Side::New => &self.new,
         };
         let mut edits = self.edges_to_tee(spec, stays);
         edits.push(Edit::Remove { element: self.copy.clone() });
-        let mut next = self.edited(spec, &edits, Path::new("/"))?;
+        let mut next = self.edited(spec, &edits, folder_of(file))?;
         let renames = match side {
             Side::Old => Vec::new(),
             Side::New => vec![(self.new.clone(), self.disk.clone())],
@@ -166,6 +177,11 @@ impl Names {
         let name = format!("moving {}", self.disk);
         edit(spec, edits, &name, folder, CATALOGUE).map_err(|diagnostics| Refusal::graph(&diagnostics))
     }
+}
+
+/// Paths of a graph file that are relative start here, and stay so.
+fn folder_of(file: &Path) -> &Path {
+    file.parent().unwrap_or(Path::new("/"))
 }
 
 /// Names from now on, by those before.
@@ -235,6 +251,10 @@ mod tests {
         Plan { map: Path::new("/map"), clean: false, copy: "(rate 1M/s)" }
     }
 
+    fn file() -> &'static Path {
+        Path::new("/srv/t.mason")
+    }
+
     fn edges(spec: &Spec) -> Vec<String> {
         let mut edges: Vec<_> = spec.edges.iter().map(|edge| spec.edge_text(edge)).collect();
         edges.sort();
@@ -254,9 +274,9 @@ mod tests {
         assert!(names.are_in(&moving) && !names.are_in(&vm1()));
         let into_tee = edges(&moving).into_iter().filter(|edge| edge.ends_with("-> Disk_tee"));
         assert_eq!(into_tee.collect::<Vec<_>>(), ["Log -> Disk_tee", "Other -> Disk_tee"]);
-        let (old, renames) = names.without_mirror(&moving, Side::Old).unwrap();
+        let (old, renames) = names.without_mirror(&moving, Side::Old, file()).unwrap();
         assert_eq!((edges(&old), old.elements.len(), renames), (edges(&vm1()), 4, vec![]));
-        let (new, renames) = names.without_mirror(&moving, Side::New).unwrap();
+        let (new, renames) = names.without_mirror(&moving, Side::New, file()).unwrap();
         assert_eq!((edges(&new), new.elements.len()), (edges(&vm1()), 4));
         assert_eq!(renames, [("Disk_new".to_owned(), "Disk".to_owned())]);
         assert!(print(&new, CATALOGUE, Path::new("/")).contains("/srv/b.img"));
@@ -265,7 +285,7 @@ mod tests {
     #[test]
     fn the_mirror_turned_round_has_the_old_disk_on_its_leg() {
         let (names, moving) = mirrored("file (path b.img)");
-        let (reversed, back, renames) = names.reversed(&moving, &plan()).unwrap();
+        let (reversed, back, renames) = names.reversed(&moving, &plan(), file()).unwrap();
         assert!(back.are_in(&reversed) && !names.between().iter().any(|name| reversed.find(name).is_some()));
         let path = |spec: &Spec, name: &str| {
             spec.elements[spec.find(name).unwrap()].params.get("path").unwrap()[0].text().to_owned()
@@ -275,7 +295,7 @@ mod tests {
             ("/srv/b.img".into(), "/a.img".into())
         );
         assert_eq!(renames.len(), 2);
-        let (home, _) = back.without_mirror(&reversed, Side::New).unwrap();
+        let (home, _) = back.without_mirror(&reversed, Side::New, file()).unwrap();
         assert_eq!((edges(&home), path(&home, "Disk")), (edges(&vm1()), "/a.img".to_owned()));
     }
 
@@ -285,7 +305,7 @@ mod tests {
                   (Both, a) -> A (Both, b) -> B";
         let (names, moving) = mirrored(to);
         assert_eq!(names.new, "Both");
-        let (new, _) = names.without_mirror(&moving, Side::New).unwrap();
+        let (new, _) = names.without_mirror(&moving, Side::New, file()).unwrap();
         assert!(new.find("Both").is_none() && edges(&new).contains(&"(Disk, a) -> A".to_owned()));
     }
 

@@ -7,7 +7,6 @@ use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
 use crate::view::{MoveState, MoveView};
 use blockmason::events::{Event, EventKind};
-use blockmason::live::Heads;
 use blockmason::rt;
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -18,7 +17,7 @@ use tokio::time::Instant;
 /// How often the copier is looked at.
 const EVERY: Duration = Duration::from_millis(50);
 
-/// How long a cut-over that could not be made waits before it is tried again.
+/// How long a cut-over, or an end, that could not be made waits before it is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// How long guests may wait behind the gate for a new disk that is given up, and may not answer.
@@ -79,6 +78,14 @@ struct Progress {
     verified: u64,
 }
 
+impl Progress {
+    /// What the copier says now; None if it is not there.
+    fn of(served: &Served, copy: &str) -> Option<Progress> {
+        let told = served.live.get(copy, "progress").ok()?;
+        serde_json::from_str(&told).ok()
+    }
+}
+
 /// What comes next.
 enum Next {
     Look,
@@ -91,12 +98,13 @@ enum Next {
 impl Job {
     /// Attends to a move whose mirror is in place.
     pub(super) fn start(record: Record, served: &Arc<Served>, daemon: &Arc<Daemon>) -> Arc<Job> {
+        let progress = Progress::of(served, &record.names.copy).unwrap_or_default();
         let job = Arc::new(Job {
             now: Mutex::new(Now {
                 record,
                 state: MoveState::Copying,
                 message: String::new(),
-                progress: Progress::default(),
+                progress,
                 pause: None,
                 took: None,
                 asked: None,
@@ -220,13 +228,18 @@ impl Job {
         self.set(MoveState::Cutting, "the new disk takes over");
     }
 
-    /// The cut-over could not be made, and may be tried again.
+    /// The cut-over could not be made. It is tried again if it was not asked for at this instant.
     pub(super) fn not_cut(&self, refusal: &Refusal) {
         let mut now = self.now();
         if now.state != MoveState::Cutting {
             return;
         }
         (now.state, now.message) = (MoveState::Copying, refusal.message.clone());
+        let Options { manual, is_mirror, .. } = now.record.options;
+        // Who has said when it is to be has been told, and says so again.
+        if (manual || is_mirror) && now.asked != Some(Asked::Cutover) {
+            return;
+        }
         now.again = Some(rt::now() + AGAIN);
         now.failing.get_or_insert_with(rt::now);
     }
@@ -259,6 +272,7 @@ impl Job {
             return Next::Over;
         }
         if now.asked == Some(Asked::Abort) {
+            // Requests of guests wait during each attempt.
             return match now.again {
                 Some(again) if rt::now() < again => Next::Look,
                 _ => Next::Abort(now.why.clone().unwrap_or_else(|| "it was given up".to_owned())),
@@ -330,8 +344,7 @@ impl Job {
             return true;
         }
         let names = self.names();
-        let told = served.live.get(&names.copy, "progress");
-        let progress = told.ok().and_then(|text| serde_json::from_str(&text).ok());
+        let progress = Progress::of(served, &names.copy);
         // The graph is being changed by a move of another disk, or has failed.
         let Some(progress) = progress else { return !self.state().is_over() };
         let given_up = served.live.get(&names.retry, "state").is_ok_and(|state| state == "given_up");
@@ -358,10 +371,10 @@ impl Job {
         let saving = served.saving.lock().await;
         let record = self.record();
         let spec = served.live.spec();
-        let changed = match record.names.without_mirror(&spec, Side::Old) {
-            Ok((next, _)) => {
-                served.change_to(&saving, daemon, next, Heads::Moving, GIVING_UP).await.map(drop)
-            }
+        // The new side need not be durable, and may be gone.
+        let flush_by = Some(vec![(record.names.copy.clone(), "from".to_owned())]);
+        let changed = match record.names.without_mirror(&spec, Side::Old, &served.path) {
+            Ok((next, _)) => served.change_to(&saving, daemon, next, flush_by, GIVING_UP).await.map(drop),
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = changed {
@@ -370,6 +383,12 @@ impl Job {
             (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
             now.why = Some(why.to_owned());
             return;
+        }
+        // The graph file has had the mirror since the cut-over.
+        if record.options.is_mirror
+            && let Err(refusal) = served.write_file(&served.live.spec())
+        {
+            tracing::warn!("{}", refusal.message);
         }
         let heads = &record.heads;
         let stands = if record.options.is_mirror { heads.part() } else { heads.stay() };

@@ -66,6 +66,13 @@ impl Heads {
         !self.new.is_empty() && self.new.iter().all(is_disk)
     }
 
+    /// An image of the new side that is not there. It would be made anew, empty, while the map knows of what the lost
+    /// one had.
+    pub(super) fn lost(&self) -> Option<PathBuf> {
+        let image = |head: &PathBuf| head.to_str()?.strip_suffix(".mason-head").map(PathBuf::from);
+        self.new.iter().filter_map(image).find(|image| !image.exists())
+    }
+
     /// The move has been given up: the old side is the disk.
     pub(super) fn stay(&self) -> Result<(), Error> {
         self.old.iter().try_for_each(|path| heads::restand(path, self.generation, Standing::Active))

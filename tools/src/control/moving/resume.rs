@@ -56,10 +56,13 @@ impl Resumed {
             write(path, &spec)?;
         }
         for record in others {
-            if record.names.are_in(&spec) && choice != Choice::File {
-                resumed.go_on(daemon, path, record)?;
-            } else {
+            if !record.names.are_in(&spec) {
                 resumed.give_up(daemon, path, &record, "its graph was left without it")?;
+            } else if let Some(image) = record.heads.lost() {
+                let why = format!("{} is not there any more", image.display());
+                spec = resumed.take_out(daemon, path, &record, &spec, &why)?;
+            } else {
+                resumed.go_on(daemon, path, record)?;
             }
         }
         Ok((file.with(spec), Some(resumed)))
@@ -127,11 +130,31 @@ impl Resumed {
     ) -> Result<(GraphFile, Resumed), Refusal> {
         let mut spec = file.spec.clone();
         for record in std::mem::take(&mut self.records) {
-            spec = record.names.without_mirror(&spec, Side::Old)?.0;
             self.said.retain(|said| !said.starts_with(&format!("{} is ", record.names.disk)));
-            self.give_up(daemon, path, &record, why)?;
+            spec = self.take_out(daemon, path, &record, &spec, why)?;
         }
         Ok((file.with(spec), self))
+    }
+
+    /// The graph without a move that is given up.
+    fn take_out(
+        &mut self,
+        daemon: &Daemon,
+        path: &Path,
+        record: &Record,
+        spec: &Spec,
+        why: &str,
+    ) -> Result<Spec, Refusal> {
+        let spec = record.names.without_mirror(spec, Side::Old, path)?.0;
+        // The graph file has had the mirror since the cut-over.
+        if record.options.is_mirror {
+            write(path, &spec)?;
+        }
+        let noted = Left::of(daemon.host.state_dir(), path).remember(&spec);
+        noted
+            .map_err(|error| Refusal::new("unavailable", format!("what is left cannot be noted: {error}")))?;
+        self.give_up(daemon, path, record, why)?;
+        Ok(spec)
     }
 
     /// True if moves go on.
