@@ -90,6 +90,18 @@ fn zeros_are_not_made_again_where_that_would_take_long() {
 }
 
 #[test]
+fn what_is_data_is_not_asked_for_holes_chunk_by_chunk() {
+    run(1, async |host| {
+        let moving = moving(&host, Ops::ALL, "").await;
+        moving.until("clean").await;
+        let asked = || world(|world| world.seen.iter().filter(|(_, op, _)| *op == Op::Extents).count());
+        assert_eq!(asked(), 1);
+        moving.verify().await;
+        assert_eq!(asked(), 2, "once more, for the comparison");
+    });
+}
+
+#[test]
 fn large_holes_are_passed_over_at_once() {
     run(1, async |host| {
         let size = 100u64 << 30;
