@@ -429,8 +429,23 @@ pub fn below(spec: &Spec, graph: &Graph, element: &str) -> Result<Vec<Volume>> {
         reached.extend(more);
     }
     let names: HashSet<&str> = reached.iter().map(|ix| spec.elements[*ix].name.as_str()).collect();
+    of(spec, graph, |name| names.contains(name))
+}
+
+/// The volumes of some elements of a graph. Each is called after one of these, whatever else stores there.
+///
+/// # Errors
+/// As [`survey`].
+pub fn of(spec: &Spec, graph: &Graph, is_meant: impl Fn(&str) -> bool) -> Result<Vec<Volume>> {
+    let meant = graph.instances().filter(|instance| is_meant(&instance.name));
+    let meant = meant.filter_map(|it| it.element.head().map(|at| (at.path, it.name.clone())));
+    let names: HashMap<PathBuf, String> = meant.collect();
     let volumes = survey(&[(spec, graph)], Names::Keep, Moves::Known)?;
-    Ok(volumes.into_iter().filter(|volume| names.contains(volume.element.as_str())).collect())
+    let of_these = |mut volume: Volume| {
+        volume.element.clone_from(names.get(&volume.at.path)?);
+        Some(volume)
+    };
+    Ok(volumes.into_iter().filter_map(of_these).collect())
 }
 
 /// The head at a path; None if there is none.

@@ -25,7 +25,7 @@ const PATIENCE: f64 = 30.0;
 struct Sides {
     old: Vec<Volume>,
     new: Vec<Volume>,
-    /// Volumes of the graph that are neither.
+    /// Volumes of the graph as it runs that are not below the old disk.
     others: Vec<Volume>,
 }
 
@@ -61,16 +61,17 @@ impl Served {
         let plan = Plan { map: &map, clean: false, copy: &copy };
         let mut next = names.with_mirror(&running, &target, &plan, &request.folder)?;
         self.size_of_new(&mut next, &names);
-        let record_folder = Record::folder(daemon, &self.path, disk);
-        make_folder(&record_folder)?;
-        let sides = self.survey(daemon, &next, &names).await;
-        let sides = sides.map_err(|error| Refusal::in_graph(&error, &next))?;
-        sides.check(&names, request.force)?;
+        make_folder(&Record::folder(daemon, &self.path, disk))?;
+        let sides = match self.survey(daemon, &next, &names).await {
+            Ok(sides) => sides.check(&names, request.force).map(|()| sides),
+            Err(error) => Err(Refusal::in_graph(&error, &next)),
+        };
+        let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
-        record.write(daemon, &self.path)?;
-        let begun = match sides.stand(&record.heads) {
+        let stand = || sides.stand(&record.heads).map_err(|error| Refusal::of(&error));
+        let begun = match record.write(daemon, &self.path).and_then(|()| stand()) {
             Ok(()) => self.change_to(&saving, daemon, next, blockmason::live::Heads::Moving).await,
-            Err(error) => Err(Refusal::of(&error)),
+            Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = begun {
             sides.restore();
@@ -98,7 +99,7 @@ impl Served {
 
     /// Builds the graph once as it would be: what is wrong with it shows now, and the volumes are known.
     async fn survey(&self, daemon: &Daemon, next: &Spec, names: &Names) -> Result<Sides, Error> {
-        let running = self.live.disk().graph();
+        let (running, spec) = (self.live.disk().graph(), self.live.spec());
         let diff = self.live.diff(next);
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let kept = running.instances().filter(|instance| stays(&instance.name));
@@ -108,20 +109,19 @@ impl Served {
         let build = move || {
             let builder = Builder { catalogue: CATALOGUE, name: &graph, state_dir: &state_dir, shards };
             let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
-            Sides::of(&next, &built, &names)
+            Sides::of(&spec, &next, &built, &names)
         };
         rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
     }
 }
 
 impl Sides {
-    fn of(spec: &Spec, graph: &Graph, names: &Names) -> Result<Sides, Error> {
+    fn of(running: &Spec, spec: &Spec, graph: &Graph, names: &Names) -> Result<Sides, Error> {
         let old = heads::below(spec, graph, &names.disk)?;
         let new = heads::below(spec, graph, &names.new)?;
-        let all = heads::survey(&[(spec, graph)], heads::Names::Keep, heads::Moves::Known)?;
-        let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
-        let others = all.into_iter().filter(|volume| !old.iter().chain(&new).any(|one| is(one, volume)));
-        let others = others.collect();
+        let runs = |name: &str| running.find(name).is_some();
+        let mut others = heads::of(spec, graph, runs)?;
+        others.retain(|volume| old.iter().all(|old| old.at.path != volume.at.path));
         Ok(Sides { old, new, others })
     }
 
@@ -130,7 +130,7 @@ impl Sides {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
                 let message =
-                    format!("{}: it is the disk {} itself, by another way", new.called(), old.element);
+                    format!("{}: it is the disk {} itself", new.called(), old.element);
                 return Err(Refusal::invalid(message));
             }
             if let Some(other) = self.others.iter().find(|other| same(other, new)) {

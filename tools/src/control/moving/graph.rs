@@ -5,6 +5,7 @@
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
 use blockmason::lang::{Edit, Spec, edit};
+use blockmason::live::{Diff, Fate};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -68,9 +69,9 @@ impl Names {
     /// True if a change leaves the elements of the move, and what leads from one to the other, as they are.
     pub(super) fn untouched(&self, before: &Spec, next: &Spec) -> bool {
         let all = self.between().into_iter().chain([self.disk.as_str(), self.new.as_str()]);
-        let element = |spec: &Spec, name: &str| spec.find(name).map(|ix| spec.elements[ix].clone());
-        let same =
-            |name: &str| element(before, name).is_some() && element(before, name) == element(next, name);
+        // Not by the texts: an edit writes paths out that were relative.
+        let diff = Diff::between(before, next, CATALOGUE);
+        let same = |name: &str| diff.fate(name) == Some(Fate::Kept);
         let edges = |spec: &Spec| -> Vec<String> {
             let ours = |ix: usize| self.between().contains(&spec.elements[ix].name.as_str());
             let edges = spec.edges.iter().filter(|edge| ours(edge.from));
