@@ -141,7 +141,10 @@ impl Ledger {
     fn stamp(&self, count: u64, place: u64) -> Vec<u8> {
         match count {
             0 => vec![0; SECTOR as usize],
-            _ => [count, self.number, place, !count].map(u64::to_le_bytes).concat().repeat(SECTOR as usize / 32),
+            _ => [count, self.number, place, !count]
+                .map(u64::to_le_bytes)
+                .concat()
+                .repeat(SECTOR as usize / 32),
         }
     }
 

@@ -149,7 +149,8 @@ impl Site {
 
     #[track_caller]
     pub(crate) fn are_same(&self, one: &str, other: &str) {
-        let (mut one, mut other) = (File::open(self.path(one)).unwrap(), File::open(self.path(other)).unwrap());
+        let (mut one, mut other) =
+            (File::open(self.path(one)).unwrap(), File::open(self.path(other)).unwrap());
         let (mut left, mut right) = (vec![0; 1 << 20], vec![0; 1 << 20]);
         for at in 0..SIZE >> 20 {
             one.read_exact(&mut left).unwrap();
@@ -172,7 +173,10 @@ fn a_disk_moves_while_its_guest_uses_it() {
     let said = world.migrate(TO, &["--verify"]).done();
     assert!(said.contains("vm A: done") && said.contains("b.img now"), "{said}");
     world.go_on();
-    assert_eq!((world.site.head("a.img"), world.site.head("b.img")), ("moved".to_owned(), "active".to_owned()));
+    assert_eq!(
+        (world.site.head("a.img"), world.site.head("b.img")),
+        ("moved".to_owned(), "active".to_owned())
+    );
     let text = std::fs::read_to_string(world.site.path("vm.mason")).unwrap();
     assert!(text.contains("b.img") && !text.contains("a.img"), "{text}");
     world.verify();
@@ -208,6 +212,9 @@ fn a_disk_moves_there_and_back() {
     let said = world.migrate("file (path a.img)", &[]).done();
     assert!(said.contains("a.img now"), "{said}");
     world.go_on();
-    assert_eq!((world.site.head("a.img"), world.site.head("b.img")), ("active".to_owned(), "moved".to_owned()));
+    assert_eq!(
+        (world.site.head("a.img"), world.site.head("b.img")),
+        ("active".to_owned(), "moved".to_owned())
+    );
     world.starts_anew();
 }

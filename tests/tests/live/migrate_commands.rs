@@ -66,12 +66,18 @@ fn a_mirror_is_kept_and_goes_back() {
     let said = world.migrate(TO, &["--keep-mirror"]).done();
     assert!(said.contains("mirroring"), "{said}");
     world.go_on();
-    assert_eq!((world.site.head("a.img"), world.site.head("b.img")), ("filling".to_owned(), "moving".to_owned()));
+    assert_eq!(
+        (world.site.head("a.img"), world.site.head("b.img")),
+        ("filling".to_owned(), "moving".to_owned())
+    );
     let said = world.mason(&["migrate", "vm", "A", "--back"]).done();
     assert!(said.contains("done") && said.contains("a.img now"), "{said}");
     world.go_on();
     world.verify();
-    assert_eq!((world.site.head("a.img"), world.site.head("b.img")), ("active".to_owned(), "moved".to_owned()));
+    assert_eq!(
+        (world.site.head("a.img"), world.site.head("b.img")),
+        ("active".to_owned(), "moved".to_owned())
+    );
     world.site.has_no_move();
     world.daemon.stop_well();
 }
@@ -83,7 +89,10 @@ fn a_mirror_is_let_go() {
     world.go_on();
     let said = world.mason(&["migrate", "abort"]).done();
     assert!(said.contains("b.img") && said.contains("its mirror no more"), "{said}");
-    assert_eq!((world.site.head("a.img"), world.site.head("b.img")), ("moved".to_owned(), "active".to_owned()));
+    assert_eq!(
+        (world.site.head("a.img"), world.site.head("b.img")),
+        ("moved".to_owned(), "active".to_owned())
+    );
     world.go_on();
     world.site.has_no_move();
     world.starts_anew();
@@ -126,7 +135,8 @@ Other -> B
 ";
     let world = World::of(&format!("{GRAPH}{other}"));
     world.make_ready();
-    let second = ["migrate", "vm", "B", "--to", "file (path d.img)", "--cutover", "manual", "--until", "ready"];
+    let second =
+        ["migrate", "vm", "B", "--to", "file (path d.img)", "--cutover", "manual", "--until", "ready"];
     world.mason(&second).done();
     let said = world.mason(&["migrate", "pause"]).refused();
     assert!(said.contains("several disks move, name one: vm A, vm B"), "{said}");
@@ -145,7 +155,8 @@ fn disks_of_two_graphs_cut_over_at_one_instant() {
     world.site.write("other.mason", GRAPH.replace("vm.nbd", "other.nbd").replace("a.img", "c.img"));
     world.mason(&["load", "other.mason"]).done();
     world.make_ready();
-    let second = ["migrate", "other", "A", "--to", "file (path d.img)", "--cutover", "manual", "--until", "ready"];
+    let second =
+        ["migrate", "other", "A", "--to", "file (path d.img)", "--cutover", "manual", "--until", "ready"];
     world.mason(&second).done();
     assert!(world.mason(&["migrate", "cutover", "vm"]).code == Some(2));
     let said = world.mason(&["migrate", "cutover", "vm", "A", "other", "A"]).done();

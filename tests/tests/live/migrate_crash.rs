@@ -36,7 +36,11 @@ impl Tracer {
 impl Drop for Tracer {
     fn drop(&mut self) {
         // It lets go of the daemon, or has ended with it.
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), rustix::process::Signal::INT).ok();
+        rustix::process::kill_process(
+            rustix::process::Pid::from_child(&self.0),
+            rustix::process::Signal::INT,
+        )
+        .ok();
         let _ = self.0.wait();
     }
 }

@@ -67,7 +67,14 @@ impl Soak {
         site.write("b.img", vec![0; SIZE as usize]);
         let server = Some(Server::First(run_logged(&site, &["vm.mason"])));
         let ledgers = Ledger::shares(3, SIZE, seed);
-        Soak { server, site, ledgers, rng: fastrand::Rng::with_seed(seed), disk: 0, counts: Counts::default() }
+        Soak {
+            server,
+            site,
+            ledgers,
+            rng: fastrand::Rng::with_seed(seed),
+            disk: 0,
+            counts: Counts::default(),
+        }
     }
 
     fn socket(&self) -> PathBuf {
@@ -204,5 +211,7 @@ fn kills_without_end() {
     let (seed, kills) = (number("MIGRATE_SEED", 1), number("MIGRATE_KILLS", 500));
     println!("migrate: seed {seed}");
     let (moved, stayed) = killed_at_random(kills as u32, seed);
-    println!("migrate: {kills} kills at random instants, seed {seed}: {moved} moved in the end, {stayed} had not begun");
+    println!(
+        "migrate: {kills} kills at random instants, seed {seed}: {moved} moved in the end, {stayed} had not begun"
+    );
 }

@@ -138,7 +138,14 @@ fn a_server_that_dies_after_the_cut_over_and_comes_back() {
 #[test]
 fn a_server_without_room() {
     let world = World::new();
-    let args = ["--filter=error", "memory", "16M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%", "error-file=full"];
+    let args = [
+        "--filter=error",
+        "memory",
+        "16M",
+        "error-pwrite=ENOSPC",
+        "error-pwrite-rate=100%",
+        "error-file=full",
+    ];
     let server = Server::start(world.site.folder(), &args);
     world.site.write("full", "");
     let said = world.migrate(&server.disk(), &PATIENCE).refused();
@@ -149,7 +156,14 @@ fn a_server_without_room() {
 #[test]
 fn a_server_that_gets_room_in_time() {
     let mut world = World::new();
-    let args = ["--filter=error", "memory", "16M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%", "error-file=full"];
+    let args = [
+        "--filter=error",
+        "memory",
+        "16M",
+        "error-pwrite=ENOSPC",
+        "error-pwrite-rate=100%",
+        "error-file=full",
+    ];
     let server = Server::start(world.site.folder(), &args);
     world.site.write("full", "");
     world.migrate(&server.disk(), &["--verify", "--until", "begun"]).done();

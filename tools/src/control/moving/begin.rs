@@ -129,8 +129,7 @@ impl Sides {
     fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
-                let message =
-                    format!("{}: it is the disk {} itself", new.called(), old.element);
+                let message = format!("{}: it is the disk {} itself", new.called(), old.element);
                 return Err(Refusal::invalid(message));
             }
             if let Some(other) = self.others.iter().find(|other| same(other, new)) {
