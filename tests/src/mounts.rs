@@ -98,6 +98,24 @@ impl Drop for Mounted {
     }
 }
 
+/// A small file system in memory.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// Mounts one with room for so many bytes. Needs root.
+    pub fn mount(folder: &Path, bytes: u64) -> Tmpfs {
+        let options = format!("size={bytes}");
+        client("mount", &["-t", "tmpfs", "-o", &options, "tmpfs", folder.to_str().unwrap()]);
+        Tmpfs(folder.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        quietly("umount", &["--lazy", self.0.to_str().unwrap_or_default()]);
+    }
+}
+
 fn quietly(program: &str, args: &[&str]) {
     // Called on the way out, where there is nobody left to tell.
     let _ = Command::new(program).args(args).stdin(Stdio::null()).stderr(Stdio::null()).status();

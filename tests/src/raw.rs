@@ -81,6 +81,18 @@ impl Raw {
         self.0.write_all(&parts.concat())
     }
 
+    /// Sends a request with its data and takes the header of its reply. Returns the error in it, 0 for none.
+    ///
+    /// # Errors
+    /// The connection has ended.
+    pub fn ask(&mut self, command: u16, offset: u64, length: u32, data: &[u8]) -> io::Result<u32> {
+        self.try_request(command, offset, length)?;
+        self.0.write_all(data)?;
+        let header = self.try_bytes(16)?;
+        assert_eq!(&header[..4], SIMPLE_REPLY_MAGIC.to_be_bytes());
+        Ok(u32::from_be_bytes(header[4..8].try_into().unwrap()))
+    }
+
     /// Takes the header of a reply. Returns the error in it, 0 for none.
     pub fn reply(&mut self) -> u32 {
         self.reply_to().0
@@ -115,9 +127,14 @@ impl Raw {
 
     /// Takes so many bytes.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        self.try_bytes(count).unwrap()
+    }
+
+    /// As [`bytes`](Self::bytes), where the connection may have ended.
+    pub fn try_bytes(&mut self, count: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; count];
-        self.0.read_exact(&mut bytes).unwrap();
-        bytes
+        self.0.read_exact(&mut bytes)?;
+        Ok(bytes)
     }
 
     /// True once the server has closed the connection; what it sent before is dropped.

@@ -21,7 +21,7 @@ fn run(site: &Site, more: &[&str]) -> (Mason, String) {
 }
 
 /// `mason run` that must not serve.
-fn refused(site: &Site) -> String {
+pub(crate) fn refused(site: &Site) -> String {
     // A daemon that was killed leaves it behind.
     let _ = std::fs::remove_file(site.path("c.sock"));
     let log = std::fs::File::create(site.path("log")).unwrap();

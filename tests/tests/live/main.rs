@@ -8,6 +8,12 @@ mod crashes;
 mod handover;
 mod heirs;
 mod manners;
+mod migrate;
+mod migrate_commands;
+mod migrate_crash;
+mod migrate_refused;
+mod migrate_soak;
+mod migrate_targets;
 mod refused;
 mod soak;
 
@@ -50,6 +56,18 @@ impl Site {
     fn control(&self) -> Control {
         Control::connect(&self.path("c.sock"))
     }
+}
+
+/// As [`Site::run`], and what it says on standard error is kept.
+fn run_logged(site: &Site, args: &[&str]) -> Mason {
+    let log = site.path("log");
+    let start = Start { log: Some(&log), ..Start::new(site.folder()) };
+    start.run(&[args, &["--control", "c.sock"]].concat())
+}
+
+/// What the last of these has said.
+fn read_log(site: &Site) -> String {
+    std::fs::read_to_string(site.path("log")).unwrap()
 }
 
 /// A file behind a socket, with `between` on the way.

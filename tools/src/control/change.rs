@@ -157,6 +157,8 @@ impl Served {
             self.write_file(&running)?;
             return Ok(self.view_of(Some(&report), &report.diff, &running, Some(&running)));
         }
+        // A cut-over has written it.
+        let file = if moves { daemon.reader.read(&self.path).ok().map(|file| file.spec) } else { file };
         // What differs was noted before. From here on the change is made, and no error may say otherwise.
         if let Err(refusal) = self.remember(file.as_ref(), &running) {
             tracing::warn!("{}: {}", self.path.display(), refusal.message);

@@ -61,16 +61,18 @@ impl Served {
         let plan = Plan { map: &map, clean: false, copy: &copy };
         let mut next = names.with_mirror(&running, &target, &plan, &request.folder)?;
         self.size_of_new(&mut next, &names);
-        let record_folder = Record::folder(daemon, &self.path, disk);
-        make_folder(&record_folder)?;
-        let sides = self.survey(daemon, &next, &names).await;
-        let sides = sides.map_err(|error| Refusal::in_graph(&error, &next))?;
-        sides.check(&names, request.force)?;
+        make_folder(&Record::folder(daemon, &self.path, disk))?;
+        let sides = match self.survey(daemon, &next, &names).await {
+            Ok(sides) => sides.check(&names, request.force).map(|()| sides),
+            Err(error) => Err(Refusal::in_graph(&error, &next)),
+        };
+        let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
-        record.write(daemon, &self.path)?;
-        let begun = match sides.stand(&record.heads) {
-            Ok(()) => self.change_to(&saving, daemon, next, None, live::Options::default().deadline).await,
-            Err(error) => Err(Refusal::of(&error)),
+        let deadline = live::Options::default().deadline;
+        let stand = || sides.stand(&record.heads).map_err(|error| Refusal::of(&error));
+        let begun = match record.write(daemon, &self.path).and_then(|()| stand()) {
+            Ok(()) => self.change_to(&saving, daemon, next, None, deadline).await,
+            Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = begun {
             sides.restore();

@@ -196,7 +196,12 @@ impl Record {
 
     /// Forgets it, durably, with its map.
     pub(super) fn forget(&self, daemon: &Daemon, file: &Path) {
-        let folder = Record::folder(daemon, file, &self.names.disk);
+        Record::clear(daemon, file, &self.names.disk);
+    }
+
+    /// Removes what is kept of a move of `disk`, if there is anything.
+    pub(super) fn clear(daemon: &Daemon, file: &Path, disk: &str) {
+        let folder = Record::folder(daemon, file, disk);
         // The record first: a map alone means nothing.
         let removed = blockmason::io::remove_file(&folder.join("move.json"));
         let removed = removed.and_then(|()| std::fs::remove_dir_all(&folder));
@@ -204,7 +209,18 @@ impl Record {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 tracing::warn!("{}: what a move left cannot be removed: {error}", folder.display());
             }
-            _ => {}
+            // That of the graph stays while other disks of it move.
+            _ => drop(folder.parent().map(std::fs::remove_dir)),
+        }
+    }
+
+    /// Removes what a process left that died before a move had begun, or after it was over.
+    pub(super) fn sweep(daemon: &Daemon, file: &Path) {
+        let Ok(entries) = std::fs::read_dir(folder(daemon, file)) else { return };
+        for entry in entries.filter_map(Result::ok) {
+            if !entry.path().join("move.json").exists() {
+                Record::clear(daemon, file, &entry.file_name().to_string_lossy());
+            }
         }
     }
 

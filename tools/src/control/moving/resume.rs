@@ -34,6 +34,7 @@ impl Resumed {
         left: &Left,
         choice: Choice,
     ) -> Result<(GraphFile, Option<Resumed>), Refusal> {
+        Record::sweep(daemon, path);
         let records = Record::read_all(daemon, path)?;
         if records.is_empty() {
             return Ok((left.choose(file, choice)?, None));

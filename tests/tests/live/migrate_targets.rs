@@ -1,0 +1,178 @@
+//! Targets that fail: a server that dies or has no room, at every stage of a move. The move is given up in time, and
+//! the guest notices nothing.
+
+use crate::migrate::World;
+use blockmason_tests::mason::until;
+use rustix::process::{Pid, Signal, kill_process};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// An NBD server.
+struct Server {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Server {
+    fn start(folder: &Path, args: &[&str]) -> Server {
+        let socket = folder.join("target.nbd");
+        // That of one that was killed.
+        let _ = std::fs::remove_file(&socket);
+        let mut command = Command::new("nbdkit");
+        command.arg("--foreground").arg("--unix").arg(&socket).args(args).current_dir(folder);
+        command.stdin(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap_or_else(|error| panic!("nbdkit: {error}: tests/run installs it"));
+        until("nbdkit serves", || socket.exists());
+        Server { child, socket }
+    }
+
+    fn memory(world: &World) -> Server {
+        Server::start(world.site.folder(), &["memory", "16M"])
+    }
+
+    /// As the target of a move. It fails soon once the server is gone.
+    fn disk(&self) -> String {
+        format!("nbd_client (uri nbd+unix:///?socket={}) (reconnect 200ms)", self.socket.display())
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    fn die(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended long ago.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const PATIENCE: [&str; 2] = ["--patience", "1s"];
+
+/// The server is gone: the move ends, the guest goes on.
+#[track_caller]
+fn is_given_up(mut world: World) {
+    world.go_on();
+    world.until_state("aborted");
+    let message = world.status()["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("a.img, as before") && message.contains("target.nbd"), "{message}");
+    world.is_as_before();
+    world.starts_anew();
+}
+
+#[test]
+fn a_server_that_dies_at_the_start() {
+    let world = World::new();
+    let mut server = Server::memory(&world);
+    let more = ["--rate", "100k/s", "--until", "begun"];
+    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    server.die();
+    is_given_up(world);
+}
+
+#[test]
+fn a_server_that_dies_half_way() {
+    let world = World::new();
+    let mut server = Server::memory(&world);
+    let more = ["--rate", "4M/s", "--until", "begun"];
+    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    let half = |status: serde_json::Value| {
+        let number = |key: &str| status[key].as_u64().unwrap();
+        assert_eq!(status["state"], "copying", "{status}");
+        number("total") > 0 && number("remaining") <= number("total") / 2
+    };
+    until("half is copied", || half(world.status()));
+    server.die();
+    is_given_up(world);
+}
+
+#[test]
+fn a_server_that_dies_once_both_are_the_same() {
+    let world = World::new();
+    let mut server = Server::memory(&world);
+    let more = ["--cutover", "manual", "--until", "ready"];
+    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    server.die();
+    is_given_up(world);
+}
+
+#[test]
+fn a_server_that_dies_at_the_cut_over() {
+    let world = World::new();
+    let mut server = Server::memory(&world);
+    let more = ["--cutover", "manual", "--until", "ready"];
+    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    // It does not answer the flush of the cut-over.
+    server.signal(Signal::STOP);
+    let said = world.mason(&["migrate", "cutover", "--deadline", "500ms"]).refused();
+    assert!(!said.is_empty());
+    world.go_on();
+    server.die();
+    is_given_up(world);
+}
+
+#[test]
+fn a_server_that_dies_after_the_cut_over_and_comes_back() {
+    let mut world = World::new();
+    let args = ["file", "file=target.img"];
+    world.site.write("target.img", vec![0; 16 << 20]);
+    let mut server = Server::start(world.site.folder(), &args);
+    let to = server.disk().replace("200ms", "20s");
+    world.migrate(&to, &[]).done();
+    world.go_on();
+    server.die();
+    let server = Server::start(world.site.folder(), &args);
+    world.go_on();
+    world.verify();
+    assert_eq!(world.site.head("a.img"), "moved");
+    world.daemon.stop_well();
+    drop(server);
+}
+
+#[test]
+fn a_server_without_room() {
+    let world = World::new();
+    let args = [
+        "--filter=error",
+        "memory",
+        "16M",
+        "error-pwrite=ENOSPC",
+        "error-pwrite-rate=100%",
+        "error-file=full",
+    ];
+    let server = Server::start(world.site.folder(), &args);
+    world.site.write("full", "");
+    let said = world.migrate(&server.disk(), &PATIENCE).refused();
+    assert!(said.contains("aborted") && said.contains("No space left"), "{said}");
+    is_given_up(world);
+}
+
+#[test]
+fn a_server_that_gets_room_in_time() {
+    let mut world = World::new();
+    let args = [
+        "--filter=error",
+        "memory",
+        "16M",
+        "error-pwrite=ENOSPC",
+        "error-pwrite-rate=100%",
+        "error-file=full",
+    ];
+    let server = Server::start(world.site.folder(), &args);
+    world.site.write("full", "");
+    world.migrate(&server.disk(), &["--verify", "--until", "begun"]).done();
+    until("the target fails", || world.status()["message"].as_str().unwrap().contains("No space left"));
+    world.go_on();
+    std::fs::remove_file(world.site.path("full")).unwrap();
+    world.until_state("done");
+    world.go_on();
+    world.verify();
+    world.daemon.stop_well();
+    drop(server);
+}
