@@ -1,5 +1,5 @@
 """What a scenario works with: a folder, a daemon in it, and machines."""
-import shutil, tempfile, threading
+import os, shutil, tempfile, threading
 
 from daemon import Daemon
 from machine import Machine
@@ -9,11 +9,14 @@ class Bench:
     def __init__(self, initrd):
         self.initrd = initrd
         self.home = tempfile.mkdtemp(prefix="mason-guest-")
-        self.daemon, self.machines = None, []
+        self.daemons, self.machines = [], []
 
-    def serve(self, graph):
-        self.daemon = Daemon(self.home, graph)
-        return self.daemon
+    def serve(self, graph, folder=""):
+        """A daemon in a folder of its own; without one in the folder of the machines, which know its sockets by name."""
+        home = os.path.join(self.home, folder)
+        os.makedirs(home, exist_ok=True)
+        self.daemons.append(Daemon(home, graph))
+        return self.daemons[-1]
 
     def boot(self, do, options):
         machine = Machine(self.home, self.initrd, do, options)
@@ -24,16 +27,16 @@ class Bench:
     def close(self):
         for machine in self.machines:
             machine.kill()
-        if self.daemon:
-            self.daemon.kill()
+        for daemon in self.daemons:
+            daemon.kill()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def last_words(self):
         """What there is to say when a scenario has failed."""
         for number, machine in enumerate(self.machines):
             yield f"--- guest {number}", *machine.tail[-20:], *machine.rest()
-        if self.daemon:
-            yield "--- mason", self.daemon.log()
+        for daemon in self.daemons:
+            yield "--- mason", daemon.log()
 
 
 class Beside:
