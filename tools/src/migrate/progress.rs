@@ -25,7 +25,7 @@ pub(super) fn follow(client: &Client, begun: MoveView, enough: fn(MoveState) -> 
     let terminal = std::io::stderr().is_terminal();
     let (mut view, mut said) = (begun, rt::now());
     while !enough(view.state) {
-        std::thread::sleep(EVERY);
+        pause();
         let next = client.get(&at);
         if terminal {
             eprint!("\r\x1b[K");
@@ -41,6 +41,11 @@ pub(super) fn follow(client: &Client, begun: MoveView, enough: fn(MoveState) -> 
         eprint!("\r\x1b[K");
     }
     Ok(view)
+}
+
+#[expect(clippy::disallowed_methods, reason = "no shard is here")]
+fn pause() {
+    std::thread::sleep(EVERY);
 }
 
 fn due(said: &mut Instant) -> bool {
