@@ -144,7 +144,7 @@ fn the_rest_of_the_graph_changes_while_a_disk_moves() {
     world.go_on();
     world.mason(&["migrate", "cutover"]).done();
     world.go_on();
-    assert_eq!(world.mason(&["get", "P.reads"]).code, Some(0));
+    assert_eq!(world.mason(&["get", "P.counts"]).code, Some(0));
     let text = std::fs::read_to_string(world.site.path("vm.mason")).unwrap();
     assert!(text.contains("b.img") && text.contains("Guest -> P\n"), "{text}");
     world.starts_anew();

@@ -149,7 +149,7 @@ fn a_server_without_room() {
     let server = Server::start(world.site.folder(), &args);
     world.site.write("full", "");
     let said = world.migrate(&server.disk(), &PATIENCE).refused();
-    assert!(said.contains("aborted") && said.contains("No space left"), "{said}");
+    assert!(said.contains("aborted") && said.contains("ENOSPC"), "{said}");
     is_given_up(world);
 }
 
@@ -167,7 +167,7 @@ fn a_server_that_gets_room_in_time() {
     let server = Server::start(world.site.folder(), &args);
     world.site.write("full", "");
     world.migrate(&server.disk(), &["--verify", "--until", "begun"]).done();
-    until("the target fails", || world.status()["message"].as_str().unwrap().contains("No space left"));
+    until("the target fails", || world.status()["message"].as_str().unwrap().contains("ENOSPC"));
     world.go_on();
     std::fs::remove_file(world.site.path("full")).unwrap();
     world.until_state("done");

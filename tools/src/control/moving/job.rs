@@ -2,12 +2,13 @@
 
 use super::cut::cut_over;
 use super::graph::{Names, Side};
-use super::record::{Options, Record};
+use super::record::{Options as Wanted, Record};
+use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
 use crate::view::{MoveState, MoveView};
 use blockmason::events::{Event, EventKind};
-use blockmason::live::Heads;
+use blockmason::live::{Heads, Options};
 use blockmason::rt;
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -244,13 +245,17 @@ impl Job {
     /// What comes next, from what the copier and the leg of the mirror say.
     fn decide(&self, progress: Progress, given_up: bool) -> Next {
         let mut now = self.now();
-        let Options { verify, manual, is_mirror, patience_seconds, .. } = now.record.options;
+        let Wanted { verify, manual, is_mirror, patience_seconds, .. } = now.record.options;
         now.progress = progress;
         if now.state.is_over() {
             return Next::Over;
         }
         if now.asked == Some(Asked::Abort) {
-            return Next::Abort("it was given up".to_owned());
+            // Each attempt lets guests wait.
+            return match now.again.is_some_and(|again| rt::now() < again) {
+                true => Next::Look,
+                false => Next::Abort("it was given up".to_owned()),
+            };
         }
         if now.progress.state == "differs" {
             return Next::Abort(format!("the two sides differ: {}", now.progress.error));
@@ -347,13 +352,19 @@ impl Job {
         let record = self.record();
         let spec = served.live.spec();
         let changed = match record.names.without_mirror(&spec, Side::Old) {
-            Ok((next, _)) => served.change_to(&saving, daemon, next, Heads::Moving).await.map(drop),
+            Ok((next, _)) => {
+                // The other disk need not keep anything, and may be gone.
+                let options =
+                    Options { heads: Heads::Moving, flush_by: Some(Vec::new()), ..Options::default() };
+                let how = How { options, dry_run: false, save: false, moves: true };
+                served.change(&saving, daemon, |_| Ok(next), how).await.map(drop)
+            }
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = changed {
             let mut now = self.now();
             now.message = format!("{why}; it cannot be given up yet: {}", refusal.message);
-            (now.asked, now.again) = (Some(Asked::Abort), None);
+            (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
             return;
         }
         let heads = &record.heads;
@@ -363,6 +374,11 @@ impl Job {
                 "{}: its head cannot say that it does not move any more: {error}",
                 record.names.disk
             );
+        }
+        // The file has had the mirror since the cut-over.
+        let written = if record.options.is_mirror { served.write_file(&served.live.spec()) } else { Ok(()) };
+        if let Err(refusal) = written {
+            tracing::warn!("{}", refusal.message);
         }
         record.forget(daemon, &served.path);
         let (disk, other) = (&heads.old_called, &heads.new_called);

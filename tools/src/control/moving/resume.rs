@@ -56,8 +56,13 @@ impl Resumed {
             spec = resumed.finish(daemon, path, &spec, cut)?;
             write(path, &spec)?;
         }
+        let stays = |record: &Record| record.names.are_in(&spec) && choice != Choice::File;
+        // The file has had a mirror since its cut-over.
+        if others.iter().any(|record| record.options.is_mirror && !stays(record)) {
+            write(path, &spec)?;
+        }
         for record in others {
-            if record.names.are_in(&spec) && choice != Choice::File {
+            if stays(&record) {
                 resumed.go_on(daemon, path, record)?;
             } else {
                 resumed.give_up(daemon, path, &record, "its graph was left without it")?;
