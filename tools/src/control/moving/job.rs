@@ -2,7 +2,7 @@
 
 use super::cut::cut_over;
 use super::graph::{Names, Side};
-use super::record::{Options as Wanted, Record};
+use super::record::{Options as Wanted, Phase, Record};
 use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
@@ -346,21 +346,34 @@ impl Job {
         true
     }
 
+    /// Changes the graph to that of the old disk alone.
+    async fn take_out(
+        &self,
+        served: &Served,
+        daemon: &Daemon,
+        saving: &tokio::sync::MutexGuard<'_, ()>,
+        record: &mut Record,
+    ) -> Result<(), Refusal> {
+        let (next, _) = record.names.without_mirror(&served.live.spec(), Side::Old)?;
+        // Once the gate is open again the map learns of nothing: who starts after a crash must not go by it.
+        record.phase = Phase::GivingUp;
+        record.write(daemon, &served.path)?;
+        // The other disk need not keep anything, and may be gone.
+        let options = Options { heads: Heads::Moving, flush_by: Some(Vec::new()), ..Options::default() };
+        let how = How { options, dry_run: false, save: false, moves: true };
+        let changed = served.change(saving, daemon, |_| Ok(next), how).await;
+        if changed.is_err() {
+            record.phase = Phase::Copying;
+            record.write(daemon, &served.path)?;
+        }
+        changed.map(drop)
+    }
+
     /// Takes the mirror out again.
     async fn give_up(&self, served: &Served, daemon: &Daemon, why: &str) {
         let saving = served.saving.lock().await;
-        let record = self.record();
-        let spec = served.live.spec();
-        let changed = match record.names.without_mirror(&spec, Side::Old) {
-            Ok((next, _)) => {
-                // The other disk need not keep anything, and may be gone.
-                let options =
-                    Options { heads: Heads::Moving, flush_by: Some(Vec::new()), ..Options::default() };
-                let how = How { options, dry_run: false, save: false, moves: true };
-                served.change(&saving, daemon, |_| Ok(next), how).await.map(drop)
-            }
-            Err(refusal) => Err(refusal),
-        };
+        let mut record = self.record();
+        let changed = self.take_out(served, daemon, &saving, &mut record).await;
         if let Err(refusal) = changed {
             let mut now = self.now();
             now.message = format!("{why}; it cannot be given up yet: {}", refusal.message);

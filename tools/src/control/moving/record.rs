@@ -145,6 +145,8 @@ pub(super) enum Phase {
         /// The graph with the mirror, as a graph file with absolute paths.
         graph: String,
     },
+    /// The old disk is the disk, and guests may have gone on with it alone: what the map says means nothing.
+    GivingUp,
 }
 
 /// What was asked for.

@@ -42,7 +42,7 @@ impl Resumed {
         let mut resumed = Resumed { records: Vec::new(), said: Vec::new() };
         let cutting = records.iter().find_map(|record| match &record.phase {
             Phase::Cutting { graph } => Some(graph.clone()),
-            Phase::Copying => None,
+            Phase::Copying | Phase::GivingUp => None,
         });
         let mut spec = match cutting {
             Some(graph) => parse(path, graph)?,
@@ -56,17 +56,22 @@ impl Resumed {
             spec = resumed.finish(daemon, path, &spec, cut)?;
             write(path, &spec)?;
         }
-        let stays = |record: &Record| record.names.are_in(&spec) && choice != Choice::File;
-        // The file has had a mirror since its cut-over.
-        if others.iter().any(|record| record.options.is_mirror && !stays(record)) {
-            write(path, &spec)?;
-        }
         for record in others {
-            if stays(&record) {
+            let is_in = record.names.are_in(&spec);
+            // The graph file has had a mirror since its cut-over.
+            let meant = choice != Choice::File || record.options.is_mirror;
+            if is_in && meant && record.phase != Phase::GivingUp {
                 resumed.go_on(daemon, path, record)?;
-            } else {
-                resumed.give_up(daemon, path, &record, "its graph was left without it")?;
+                continue;
             }
+            if is_in {
+                spec = record.names.without_mirror(&spec, Side::Old)?.0;
+            }
+            if record.options.is_mirror {
+                write(path, &spec)?;
+            }
+            let why = if is_in { "that was under way" } else { "its graph was left without it" };
+            resumed.give_up(daemon, path, &record, why)?;
         }
         Ok((file.with(spec), Some(resumed)))
     }
