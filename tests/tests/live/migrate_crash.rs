@@ -35,12 +35,8 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        // It lets go of the daemon, or has ended with it.
-        rustix::process::kill_process(
-            rustix::process::Pid::from_child(&self.0),
-            rustix::process::Signal::INT,
-        )
-        .ok();
+        // The daemon is let go, or is rid of its last threads. Asked politely, strace may wait for one of these.
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }

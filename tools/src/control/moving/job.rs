@@ -39,6 +39,8 @@ struct Now {
     pause: Option<Duration>,
     took: Option<Duration>,
     asked: Option<Asked>,
+    /// Why it is being given up, if nobody has asked for that.
+    why: Option<String>,
     /// Since when the new side fails.
     failing: Option<Instant>,
     /// When a cut-over may be tried again.
@@ -96,6 +98,7 @@ impl Job {
                 pause: None,
                 took: None,
                 asked: None,
+                why: None,
                 failing: None,
                 again: None,
                 comparing: Comparing::No,
@@ -254,7 +257,7 @@ impl Job {
             // Each attempt lets guests wait.
             return match now.again.is_some_and(|again| rt::now() < again) {
                 true => Next::Look,
-                false => Next::Abort("it was given up".to_owned()),
+                false => Next::Abort(now.why.clone().unwrap_or_else(|| "it was given up".to_owned())),
             };
         }
         if now.progress.state == "differs" {
@@ -377,6 +380,7 @@ impl Job {
         if let Err(refusal) = changed {
             let mut now = self.now();
             now.message = format!("{why}; it cannot be given up yet: {}", refusal.message);
+            now.why = Some(why.to_owned());
             (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
             return;
         }
