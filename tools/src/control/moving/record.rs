@@ -217,6 +217,8 @@ impl Record {
                 Record::clear(daemon, file, &entry.file_name().to_string_lossy());
             }
         }
+        // Unless there are records in it.
+        let _ = std::fs::remove_dir(folder(daemon, file));
     }
 
     /// All moves of a graph file that are not over.
