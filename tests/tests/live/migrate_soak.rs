@@ -130,7 +130,7 @@ impl Soak {
     }
 
     fn hand_over(&mut self) {
-        let (heir, _) = Heir::take_over(self.site.folder(), &[]);
+        let Some((heir, _)) = Heir::try_take_over(self.site.folder()) else { return };
         if let Some(Server::First(first)) = self.server.replace(Server::Heir(heir)) {
             assert!(first.ended_well(), "the daemon that was replaced");
         }
