@@ -30,9 +30,13 @@ impl Server {
         Server::start(world.site.folder(), &["memory", "16M"])
     }
 
-    /// As the target of a move. It fails soon once the server is gone.
+    /// As the target of a move. It fails soon once the server is gone; a connection without a reply yet would wait
+    /// for longer, so there is only one.
     fn disk(&self) -> String {
-        format!("nbd_client (uri nbd+unix:///?socket={}) (reconnect 200ms)", self.socket.display())
+        format!(
+            "nbd_client (uri nbd+unix:///?socket={}) (reconnect 200ms) (connections 1)",
+            self.socket.display()
+        )
     }
 
     fn signal(&self, signal: Signal) {

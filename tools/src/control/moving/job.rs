@@ -264,7 +264,8 @@ impl Job {
             return Next::Abort(format!("the two sides differ: {}", now.progress.error));
         }
         let fails = given_up || now.progress.state == "waiting";
-        if !fails && now.again.is_none() {
+        // While it tries again what has failed, that may fail again.
+        if !fails && now.again.is_none() && now.progress.error.is_empty() {
             now.failing = None;
         }
         if fails {
