@@ -26,8 +26,22 @@ impl Heir {
     /// Hands the daemon over whose control socket is `c.sock` in `folder`.
     #[track_caller]
     pub fn take_over(folder: &Path, more: &[&str]) -> (Heir, Handed) {
-        let said = mason(folder, &[&["handover", "--control", "c.sock", "--json"], more].concat()).done();
-        let said: Value = serde_json::from_str(&said).unwrap();
+        Heir::of(&mason(folder, &[&["handover", "--control", "c.sock", "--json"], more].concat()).done())
+    }
+
+    /// The same; None where a graph is just being changed.
+    #[track_caller]
+    pub fn try_take_over(folder: &Path) -> Option<(Heir, Handed)> {
+        let ended = mason(folder, &["handover", "--control", "c.sock", "--json"]);
+        match ended.err.contains("try again when that is done") {
+            true => None,
+            false => Some(Heir::of(&ended.done())),
+        }
+    }
+
+    /// By what the command has said.
+    fn of(said: &str) -> (Heir, Handed) {
+        let said: Value = serde_json::from_str(said).unwrap();
         let number = |key: &str| u32::try_from(said[key].as_u64().unwrap()).unwrap();
         let pid = number("to");
         let raw = Pid::from_raw(pid.cast_signed()).unwrap();

@@ -2,7 +2,6 @@
 //! works on and the disk stays what it was.
 
 use crate::migrate::{GRAPH, SIZE, TO, World};
-use blockmason_tests::client;
 use blockmason_tests::mounts::{Tmpfs, skipped};
 
 /// The move is refused for this reason.
@@ -144,7 +143,7 @@ fn the_rest_of_the_graph_changes_while_a_disk_moves() {
     world.go_on();
     world.mason(&["migrate", "cutover"]).done();
     world.go_on();
-    assert_eq!(world.mason(&["get", "P.reads"]).code, Some(0));
+    assert_eq!(world.mason(&["get", "P.counts"]).code, Some(0));
     let text = std::fs::read_to_string(world.site.path("vm.mason")).unwrap();
     assert!(text.contains("b.img") && text.contains("Guest -> P\n"), "{text}");
     world.starts_anew();
@@ -161,7 +160,6 @@ fn a_target_without_room() {
     let to = format!("file (path {})", folder.path().join("b.img").display());
     let said = world.migrate(&to, &["--patience", "1s"]).refused();
     assert!(said.contains("aborted") && said.contains("b.img"), "{said}");
-    assert!(client("df", &[folder.path().to_str().unwrap()]).contains("100%"));
     world.is_as_before();
     world.starts_anew();
     drop(full);

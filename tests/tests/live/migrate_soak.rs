@@ -81,13 +81,15 @@ impl Soak {
         self.site.path("vm.nbd")
     }
 
-    /// The new disk, mostly on a way that is slow and fails. Its elements stay, so no two rounds call them the same.
-    fn target(&mut self) -> String {
+    /// The new disk, mostly on a way that is slow, and fails until the cut-over. Its elements stay, so no two rounds
+    /// call them the same.
+    fn target(&mut self, fails: bool) -> String {
         let image = IMAGES[1 - self.disk];
         if self.rng.u8(..3) == 0 {
             return format!("file (path {image})");
         }
-        let (round, wait, share) = (self.counts.rounds, self.rng.u8(..4), self.rng.u8(..4));
+        let (round, wait) = (self.counts.rounds, self.rng.u8(..4));
+        let share = if fails { self.rng.u8(..4) } else { 0 };
         format!(
             "element D{round} (type delay) (write {wait}ms) (jitter 2ms)\n\
              element E{round} (type error) (op write write_zeroes discard) (probability {share}%)\n\
@@ -96,7 +98,7 @@ impl Soak {
     }
 
     fn begin(&mut self, manual: bool) {
-        let to = self.target();
+        let to = self.target(manual);
         let mut args = vec!["migrate", "vm", "A", "--to", &to, "--until", "begun"];
         if manual {
             args.extend(["--cutover", "manual"]);
@@ -128,7 +130,7 @@ impl Soak {
     }
 
     fn hand_over(&mut self) {
-        let (heir, _) = Heir::take_over(self.site.folder(), &[]);
+        let Some((heir, _)) = Heir::try_take_over(self.site.folder()) else { return };
         if let Some(Server::First(first)) = self.server.replace(Server::Heir(heir)) {
             assert!(first.ended_well(), "the daemon that was replaced");
         }
@@ -165,7 +167,9 @@ impl Soak {
     fn is_over(&self) -> bool {
         let moves = self.site.moves();
         if moves.iter().any(|one| one["state"] == "ready") {
-            // It may have begun to fail since.
+            // There may be none; and the move may have begun to fail since.
+            let error = format!("E{}.probability", self.counts.rounds);
+            let _ = self.site.mason(&["set", &error, "0%"]);
             let _ = self.site.mason(&["migrate", "cutover"]);
         }
         moves.iter().all(|one| ["done", "aborted"].contains(&one["state"].as_str().unwrap()))

@@ -175,8 +175,8 @@ impl Served {
         noted.map_err(|error| not_kept(&error))
     }
 
-    /// After a handler that is a parameter was set.
-    pub(super) async fn remember_setting(&self, daemon: &Daemon) -> Result<(), Refusal> {
+    /// After what serves has changed by other ways: a handler that is a parameter was set, a move was taken up.
+    pub(super) async fn remember_anew(&self, daemon: &Daemon) -> Result<(), Refusal> {
         let _saving = self.saving.lock().await;
         let file = daemon.reader.read(&self.path).ok().map(|file| file.spec);
         self.remember(file.as_ref(), &self.live.spec())

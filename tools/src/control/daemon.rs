@@ -223,6 +223,10 @@ impl Daemon {
         let (trial, saving, moves) = (Mutex::new(trial), Default::default(), Moves::default());
         let served = Arc::new(Served { live, file: shown, path, left, saving, trial, moves });
         if let Some(resumed) = resumed {
+            // What was left of the graph before is not what serves now.
+            if let Err(refusal) = served.remember_anew(self).await {
+                tracing::warn!("{}", refusal.message);
+            }
             resumed.attend(&served, self);
         }
         Ok(served)
@@ -408,7 +412,7 @@ impl Served {
         let before = self.live.spec();
         self.live.set(element, handler, value).await.map_err(|error| self.refused(element, &error))?;
         // One that is a parameter has changed the graph.
-        if Arc::ptr_eq(&before, &self.live.spec()) { Ok(()) } else { self.remember_setting(daemon).await }
+        if Arc::ptr_eq(&before, &self.live.spec()) { Ok(()) } else { self.remember_anew(daemon).await }
     }
 
     /// Calls a handler.

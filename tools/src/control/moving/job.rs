@@ -2,11 +2,13 @@
 
 use super::cut::cut_over;
 use super::graph::{Names, Side};
-use super::record::{Options, Record};
+use super::record::{Options as Wanted, Phase, Record};
+use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
 use crate::view::{MoveState, MoveView};
 use blockmason::events::{Event, EventKind};
+use blockmason::live::{Heads, Options as Change};
 use blockmason::rt;
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -40,7 +42,7 @@ struct Now {
     pause: Option<Duration>,
     took: Option<Duration>,
     asked: Option<Asked>,
-    /// Why it is given up, if nobody has asked for that.
+    /// Why it is being given up, if nobody has asked for that.
     why: Option<String>,
     /// Since when the new side fails.
     failing: Option<Instant>,
@@ -235,7 +237,7 @@ impl Job {
             return;
         }
         (now.state, now.message) = (MoveState::Copying, refusal.message.clone());
-        let Options { manual, is_mirror, .. } = now.record.options;
+        let Wanted { manual, is_mirror, .. } = now.record.options;
         // Who has said when it is to be has been told, and says so again.
         if (manual || is_mirror) && now.asked != Some(Asked::Cutover) {
             return;
@@ -266,7 +268,7 @@ impl Job {
     /// What comes next, from what the copier and the leg of the mirror say.
     fn decide(&self, progress: Progress, given_up: bool) -> Next {
         let mut now = self.now();
-        let Options { verify, manual, is_mirror, patience_seconds, .. } = now.record.options;
+        let Wanted { verify, manual, is_mirror, patience_seconds, .. } = now.record.options;
         now.progress = progress;
         if now.state.is_over() {
             return Next::Over;
@@ -282,7 +284,8 @@ impl Job {
             return Next::Abort(format!("the two sides differ: {}", now.progress.error));
         }
         let fails = given_up || now.progress.state == "waiting";
-        if !fails && now.again.is_none() {
+        // While it tries again what has failed, that may fail again.
+        if !fails && now.again.is_none() && now.progress.error.is_empty() {
             now.failing = None;
         }
         if fails {
@@ -366,22 +369,44 @@ impl Job {
         true
     }
 
+    /// Changes the graph to that of the old disk alone.
+    async fn take_out(
+        &self,
+        served: &Served,
+        daemon: &Daemon,
+        saving: &tokio::sync::MutexGuard<'_, ()>,
+        record: &mut Record,
+    ) -> Result<(), Refusal> {
+        let (next, _) = record.names.without_mirror(&served.live.spec(), Side::Old, &served.path)?;
+        // Once the gate is open again the map learns of nothing: who starts after a crash must not go by it.
+        record.phase = Phase::GivingUp;
+        record.write(daemon, &served.path)?;
+        // The other disk need not keep anything, and may be gone.
+        let options = Change {
+            heads: Heads::Moving,
+            deadline: GIVING_UP,
+            flush_by: Some(Vec::new()),
+            ..Change::default()
+        };
+        let how = How { options, dry_run: false, save: false, moves: true };
+        let changed = served.change(saving, daemon, |_| Ok(next), how).await;
+        if changed.is_err() {
+            record.phase = Phase::Copying;
+            record.write(daemon, &served.path)?;
+        }
+        changed.map(drop)
+    }
+
     /// Takes the mirror out again.
     async fn give_up(&self, served: &Served, daemon: &Daemon, why: &str) {
         let saving = served.saving.lock().await;
-        let record = self.record();
-        let spec = served.live.spec();
-        // The new side need not be durable, and may be gone.
-        let flush_by = Some(vec![(record.names.copy.clone(), "from".to_owned())]);
-        let changed = match record.names.without_mirror(&spec, Side::Old, &served.path) {
-            Ok((next, _)) => served.change_to(&saving, daemon, next, flush_by, GIVING_UP).await.map(drop),
-            Err(refusal) => Err(refusal),
-        };
+        let mut record = self.record();
+        let changed = self.take_out(served, daemon, &saving, &mut record).await;
         if let Err(refusal) = changed {
             let mut now = self.now();
             now.message = format!("{why}; it cannot be given up yet: {}", refusal.message);
-            (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
             now.why = Some(why.to_owned());
+            (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
             return;
         }
         // The graph file has had the mirror since the cut-over.
@@ -397,6 +422,11 @@ impl Job {
                 "{}: its head cannot say that it does not move any more: {error}",
                 record.names.disk
             );
+        }
+        // The file has had the mirror since the cut-over.
+        let written = if record.options.is_mirror { served.write_file(&served.live.spec()) } else { Ok(()) };
+        if let Err(refusal) = written {
+            tracing::warn!("{}", refusal.message);
         }
         record.forget(daemon, &served.path);
         let (disk, other) = (&heads.old_called, &heads.new_called);

@@ -152,6 +152,8 @@ pub(super) enum Phase {
         /// The graph with the mirror, as a graph file with absolute paths.
         graph: String,
     },
+    /// The old disk is the disk, and guests may have gone on with it alone: what the map says means nothing.
+    GivingUp,
 }
 
 /// What was asked for.
@@ -222,6 +224,8 @@ impl Record {
                 Record::clear(daemon, file, &entry.file_name().to_string_lossy());
             }
         }
+        // Unless there are records in it.
+        let _ = std::fs::remove_dir(folder(daemon, file));
     }
 
     /// All moves of a graph file that are not over.

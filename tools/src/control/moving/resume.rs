@@ -42,7 +42,7 @@ impl Resumed {
         let mut resumed = Resumed { records: Vec::new(), said: Vec::new() };
         let cutting = records.iter().find_map(|record| match &record.phase {
             Phase::Cutting { graph } => Some(graph.clone()),
-            Phase::Copying => None,
+            Phase::Copying | Phase::GivingUp => None,
         });
         let mut spec = match cutting {
             Some(graph) => parse(path, graph)?,
@@ -59,11 +59,18 @@ impl Resumed {
         for record in others {
             if !record.names.are_in(&spec) {
                 resumed.give_up(daemon, path, &record, "its graph was left without it")?;
-            } else if let Some(image) = record.heads.lost() {
-                let why = format!("{} is not there any more", image.display());
-                spec = resumed.take_out(daemon, path, &record, &spec, &why)?;
-            } else {
-                resumed.go_on(daemon, path, record)?;
+                continue;
+            }
+            // The graph file has had a mirror since its cut-over.
+            let unwanted = choice == Choice::File && !record.options.is_mirror;
+            let why = match record.heads.lost() {
+                _ if record.phase == Phase::GivingUp => Some("that was under way".to_owned()),
+                _ if unwanted => Some("its graph file is served".to_owned()),
+                lost => lost.map(|image| format!("{} is not there any more", image.display())),
+            };
+            match why {
+                Some(why) => spec = resumed.take_out(daemon, path, &record, &spec, &why)?,
+                None => resumed.go_on(daemon, path, record)?,
             }
         }
         Ok((file.with(spec), Some(resumed)))
