@@ -22,7 +22,7 @@ use std::sync::Arc;
 const PATIENCE: f64 = 30.0;
 
 /// Both sides, from a graph that is built and not open.
-struct Sides {
+pub(in crate::control) struct Sides {
     old: Vec<Volume>,
     new: Vec<Volume>,
     /// Volumes of the graph that are neither.
@@ -43,6 +43,7 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
+        self.not_backing_up()?;
         let disk = &request.element;
         if let Some(job) = self.moves.active().find(|job| job.names().has(disk)) {
             return Err(Refusal::busy(self.on_the_move(&job)));
@@ -60,10 +61,10 @@ impl Served {
         let copy = copier(request);
         let plan = Plan { map: &map, clean: false, copy: &copy };
         let mut next = names.with_mirror(&running, &target, &plan, &request.folder)?;
-        self.size_of_new(&mut next, &names);
+        self.size_of_new(&mut next, &names.disk, &names.new);
         let record_folder = Record::folder(daemon, &self.path, disk);
         make_folder(&record_folder)?;
-        let sides = self.survey(daemon, &next, &names).await;
+        let sides = self.survey(daemon, &next, &names.disk, &names.new).await;
         let sides = sides.map_err(|error| Refusal::in_graph(&error, &next))?;
         sides.check(&names, request.force)?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
@@ -84,10 +85,10 @@ impl Served {
     }
 
     /// A file that is not there yet becomes as large as the disk.
-    fn size_of_new(&self, next: &mut Spec, names: &Names) {
+    pub(in crate::control) fn size_of_new(&self, next: &mut Spec, disk: &str, new: &str) {
         let graph = self.live.disk().graph();
-        let Some(size) = graph.node(&names.disk).map(|node| graph.geometry(node).size) else { return };
-        let Some(ix) = next.find(&names.new).filter(|ix| next.elements[*ix].ty == "file") else { return };
+        let Some(size) = graph.node(disk).map(|node| graph.geometry(node).size) else { return };
+        let Some(ix) = next.find(new).filter(|ix| next.elements[*ix].ty == "file") else { return };
         let params = &mut next.elements[ix].params;
         let path = params.get("path").and_then(|values| values.first());
         let missing = path.is_some_and(|path| !path.folder().join(path.text()).exists());
@@ -97,27 +98,34 @@ impl Served {
     }
 
     /// Builds the graph once as it would be: what is wrong with it shows now, and the volumes are known.
-    async fn survey(&self, daemon: &Daemon, next: &Spec, names: &Names) -> Result<Sides, Error> {
+    pub(in crate::control) async fn survey(
+        &self,
+        daemon: &Daemon,
+        next: &Spec,
+        disk: &str,
+        new: &str,
+    ) -> Result<Sides, Error> {
         let running = self.live.disk().graph();
         let diff = self.live.diff(next);
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let kept = running.instances().filter(|instance| stays(&instance.name));
         let kept: HashMap<_, _> = kept.map(|it| (it.name.clone(), it.clone())).collect();
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
-        let (graph, next, names) = (self.live.name().to_owned(), next.clone(), names.clone());
+        let (graph, next) = (self.live.name().to_owned(), next.clone());
+        let (disk, new) = (disk.to_owned(), new.to_owned());
         let build = move || {
             let builder = Builder { catalogue: CATALOGUE, name: &graph, state_dir: &state_dir, shards };
             let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
-            Sides::of(&next, &built, &names)
+            Sides::of(&next, &built, &disk, &new)
         };
         rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
     }
 }
 
 impl Sides {
-    fn of(spec: &Spec, graph: &Graph, names: &Names) -> Result<Sides, Error> {
-        let old = heads::below(spec, graph, &names.disk)?;
-        let new = heads::below(spec, graph, &names.new)?;
+    fn of(spec: &Spec, graph: &Graph, disk: &str, new: &str) -> Result<Sides, Error> {
+        let old = heads::below(spec, graph, disk)?;
+        let new = heads::below(spec, graph, new)?;
         let all = heads::survey(&[(spec, graph)], heads::Names::Keep, heads::Moves::Known)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
         let others = all.into_iter().filter(|volume| !old.iter().chain(&new).any(|one| is(one, volume)));
@@ -127,6 +135,21 @@ impl Sides {
 
     /// Whether the disk may move there.
     fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
+        self.check_new(force)?;
+        let neighbours = self.old.iter().any(Volume::has_neighbours);
+        if neighbours && (self.old.len(), self.new.len()) != (1, 1) {
+            let message = format!(
+                "{} is a part of a larger disk, and its volumes and those that it moves to are not one each: \
+                 move them one by one",
+                names.disk
+            );
+            return Err(Refusal::new("unsupported", message));
+        }
+        Ok(())
+    }
+
+    /// Whether the new side may be overwritten.
+    pub(in crate::control) fn check_new(&self, force: bool) -> Result<(), Refusal> {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
                 let message =
@@ -148,15 +171,6 @@ impl Sides {
                 );
                 return Err(Refusal::busy(message));
             }
-        }
-        let neighbours = self.old.iter().any(Volume::has_neighbours);
-        if neighbours && (self.old.len(), self.new.len()) != (1, 1) {
-            let message = format!(
-                "{} is a part of a larger disk, and its volumes and those that it moves to are not one each: \
-                 move them one by one",
-                names.disk
-            );
-            return Err(Refusal::new("unsupported", message));
         }
         Ok(())
     }
