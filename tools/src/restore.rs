@@ -7,6 +7,7 @@ use crate::graphs::{CATALOGUE, say};
 use crate::output::{self, printable, printable_lines};
 use crate::progress::{cells, watch};
 use crate::units::{Bytes, Seconds};
+use blockmason::describe::{Catalogue, ElementType, Family};
 use blockmason::graph::build::Builder;
 use blockmason::lang::value::{Rate, Size};
 use blockmason::lang::{Defines, NoFiles, Spec, parse_checked};
@@ -14,7 +15,7 @@ use blockmason::sched::HostConfig;
 use blockmason::{Disk, Host, rt};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Copy a backup to a disk that no daemon serves.
 #[derive(clap::Args)]
@@ -55,6 +56,17 @@ pub(crate) struct Args {
 const COPY: &str = "restore_copy";
 const FROM: &str = "restore_from";
 const TO: &str = "restore_to";
+
+/// The copier is what uses the disks here: a graph that nobody uses is refused.
+static COPIER: ElementType =
+    ElementType { family: Family::Export, ..blockmason_elements::migrate::copy::TYPE };
+
+/// The table of types with that.
+fn catalogue() -> Catalogue {
+    static ALL: OnceLock<Vec<&'static ElementType>> = OnceLock::new();
+    let copier = |ty: &&'static ElementType| if ty.name == COPIER.name { &COPIER } else { *ty };
+    ALL.get_or_init(|| CATALOGUE.iter().map(copier).collect())
+}
 
 /// Both disks, as they were asked for.
 struct Disks {
@@ -120,8 +132,12 @@ pub(crate) fn main(args: &Args) -> Outcome {
 }
 
 fn build(host: &Host, spec: &Spec) -> Outcome<blockmason::Graph> {
-    let builder =
-        Builder { catalogue: CATALOGUE, name: "restore", state_dir: host.state_dir(), shards: host.shards() };
+    let builder = Builder {
+        catalogue: catalogue(),
+        name: "restore",
+        state_dir: host.state_dir(),
+        shards: host.shards(),
+    };
     builder.build(spec).map_err(|error| Failure::in_graph(&error, spec))
 }
 
@@ -156,7 +172,7 @@ impl Disks {
             self.from.top(FROM)
         );
         let (name, opened) = (Path::new("restore"), self.here.join("restore.mason"));
-        parse_checked(&NoFiles, name, opened, text, &Defines::new(), CATALOGUE).map_err(|diagnostics| {
+        parse_checked(&NoFiles, name, opened, text, &Defines::new(), catalogue()).map_err(|diagnostics| {
             say(&diagnostics);
             Failure::Said
         })

@@ -192,7 +192,11 @@ impl Job {
     /// What comes next, from what the copier says.
     fn decide(&self, progress: Progress) -> Next {
         let mut now = self.now();
-        now.total = now.total.max(if now.record.incremental { progress.remaining } else { progress.total });
+        let seen = match now.record.incremental {
+            true => progress.remaining + progress.copied + progress.skipped,
+            false => progress.total,
+        };
+        now.total = now.total.max(seen);
         now.progress = progress;
         if now.abort {
             return Next::GiveUp("it was given up".to_owned());
