@@ -207,7 +207,11 @@ impl Job {
                 let error = now.progress.error.clone();
                 now.message.clone_from(&error);
                 let since = *now.failing.get_or_insert_with(rt::now);
-                if rt::now() - since < self.asked.patience { Next::Look } else { Next::GiveUp(error) }
+                if rt::now() - since < self.asked.patience {
+                    return Next::Look;
+                }
+                // It is not tried again.
+                Next::GiveUp(error.split("; tried again").next().unwrap_or_default().to_owned())
             }
             _ => {
                 now.failing = None;
@@ -317,12 +321,17 @@ impl Job {
     async fn take_out(&self, served: &Arc<Served>, daemon: &Daemon) -> Result<(), Refusal> {
         let saving = served.saving.lock().await;
         let names = self.record().names;
-        let next = names.without_backup(&served.live.spec())?;
+        let running = served.live.spec();
+        let next = names.without_backup(&running)?;
+        // A `cow` of the target keeps what was written to it.
+        let all = running.elements.iter().map(|element| element.name.clone());
+        let unasked = all.filter(|name| *name != names.cow && next.find(name).is_none()).collect();
         let options = Options {
             deadline: GATE,
             heads: Heads::Ignore,
             // The target has been flushed, or need not be; what was merged has been.
             flush_by: Some(Vec::new()),
+            unasked,
             ..Options::default()
         };
         let how = How { options, dry_run: false, save: false, moves: true };

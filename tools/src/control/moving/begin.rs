@@ -27,6 +27,8 @@ pub(in crate::control) struct Sides {
     new: Vec<Volume>,
     /// Volumes of the graph that are neither.
     others: Vec<Volume>,
+    /// A sink of the graph that is one of the new side, too, under another name.
+    twin: Option<String>,
 }
 
 impl Served {
@@ -123,14 +125,14 @@ impl Served {
 }
 
 impl Sides {
-    fn of(spec: &Spec, graph: &Graph, disk: &str, new: &str) -> Result<Sides, Error> {
+    fn of(spec: &Spec, graph: &Graph, disk: &str, new_top: &str) -> Result<Sides, Error> {
         let old = heads::below(spec, graph, disk)?;
-        let new = heads::below(spec, graph, new)?;
+        let new = heads::below(spec, graph, new_top)?;
         let all = heads::survey(&[(spec, graph)], heads::Names::Keep, heads::Moves::Known)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
         let others = all.into_iter().filter(|volume| !old.iter().chain(&new).any(|one| is(one, volume)));
         let others = others.collect();
-        Ok(Sides { old, new, others })
+        Ok(Sides { old, new, others, twin: twin(spec, graph, new_top) })
     }
 
     /// Whether the disk may move there.
@@ -150,6 +152,9 @@ impl Sides {
 
     /// Whether the new side may be overwritten.
     pub(in crate::control) fn check_new(&self, force: bool) -> Result<(), Refusal> {
+        if let Some(twin) = &self.twin {
+            return Err(Refusal::busy(format!("it is {twin} of this graph")));
+        }
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
                 let message =
@@ -215,6 +220,23 @@ impl Sides {
             }
         }
     }
+}
+
+/// A sink that is not below an element, and is the same volume as one that is: a survey has it only once.
+fn twin(spec: &Spec, graph: &Graph, top: &str) -> Option<String> {
+    let mut reached: Vec<usize> = spec.find(top).into_iter().collect();
+    let mut next = 0;
+    while let Some(&ix) = reached.get(next) {
+        next += 1;
+        let below = spec.edges.iter().filter(|edge| edge.from == ix).map(|edge| edge.to);
+        let below: Vec<_> = below.filter(|to| !reached.contains(to)).collect();
+        reached.extend(below);
+    }
+    let is_new = |name: &str| reached.iter().any(|ix| spec.elements[*ix].name == name);
+    let heads = graph.instances().filter_map(|it| Some((it.name.as_str(), it.element.head()?.path)));
+    let (new, others): (Vec<_>, Vec<_>) = heads.partition(|(name, _)| is_new(name));
+    let twin = others.into_iter().find(|(_, head)| new.iter().any(|(_, other)| other == head));
+    twin.map(|(name, _)| name.to_owned())
 }
 
 /// True if two volumes are one, by whatever names.
