@@ -244,7 +244,7 @@ fn what_cannot_be_backed_up_is_refused_and_nothing_has_changed() {
     let cases: &[(&[&str], &str)] = &[
         (&["A", "--to", "file (path b.img)", "--incremental"], "no account is kept"),
         (&["A", "--to", "file (path small.img)"], "make it at least as large"),
-        (&["A", "--to", "file (path a.img)"], "a.img"),
+        (&["A", "--to", "file (path a.img)"], "is A of this graph"),
         (&["B", "--to", "file (path b.img)"], "there is no element B"),
         (&["Guest", "--to", "file (path b.img)"], "no disk"),
         (&["A", "--to", "fil (path b.img)"], "fil"),
@@ -255,6 +255,8 @@ fn what_cannot_be_backed_up_is_refused_and_nothing_has_changed() {
         assert!(said.contains(expected), "{args:?}: {said}");
         assert_eq!(elements(&site), ["A", "Guest"], "{args:?}");
     }
+    let said = site.mason(&["migrate", "vm", "A", "--to", "file (path a.img)"]).refused();
+    assert!(said.contains("is A of this graph"), "{said}");
     let left = site.path("state/mason/backup");
     let files = client("find", &[left.to_str().unwrap(), "-type", "f"]);
     assert_eq!(files, "");

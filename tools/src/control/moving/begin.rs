@@ -153,7 +153,7 @@ impl Sides {
     /// Whether the new side may be overwritten.
     pub(in crate::control) fn check_new(&self, force: bool) -> Result<(), Refusal> {
         if let Some(twin) = &self.twin {
-            return Err(Refusal::busy(format!("it is {twin} of this graph")));
+            return Err(Refusal::busy(format!("the new disk is {twin} of this graph, by another name")));
         }
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
