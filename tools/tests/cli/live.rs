@@ -1,5 +1,5 @@
-//! `docs/live.md` is a session: its console blocks run in order, in one shell and one fresh folder, and
-//! print what stands there.
+//! `docs/live.md` and `docs/backup.md` are sessions: the console blocks of each run in order, in one shell and one fresh
+//! folder, and print what stands there.
 //!
 //! What differs from run to run is masked on both sides, and nothing else ([`masked`]).
 
@@ -156,9 +156,20 @@ fn needs(program: &str) {
 #[test]
 fn the_session_of_the_document_is_what_happens() {
     ["bash", "fio", "qemu-io"].into_iter().for_each(needs);
-    let text = std::fs::read_to_string(repository().join("docs/live.md")).unwrap();
+    session("docs/live.md", 40);
+}
+
+#[test]
+fn the_session_of_backups_is_what_happens() {
+    ["bash", "qemu-io", "cmp"].into_iter().for_each(needs);
+    session("docs/backup.md", 15);
+}
+
+/// Runs a document with more than so many commands.
+fn session(document: &str, least: usize) {
+    let text = std::fs::read_to_string(repository().join(document)).unwrap();
     let steps = steps(&text);
-    assert!(steps.len() > 40, "only {} commands", steps.len());
+    assert!(steps.len() > least, "only {} commands", steps.len());
     let home = Home::new();
     let folder = home.path("").canonicalize().unwrap().display().to_string();
     let mut shell = Shell::start(&home);
@@ -167,7 +178,7 @@ fn the_session_of_the_document_is_what_happens() {
         let mask = |line: &String| masked(&line.replace(&folder, FOLDER), measurements);
         let happens: Vec<_> = shell.run(step).iter().map(mask).collect();
         let stands: Vec<_> = step.output.iter().map(mask).collect();
-        assert_eq!(happens, stands, "docs/live.md line {}: {}", step.line, step.command);
+        assert_eq!(happens, stands, "{document} line {}: {}", step.line, step.command);
     }
 }
 
