@@ -433,6 +433,8 @@ impl Step<'_> {
     }
 
     fn open_again(&self, source: &Arc<Instance>) {
+        // It asks for the graph that it is opened in: that is the one before again.
+        self.disk.expect(None, false);
         let open = Open { host: &self.disk.host, disk: self.disk, name: &source.name };
         contained(|| source.element.open(&open).map(drop)).unwrap_or_else(|error| log(source, &error));
     }
