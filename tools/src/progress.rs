@@ -16,6 +16,7 @@ const LINES: Duration = Duration::from_secs(2);
 const CELLS: u64 = 24;
 
 /// Asks by `next` until that is enough. Returns the last answer. `line` says how far it is, with a bar or without.
+#[expect(clippy::disallowed_methods, reason = "no shard is blocked: this thread only waits")]
 pub(crate) fn watch<V>(
     first: V,
     mut next: impl FnMut() -> Outcome<V>,

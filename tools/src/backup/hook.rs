@@ -35,6 +35,7 @@ pub(super) fn run(option: &str, command: &str) -> Outcome {
 }
 
 /// None if it had to be killed.
+#[expect(clippy::disallowed_methods, reason = "no shard is blocked: this process serves nothing")]
 fn wait(child: &mut Child) -> std::io::Result<Option<ExitStatus>> {
     let since = rt::now();
     while rt::now() - since < PATIENCE {
