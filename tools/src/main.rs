@@ -1,6 +1,7 @@
 //! `mason`: serves disks from graphs of block elements, and checks, shows and measures such graphs.
 //! One file for each command.
 
+mod backup;
 mod bench;
 mod check;
 mod completions;
@@ -21,7 +22,9 @@ mod logs;
 mod migrate;
 mod openapi;
 mod output;
+mod progress;
 mod reload;
+mod restore;
 mod run;
 mod show;
 mod sign;
@@ -73,6 +76,8 @@ enum Command {
     Commit(trial::CommitArgs),
     Discard(trial::DiscardArgs),
     Migrate(migrate::Args),
+    Backup(backup::Args),
+    Restore(restore::Args),
     Handover(handover::Args),
     Events(events::Args),
     Get(handlers::GetArgs),
@@ -114,6 +119,8 @@ fn main() -> ExitCode {
         Command::Commit(args) => trial::commit(args),
         Command::Discard(args) => trial::discard(args),
         Command::Migrate(args) => migrate::main(args),
+        Command::Backup(args) => backup::main(args),
+        Command::Restore(args) => restore::main(args),
         Command::Handover(args) => handover::main(args),
         Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),

@@ -590,6 +590,87 @@ pub(crate) struct MoveRequest {
     pub(crate) patience_seconds: Option<f64>,
 }
 
+/// What `POST /v1/graphs/{name}/backups` is sent.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct BackupRequest {
+    /// The disk: an element of the graph.
+    pub(crate) element: String,
+    /// Where the backup goes: `file (path b.img)`, or statements whose first element is it.
+    pub(crate) to: String,
+    /// Relative paths in `to` start here.
+    #[schema(value_type = String)]
+    pub(crate) folder: PathBuf,
+    /// Copy only what has changed since the last backup, which `to` has.
+    pub(crate) incremental: bool,
+    /// How fast it is copied at the most, `50M/s`; without a limit if it is not given.
+    pub(crate) rate: Option<String>,
+    /// Overwrite a disk whose head says that it is a volume.
+    pub(crate) force: bool,
+    /// Write the graph as it then runs into its file, so that account is kept of changes also after a restart.
+    pub(crate) save: bool,
+    /// How long the target may fail before the backup is given up. Default: 30.
+    pub(crate) patience_seconds: Option<f64>,
+}
+
+/// A disk that is backed up.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct BackupView {
+    pub(crate) graph: String,
+    pub(crate) element: String,
+    /// Where the backup goes, as it was asked for.
+    pub(crate) to: String,
+    pub(crate) incremental: bool,
+    pub(crate) state: BackupState,
+    /// One sentence for people: what it waits for, or what it came to.
+    pub(crate) message: String,
+    /// Bytes of the disk, or those that have changed since the last backup.
+    pub(crate) total: u64,
+    /// Bytes of them that have not been copied.
+    pub(crate) remaining: u64,
+    /// Bytes that were copied.
+    pub(crate) copied: u64,
+    /// Bytes of holes and zeros.
+    pub(crate) skipped: u64,
+    /// Bytes a second, lately.
+    pub(crate) rate: u64,
+    /// For how long no request was admitted at the begin.
+    pub(crate) pause_seconds: f64,
+    /// Since it began in this process.
+    pub(crate) seconds: f64,
+}
+
+/// How far a backup is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum BackupState {
+    /// The disk stands still and is being copied; what guests write is in an overlay.
+    Copying,
+    /// Nothing is copied any more, and what guests have written is merged into the disk.
+    Merging,
+    /// The backup is complete and durable.
+    Done,
+    /// There is no backup, and the disk has everything.
+    Failed,
+}
+
+impl BackupState {
+    /// True if nothing more will happen.
+    pub(crate) fn is_over(self) -> bool {
+        matches!(self, BackupState::Done | BackupState::Failed)
+    }
+
+    /// The word of the control socket.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            BackupState::Copying => "copying",
+            BackupState::Merging => "merging",
+            BackupState::Done => "done",
+            BackupState::Failed => "failed",
+        }
+    }
+}
+
 /// What `POST /v1/cutover` is sent: disks that cut over at one instant.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -57,6 +57,8 @@ pub struct Options {
     pub commit: Option<Commit>,
     /// See [`Change::flush_by`].
     pub flush_by: Option<Vec<(String, String)>>,
+    /// See [`Change::unasked`].
+    pub unasked: Vec<String>,
 }
 
 /// What the heads of volumes have to say to a graph; see [`heads`].
@@ -83,6 +85,7 @@ impl Default for Options {
             renames: Vec::new(),
             commit: None,
             flush_by: None,
+            unasked: Vec::new(),
         }
     }
 }
@@ -242,7 +245,8 @@ impl Live {
         let settings = settings(&diff, &graph);
         let Options { deadline, disconnect, alone, .. } = *options;
         let (commit, flush_by) = (options.commit.clone(), options.flush_by.clone());
-        let change = Change { deadline, disconnect, alone, settings, commit, flush_by };
+        let unasked = options.unasked.clone();
+        let change = Change { deadline, disconnect, alone, settings, commit, flush_by, unasked };
         let changed = self.disk.replace(Arc::new(graph), &change).await;
         let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
         signed.complete();

@@ -46,6 +46,8 @@ pub struct Change {
     /// Sources and their ports by which everything is flushed that has to be durable before the change; without
     /// it, by all ports of all sources, if anything leaves the graph that may hold something back.
     pub flush_by: Option<Vec<(String, String)>>,
+    /// Elements that are not asked whether they may leave: what only they know how to read is to stay as it is.
+    pub unasked: Vec<String>,
 }
 
 /// See [`Change::commit`].
@@ -60,6 +62,7 @@ impl Default for Change {
             settings: Vec::new(),
             commit: None,
             flush_by: None,
+            unasked: Vec::new(),
         }
     }
 }
@@ -368,7 +371,9 @@ impl Step<'_> {
     }
 
     fn ask_clients(&self) -> Result<()> {
-        for leaving in self.leaving().filter(|_| !self.change.alone) {
+        let asked =
+            |leaving: &&Arc<Instance>| !self.change.alone && !self.change.unasked.contains(&leaving.name);
+        for leaving in self.leaving().filter(asked) {
             contained(|| leaving.element.may_leave()).map_err(|e| e.in_element(&leaving.name))?;
         }
         if self.change.disconnect {
@@ -428,6 +433,8 @@ impl Step<'_> {
     }
 
     fn open_again(&self, source: &Arc<Instance>) {
+        // It asks for the graph that it is opened in: that is the one before again.
+        self.disk.expect(None, false);
         let open = Open { host: &self.disk.host, disk: self.disk, name: &source.name };
         contained(|| source.element.open(&open).map(drop)).unwrap_or_else(|error| log(source, &error));
     }

@@ -93,9 +93,20 @@ impl<'a> Cx<'a> {
         let guard = order.map().claim(holder, Mode::Exclusive, &ranges).await;
         Held { cx: self, root, ranges, _guard: guard }
     }
+
+    /// The way to both disks past all who hold ranges or wait for them, for a serialiser of which nobody changes the
+    /// disk that it reads, or uses the one that it writes: it holds nothing, and nobody waits for it.
+    ///
+    /// # Panics
+    /// As [`Cx::hold`].
+    pub async fn hold_none(self) -> Held<'a> {
+        let held = self.hold_all([]).await;
+        // Every request is within.
+        Held { ranges: vec![0..u64::MAX], ..held }
+    }
 }
 
-/// Ranges that a serialiser holds. Its flows cannot outlive it.
+/// Ranges that a serialiser holds, or the leave to do without. Its flows cannot outlive it.
 pub struct Held<'a> {
     cx: Cx<'a>,
     root: u64,

@@ -2,6 +2,7 @@
 //! while the graph before serves on.
 #![allow(clippy::unwrap_used)]
 
+mod backup;
 mod changes;
 mod clients;
 mod crashes;

@@ -1,5 +1,6 @@
 //! Changes of graphs that serve, and what is left of them for the next start.
 
+use super::backing::forget_maps;
 use super::daemon::{Daemon, Served};
 use super::refusal::Refusal;
 use crate::graphs::CATALOGUE;
@@ -27,7 +28,7 @@ pub(super) struct How {
     pub(super) dry_run: bool,
     /// Writes the graph as it then runs into its file.
     pub(super) save: bool,
-    /// It is part of a move.
+    /// It is part of a move or of a backup.
     pub(super) moves: bool,
 }
 
@@ -69,16 +70,15 @@ impl Served {
         self.change(&saving, daemon, |_| Ok(next), How::asked(options)).await
     }
 
-    /// Replaces the graph as a step of a move. `flush_by` says what is flushed before, if it is not all.
+    /// Replaces the graph as a step of a move or a backup.
     pub(super) async fn change_to(
         &self,
         saving: &MutexGuard<'_, ()>,
         daemon: &Daemon,
         next: Spec,
-        flush_by: Option<Vec<(String, String)>>,
-        deadline: Duration,
+        heads: Heads,
     ) -> Result<ChangeView, Refusal> {
-        let options = Options { heads: Heads::Moving, flush_by, deadline, ..Options::default() };
+        let options = Options { heads, ..Options::default() };
         let how = How { options, dry_run: false, save: false, moves: true };
         self.change(saving, daemon, |_| Ok(next), how).await
     }
@@ -113,6 +113,9 @@ impl Served {
     ) -> Result<ChangeView, Refusal> {
         let file = daemon.reader.read(&self.path).ok().map(|file| file.spec);
         let How { mut options, dry_run, save, moves } = how;
+        if !moves {
+            self.not_backing_up()?;
+        }
         if save && !moves {
             self.not_moving()?;
         }
@@ -153,6 +156,9 @@ impl Served {
             }
         };
         let running = self.live.spec();
+        if !moves && let Err(refusal) = forget_maps(daemon, &self.path, &running) {
+            tracing::warn!("{}: {}", self.path.display(), refusal.message);
+        }
         if save {
             self.write_file(&running)?;
             return Ok(self.view_of(Some(&report), &report.diff, &running, Some(&running)));
@@ -190,6 +196,7 @@ impl Served {
             return Err(self.on_trial());
         }
         self.not_moving()?;
+        self.not_backing_up()?;
         self.write_file(&self.live.spec())
     }
 

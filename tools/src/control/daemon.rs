@@ -1,5 +1,6 @@
 //! What a daemon serves: graphs, which come and go while it runs.
 
+use super::backing::{Backups, Interrupted, forget_maps};
 use super::moving::{Moves, Resumed};
 use super::refusal::Refusal;
 use super::server::Ended;
@@ -66,6 +67,8 @@ pub(crate) struct Served {
     trial: Mutex<Option<Trial>>,
     /// Disks on their way to other stores.
     pub(super) moves: Moves,
+    /// Disks of which backups are made.
+    pub(super) backups: Backups,
 }
 
 /// A name that nobody else may load or unload until this goes.
@@ -191,12 +194,18 @@ impl Daemon {
         let path = path.canonicalize().unwrap_or(path);
         let left = Left::of(self.host.state_dir(), &path);
         let trial = Trial::read(self, &path)?;
-        let resumed = Resumed::of(self, &path, file, &left, choice);
-        let (file, mut resumed) = resumed.map_err(|refusal| on_trial(refusal, trial.is_some()))?;
+        let (file, interrupted) = Interrupted::of(self, &path, file, &left, choice)?;
+        let (file, mut resumed) = match interrupted {
+            // A graph has either.
+            Some(_) => (file, None),
+            None => Resumed::of(self, &path, file, &left, choice)
+                .map_err(|refusal| on_trial(refusal, trial.is_some()))?,
+        };
+        forget_maps(self, &path, &file.spec)?;
         let trial = self.resumed(trial, &file, &path, choice)?;
         file.make_folders().map_err(|failure| Refusal::new("unavailable", failure))?;
-        // On trial the disks are not written: their heads have nothing to say.
-        let heads = if trial.is_some() { Heads::Ignore } else { heads };
+        // Over overlays heads have nothing to say.
+        let heads = if trial.is_some() || interrupted.is_some() { Heads::Ignore } else { heads };
         let shown = file.path.display().to_string();
         let live = match resumed.take_if(|resumed| resumed.goes_on()) {
             None => self.start_live(&file, heads).await?,
@@ -220,14 +229,18 @@ impl Daemon {
         if choice == Choice::File {
             Trial::forget(self, &path);
         }
-        let (trial, saving, moves) = (Mutex::new(trial), Default::default(), Moves::default());
-        let served = Arc::new(Served { live, file: shown, path, left, saving, trial, moves });
+        let (trial, saving) = (Mutex::new(trial), Default::default());
+        let (moves, backups) = Default::default();
+        let served = Arc::new(Served { live, file: shown, path, left, saving, trial, moves, backups });
         if let Some(resumed) = resumed {
             // What was left of the graph before is not what serves now.
             if let Err(refusal) = served.remember_anew(self).await {
                 tracing::warn!("{}", refusal.message);
             }
             resumed.attend(&served, self);
+        }
+        if let Some(interrupted) = interrupted {
+            interrupted.attend(&served, self);
         }
         Ok(served)
     }
@@ -358,8 +371,9 @@ impl Daemon {
         let left = Left::of(self.host.state_dir(), &path);
         let trial =
             Trial::read(self, &path)?.filter(|trial| trial.is_in(&live.spec()) || trial.is_committing());
-        let (trial, saving, moves) = (Mutex::new(trial), Default::default(), Moves::default());
-        Ok(Arc::new(Served { live, file, path, left, saving, trial, moves }))
+        let (trial, saving) = (Mutex::new(trial), Default::default());
+        let (moves, backups) = Default::default();
+        Ok(Arc::new(Served { live, file, path, left, saving, trial, moves, backups }))
     }
 
     /// It serves.
@@ -368,7 +382,9 @@ impl Daemon {
     /// What is left of its moves cannot be understood; it serves all the same, and they stand still.
     pub(crate) fn adopt(self: &Arc<Self>, served: Arc<Served>) -> Result<(), Refusal> {
         self.graphs().served.push(served.clone());
-        Resumed::arrived(self, &served.path, &served.live.spec())?.attend(&served, self);
+        let (path, spec) = (&served.path, served.live.spec());
+        Resumed::arrived(self, path, &spec)?.attend(&served, self);
+        Interrupted::arrived(self, path, &spec)?.attend(&served, self);
         Ok(())
     }
 }
@@ -419,6 +435,9 @@ impl Served {
     pub(crate) fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String, Refusal> {
         if self.trial().is_some_and(|trial| trial.owns(element)) {
             return Err(self.on_trial());
+        }
+        if self.backups.own(element) {
+            self.not_backing_up()?;
         }
         self.live.call(element, handler, argument).map_err(|error| self.refused(element, &error))
     }

@@ -3,6 +3,7 @@
 //! `daemon` is what is served, `server` carries requests to it, `routes` answers them, one file for
 //! each subject; `client` asks, `find` says whom. Both ends share `refusal`, and the views.
 
+pub(crate) mod backing;
 mod change;
 pub(crate) mod client;
 pub(crate) mod daemon;

@@ -25,7 +25,7 @@ const VERSION: u32 = 1;
 
 /// What the overlay of a disk needs beyond its size: maps of two bits for each block of 64 KiB, headers, and
 /// room to spare.
-fn room(size: u64) -> u64 {
+pub(super) fn room(size: u64) -> u64 {
     size + (size >> 16) + (1 << 20)
 }
 
@@ -159,6 +159,7 @@ impl Served {
             return Err(self.on_trial());
         }
         self.not_moving()?;
+        self.not_backing_up()?;
         let name = self.live.name();
         // Built once as it is: what is wrong with it shows now, and the sizes are known.
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());

@@ -46,6 +46,7 @@ pub(crate) async fn hand_over(
             Refusal::busy(format!("{} is being changed: try again when that is done", served.live.name()))
         };
         let saving = served.saving.try_lock().map_err(busy)?;
+        served.not_backing_up()?;
         let departing = served.live.depart();
         let departing = departing.map_err(|error| Refusal::in_graph(&error, &served.live.spec()))?;
         held.push((served, departing, saving));

@@ -1,59 +1,16 @@
-//! How far a move is, while somebody waits for it: a bar on a terminal, a line from time to time elsewhere.
+//! How far a move is, while somebody waits for it.
 
 use crate::control::client::{Client, path};
 use crate::failure::Outcome;
 use crate::output::printable;
+use crate::progress::{cells, watch};
 use crate::units::{Bytes, Seconds};
 use crate::view::{MoveState, MoveView};
-use blockmason::rt;
-use std::io::IsTerminal;
-use std::time::Duration;
-use tokio::time::Instant;
-
-/// How often the daemon is asked.
-const EVERY: Duration = Duration::from_millis(100);
-
-/// Between two lines where there is no terminal.
-const LINES: Duration = Duration::from_secs(2);
-
-/// Cells of the bar.
-const CELLS: u64 = 24;
 
 /// Asks until the state is enough. Returns the last answer.
 pub(super) fn follow(client: &Client, begun: MoveView, enough: fn(MoveState) -> bool) -> Outcome<MoveView> {
     let at = path(&["v1", "graphs", &begun.graph, "moves", &begun.element]);
-    let terminal = std::io::stderr().is_terminal();
-    let (mut view, mut said) = (begun, rt::now());
-    while !enough(view.state) {
-        pause();
-        let next = client.get(&at);
-        if terminal {
-            eprint!("\r\x1b[K");
-        }
-        view = next?;
-        if terminal {
-            eprint!("{}", line(&view, true));
-        } else if due(&mut said) && !enough(view.state) {
-            eprintln!("{}", line(&view, false));
-        }
-    }
-    if terminal {
-        eprint!("\r\x1b[K");
-    }
-    Ok(view)
-}
-
-#[expect(clippy::disallowed_methods, reason = "no shard is here")]
-fn pause() {
-    std::thread::sleep(EVERY);
-}
-
-fn due(said: &mut Instant) -> bool {
-    let due = rt::now() - *said >= LINES;
-    if due {
-        *said = rt::now();
-    }
-    due
+    watch(begun, || client.get(&at), |view| enough(view.state), line)
 }
 
 fn line(view: &MoveView, bar: bool) -> String {
@@ -79,12 +36,6 @@ fn line(view: &MoveView, bar: bool) -> String {
         line += &format!("; {}", view.message);
     }
     printable(&line)
-}
-
-fn cells(done: u64, of: u64) -> String {
-    let full = (u128::from(done) * u128::from(CELLS) / u128::from(of.max(1))).min(u128::from(CELLS)) as usize;
-    let cell = |ix: usize| if ix < full { '#' } else { '.' };
-    format!("[{}]", (0..CELLS as usize).map(cell).collect::<String>())
 }
 
 #[cfg(test)]

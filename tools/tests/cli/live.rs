@@ -1,4 +1,5 @@
-//! `docs/live.md` and `docs/migrate.md` are sessions: their console blocks run in order, in one shell and one fresh
+//! `docs/live.md`, `docs/migrate.md` and `docs/backup.md` are sessions: the console blocks of each run in order, in one
+//! shell and one fresh
 //! folder, and print what stands there.
 //!
 //! What differs from run to run is masked on both sides, and nothing else ([`masked`]).
@@ -177,9 +178,20 @@ fn the_session_of_migrate_md_is_what_happens() {
 
 fn play(document: &str) {
     ["bash", "fio", "qemu-io"].into_iter().for_each(needs);
+    session(document, 40);
+}
+
+#[test]
+fn the_session_of_backup_md_is_what_happens() {
+    ["bash", "qemu-io", "cmp"].into_iter().for_each(needs);
+    session("docs/backup.md", 15);
+}
+
+/// Runs a document with more than so many commands.
+fn session(document: &str, least: usize) {
     let text = std::fs::read_to_string(repository().join(document)).unwrap();
     let steps = steps(&text);
-    assert!(steps.len() > 40, "only {} commands", steps.len());
+    assert!(steps.len() > least, "only {} commands", steps.len());
     let home = Home::new();
     let folder = home.path("").canonicalize().unwrap().display().to_string();
     let mut shell = Shell::start(&home);

@@ -36,6 +36,8 @@ pub(super) struct Place {
     pub(super) map: Arc<DirtyMap>,
     /// The map is this element's own: nobody else says that something is clean.
     pub(super) own: bool,
+    /// Nobody changes the disk at `from`, or uses the one at `to`: ranges are not held.
+    pub(super) frozen: bool,
     /// The disk at `from` knows of holes.
     pub(super) from_extents: bool,
     to_extents: bool,
@@ -53,6 +55,7 @@ impl Place {
             chunk: (chunk / granule).max(1) * granule,
             map,
             own,
+            frozen: false,
             from_extents: from.ops.extents,
             to_extents: to.ops.extents,
             to_zeroes: to.ops.write_zeroes,
@@ -87,8 +90,20 @@ impl Place {
         if at >= self.end { self.end } else { at & !(self.map.granule() - 1) }
     }
 
-    /// Holds a range once all that is on its way there has landed.
+    /// What a backup has frozen in the map of changes is to be copied.
+    pub(super) fn fill(&self, changes: &DirtyMap) {
+        let mut at = 0;
+        while let Some(run) = changes.frozen_next(at..self.from) {
+            at = run.end;
+            self.map.set(run);
+        }
+    }
+
+    /// Holds a range once all that is on its way there has landed, if anything changes there.
     pub(super) async fn hold<'a>(&self, cx: Cx<'a>, range: &Range<u64>) -> Held<'a> {
+        if self.frozen {
+            return cx.hold_none().await;
+        }
         // Later ones may come without end: then they wait.
         let _ = blockmason::rt::timeout(LEGS, self.map.settled(range.clone())).await;
         let held = cx.hold(range.clone()).await;
@@ -164,6 +179,16 @@ pub(super) async fn zero(step: &Step<'_>, range: &Range<u64>) -> Result<(), Fail
         return Ok(());
     }
     Chunk { place, held: &held, moved, dense }.put(run.start..end, None).await
+}
+
+/// Makes durable what was copied, and then what it was copied from: else a loss of power could undo there what the
+/// copy has.
+pub(super) async fn flush(step: &Step<'_>) -> Result<(), Failed> {
+    let free = step.cx.hold_none().await;
+    let flush = || request(Op::Flush, &(0..0));
+    free.forward(TO, flush()).await.map_err(Failed::To)?;
+    free.forward(FROM, flush()).await.map_err(Failed::From)?;
+    Ok(())
 }
 
 impl Chunk<'_> {

@@ -69,10 +69,13 @@ blockmason::params! {
     /// Copies one disk to another.
     struct Params {
         /// Copies what is dirty in the map of this element, which stands on the way to the disk at `to`, until nothing
-        /// is. Without it everything is copied once.
+        /// is. With `frozen` the element stands above the disk at `from`, and what a backup has frozen in its map is
+        /// copied. Without it everything is copied once.
         only: Option<Ref<DirtyMap>>,
         /// The most bytes that are held and moved at once, from 64k to 64M; at least a granule of the map.
         chunk: Size = "1M",
+        /// Nobody changes the disk at `from`, or uses the one at `to`: nothing is held, and both are flushed at the end.
+        frozen: bool = "no",
         /// Chunks under way at once, from 1 to 64.
         depth: Depth = "8",
         /// Bytes that may be copied, or compared, in a second.
@@ -102,6 +105,9 @@ pub const TYPE: ElementType = ElementType {
           may be larger than that at `from`; what lies behind the end of `from` is not touched, but for the rest \
           of the last granule, which becomes zeros. What is written is not flushed: flush the disk at `to` before the \
           one at `from` goes away.\n\n\
+          **Of a disk that stands still.** With `(frozen yes)` no range is held, so no guest waits for either disk, \
+          however slow. For the base of a `cow`, which guests read and do not change. When everything is copied, the \
+          disk at `to` and then the one at `from` are flushed; `state` is `clean` when that has been done.\n\n\
           **Guests first.** While guests are active, and for 100 ms after a request of theirs, two chunks at the \
           most are under way, each is followed by a pause as long as it took, 100 ms at the most, and `busy_rate` \
           counts, too. When they are idle, `depth` chunks are under way at `rate`. Zeros count nothing.\n\n\
@@ -149,6 +155,7 @@ pub const TYPE: ElementType = ElementType {
             access: Access::Read,
             doc: "bytes that the last `verify` has found alike; `total` of them at its end if all are",
         },
+        Handler { name: "under_way", access: Access::Read, doc: "chunks that are being moved just now" },
         Handler { name: "progress", access: Access::Read, doc: "all of these at once, as a JSON object" },
         Handler { name: "rate", access: Access::ReadWrite, doc: "bytes in a second, or `unlimited`" },
         Handler { name: "busy_rate", access: Access::ReadWrite, doc: "the same while guests are active" },
@@ -241,6 +248,7 @@ struct Now {
 
 struct Copy {
     only: Option<Arc<DirtyMap>>,
+    frozen: bool,
     chunk: u64,
     order: Way,
     settings: Mutex<Settings>,
@@ -255,9 +263,10 @@ const GRANULE: u64 = 64 << 10;
 
 impl Copy {
     fn new(params: &Params, only: Option<Arc<DirtyMap>>) -> Copy {
-        let Params { rate, busy_rate, depth, paused, .. } = *params;
+        let Params { rate, busy_rate, depth, paused, frozen, .. } = *params;
         Copy {
             only,
+            frozen,
             chunk: params.chunk.0,
             order: params.order,
             settings: Mutex::new(Settings { rate, busy_rate, depth, paused }),
@@ -287,6 +296,21 @@ impl Copy {
         Ok(Arc::new(map))
     }
 
+    /// A map of what a backup has frozen; nothing of that is known yet.
+    fn map_of_frozen(&self, changes: &DirtyMap, size: u64) -> Result<Arc<DirtyMap>> {
+        if changes.size() != size {
+            let changes = changes.size();
+            let message = format!(
+                "the map that `only` names is that of a disk of {changes} bytes, and the disk at `from` has {size}: name \
+                 a `log_dirty` above it"
+            );
+            return Err(Error::invalid(message));
+        }
+        let map = DirtyMap::new(changes.granule(), false);
+        map.cover(size)?;
+        Ok(Arc::new(map))
+    }
+
     fn place(&self, from: Geometry, to: Geometry) -> Result<Place> {
         if to.size < from.size {
             let (from, to) = (from.size, to.size);
@@ -302,6 +326,7 @@ impl Copy {
         }
         let map = match &self.only {
             None => self.own_map(from.size)?,
+            Some(changes) if self.frozen => self.map_of_frozen(changes, from.size)?,
             Some(map) if map.size() == to.size => map.clone(),
             Some(map) => {
                 let (map, to) = (map.size(), to.size);
@@ -312,7 +337,10 @@ impl Copy {
                 return Err(Error::invalid(message));
             }
         };
-        Ok(Place::new(from, to, map, self.only.is_none(), self.chunk))
+        let own = self.only.is_none() || self.frozen;
+        let mut place = Place::new(from, to, map, own, self.chunk);
+        place.frozen = self.frozen;
+        Ok(place)
     }
 
     fn progress(&self) -> Progress {
@@ -330,6 +358,7 @@ impl Copy {
             passes: count(&self.counters.passes),
             error: now.error.clone(),
             verified: count(&self.counters.verified),
+            under_way: count(&self.counters.under_way),
         }
     }
 }

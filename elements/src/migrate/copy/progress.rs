@@ -14,6 +14,8 @@ pub(super) struct Counters {
     pub(super) skipped: AtomicU64,
     pub(super) passes: AtomicU64,
     pub(super) verified: AtomicU64,
+    /// Goes up and down.
+    pub(super) under_way: AtomicU64,
 }
 
 /// What a successor in another process does not find in the map.
@@ -60,6 +62,7 @@ pub(super) struct Progress {
     pub(super) passes: u64,
     pub(super) error: String,
     pub(super) verified: u64,
+    pub(super) under_way: u64,
 }
 
 impl Progress {
@@ -78,6 +81,7 @@ impl Progress {
             "rate_now" => self.rate_now,
             "passes" => self.passes,
             "verified" => self.verified,
+            "under_way" => self.under_way,
             _ => return Err(Error::no_handler(handler)),
         };
         Ok(number.to_string())

@@ -37,6 +37,7 @@ enum Task {
     /// The range is known to be a hole.
     Zero(Range<u64>),
     Verify(Range<u64>, bool),
+    Flush,
 }
 
 /// What whoever has the turn does.
@@ -68,6 +69,8 @@ struct Desk {
     findings: Findings,
     /// Why the comparison has ended early.
     broken: Option<Failed>,
+    /// What was copied is durable.
+    flushed: bool,
     closing: bool,
 }
 
@@ -83,12 +86,22 @@ struct Run<'a> {
 pub(super) async fn work(copy: &Copy, cx: Cx<'_>) {
     let place: &Arc<Place> = cx.prepared();
     copy.now().place = Some(place.clone());
+    if let Some(changes) = copy.only.as_ref().filter(|_| place.frozen) {
+        if !changes.is_frozen() {
+            let mut now = copy.now();
+            now.error = "no backup has frozen what has changed".to_owned();
+            now.state = State::Waiting;
+            return;
+        }
+        place.fill(changes);
+    }
     let desk = Desk {
         under_way: 0,
         pace: Pace::new(cx.guest_requests(), cx.now()),
         troubles: Troubles::new(),
         findings: Findings::default(),
         broken: None,
+        flushed: false,
         closing: false,
     };
     let run = Run { copy, cx, place, turn: Mutex::default(), desk: RefCell::new(desk) };
@@ -112,6 +125,7 @@ impl Run<'_> {
                 select(pin!(self.cx.closing()), back).await;
             }
             self.desk.borrow_mut().under_way -= 1;
+            self.copy.counters.under_way.fetch_sub(1, Ordering::Relaxed);
             self.copy.wake.notify_one();
         }
     }
@@ -132,6 +146,7 @@ impl Run<'_> {
                 Next::Look => {}
                 Next::Do(task) => {
                     self.desk.borrow_mut().under_way += 1;
+                    self.copy.counters.under_way.fetch_add(1, Ordering::Relaxed);
                     return Some(task);
                 }
                 Next::Wait(until) => {
@@ -235,8 +250,18 @@ impl Run<'_> {
                 Next::Do(self.cut(walk, run).await)
             }
             None if self.place.map.is_dirty(0..self.place.end) => self.wait(State::Waiting, until),
+            None if self.place.frozen => self.choose_flush(),
             None => self.clean(),
         }
+    }
+
+    /// Everything is copied, and nothing is under way.
+    fn choose_flush(&self) -> Next {
+        if self.desk.borrow().flushed {
+            return self.clean();
+        }
+        self.goes_on();
+        Next::Do(Task::Flush)
     }
 
     fn goes_on(&self) {
@@ -286,6 +311,7 @@ impl Run<'_> {
 
     /// Takes a chunk of the run, or a large hole.
     async fn cut(&self, walk: &mut Walk, run: Range<u64>) -> Task {
+        self.desk.borrow_mut().flushed = false;
         let chunk = self.chunk(&run);
         // What is known is known upwards.
         let up = self.copy.order == Way::Up;
@@ -389,6 +415,7 @@ impl Run<'_> {
                 self.count(moved, 0);
                 self.end(range, done);
             }
+            Task::Flush => self.end_flush(chunk::flush(&step(false)).await),
             Task::Verify(range, dense) => self.end_part(range, verify::verify(&step(*dense), range).await),
         }
     }
@@ -413,6 +440,19 @@ impl Run<'_> {
             tracing::warn!(graph, element, "a chunk waits: {failed}");
         }
         self.copy.now().error = format!("{failed}; tried again within {seconds} s, or call `retry`");
+    }
+
+    /// What was copied and is perhaps not durable has to be copied again.
+    fn end_flush(&self, done: Result<(), Failed>) {
+        self.desk.borrow_mut().flushed = done.is_ok();
+        if done.is_ok() {
+            return;
+        }
+        match &self.copy.only {
+            Some(changes) => self.place.fill(changes),
+            None => self.place.map.set(0..self.place.end),
+        }
+        self.end(&(0..self.place.end), done);
     }
 
     fn end_part(&self, range: &Range<u64>, done: Result<Findings, Failed>) {

@@ -1,5 +1,6 @@
 //! Copying while guests write: one case each of what it promises. Orders of events have a file of their own.
 
+mod frozen;
 mod orders;
 mod world;
 

@@ -258,6 +258,11 @@ impl DirtyMap {
         }
     }
 
+    /// True between the begin of a backup and its end.
+    pub fn is_frozen(&self) -> bool {
+        self.flights().frozen.is_some()
+    }
+
     /// As [`next_dirty`](Self::next_dirty), of what was frozen.
     pub fn frozen_next(&self, range: Range<u64>) -> Option<Range<u64>> {
         self.run_in(self.flights().frozen.as_ref()?, &range)

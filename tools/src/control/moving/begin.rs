@@ -22,7 +22,7 @@ use std::sync::Arc;
 const PATIENCE: f64 = 30.0;
 
 /// Both sides, from a graph that is built and not open.
-struct Sides {
+pub(in crate::control) struct Sides {
     old: Vec<Volume>,
     new: Vec<Volume>,
     /// Other volumes of the graph as it runs.
@@ -43,6 +43,7 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
+        self.not_backing_up()?;
         let disk = &request.element;
         if let Some(job) = self.moves.active().find(|job| job.names().has(disk)) {
             return Err(Refusal::busy(self.on_the_move(&job)));
@@ -60,18 +61,17 @@ impl Served {
         let copy = copier(request);
         let plan = Plan { map: &map, clean: false, copy: &copy };
         let mut next = names.with_mirror(&running, &target, &plan, &request.folder)?;
-        self.size_of_new(&mut next, &names);
+        self.size_of_new(&mut next, &names.disk, &names.new);
         make_folder(&Record::folder(daemon, &self.path, disk))?;
-        let sides = match self.survey(daemon, &next, &names).await {
+        let sides = match self.survey(daemon, &next, &names.disk, &names.new).await {
             Ok(sides) => sides.check(&names, request.force).map(|()| sides),
             Err(error) => Err(Refusal::in_graph(&error, &next)),
         };
         let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
-        let deadline = live::Options::default().deadline;
         let stand = || sides.stand(&record.heads).map_err(|error| Refusal::of(&error));
         let begun = match record.write(daemon, &self.path).and_then(|()| stand()) {
-            Ok(()) => self.change_to(&saving, daemon, next, None, deadline).await,
+            Ok(()) => self.change_to(&saving, daemon, next, live::Heads::Moving).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = begun {
@@ -86,10 +86,10 @@ impl Served {
     }
 
     /// A file that is not there yet becomes as large as the disk.
-    fn size_of_new(&self, next: &mut Spec, names: &Names) {
+    pub(in crate::control) fn size_of_new(&self, next: &mut Spec, disk: &str, new: &str) {
         let graph = self.live.disk().graph();
-        let Some(size) = graph.node(&names.disk).map(|node| graph.geometry(node).size) else { return };
-        let Some(ix) = next.find(&names.new).filter(|ix| next.elements[*ix].ty == "file") else { return };
+        let Some(size) = graph.node(disk).map(|node| graph.geometry(node).size) else { return };
+        let Some(ix) = next.find(new).filter(|ix| next.elements[*ix].ty == "file") else { return };
         let params = &mut next.elements[ix].params;
         let path = params.get("path").and_then(|values| values.first());
         let missing = path.is_some_and(|path| !path.folder().join(path.text()).exists());
@@ -99,7 +99,13 @@ impl Served {
     }
 
     /// Builds the graph once as it would be: what is wrong with it shows now, and the volumes are known.
-    async fn survey(&self, daemon: &Daemon, next: &Spec, names: &Names) -> Result<Sides, Error> {
+    pub(in crate::control) async fn survey(
+        &self,
+        daemon: &Daemon,
+        next: &Spec,
+        disk: &str,
+        new: &str,
+    ) -> Result<Sides, Error> {
         let running = self.live.disk().graph();
         let diff = self.live.diff(next);
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
@@ -107,11 +113,12 @@ impl Served {
         let kept: HashMap<_, _> = kept.map(|it| (it.name.clone(), it.clone())).collect();
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
         let (name, now) = (self.live.name().to_owned(), self.live.spec());
-        let (next, names) = (next.clone(), names.clone());
+        let next = next.clone();
+        let (disk, new) = (disk.to_owned(), new.to_owned());
         let build = move || {
             let builder = Builder { catalogue: CATALOGUE, name: &name, state_dir: &state_dir, shards };
             let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
-            Sides::of(&next, &built, &names, &now, &running)
+            Sides::of(&next, &built, (&disk, &new), &now, &running)
         };
         rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
     }
@@ -119,9 +126,15 @@ impl Served {
 
 impl Sides {
     /// Of the next graph; what else there is, from the one that runs: the new disk must be none of it.
-    fn of(next: &Spec, graph: &Graph, names: &Names, now: &Spec, running: &Graph) -> Result<Sides, Error> {
-        let old = heads::below(next, graph, &names.disk)?;
-        let new = heads::below(next, graph, &names.new)?;
+    fn of(
+        next: &Spec,
+        graph: &Graph,
+        (disk, new): (&str, &str),
+        now: &Spec,
+        running: &Graph,
+    ) -> Result<Sides, Error> {
+        let old = heads::below(next, graph, disk)?;
+        let new = heads::below(next, graph, new)?;
         let all = heads::survey(&[(now, running)], heads::Names::Keep, heads::Moves::Known)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
         let others = all.into_iter().filter(|volume| !old.iter().any(|one| is(one, volume)));
@@ -131,6 +144,21 @@ impl Sides {
 
     /// Whether the disk may move there.
     fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
+        self.check_new(force)?;
+        let neighbours = self.old.iter().any(Volume::has_neighbours);
+        if neighbours && (self.old.len(), self.new.len()) != (1, 1) {
+            let message = format!(
+                "{} is a part of a larger disk, and its volumes and those that it moves to are not one each: \
+                 move them one by one",
+                names.disk
+            );
+            return Err(Refusal::new("unsupported", message));
+        }
+        Ok(())
+    }
+
+    /// Whether the new side may be overwritten.
+    pub(in crate::control) fn check_new(&self, force: bool) -> Result<(), Refusal> {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
                 let message = format!("{}: it is the disk {} itself", new.called(), old.element);
@@ -151,15 +179,6 @@ impl Sides {
                 );
                 return Err(Refusal::busy(message));
             }
-        }
-        let neighbours = self.old.iter().any(Volume::has_neighbours);
-        if neighbours && (self.old.len(), self.new.len()) != (1, 1) {
-            let message = format!(
-                "{} is a part of a larger disk, and its volumes and those that it moves to are not one each: \
-                 move them one by one",
-                names.disk
-            );
-            return Err(Refusal::new("unsupported", message));
         }
         Ok(())
     }

@@ -197,11 +197,11 @@ fn rename(spec: &mut Spec, renames: &Renames) {
 }
 
 /// Where a disk is to move, as an administrator writes it.
-pub(super) struct Target(String);
+pub(crate) struct Target(String);
 
 impl Target {
     /// `file (path b.img)`, or statements of a graph whose first element takes the disk's place.
-    pub(super) fn new(text: &str) -> Target {
+    pub(crate) fn new(text: &str) -> Target {
         Target(text.trim().to_owned())
     }
 
@@ -210,7 +210,7 @@ impl Target {
         self.0.starts_with("element ")
     }
 
-    fn statements(&self, name: &str) -> String {
+    pub(crate) fn statements(&self, name: &str) -> String {
         if self.is_statements() {
             return self.0.clone();
         }
@@ -222,7 +222,7 @@ impl Target {
     }
 
     /// What its first element is called.
-    pub(super) fn top(&self, otherwise: &str) -> String {
+    pub(crate) fn top(&self, otherwise: &str) -> String {
         let named = self.0.strip_prefix("element ").map(str::trim_start);
         let name = named.and_then(|text| text.split(|c: char| c.is_whitespace() || c == '(').next());
         name.unwrap_or(otherwise).to_owned()

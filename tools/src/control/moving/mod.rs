@@ -14,6 +14,7 @@ mod record;
 mod resume;
 
 pub(crate) use cut::cut_over;
+pub(crate) use graph::Target;
 pub(crate) use job::Job;
 pub(crate) use resume::Resumed;
 

@@ -1,6 +1,7 @@
 //! What the control socket answers: one file for each subject. Every route is given to the router with its
 //! description, so that docs/openapi.json has all of them.
 
+mod backups;
 mod changes;
 mod counters;
 mod daemon;
@@ -53,6 +54,9 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(moves::show))
         .routes(routes!(moves::ask))
         .routes(routes!(moves::together))
+        .routes(routes!(backups::list, backups::begin))
+        .routes(routes!(backups::show))
+        .routes(routes!(backups::abort))
         .routes(routes!(text::text))
         .routes(routes!(counters::counters))
         .routes(routes!(trace::trace))

@@ -1,0 +1,245 @@
+//! `mason backup`: the disk at one instant, while guests go on.
+
+mod hook;
+
+use crate::control::client::{Client, path};
+use crate::control::find::{self, ControlArgs};
+use crate::failure::{Failure, Outcome};
+use crate::output::{self, printable, printable_lines};
+use crate::progress::{cells, watch};
+use crate::units::{Bytes, Nanos, Seconds};
+use crate::view::{BackupRequest, BackupState, BackupView, GraphSummary};
+use blockmason::lang::value::Time;
+
+/// Back a disk up, as it is at one instant, while its guests use it.
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(after_help = "Examples:
+  mason backup vm1 Disk --to 'file (path /backup/vm1.img)'
+  mason backup vm1 Disk --to 'file (path /backup/vm1.img)' --incremental
+  mason backup vm1 Disk --to 'nbd_client (uri nbd://store2/vm1)' --rate 50M/s
+  mason backup vm1 Disk --to 'file (path b.img)' --before 'ssh vm1 fsfreeze -f /' --after 'ssh vm1 fsfreeze -u /'
+  mason backup status
+
+The backup is the disk as it is when this command has paused its guests for a moment. From then on what they write goes to an
+overlay in the state folder, which takes as much room there as they change meanwhile; the disk below stands still and is
+copied. At the end, whatever it is, the overlay is merged into the disk. No guest waits for the target.
+
+An element ELEMENT_changes stays in the graph and keeps account of what has changed since, so that the next backup can be
+incremental: it writes only that, to a target that has the last backup, or to a `cow` above it.
+
+The daemon does all this. When this command is interrupted the backup goes on; when the daemon ends, whatever ends it,
+the backup is given up, and everything that guests have written is there at the next start.
+
+A target that is there and large enough is overwritten; a file that is not there becomes as large as the disk.")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+
+    #[command(flatten)]
+    begin: BeginArgs,
+}
+
+#[derive(clap::Args)]
+struct BeginArgs {
+    /// The running graph's name, or the path of its file
+    #[arg(required = true, value_name = "GRAPH")]
+    graph: Option<String>,
+
+    /// The element that is the disk
+    #[arg(required = true, value_name = "ELEMENT")]
+    element: Option<String>,
+
+    /// Where the backup goes: a type and its parameters, or statements whose first element is it
+    #[arg(long, value_name = "DISK", required = true)]
+    to: Option<String>,
+
+    /// Copies only what has changed since the last backup, which the target has
+    #[arg(long)]
+    incremental: bool,
+
+    /// How fast it is copied at the most, 50M/s
+    #[arg(long, value_name = "RATE")]
+    rate: Option<String>,
+
+    /// A command that is run before the instant, for 30 s at the most: it makes guests write what they hold
+    #[arg(long, value_name = "COMMAND")]
+    before: Option<String>,
+
+    /// A command that is run right after it, whatever has come of it
+    #[arg(long, value_name = "COMMAND")]
+    after: Option<String>,
+
+    /// How long the target may fail before the backup is given up
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    patience: Time,
+
+    /// Writes the graph as it then runs into its file, so that account is kept of changes also after a restart
+    #[arg(long)]
+    save: bool,
+
+    /// Overwrites a target whose head says that it is somebody's volume
+    #[arg(long)]
+    force: bool,
+
+    #[command(flatten)]
+    shared: Shared,
+}
+
+/// What every form takes.
+#[derive(clap::Args)]
+struct Shared {
+    #[command(flatten)]
+    control: ControlArgs,
+
+    /// Writes one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Shows how far backups are
+    Status(StatusArgs),
+    /// Gives a backup up
+    Abort(AbortArgs),
+}
+
+#[derive(clap::Args)]
+struct StatusArgs {
+    /// The graph's name, or the path of its file [default: all]
+    #[arg(value_name = "GRAPH")]
+    graph: Option<String>,
+
+    #[command(flatten)]
+    shared: Shared,
+}
+
+#[derive(clap::Args)]
+struct AbortArgs {
+    /// The graph's name, or the path of its file
+    #[arg(value_name = "GRAPH")]
+    graph: String,
+
+    /// The disk
+    #[arg(value_name = "ELEMENT")]
+    element: String,
+
+    #[command(flatten)]
+    shared: Shared,
+}
+
+pub(crate) fn main(args: &Args) -> Outcome {
+    match &args.what {
+        None => begin(&args.begin),
+        Some(What::Status(args)) => status(args),
+        Some(What::Abort(args)) => abort(args),
+    }
+}
+
+fn begin(args: &BeginArgs) -> Outcome {
+    let (client, _) = args.shared.control.connect()?;
+    let graph = find::graph(&client, args.graph.as_deref())?;
+    let folder = std::env::current_dir()
+        .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+    let request = BackupRequest {
+        element: args.element.clone().unwrap_or_default(),
+        to: args.to.clone().unwrap_or_default(),
+        folder,
+        incremental: args.incremental,
+        rate: args.rate.clone(),
+        force: args.force,
+        save: args.save,
+        patience_seconds: Some(args.patience.0.as_secs_f64()),
+    };
+    let at = path(&["v1", "graphs", &graph.name, "backups"]);
+    let (begun, after) = between(args, || client.post::<BackupView>(&at, &request));
+    if let Err(failure) = &after {
+        eprintln!("mason: {failure}");
+    }
+    end(&follow(&client, begun?)?, &args.shared)?;
+    after.map_err(|_| Failure::Said)
+}
+
+/// Does it after the one command has succeeded, and then the other one, whatever has come of it.
+fn between<T>(args: &BeginArgs, body: impl FnOnce() -> Outcome<T>) -> (Outcome<T>, Outcome) {
+    let _waits = hook::outlive_interrupts(args.after.is_some());
+    let before = args.before.as_ref().map_or(Ok(()), |command| hook::run("--before", command));
+    let done = before.and_then(|()| body());
+    (done, args.after.as_ref().map_or(Ok(()), |command| hook::run("--after", command)))
+}
+
+fn follow(client: &Client, begun: BackupView) -> Outcome<BackupView> {
+    let at = path(&["v1", "graphs", &begun.graph, "backups", &begun.element]);
+    watch(begun, || client.get(&at), |view| view.state.is_over(), line)
+}
+
+fn end(last: &BackupView, shared: &Shared) -> Outcome {
+    if shared.json {
+        output::json(last)?;
+    } else {
+        output::text(&(sentence(last) + "\n"))?;
+    }
+    if last.state == BackupState::Failed { Err(Failure::Said) } else { Ok(()) }
+}
+
+fn status(args: &StatusArgs) -> Outcome {
+    let (client, _) = args.shared.control.connect()?;
+    let names = match &args.graph {
+        Some(graph) => vec![find::graph(&client, Some(graph))?.name],
+        None => client.get::<Vec<GraphSummary>>("/v1/graphs")?.into_iter().map(|graph| graph.name).collect(),
+    };
+    let mut all = Vec::new();
+    for name in names {
+        all.extend(client.get::<Vec<BackupView>>(&path(&["v1", "graphs", &name, "backups"]))?);
+    }
+    if args.shared.json {
+        return output::json(&all);
+    }
+    if all.is_empty() {
+        return output::text("no disk is being backed up\n");
+    }
+    output::text(&all.iter().map(|view| sentence(view) + "\n").collect::<String>())
+}
+
+fn abort(args: &AbortArgs) -> Outcome {
+    let (client, _) = args.shared.control.connect()?;
+    let graph = find::graph(&client, Some(&args.graph))?.name;
+    let asked = client.post(&path(&["v1", "graphs", &graph, "backups", &args.element, "abort"]), &())?;
+    let last = follow(&client, asked)?;
+    if args.shared.json { output::json(&last) } else { output::text(&(sentence(&last) + "\n")) }
+}
+
+/// How far a backup is, in a line.
+fn sentence(view: &BackupView) -> String {
+    let name = format!("{} {}: {}", view.graph, view.element, view.state.name());
+    let how_far = match view.state {
+        BackupState::Copying => {
+            let done = view.total.saturating_sub(view.remaining);
+            format!(", {} of {}, {}/s", Bytes(done), Bytes(view.total), Bytes(view.rate))
+        }
+        BackupState::Merging => String::new(),
+        BackupState::Done | BackupState::Failed => format!(
+            " in {}, {} copied, requests waited for {}",
+            Seconds(view.seconds),
+            Bytes(view.copied),
+            Nanos((view.pause_seconds * 1e9) as u64)
+        ),
+    };
+    let message = if view.message.is_empty() { String::new() } else { format!("; {}", view.message) };
+    printable_lines(&format!("{name}{how_far}{message}"))
+}
+
+fn line(view: &BackupView, bar: bool) -> String {
+    let done = view.total.saturating_sub(view.remaining);
+    let bar = if bar { cells(done, view.total) + " " } else { String::new() };
+    let mut line = format!("{bar}{} {} of {}", view.state.name(), Bytes(done), Bytes(view.total));
+    if view.state == BackupState::Copying && view.rate > 0 {
+        let left = Seconds(view.remaining as f64 / view.rate as f64);
+        line += &format!(", {}/s, {} left, about {left}", Bytes(view.rate), Bytes(view.remaining));
+    }
+    if !view.message.is_empty() {
+        line += &format!("; {}", view.message);
+    }
+    printable(&line)
+}

@@ -1,0 +1,141 @@
+//! What a later process must know of a backup, below STATE/backup/GRAPH/DISK: `backup.json` and the overlay as long as it
+//! goes on, and the map of changes since.
+
+use super::graph::Names;
+use crate::control::daemon::Daemon;
+use crate::control::refusal::Refusal;
+use blockmason::io::{remove_file, replace_file};
+use serde::{Deserialize, Serialize};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// The newest form of the record.
+const VERSION: u32 = 1;
+
+/// The longest record that is read, in bytes.
+const LONGEST: u64 = 1 << 20;
+
+const NAME: &str = "backup.json";
+
+/// A backup that has begun and is not over.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    version: u32,
+    pub(super) names: Names,
+    /// Where it goes, as it was asked for.
+    pub(super) to: String,
+    pub(super) incremental: bool,
+    /// The backup is complete and durable: only the overlay is left to be merged.
+    pub(super) complete: bool,
+}
+
+/// Where everything of the backups of one disk is.
+#[derive(Clone)]
+pub(super) struct Place(PathBuf);
+
+impl Place {
+    /// By the path of the graph file, and by the disk.
+    pub(super) fn of(daemon: &Daemon, file: &Path, disk: &str) -> Place {
+        Place(folder(daemon, file).join(disk))
+    }
+
+    pub(super) fn map(&self) -> PathBuf {
+        self.0.join("changes.map")
+    }
+
+    pub(super) fn overlay(&self) -> PathBuf {
+        self.0.join("overlay.cow")
+    }
+
+    /// Makes an empty overlay, durably: from now on one that is missing is one that was lost.
+    pub(super) fn make_overlay(&self, size: u64) -> Result<(), Refusal> {
+        let path = self.overlay();
+        let make = || {
+            DirBuilder::new().recursive(true).mode(0o700).create(&self.0)?;
+            remove_file(&path)?;
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+            file.set_len(size).and_then(|()| file.sync_all())?;
+            File::open(&self.0)?.sync_all()
+        };
+        make().map_err(|error: std::io::Error| {
+            Refusal::new("unavailable", format!("{}: the overlay cannot be made: {error}", path.display()))
+        })
+    }
+
+    /// Forgets what is known of changes: nobody keeps account of them now.
+    pub(super) fn forget_map(&self) -> Result<(), Refusal> {
+        let path = self.map();
+        remove_file(&path).map_err(|error| {
+            Refusal::new("unavailable", format!("{}: it cannot be removed: {error}", path.display()))
+        })
+    }
+
+    /// Forgets a backup that is over, with its overlay, of which nothing is left to be merged.
+    pub(super) fn forget(&self) {
+        for path in [self.0.join(NAME), self.overlay()] {
+            // The record first: an overlay alone means nothing.
+            if let Err(error) = remove_file(&path) {
+                tracing::warn!("{}: what a backup left cannot be removed: {error}", path.display());
+                return;
+            }
+        }
+    }
+
+    /// Writes the record, durably.
+    pub(super) fn write(&self, record: &Record) -> Result<(), Refusal> {
+        let path = self.0.join(NAME);
+        let cannot = |error: std::io::Error| {
+            Refusal::new("unavailable", format!("{}: the backup cannot be noted: {error}", path.display()))
+        };
+        let text = serde_json::to_vec(record).map_err(|error| cannot(error.into()))?;
+        replace_file(&path, &text).map_err(cannot)
+    }
+}
+
+impl Record {
+    pub(super) fn new(names: Names, to: String, incremental: bool) -> Record {
+        Record { version: VERSION, names, to, incremental, complete: false }
+    }
+
+    /// All disks of a graph file of which there is something, each with its backup if that is not over.
+    pub(super) fn read_all(daemon: &Daemon, file: &Path) -> Result<Vec<(String, Option<Record>)>, Refusal> {
+        let folder = folder(daemon, file);
+        let bad = |error: std::io::Error| {
+            Refusal::invalid(format!("{}: what backups left cannot be read: {error}", folder.display()))
+        };
+        let entries = match std::fs::read_dir(&folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(bad)?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(bad)?;
+            let disk = entry.file_name().to_string_lossy().into_owned();
+            found.push((disk, Record::read(&entry.path().join(NAME))?));
+        }
+        Ok(found)
+    }
+
+    fn read(path: &Path) -> Result<Option<Record>, Refusal> {
+        let bad = |what: &dyn std::fmt::Display| {
+            Refusal::invalid(format!("{}: the record of a backup {what}", path.display()))
+        };
+        match path.metadata() {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Ok(meta) if meta.len() > LONGEST => return Err(bad(&"is too large to be one")),
+            _ => {}
+        }
+        let bytes = std::fs::read(path).map_err(|e| bad(&format!("cannot be read: {e}")))?;
+        let record: Record = serde_json::from_slice(&bytes).map_err(|e| bad(&format!("is damaged: {e}")))?;
+        if record.version != VERSION {
+            return Err(bad(&format!("has version {}, not {VERSION}", record.version)));
+        }
+        Ok(Some(record))
+    }
+}
+
+fn folder(daemon: &Daemon, file: &Path) -> PathBuf {
+    daemon.host.state_dir().join("backup").join(crate::left::key(file))
+}
