@@ -116,7 +116,9 @@ fn a_move_to_a_server_that_has_died_can_be_given_up() {
     );
     let daemon = serve(&home);
     let far = home.run(&["far.mason", "--control", "far.control", "--state", "far"], 1);
-    let begun = moved(&home, "nbd_client (uri nbd+unix:///?socket=far.nbd) (reconnect 0s)", &SLOWLY);
+    let to = "nbd_client (uri nbd+unix:///?socket=far.nbd) (reconnect 0s)";
+    // A chunk every two seconds: the next one fails.
+    let begun = moved(&home, to, &["--rate", "512k/s", "--until", "begun"]);
     assert!(begun.starts_with("vm1 Disk: copying, ") && begun.contains(" of 4M"), "{begun}");
     stop(far);
     wait_until("the copier does not notice", || {
@@ -153,10 +155,11 @@ fn a_cut_over_that_was_refused_is_not_made_later() {
     let daemon = serve(&home);
     moved(&home, "file (path b.img)", &["--cutover", "manual", "--until", "ready"]);
     home.mason(&["set", "Slow.flush", "3s"]).done();
+    let before = home.mason(&["get", "Slow.requests"]).done();
     std::thread::scope(|scope| {
         let mut client = home.nbd_client("vm1.nbd");
         scope.spawn(move || client.send(FLUSH, 0, 0).unwrap());
-        wait_until("nothing is in flight", || home.mason(&["status"]).out.contains("1 in flight"));
+        wait_until("no flush comes", || home.mason(&["get", "Slow.requests"]).done() != before);
         let refused = home.mason(&["migrate", "cutover", "--deadline", "100ms"]).failed();
         assert!(refused.contains("have not ended in 100ms"), "{refused}");
     });
