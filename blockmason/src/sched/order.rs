@@ -102,7 +102,8 @@ impl<'a> Cx<'a> {
     pub async fn hold_none(self) -> Held<'a> {
         let held = self.hold_all([]).await;
         // Every request is within.
-        Held { ranges: vec![0..u64::MAX], ..held }
+        let all = 0..u64::MAX;
+        Held { ranges: vec![all], ..held }
     }
 }
 
