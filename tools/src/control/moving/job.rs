@@ -409,12 +409,6 @@ impl Job {
             (now.asked, now.again) = (Some(Asked::Abort), Some(rt::now() + AGAIN));
             return;
         }
-        // The graph file has had the mirror since the cut-over.
-        if record.options.is_mirror
-            && let Err(refusal) = served.write_file(&served.live.spec())
-        {
-            tracing::warn!("{}", refusal.message);
-        }
         let heads = &record.heads;
         let stands = if record.options.is_mirror { heads.part() } else { heads.stay() };
         if let Err(error) = stands {
