@@ -46,6 +46,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
     let built: Vec<_> = files.iter().map(|file| &file.spec).zip(&graphs).collect();
     let failed = |error| Failure::from_error(&error);
     let volumes = heads::survey(&built, Names::Adopt, Moves::Refused).map_err(failed)?;
+    if let Some((volume, why)) = volumes.iter().find_map(|volume| Some((volume, volume.elsewhere()?))) {
+        let help = "remove its head by hand if it is to be a disk of its own";
+        return Err(Failure::new(format!("{} ({}): {why}; {help}", volume.element, volume.place)));
+    }
     let needless = |volume: &&Volume| volume.wanted().is_none() && !matches!(volume.finding, Finding::Plain);
     let replaced = |volume: &&Volume| {
         let wanted = volume.wanted().filter(|_| !volume.at.read_only);

@@ -123,8 +123,8 @@ impl Volume {
         }
     }
 
-    /// Why it must not be served by whoever does not know of a move.
-    fn elsewhere(&self) -> Option<String> {
+    /// Why it must not be served, nor signed, by whoever does not know of a move.
+    pub fn elsewhere(&self) -> Option<String> {
         let generation = self.generation();
         match self.standing() {
             Standing::Active => None,
@@ -335,6 +335,7 @@ pub fn verify(graphs: &[(&Spec, &Graph)], moves: Moves) -> Result<Plan> {
         Finding::Plain | Finding::New | Finding::Signed | Finding::Unfinished => None,
     });
     let count = refused.clone().count();
+    let moved = moves == Moves::Refused && refused.clone().any(|(volume, ..)| volume.elsewhere().is_some());
     let mut differ = false;
     for (volume, why, lines) in refused.take(MOST_SHOWN) {
         differ |= !lines.is_empty();
@@ -348,6 +349,10 @@ pub fn verify(graphs: &[(&Spec, &Graph)], moves: Moves) -> Result<Plan> {
     if count > 0 {
         if differ {
             text += "`-` is what the volume was made with, `+` what the graph says.\n";
+        }
+        if moved {
+            text += "Serve the disk where it is now. To serve this one all the same, and leave its head as it is: --force";
+            return Err(Error::invalid(text));
         }
         text += "Correct the graph. To serve it so and leave the heads as they are: --force. To make this the \
                  layout: mason sign, or for a running graph mason reload --sign";

@@ -396,6 +396,11 @@ impl Signing {
             Heads::Ignore => Ok(Signing { plan: heads::Plan::default(), needless: none }),
             Heads::Sign => {
                 let volumes = heads::survey(&[(spec, graph)], Names::Adopt, Moves::Known)?;
+                if let Some((volume, why)) = volumes.iter().find_map(|it| Some((it, it.elsewhere()?))) {
+                    return Err(
+                        Error::invalid(format!("it cannot be signed: {why}")).in_element(&volume.element)
+                    );
+                }
                 let plan = heads::Plan::of(volumes.iter());
                 let needless = |volume: &Volume| {
                     volume.wanted().is_none()
