@@ -221,11 +221,26 @@ impl Committing {
             // it anew is refused either side and has to say which one is meant.
             tracing::error!("{}: its head cannot say that it is the disk: {error}", heads.new_called);
         }
+        // The new disks are the disks, durably. What else says so is written at once, since guests wait.
+        std::thread::scope(|scope| {
+            for (heads, keep_mirror) in &self.heads {
+                scope.spawn(|| {
+                    if let Err(error) = heads.finish_cut(*keep_mirror) {
+                        tracing::warn!("the old disk's head cannot say yet that it has moved: {error}");
+                    }
+                });
+            }
+            self.save();
+        });
+        Ok(())
+    }
+
+    /// Makes the graph file say what is served.
+    fn save(&self) {
         let saved = blockmason::io::replace_file(&self.file, self.text.as_bytes());
         if let Err(error) = saved.and_then(|()| Left::of(&self.state, &self.file).forget()) {
             tracing::warn!("{}: the graph file cannot be written: {error}", self.file.display());
         }
-        Ok(())
     }
 }
 

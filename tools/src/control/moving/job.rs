@@ -39,6 +39,8 @@ struct Now {
     state: MoveState,
     message: String,
     progress: Progress,
+    /// Of the move, once the copier is that of a mirror.
+    moved: Option<Progress>,
     pause: Option<Duration>,
     took: Option<Duration>,
     asked: Option<Asked>,
@@ -107,6 +109,7 @@ impl Job {
                 state: MoveState::Copying,
                 message: String::new(),
                 progress,
+                moved: None,
                 pause: None,
                 took: None,
                 asked: None,
@@ -157,7 +160,8 @@ impl Job {
     /// As the control socket shows it.
     pub(crate) fn view(&self, served: &Served) -> MoveView {
         let now = self.now();
-        let progress = &now.progress;
+        let moved = now.moved.as_ref().filter(|_| now.state == MoveState::Mirroring);
+        let progress = moved.unwrap_or(&now.progress);
         MoveView {
             graph: served.live.name().to_owned(),
             element: now.record.names.disk.clone(),
@@ -261,6 +265,7 @@ impl Job {
             }
         };
         if let Some(mirror) = mirror {
+            now.moved = Some(now.progress.clone());
             now.record = mirror;
         }
     }

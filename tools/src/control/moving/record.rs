@@ -85,59 +85,48 @@ impl Heads {
         self.new.iter().try_for_each(|path| heads::restand(path, self.generation, moved()))
     }
 
-    /// Makes the new side the disk, and the old one its mirror or what it was before. When this returns well the
-    /// first is durable.
+    /// Makes the new side the disk. When this returns well, it is durable, and
+    /// [`finish_cut`](Self::finish_cut) says so on the old side.
     ///
     /// # Errors
     /// The old side is the disk, as before.
     pub(super) fn cut(&self, keep_mirror: bool) -> Result<(), Error> {
-        let next = self.generation + 1;
-        let (new, old) = match keep_mirror {
-            true => (Standing::Moving(self.old_called.clone()), Standing::Filling(self.new_called.clone())),
-            false => (Standing::Active, Standing::Moved(self.new_called.clone())),
+        let new = match keep_mirror {
+            true => Standing::Moving(self.old_called.clone()),
+            false => Standing::Active,
         };
-        let taken = self.new.iter().try_for_each(|path| heads::restand(path, next, new.clone()));
-        if let Err(error) = taken {
-            let back = Standing::Filling(self.old_called.clone());
-            let undone =
-                self.new.iter().try_for_each(|path| heads::restand(path, self.generation, back.clone()));
-            // A head that says that it is the disk, durably, decides. Where not all of several can be taken back, some
-            // were never written, and the next start takes the old side.
-            if undone.is_ok() || !self.have_cut() {
-                return Err(error);
-            }
-            tracing::error!("the new disk's head was written and could not be taken back: it is the disk");
+        let taken =
+            self.new.iter().try_for_each(|path| heads::restand(path, self.generation + 1, new.clone()));
+        let Err(error) = taken else { return Ok(()) };
+        let undone = self.take_back();
+        // A head that says that it is the disk, durably, decides. Where not all of several can be taken back, some
+        // were never written, and the next start takes the old side.
+        if undone.is_ok() || !self.have_cut() {
+            return Err(error);
         }
-        if let Err(error) = self.finish(old) {
-            // It says that its disk is on the move: nobody serves it by mistake.
-            tracing::warn!("the old disk's head cannot say yet that it has moved: {error}");
-        }
+        tracing::error!("the new disk's head was written and could not be taken back: it is the disk");
         Ok(())
     }
 
     /// Undoes [`cut`](Self::cut), behind the same closed gate.
     ///
     /// # Errors
-    /// One side or both say still that they have moved.
+    /// The new side says still that it is the disk.
     pub(super) fn take_back(&self) -> Result<(), Error> {
-        let (old, new) =
-            (Standing::Moving(self.new_called.clone()), Standing::Filling(self.old_called.clone()));
-        self.old.iter().try_for_each(|path| heads::restand(path, self.generation, old.clone()))?;
+        let new = Standing::Filling(self.old_called.clone());
         self.new.iter().try_for_each(|path| heads::restand(path, self.generation, new.clone()))
     }
 
-    /// Writes down on the old side what it is from now on.
-    fn finish(&self, standing: Standing) -> Result<(), Error> {
-        let next = self.generation + 1;
-        self.old.iter().try_for_each(|path| heads::restand(path, next, standing.clone()))
-    }
-
-    /// What a cut-over that was interrupted has still to do.
+    /// Writes down on the old side what it is from now on: a mirror, or what the disk was before.
+    ///
+    /// # Errors
+    /// It cannot be written. It says that its disk is on the move: nobody serves it by mistake.
     pub(super) fn finish_cut(&self, keep_mirror: bool) -> Result<(), Error> {
-        self.finish(match keep_mirror {
+        let old = match keep_mirror {
             true => Standing::Filling(self.new_called.clone()),
             false => Standing::Moved(self.new_called.clone()),
-        })
+        };
+        self.old.iter().try_for_each(|path| heads::restand(path, self.generation + 1, old.clone()))
     }
 }
 
