@@ -11,7 +11,7 @@ use crate::graph::{Connection, Graph, Instance};
 use crate::lang::{Defines, NoFiles, Spec, parse_checked, parse_str};
 use crate::live::{Heads, Live, Setup};
 use crate::request::{Answer, Extent, Op, Reply, Request};
-use crate::sched::{Admit, Cx, Disk, Host, Served, Stream, serve};
+use crate::sched::{Admit, Cx, Disk, Host, Served, Shard, Stream, serve};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,11 @@ pub fn run<T>(seed: u64, body: impl AsyncFnOnce(Arc<Host>) -> T) -> T {
         .start_paused(true)
         .build_local(Default::default())
         .unwrap();
-    runtime.block_on(async { body(Host::on_this_thread(seed, &folder)).await })
+    runtime.block_on(async {
+        let done = body(Host::on_this_thread(seed, &folder)).await;
+        Shard::leave();
+        done
+    })
 }
 
 /// Where the test's client enters.

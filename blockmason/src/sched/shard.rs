@@ -57,6 +57,13 @@ impl Shard {
         Entered(())
     }
 
+    /// The current thread is no shard any more. What that drops may wake tasks: not to be left to the end of the
+    /// thread, when there are none.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn leave() {
+        drop(CURRENT.take());
+    }
+
     /// The shard of the current thread, if it is one.
     pub fn current() -> Option<Rc<Shard>> {
         CURRENT.try_with(|shard| shard.borrow().clone()).ok().flatten()
