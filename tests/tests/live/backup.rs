@@ -244,7 +244,7 @@ fn what_cannot_be_backed_up_is_refused_and_nothing_has_changed() {
     let cases: &[(&[&str], &str)] = &[
         (&["A", "--to", "file (path b.img)", "--incremental"], "no account is kept"),
         (&["A", "--to", "file (path small.img)"], "make it at least as large"),
-        (&["A", "--to", "file (path a.img)"], "is A of this graph"),
+        (&["A", "--to", "file (path a.img)"], "it is the disk A itself"),
         (&["B", "--to", "file (path b.img)"], "there is no element B"),
         (&["Guest", "--to", "file (path b.img)"], "no disk"),
         (&["A", "--to", "fil (path b.img)"], "fil"),
@@ -256,7 +256,7 @@ fn what_cannot_be_backed_up_is_refused_and_nothing_has_changed() {
         assert_eq!(elements(&site), ["A", "Guest"], "{args:?}");
     }
     let said = site.mason(&["migrate", "vm", "A", "--to", "file (path a.img)"]).refused();
-    assert!(said.contains("is A of this graph"), "{said}");
+    assert!(said.contains("it is the disk A itself"), "{said}");
     let left = site.path("state/mason/backup");
     let files = client("find", &[left.to_str().unwrap(), "-type", "f"]);
     assert_eq!(files, "");

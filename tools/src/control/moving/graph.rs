@@ -95,7 +95,7 @@ impl Names {
         format!(
             "element {tee} (type tee) (primary old) (log {dirty})\n\
              element {leg} (type filter) (drop read flush cache extents)\n\
-             element {retry} (type on_error) (then ignore) (mark {dirty})\n\
+             element {retry} (type on_error) (retry 0) (then ignore) (mark {dirty})\n\
              element {dirty} (type log_dirty) (file \"{map}\") (initially {initially})\n\
              element {copy} (type copy) (only {dirty}) {options}\n\
              ({tee}, old) -> {disk}\n\

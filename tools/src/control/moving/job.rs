@@ -23,7 +23,7 @@ const EVERY: Duration = Duration::from_millis(50);
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// How long guests may wait behind the gate for a new disk that is given up, and may not answer.
-const GIVING_UP: Duration = Duration::from_secs(1);
+const GIVING_UP: Duration = Duration::from_secs(5);
 
 /// A move, from its begin or from a restart until it is over.
 pub(crate) struct Job {
@@ -103,11 +103,15 @@ impl Job {
     /// Attends to a move whose mirror is in place.
     pub(super) fn start(record: Record, served: &Arc<Served>, daemon: &Arc<Daemon>) -> Arc<Job> {
         let progress = Progress::of(served, &record.names.copy).unwrap_or_default();
+        let (state, message) = match record.options.is_mirror {
+            true => (MoveState::Mirroring, format!("{} is kept as its mirror", record.heads.new_called)),
+            false => (MoveState::Copying, String::new()),
+        };
         let job = Arc::new(Job {
             now: Mutex::new(Now {
                 record,
-                state: MoveState::Copying,
-                message: String::new(),
+                state,
+                message,
                 progress,
                 moved: None,
                 pause: None,
