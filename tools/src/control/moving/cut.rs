@@ -115,7 +115,13 @@ async fn cut(
     let pause = Duration::from_secs_f64(view.pause_seconds.unwrap_or(0.0));
     for ((job, record), mirror) in jobs.iter().zip(&records).zip(after.mirrors) {
         match &mirror {
-            Some(mirror) => mirror.write(daemon, &served.path)?,
+            Some(mirror) => {
+                // The disk has moved, and no error may say otherwise. The record that is there finds it so at the next
+                // start, and makes this one.
+                if let Err(refusal) = mirror.write(daemon, &served.path) {
+                    tracing::warn!("{}", refusal.message);
+                }
+            }
             None => record.forget(daemon, &served.path),
         }
         job.has_cut(pause, mirror);

@@ -16,8 +16,9 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// How often the copier is looked at.
+/// How often the copier is looked at, and how often where nobody waits for it.
 const EVERY: Duration = Duration::from_millis(50);
+const AT_LEISURE: Duration = Duration::from_secs(1);
 
 /// How long a cut-over, or an end, that could not be made waits before it is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -454,6 +455,7 @@ async fn attend(job: Arc<Job>, served: Weak<Served>, daemon: Weak<Daemon>) {
             return;
         }
         drop((served, daemon));
-        let _ = rt::timeout(EVERY, job.wake.notified()).await;
+        let leisure = matches!(job.state(), MoveState::Mirroring | MoveState::Paused);
+        let _ = rt::timeout(if leisure { AT_LEISURE } else { EVERY }, job.wake.notified()).await;
     }
 }
