@@ -3,7 +3,7 @@
 use crate::failure::{Failure, Outcome};
 use crate::graphs::{GraphArgs, GraphFile};
 use crate::output;
-use blockmason::heads::{self, Finding, Moves, Names, Plan, Volume};
+use blockmason::heads::{self, Finding, Names, Plan, Volume};
 use std::path::PathBuf;
 
 /// Make the layout of graphs that of their volumes: write the volumes' heads anew.
@@ -45,7 +45,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         .collect::<Outcome<Vec<_>>>()?;
     let built: Vec<_> = files.iter().map(|file| &file.spec).zip(&graphs).collect();
     let failed = |error| Failure::from_error(&error);
-    let volumes = heads::survey(&built, Names::Adopt, Moves::Refused).map_err(failed)?;
+    let volumes = heads::survey(&built, Names::Adopt).map_err(failed)?;
     if let Some((volume, why)) = volumes.iter().find_map(|volume| Some((volume, volume.elsewhere()?))) {
         let help = "remove its head by hand if it is to be a disk of its own";
         return Err(Failure::new(format!("{} ({}): {why}; {help}", volume.element, volume.place)));

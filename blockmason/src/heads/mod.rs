@@ -146,14 +146,14 @@ impl Volume {
         diff::diff(self.found.as_ref().map_or(&none, |head| &head.ways), &self.ways)
     }
 
-    fn judge(&self, head: Result<Option<Head>>, moves: Moves) -> Finding {
+    fn judge(&self, head: Result<Option<Head>>, moving: &[PathBuf]) -> Finding {
         let head = match head {
             Ok(Some(head)) => head,
             Ok(None) if self.wanted().is_some() => return Finding::New,
             Ok(None) => return Finding::Plain,
             Err(error) => return Finding::Refused(with_source(&error), Vec::new()),
         };
-        if let (Moves::Refused, Some(why)) = (moves, self.elsewhere()) {
+        if let Some(why) = self.elsewhere().filter(|_| !moving.contains(&self.at.path)) {
             return Finding::Refused(why, Vec::new());
         }
         let known = |ways: &BTreeSet<Vec<String>>| ways.is_subset(&head.ways);
@@ -178,15 +178,6 @@ impl Volume {
     }
 }
 
-/// Whether a graph may serve volumes that are on the move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moves {
-    /// No.
-    Refused,
-    /// It is what moves them, or takes up what was left of a move.
-    Known,
-}
-
 /// How names are given to the volumes of a survey.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Names {
@@ -200,7 +191,11 @@ pub enum Names {
 ///
 /// # Errors
 /// A layout that is too large. What is wrong with a head is a finding.
-pub fn survey(graphs: &[(&Spec, &Graph)], names: Names, moves: Moves) -> Result<Vec<Volume>> {
+pub fn survey(graphs: &[(&Spec, &Graph)], names: Names) -> Result<Vec<Volume>> {
+    survey_moving(graphs, names, &[])
+}
+
+fn survey_moving(graphs: &[(&Spec, &Graph)], names: Names, moving: &[PathBuf]) -> Result<Vec<Volume>> {
     let (mut volumes, sinks) = volumes(graphs);
     let mut heads = Vec::with_capacity(volumes.len());
     let mut taken = HashSet::new();
@@ -237,7 +232,7 @@ pub fn survey(graphs: &[(&Spec, &Graph)], names: Names, moves: Moves) -> Result<
     let fresh = volumes.iter().filter(|volume| volume.found.is_none());
     let fresh: HashSet<String> = fresh.filter_map(|volume| volume.name.clone()).collect();
     for (ix, (volume, head)) in volumes.iter_mut().zip(heads).enumerate() {
-        volume.finding = volume.judge(head, moves);
+        volume.finding = volume.judge(head, moving);
         if let Finding::Refused(_, lines) = &mut volume.finding {
             lines.iter_mut().for_each(|line| *line = without(line, &fresh));
         }
@@ -323,19 +318,20 @@ fn with_source(error: &Error) -> String {
 }
 
 /// Compares the heads of all volumes of graphs that are built and not open, and says which are to be
-/// written. Changes nothing.
+/// written. Those whose heads are at `moving` may be on the move: the graph is what moves them. Changes nothing.
 ///
 /// # Errors
 /// All volumes that must not be served so, each with the difference.
-pub fn verify(graphs: &[(&Spec, &Graph)], moves: Moves) -> Result<Plan> {
-    let volumes = survey(graphs, Names::Keep, moves)?;
+pub fn verify(graphs: &[(&Spec, &Graph)], moving: &[PathBuf]) -> Result<Plan> {
+    let volumes = survey_moving(graphs, Names::Keep, moving)?;
     let mut text = String::new();
     let refused = volumes.iter().filter_map(|volume| match &volume.finding {
         Finding::Refused(why, lines) => Some((volume, why, lines)),
         Finding::Plain | Finding::New | Finding::Signed | Finding::Unfinished => None,
     });
     let count = refused.clone().count();
-    let moved = moves == Moves::Refused && refused.clone().any(|(volume, ..)| volume.elsewhere().is_some());
+    let elsewhere = |volume: &Volume| volume.elsewhere().is_some() && !moving.contains(&volume.at.path);
+    let moved = refused.clone().any(|(volume, ..)| elsewhere(volume));
     let mut differ = false;
     for (volume, why, lines) in refused.take(MOST_SHOWN) {
         differ |= !lines.is_empty();
@@ -437,7 +433,7 @@ pub fn below(spec: &Spec, graph: &Graph, element: &str) -> Result<Vec<Volume>> {
     let sinks = graph.instances().filter(|instance| names.contains(instance.name.as_str()));
     let places: HashSet<PathBuf> =
         sinks.filter_map(|instance| instance.element.head()).map(|at| at.path).collect();
-    let volumes = survey(&[(spec, graph)], Names::Keep, Moves::Known)?;
+    let volumes = survey(&[(spec, graph)], Names::Keep)?;
     Ok(volumes.into_iter().filter(|volume| places.contains(&volume.at.path)).collect())
 }
 

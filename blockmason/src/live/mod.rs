@@ -18,7 +18,7 @@ use crate::events::{Event, EventKind};
 use crate::graph::build::{Builder, connections};
 use crate::graph::tally::Histogram;
 use crate::graph::{Graph, Instance};
-use crate::heads::{self, Finding, Moves, Names, Volume};
+use crate::heads::{self, Finding, Names, Volume};
 use crate::lang::Spec;
 use crate::sched::{Change, Changed, Commit, Disk, Host, Setting, contained};
 use serde::{Deserialize, Serialize};
@@ -62,13 +62,13 @@ pub struct Options {
 }
 
 /// What the heads of volumes have to say to a graph; see [`heads`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Heads {
     /// A volume is served through no other layout than its head names; new ones are signed.
     #[default]
     Verify,
-    /// The same, but volumes may be on the move: the graph is what moves them.
-    Moving,
+    /// The same, but the volumes with these heads may be on the move: the graph is what moves them.
+    Moving(Vec<PathBuf>),
     /// Nothing. They stay as they are.
     Ignore,
     /// The layout of the graph becomes that of the volumes.
@@ -240,7 +240,7 @@ impl Live {
         }
         let before = self.disk.graph();
         let graph = self.build(&next, &diff, &before, &options.renames).await?;
-        let signed = Signing::of(&next, &graph, options.heads)?;
+        let signed = Signing::of(&next, &graph, &options.heads)?;
         signed.plan.begin()?;
         let settings = settings(&diff, &graph);
         let Options { deadline, disconnect, alone, .. } = *options;
@@ -384,18 +384,16 @@ struct Signing {
 
 impl Signing {
     /// Changes nothing yet.
-    fn of(spec: &Spec, graph: &Graph, heads: Heads) -> Result<Signing> {
+    fn of(spec: &Spec, graph: &Graph, heads: &Heads) -> Result<Signing> {
         let none = Vec::new();
         match heads {
-            Heads::Verify => {
-                Ok(Signing { plan: heads::verify(&[(spec, graph)], Moves::Refused)?, needless: none })
-            }
-            Heads::Moving => {
-                Ok(Signing { plan: heads::verify(&[(spec, graph)], Moves::Known)?, needless: none })
+            Heads::Verify => Ok(Signing { plan: heads::verify(&[(spec, graph)], &[])?, needless: none }),
+            Heads::Moving(moving) => {
+                Ok(Signing { plan: heads::verify(&[(spec, graph)], moving)?, needless: none })
             }
             Heads::Ignore => Ok(Signing { plan: heads::Plan::default(), needless: none }),
             Heads::Sign => {
-                let volumes = heads::survey(&[(spec, graph)], Names::Adopt, Moves::Known)?;
+                let volumes = heads::survey(&[(spec, graph)], Names::Adopt)?;
                 if let Some((volume, why)) = volumes.iter().find_map(|it| Some((it, it.elsewhere()?))) {
                     return Err(
                         Error::invalid(format!("it cannot be signed: {why}")).in_element(&volume.element)

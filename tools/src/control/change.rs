@@ -119,8 +119,8 @@ impl Served {
         if save && !moves {
             self.not_moving()?;
         }
-        if options.heads == Heads::Verify && self.moves.go_on() {
-            options.heads = Heads::Moving;
+        if options.heads == Heads::Verify {
+            options.heads = Heads::Moving(self.moves.heads());
         }
         let make = |running: &Spec| {
             let next = make(running)?;

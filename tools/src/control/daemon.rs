@@ -209,7 +209,7 @@ impl Daemon {
         let shown = file.path.display().to_string();
         let live = match resumed.take_if(|resumed| resumed.goes_on()) {
             None => self.start_live(&file, heads).await?,
-            Some(moves) => match self.start_live(&file, moving_heads(heads)).await {
+            Some(moves) => match self.start_live(&file, moves.heads(heads.clone())).await {
                 Ok(live) => {
                     resumed = Some(moves);
                     live
@@ -251,11 +251,6 @@ impl Daemon {
         let live = Live::start(&self.host, setup, file.spec.clone(), heads).await;
         live.map_err(|error| Refusal::in_graph(&error, &file.spec))
     }
-}
-
-/// Volumes of moves that go on may be on the move.
-fn moving_heads(heads: Heads) -> Heads {
-    if heads == Heads::Verify { Heads::Moving } else { heads }
 }
 
 impl Daemon {

@@ -11,7 +11,7 @@ use crate::view::{ChangeOptions, ChangeView};
 use blockmason::describe::Outs;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
-use blockmason::heads::{self, Moves};
+use blockmason::heads;
 use blockmason::io::replace_file;
 use blockmason::lang::{Defines, Edit, NoFiles, Spec, edit, parse_checked, print};
 use blockmason::rt;
@@ -170,7 +170,7 @@ impl Served {
             let graph = builder.build(&file.spec)?;
             // Before anything is written: what is merged through a wrong layout is lost.
             if verify {
-                heads::verify(&[(&file.spec, &graph)], Moves::Refused)?;
+                heads::verify(&[(&file.spec, &graph)], &[])?;
             }
             Ok(disks(&graph))
         };

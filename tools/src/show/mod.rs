@@ -167,7 +167,7 @@ fn built(reader: &Reader, file: &GraphFile) -> Outcome<GraphView> {
     let state = reader.folders.state.clone().unwrap_or_default();
     file.make_folders()?;
     let graph = file.build(&state, 1).map_err(|error| Failure::in_graph(&error, &file.spec))?;
-    let volumes = heads::survey(&[(&file.spec, &graph)], heads::Names::Keep, heads::Moves::Refused);
+    let volumes = heads::survey(&[(&file.spec, &graph)], heads::Names::Keep);
     let volumes = volumes.map_err(|error| Failure::from_error(&error))?;
     Ok(GraphView::of_spec(&file.name, &file.spec).with_geometry(&graph).with_heads(&volumes))
 }

@@ -172,3 +172,20 @@ fn a_cut_over_that_was_refused_is_not_made_later() {
     }
     stop(daemon);
 }
+
+/// Only what a move itself moves may be served while it is on the move.
+#[test]
+fn a_stale_disk_is_not_served_because_another_one_moves() {
+    let home = home();
+    let daemon = serve(&home);
+    moved(&home, "file (path b.img)", &[]);
+    moved(&home, "file (path c.img)", &SLOWLY);
+    let stale = "element Late (type nbd) (listen unix:late.nbd)\n\
+                 element Stale (type file) (path a.img)\n\
+                 Late -> Stale";
+    let refused = home.mason(&["add", stale]);
+    assert!(refused.code == Some(1) && refused.err.contains("it has moved to "), "{refused:?}");
+    home.mason(&["insert", "P (type probe)", "between", "Guest", "and", "Disk_tee"]).done();
+    home.mason(&["migrate", "abort"]);
+    stop(daemon);
+}

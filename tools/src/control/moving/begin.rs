@@ -69,9 +69,10 @@ impl Served {
         };
         let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
+        let moving = [self.moves.heads(), record.heads.all()].concat();
         let stand = || sides.stand(&record.heads).map_err(|error| Refusal::of(&error));
         let begun = match record.write(daemon, &self.path).and_then(|()| stand()) {
-            Ok(()) => self.change_to(&saving, daemon, next, live::Heads::Moving).await,
+            Ok(()) => self.change_to(&saving, daemon, next, live::Heads::Moving(moving)).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = begun {
@@ -135,7 +136,7 @@ impl Sides {
     ) -> Result<Sides, Error> {
         let old = heads::below(next, graph, disk)?;
         let new = heads::below(next, graph, new)?;
-        let all = heads::survey(&[(now, running)], heads::Names::Keep, heads::Moves::Known)?;
+        let all = heads::survey(&[(now, running)], heads::Names::Keep)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
         let others = all.into_iter().filter(|volume| !old.iter().any(|one| is(one, volume)));
         let others = others.collect();

@@ -9,7 +9,7 @@ use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
 use crate::left::Left;
 use blockmason::lang::{Spec, print};
-use blockmason::live::{Heads, Options};
+use blockmason::live::Options;
 use blockmason::sched::Commit;
 use blockmason::{Error, Kind, rt};
 use futures::future::join_all;
@@ -94,7 +94,6 @@ async fn cut(
     };
     let options = Options {
         deadline: deadline.map_or(Options::default().deadline, Duration::from_secs_f64),
-        heads: Heads::Moving,
         renames: after.renames.clone(),
         commit: Some(commit.behind(meeting)),
         flush_by: Some(records.iter().flat_map(flushed).collect()),

@@ -8,7 +8,7 @@ use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
 use crate::view::{MoveState, MoveView};
 use blockmason::events::{Event, EventKind};
-use blockmason::live::{Heads, Options as Change};
+use blockmason::live::Options as Change;
 use blockmason::rt;
 use serde::Deserialize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -392,12 +392,7 @@ impl Job {
         record.phase = Phase::GivingUp;
         record.write(daemon, &served.path)?;
         // The other disk need not keep anything, and may be gone.
-        let options = Change {
-            heads: Heads::Moving,
-            deadline: GIVING_UP,
-            flush_by: Some(Vec::new()),
-            ..Change::default()
-        };
+        let options = Change { deadline: GIVING_UP, flush_by: Some(Vec::new()), ..Change::default() };
         let how = How { options, dry_run: false, save: false, moves: true };
         let changed = served.change(saving, daemon, |_| Ok(next), how).await;
         if changed.is_err() {

@@ -22,6 +22,7 @@ use super::daemon::Served;
 use super::refusal::Refusal;
 use crate::view::{MoveState, MoveView};
 use blockmason::lang::Spec;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The moves of a graph: those that go on, and the last one of each disk that is over.
@@ -37,9 +38,9 @@ impl Moves {
         self.all().into_iter().filter(|job| !job.state().is_over())
     }
 
-    /// True if there is a move that is not over.
-    pub(super) fn go_on(&self) -> bool {
-        self.active().next().is_some()
+    /// The heads of the volumes that are on the move.
+    pub(super) fn heads(&self) -> Vec<PathBuf> {
+        self.active().flat_map(|job| job.record().heads.all()).collect()
     }
 
     /// In the place of one of the same disk that is over.

@@ -54,6 +54,11 @@ impl Heads {
         }
     }
 
+    /// Those of both sides.
+    pub(super) fn all(&self) -> Vec<PathBuf> {
+        [&self.old[..], &self.new[..]].concat()
+    }
+
     /// True if the new side is the disk: its heads say so.
     pub(super) fn have_cut(&self) -> bool {
         let is_disk = |path: &PathBuf| {

@@ -10,6 +10,7 @@ use crate::graphs::{CATALOGUE, GraphFile};
 use crate::left::{Choice, Left, parse_printed};
 use blockmason::io::replace_file;
 use blockmason::lang::{Spec, print};
+use blockmason::live::Heads;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -163,6 +164,14 @@ impl Resumed {
             .map_err(|error| Refusal::new("unavailable", format!("what is left cannot be noted: {error}")))?;
         self.give_up(daemon, path, record, why)?;
         Ok(spec)
+    }
+
+    /// What heads have to say of the graph: volumes of moves that go on may be on the move.
+    pub(crate) fn heads(&self, asked: Heads) -> Heads {
+        match asked {
+            Heads::Verify => Heads::Moving(self.records.iter().flat_map(|it| it.heads.all()).collect()),
+            asked => asked,
+        }
     }
 
     /// True if moves go on.
