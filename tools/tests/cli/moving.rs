@@ -185,7 +185,8 @@ fn a_stale_disk_is_not_served_because_another_one_moves() {
                  Late -> Stale";
     let refused = home.mason(&["add", stale]);
     assert!(refused.code == Some(1) && refused.err.contains("it has moved to "), "{refused:?}");
-    home.mason(&["insert", "P (type probe)", "between", "Guest", "and", "Disk_tee"]).done();
+    let inserted = home.mason(&["insert", "P (type probe)", "between", "Guest", "and", "Disk_tee"]);
+    assert_eq!(inserted.code, Some(0), "{inserted:?}");
     home.mason(&["migrate", "abort"]);
     stop(daemon);
 }
