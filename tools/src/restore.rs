@@ -13,7 +13,8 @@ use blockmason::lang::value::{Rate, Size};
 use blockmason::lang::{Defines, NoFiles, Spec, parse_checked};
 use blockmason::sched::HostConfig;
 use blockmason::{Disk, Host, rt};
-use serde::{Deserialize, Serialize};
+use blockmason_elements::migrate::copy::Progress;
+use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -74,19 +75,6 @@ struct Disks {
     to: Target,
     /// Where relative paths start.
     here: PathBuf,
-}
-
-/// What the copier says of itself.
-#[derive(Clone, Deserialize)]
-struct Progress {
-    state: String,
-    remaining: u64,
-    total: u64,
-    copied: u64,
-    skipped: u64,
-    rate_now: u64,
-    verified: u64,
-    error: String,
 }
 
 /// What has been done.
@@ -192,9 +180,9 @@ fn copy(disk: &Arc<Disk>, verify: bool) -> Outcome<Progress> {
         let told = disk.graph().get(COPY, "progress").map_err(|error| Failure::from_error(&error))?;
         serde_json::from_str::<Progress>(&told).map_err(Failure::new)
     };
-    let over = |progress: &Progress| matches!(progress.state.as_str(), "clean" | "waiting" | "differs");
+    let over = |progress: &Progress| matches!(&*progress.state, "clean" | "waiting" | "differs");
     let copied = watch(ask()?, ask, over, line)?;
-    let well = |progress: Progress| match progress.state.as_str() {
+    let well = |progress: Progress| match &*progress.state {
         "clean" => Ok(progress),
         _ => Err(Failure::new(printable_lines(&progress.error))),
     };
@@ -212,7 +200,7 @@ fn copy(disk: &Arc<Disk>, verify: bool) -> Outcome<Progress> {
 }
 
 fn line(progress: &Progress, bar: bool) -> String {
-    let done = match progress.state.as_str() {
+    let done = match &*progress.state {
         "verifying" => progress.verified,
         _ => progress.total.saturating_sub(progress.remaining),
     };

@@ -10,6 +10,7 @@ use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
 use blockmason::Host;
 use blockmason::live::{Heads, Live, Setup};
+use blockmason_elements::migrate::copy::Progress;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Notify, watch};
@@ -410,6 +411,11 @@ impl Served {
     /// The value of a handler.
     pub(crate) fn get(&self, element: &str, handler: &str) -> Result<String, Refusal> {
         self.live.get(element, handler).map_err(|error| self.refused(element, &error))
+    }
+
+    /// What a copier says of itself; None if it is not there.
+    pub(super) fn copier(&self, element: &str) -> Option<Progress> {
+        serde_json::from_str(&self.live.get(element, "progress").ok()?).ok()
     }
 
     /// Sets a handler; when this returns, the new value counts.

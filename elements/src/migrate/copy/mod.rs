@@ -22,7 +22,8 @@ use blockmason::{
     Result,
 };
 use chunk::Place;
-use progress::{Counters, Left, Progress, Recent};
+pub use progress::Progress;
+use progress::{Counters, Left, Recent};
 use std::any::Any;
 use std::fmt;
 use std::future::ready;
@@ -349,7 +350,7 @@ impl Copy {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let now = self.now();
         Progress {
-            state: now.state.name(),
+            state: now.state.name().into(),
             remaining,
             total,
             copied: count(&self.counters.copied),

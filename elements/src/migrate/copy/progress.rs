@@ -2,6 +2,7 @@
 
 use blockmason::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -50,25 +51,36 @@ impl Counters {
     }
 }
 
-/// Everything at once. The names are those of the handlers.
-#[derive(Serialize)]
-pub(super) struct Progress {
-    pub(super) state: &'static str,
-    pub(super) remaining: u64,
-    pub(super) total: u64,
-    pub(super) copied: u64,
-    pub(super) skipped: u64,
-    pub(super) rate_now: u64,
-    pub(super) passes: u64,
-    pub(super) error: String,
-    pub(super) verified: u64,
-    pub(super) under_way: u64,
+/// Everything that a copier says of itself: its handler `progress`, as JSON. The names are those of its handlers.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Progress {
+    /// `copying`, `clean` and so on.
+    pub state: Cow<'static, str>,
+    /// Bytes that are still to be copied.
+    pub remaining: u64,
+    /// Bytes of the disk.
+    pub total: u64,
+    /// Bytes that were copied.
+    pub copied: u64,
+    /// Bytes that were known to be zero.
+    pub skipped: u64,
+    /// Bytes a second, lately.
+    pub rate_now: u64,
+    /// Passes over the disk.
+    pub passes: u64,
+    /// What has failed last; or empty.
+    pub error: String,
+    /// Bytes that were compared.
+    pub verified: u64,
+    /// Chunks that are under way.
+    pub under_way: u64,
 }
 
 impl Progress {
     pub(super) fn get(self, handler: &str) -> Result<String> {
         let number = match handler {
-            "state" => return Ok(self.state.to_owned()),
+            "state" => return Ok(self.state.into_owned()),
             "error" => return Ok(self.error),
             "progress" => {
                 let text = serde_json::to_string(&self);

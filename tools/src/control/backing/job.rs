@@ -8,7 +8,7 @@ use crate::view::{BackupState, BackupView};
 use blockmason::events::{Event, EventKind};
 use blockmason::live::{Heads, Options};
 use blockmason::rt;
-use serde::Deserialize;
+use blockmason_elements::migrate::copy::Progress;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -59,18 +59,6 @@ struct Now {
     /// When the overlay may be taken out, and how long to wait the next time.
     again: Option<Instant>,
     wait: Duration,
-}
-
-/// What the copier says of itself.
-#[derive(Clone, Debug, Default, Deserialize)]
-struct Progress {
-    state: String,
-    remaining: u64,
-    total: u64,
-    copied: u64,
-    skipped: u64,
-    rate_now: u64,
-    error: String,
 }
 
 /// What comes next while it copies.
@@ -201,7 +189,7 @@ impl Job {
         if now.abort {
             return Next::GiveUp("it was given up".to_owned());
         }
-        match now.progress.state.as_str() {
+        match &*now.progress.state {
             "clean" => Next::Complete,
             "waiting" => {
                 let error = now.progress.error.clone();
@@ -244,8 +232,7 @@ impl Job {
 
     async fn copying(&self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
         let names = self.record().names;
-        let told = served.live.get(&names.copy, "progress");
-        let Some(progress) = told.ok().and_then(|text| serde_json::from_str(&text).ok()) else { return };
+        let Some(progress) = served.copier(&names.copy) else { return };
         let failed = match self.decide(progress) {
             Next::Look => return,
             Next::Complete => {
@@ -309,8 +296,7 @@ impl Job {
         if served.live.spec().find(&copy).is_none() {
             return true;
         }
-        let under_way = served.live.get(&copy, "under_way");
-        let none = under_way.is_ok_and(|number| number == "0");
+        let none = served.copier(&copy).is_some_and(|progress| progress.under_way == 0);
         if !none {
             self.now().message = "the target has not answered yet".to_owned();
         }

@@ -10,7 +10,7 @@ use crate::view::{MoveState, MoveView};
 use blockmason::events::{Event, EventKind};
 use blockmason::live::Options as Change;
 use blockmason::rt;
-use serde::Deserialize;
+use blockmason_elements::migrate::copy::Progress;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -69,28 +69,6 @@ enum Comparing {
     Done,
 }
 
-/// What the copier says of itself.
-#[derive(Clone, Debug, Default, Deserialize)]
-struct Progress {
-    state: String,
-    remaining: u64,
-    total: u64,
-    copied: u64,
-    skipped: u64,
-    rate_now: u64,
-    passes: u64,
-    error: String,
-    verified: u64,
-}
-
-impl Progress {
-    /// What the copier says now; None if it is not there.
-    fn of(served: &Served, copy: &str) -> Option<Progress> {
-        let told = served.live.get(copy, "progress").ok()?;
-        serde_json::from_str(&told).ok()
-    }
-}
-
 /// What comes next.
 enum Next {
     Look,
@@ -103,7 +81,7 @@ enum Next {
 impl Job {
     /// Attends to a move whose mirror is in place.
     pub(super) fn start(record: Record, served: &Arc<Served>, daemon: &Arc<Daemon>) -> Arc<Job> {
-        let progress = Progress::of(served, &record.names.copy).unwrap_or_default();
+        let progress = served.copier(&record.names.copy).unwrap_or_default();
         let (state, message) = match record.options.is_mirror {
             true => (MoveState::Mirroring, format!("{} is kept as its mirror", record.heads.new_called)),
             false => (MoveState::Copying, String::new()),
@@ -357,7 +335,7 @@ impl Job {
             return true;
         }
         let names = self.names();
-        let progress = Progress::of(served, &names.copy);
+        let progress = served.copier(&names.copy);
         // The graph is being changed by a move of another disk, or has failed.
         let Some(progress) = progress else { return !self.state().is_over() };
         let given_up = served.live.get(&names.retry, "state").is_ok_and(|state| state == "given_up");
