@@ -5,18 +5,15 @@
 
 use crate::control::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile};
-use blockmason::io::{remove_file, replace_file};
+use crate::record;
+use blockmason::io::remove_file;
 use blockmason::lang::{Defines, Diagnostics, NoFiles, Spec, parse_checked, print};
 use blockmason::live::{Diff, Heads};
 use serde::{Deserialize, Serialize};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// The newest form of the record.
 const VERSION: u32 = 1;
-
-/// The longest record that is read, in bytes: a graph file has at most 16 MiB, as JSON a little more.
-const LONGEST: u64 = 32 << 20;
 
 /// What to serve where a graph was left different from its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,7 +92,7 @@ impl Left {
     pub(crate) fn remember(&self, running: &Spec) -> std::io::Result<()> {
         let graph = print(running, CATALOGUE, Path::new("/"));
         let record = Record { version: VERSION, file: self.file.clone(), graph };
-        replace_file(&self.record, &serde_json::to_vec(&record)?)
+        record::write(&self.record, &record)
     }
 
     /// The file says what serves.
@@ -112,17 +109,7 @@ impl Left {
                 self.record.display()
             ))
         };
-        match self.record.metadata() {
-            Ok(meta) if meta.len() > LONGEST => return Err(bad(&"is too large to be that")),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            _ => {}
-        }
-        let bytes = std::fs::read(&self.record).map_err(|error| bad(&format!("cannot be read: {error}")))?;
-        let record: Record =
-            serde_json::from_slice(&bytes).map_err(|error| bad(&format!("is damaged: {error}")))?;
-        if record.version != VERSION {
-            return Err(bad(&format!("has version {}, not {VERSION}", record.version)));
-        }
+        let Some(record) = record::read::<Record>(&self.record, VERSION, bad)? else { return Ok(None) };
         if record.file != self.file {
             return Err(bad(&format!("is that of {}", record.file.display())));
         }

@@ -23,6 +23,7 @@ mod migrate;
 mod openapi;
 mod output;
 mod progress;
+mod record;
 mod reload;
 mod restore;
 mod run;

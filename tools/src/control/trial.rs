@@ -7,12 +7,12 @@ use super::change::{How, Stop};
 use super::daemon::{Daemon, Served};
 use super::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile};
+use crate::record;
 use crate::view::{ChangeOptions, ChangeView};
 use blockmason::describe::Outs;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
 use blockmason::heads;
-use blockmason::io::replace_file;
 use blockmason::lang::{Defines, Edit, NoFiles, Spec, edit, parse_checked, print};
 use blockmason::rt;
 use serde::{Deserialize, Serialize};
@@ -50,17 +50,9 @@ impl Trial {
     /// The record of a graph file, if its graph was being tried when it ran last.
     pub(crate) fn read(daemon: &Daemon, file: &Path) -> Result<Option<Trial>, Refusal> {
         let path = Trial::folder(daemon, file).join("trial.json");
-        let bad = |what: String| Refusal::invalid(format!("{}: {what}", path.display()));
-        let bytes = match std::fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            read => read.map_err(|error| bad(format!("the record of a trial cannot be read: {error}")))?,
-        };
-        let trial: Trial = serde_json::from_slice(&bytes)
-            .map_err(|error| bad(format!("the record of a trial is damaged: {error}")))?;
-        let known = trial.version == VERSION;
-        known
-            .then_some(Some(trial))
-            .ok_or_else(|| bad("the record of a trial has an unknown version".to_owned()))
+        record::read(&path, VERSION, |what| {
+            Refusal::invalid(format!("{}: the record of a trial {what}", path.display()))
+        })
     }
 
     fn write(&self, daemon: &Daemon, file: &Path) -> Result<(), Refusal> {
@@ -68,7 +60,7 @@ impl Trial {
         let cannot = |error: std::io::Error| {
             Refusal::new("unavailable", format!("{}: the trial cannot be noted: {error}", path.display()))
         };
-        replace_file(&path, &serde_json::to_vec(self).map_err(|error| cannot(error.into()))?).map_err(cannot)
+        record::write(&path, self).map_err(cannot)
     }
 
     /// Forgets a trial, with its overlays.

@@ -4,7 +4,8 @@
 use super::graph::Names;
 use crate::control::daemon::Daemon;
 use crate::control::refusal::Refusal;
-use blockmason::io::{remove_file, replace_file};
+use crate::record;
+use blockmason::io::remove_file;
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::ErrorKind;
@@ -13,9 +14,6 @@ use std::path::{Path, PathBuf};
 
 /// The newest form of the record.
 const VERSION: u32 = 1;
-
-/// The longest record that is read, in bytes.
-const LONGEST: u64 = 1 << 20;
 
 const NAME: &str = "backup.json";
 
@@ -89,8 +87,7 @@ impl Place {
         let cannot = |error: std::io::Error| {
             Refusal::new("unavailable", format!("{}: the backup cannot be noted: {error}", path.display()))
         };
-        let text = serde_json::to_vec(record).map_err(|error| cannot(error.into()))?;
-        replace_file(&path, &text).map_err(cannot)
+        record::write(&path, record).map_err(cannot)
     }
 }
 
@@ -122,17 +119,7 @@ impl Record {
         let bad = |what: &dyn std::fmt::Display| {
             Refusal::invalid(format!("{}: the record of a backup {what}", path.display()))
         };
-        match path.metadata() {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Ok(meta) if meta.len() > LONGEST => return Err(bad(&"is too large to be one")),
-            _ => {}
-        }
-        let bytes = std::fs::read(path).map_err(|e| bad(&format!("cannot be read: {e}")))?;
-        let record: Record = serde_json::from_slice(&bytes).map_err(|e| bad(&format!("is damaged: {e}")))?;
-        if record.version != VERSION {
-            return Err(bad(&format!("has version {}, not {VERSION}", record.version)));
-        }
-        Ok(Some(record))
+        record::read(path, VERSION, bad)
     }
 }
 

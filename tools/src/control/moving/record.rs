@@ -4,18 +4,15 @@
 use super::graph::Names;
 use crate::control::daemon::Daemon;
 use crate::control::refusal::Refusal;
+use crate::record;
 use blockmason::Error;
 use blockmason::heads::{self, Standing};
-use blockmason::io::replace_file;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// The newest form of the record.
 const VERSION: u32 = 1;
-
-/// The longest record that is read, in bytes.
-const LONGEST: u64 = 64 << 20;
 
 /// A move that has begun and is not over.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -187,7 +184,7 @@ impl Record {
         let cannot = |error: std::io::Error| {
             Refusal::new("unavailable", format!("{}: the move cannot be noted: {error}", path.display()))
         };
-        replace_file(&path, &serde_json::to_vec(self).map_err(|error| cannot(error.into()))?).map_err(cannot)
+        record::write(&path, self).map_err(cannot)
     }
 
     /// Forgets it, durably, with its map.
@@ -236,19 +233,8 @@ impl Record {
         for entry in entries {
             let entry = entry.map_err(|error| bad(&folder, &format!("cannot be read: {error}")))?;
             let path = entry.path().join("move.json");
-            match path.metadata() {
-                // A folder without a record: the move had not begun, or was over.
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Ok(meta) if meta.len() > LONGEST => return Err(bad(&path, &"is too large to be one")),
-                _ => {}
-            }
-            let bytes = std::fs::read(&path).map_err(|e| bad(&path, &format!("cannot be read: {e}")))?;
-            let record: Record =
-                serde_json::from_slice(&bytes).map_err(|e| bad(&path, &format!("is damaged: {e}")))?;
-            if record.version != VERSION {
-                return Err(bad(&path, &format!("has version {}, not {VERSION}", record.version)));
-            }
-            records.push(record);
+            // A folder without one: the move had not begun, or was over.
+            records.extend(record::read::<Record>(&path, VERSION, |what| bad(&path, what))?);
         }
         records.sort_by(|one, other| one.names.disk.cmp(&other.names.disk));
         Ok(records)
