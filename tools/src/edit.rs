@@ -2,7 +2,8 @@
 
 use crate::control::client::path;
 use crate::control::find;
-use crate::failure::{Failure, Outcome};
+use crate::failure::Outcome;
+use crate::folders::here;
 use crate::output;
 use crate::reload::{ChangeArgs, summary};
 use crate::view::ChangeView;
@@ -147,8 +148,7 @@ pub(crate) fn replace(args: &ReplaceArgs) -> Outcome {
 
 /// Sends the edits. What has happened goes to stderr, so that stdout is a graph file.
 fn make(change: &ChangeArgs, edits: impl IntoIterator<Item = Edit>) -> Outcome {
-    let folder = std::env::current_dir()
-        .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+    let folder = here()?;
     let (client, _) = change.control.connect()?;
     let graph = find::graph(&client, change.graph.as_deref())?;
     let edits: Vec<Edit> = edits.into_iter().collect();

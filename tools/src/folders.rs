@@ -43,6 +43,15 @@ fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
 }
 
+/// The current folder, where relative paths of a command line start.
+///
+/// # Errors
+/// It is gone.
+pub(crate) fn here() -> Outcome<PathBuf> {
+    std::env::current_dir()
+        .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))
+}
+
 /// Makes a folder for state if it is missing, for this user alone.
 pub(crate) fn make_state(folder: &Path) -> Outcome {
     make(folder).map_err(|error| {

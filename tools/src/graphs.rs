@@ -1,7 +1,7 @@
 //! Graph files as commands take them: path, parameters, the two folders that graphs may name.
 
 use crate::failure::{Failure, Outcome};
-use crate::folders::{Folders, make_run, make_state};
+use crate::folders::{Folders, here, make_run, make_state};
 use crate::logs::colours;
 use blockmason::graph::Graph;
 use blockmason::graph::build::Builder;
@@ -36,8 +36,7 @@ pub(crate) struct DefineArgs {
 impl DefineArgs {
     /// The current folder, where relative paths start, and the parameters.
     pub(crate) fn read(&self) -> Outcome<(PathBuf, Defines)> {
-        let here = std::env::current_dir()
-            .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+        let here = here()?;
         let mut given = Defines::new();
         for define in &self.defines {
             given.set_from(define, &here).map_err(|error| Failure::Usage(format!("-D: {error}")))?;

@@ -16,6 +16,7 @@ mod graphs;
 mod handlers;
 mod handover;
 mod hops;
+mod jobs;
 mod left;
 mod load;
 mod logs;

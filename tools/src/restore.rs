@@ -2,7 +2,7 @@
 
 use crate::control::moving::Target;
 use crate::failure::{Failure, Outcome};
-use crate::folders::Folders;
+use crate::folders::{Folders, here};
 use crate::graphs::{CATALOGUE, say};
 use crate::output::{self, printable, printable_lines};
 use crate::progress::{cells, watch};
@@ -88,8 +88,7 @@ struct Report {
 }
 
 pub(crate) fn main(args: &Args) -> Outcome {
-    let here = std::env::current_dir()
-        .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+    let here = here()?;
     let state = Folders::find(args.state.as_deref()).state;
     let state = state.ok_or_else(|| {
         Failure::new("there is no folder for state: give one with --state DIR, or set HOME")

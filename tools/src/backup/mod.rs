@@ -3,12 +3,14 @@
 mod hook;
 
 use crate::control::client::{Client, path};
-use crate::control::find::{self, ControlArgs};
+use crate::control::find;
 use crate::failure::{Failure, Outcome};
+use crate::folders::here;
+use crate::jobs::{self, JobArgs};
 use crate::output::{self, printable, printable_lines};
 use crate::progress::{cells, watch};
 use crate::units::{Bytes, Nanos, Seconds};
-use crate::view::{BackupRequest, BackupState, BackupView, GraphSummary};
+use crate::view::{BackupRequest, BackupState, BackupView};
 use blockmason::lang::value::Time;
 
 /// Back a disk up, as it is at one instant, while its guests use it.
@@ -83,18 +85,7 @@ struct BeginArgs {
     force: bool,
 
     #[command(flatten)]
-    shared: Shared,
-}
-
-/// What every form takes.
-#[derive(clap::Args)]
-struct Shared {
-    #[command(flatten)]
-    control: ControlArgs,
-
-    /// Writes one JSON object
-    #[arg(long)]
-    json: bool,
+    shared: JobArgs,
 }
 
 #[derive(clap::Subcommand)]
@@ -112,7 +103,7 @@ struct StatusArgs {
     graph: Option<String>,
 
     #[command(flatten)]
-    shared: Shared,
+    shared: JobArgs,
 }
 
 #[derive(clap::Args)]
@@ -126,7 +117,7 @@ struct AbortArgs {
     element: String,
 
     #[command(flatten)]
-    shared: Shared,
+    shared: JobArgs,
 }
 
 pub(crate) fn main(args: &Args) -> Outcome {
@@ -140,8 +131,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
 fn begin(args: &BeginArgs) -> Outcome {
     let (client, _) = args.shared.control.connect()?;
     let graph = find::graph(&client, args.graph.as_deref())?;
-    let folder = std::env::current_dir()
-        .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+    let folder = here()?;
     let request = BackupRequest {
         element: args.element.clone().unwrap_or_default(),
         to: args.to.clone().unwrap_or_default(),
@@ -174,7 +164,7 @@ fn follow(client: &Client, begun: BackupView) -> Outcome<BackupView> {
     watch(begun, || client.get(&at), |view| view.state.is_over(), line)
 }
 
-fn end(last: &BackupView, shared: &Shared) -> Outcome {
+fn end(last: &BackupView, shared: &JobArgs) -> Outcome {
     if shared.json {
         output::json(last)?;
     } else {
@@ -185,14 +175,7 @@ fn end(last: &BackupView, shared: &Shared) -> Outcome {
 
 fn status(args: &StatusArgs) -> Outcome {
     let (client, _) = args.shared.control.connect()?;
-    let names = match &args.graph {
-        Some(graph) => vec![find::graph(&client, Some(graph))?.name],
-        None => client.get::<Vec<GraphSummary>>("/v1/graphs")?.into_iter().map(|graph| graph.name).collect(),
-    };
-    let mut all = Vec::new();
-    for name in names {
-        all.extend(client.get::<Vec<BackupView>>(&path(&["v1", "graphs", &name, "backups"]))?);
-    }
+    let all: Vec<BackupView> = jobs::list(&client, args.graph.as_deref(), "backups")?;
     if args.shared.json {
         return output::json(&all);
     }

@@ -3,8 +3,10 @@
 mod progress;
 
 use crate::control::client::{Client, path};
-use crate::control::find::{self, ControlArgs};
+use crate::control::find;
 use crate::failure::{Failure, Outcome};
+use crate::folders::here;
+use crate::jobs::{self, JobArgs};
 use crate::output::{self, printable, printable_lines};
 use crate::units::{Bytes, Nanos, Seconds};
 use crate::view::{CutoverRequest, DiskName, MoveRequest, MoveState, MoveView};
@@ -92,18 +94,7 @@ struct BeginArgs {
     force: bool,
 
     #[command(flatten)]
-    shared: Shared,
-}
-
-/// What every form takes.
-#[derive(clap::Args)]
-struct Shared {
-    #[command(flatten)]
-    control: ControlArgs,
-
-    /// Writes one JSON object
-    #[arg(long)]
-    json: bool,
+    shared: JobArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -140,7 +131,7 @@ struct SomeArgs {
     graph: Option<String>,
 
     #[command(flatten)]
-    shared: Shared,
+    shared: JobArgs,
 }
 
 #[derive(clap::Args)]
@@ -154,7 +145,7 @@ struct OneArgs {
     element: Option<String>,
 
     #[command(flatten)]
-    shared: Shared,
+    shared: JobArgs,
 }
 
 #[derive(clap::Args)]
@@ -171,7 +162,7 @@ struct CutArgs {
     deadline: Time,
 
     #[command(flatten)]
-    shared: Shared,
+    shared: JobArgs,
 }
 
 pub(crate) fn main(args: &Args) -> Outcome {
@@ -189,8 +180,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
 fn begin(args: &BeginArgs) -> Outcome {
     let (client, _) = args.shared.control.connect()?;
     let graph = find::graph(&client, args.graph.as_deref())?;
-    let folder = std::env::current_dir()
-        .map_err(|error| Failure::new(format!("the current folder is not to be found: {error}")))?;
+    let folder = here()?;
     let request = MoveRequest {
         element: args.element.clone().unwrap_or_default(),
         to: args.to.clone().unwrap_or_default(),
@@ -217,7 +207,7 @@ fn over(state: MoveState) -> bool {
 }
 
 /// Waits, and shows how far it is.
-fn follow(client: &Client, view: MoveView, enough: fn(MoveState) -> bool, shared: &Shared) -> Outcome {
+fn follow(client: &Client, view: MoveView, enough: fn(MoveState) -> bool, shared: &JobArgs) -> Outcome {
     let last = progress::follow(client, view, enough)?;
     if shared.json {
         output::json(&last)?;
@@ -244,19 +234,8 @@ fn back(args: &BeginArgs) -> Outcome {
     follow(&client, asked, MoveState::is_over, &args.shared)
 }
 
-/// Every move of the graphs that are meant.
 fn moves(client: &Client, graph: Option<&str>) -> Outcome<Vec<MoveView>> {
-    let names = match graph {
-        Some(_) => vec![find::graph(client, graph)?.name],
-        None => {
-            client.get::<Vec<crate::view::GraphSummary>>("/v1/graphs")?.into_iter().map(|g| g.name).collect()
-        }
-    };
-    let mut all = Vec::new();
-    for name in names {
-        all.extend(client.get::<Vec<MoveView>>(&path(&["v1", "graphs", &name, "moves"]))?);
-    }
-    Ok(all)
+    jobs::list(client, graph, "moves")
 }
 
 fn status(args: &SomeArgs) -> Outcome {
