@@ -59,6 +59,14 @@ impl Drop for Server {
 
 const PATIENCE: [&str; 2] = ["--patience", "1s"];
 
+/// A move to a server that may die.
+fn begun(options: &[&str]) -> (World, Server) {
+    let world = World::new();
+    let server = Server::memory(&world);
+    world.migrate(&server.disk(), &[options, &PATIENCE].concat()).done();
+    (world, server)
+}
+
 /// The server is gone: the move ends, the guest goes on.
 #[track_caller]
 fn is_given_up(mut world: World) {
@@ -72,20 +80,14 @@ fn is_given_up(mut world: World) {
 
 #[test]
 fn a_server_that_dies_at_the_start() {
-    let world = World::new();
-    let mut server = Server::memory(&world);
-    let more = ["--rate", "100k/s", "--until", "begun"];
-    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    let (world, mut server) = begun(&["--rate", "100k/s", "--until", "begun"]);
     server.die();
     is_given_up(world);
 }
 
 #[test]
 fn a_server_that_dies_half_way() {
-    let world = World::new();
-    let mut server = Server::memory(&world);
-    let more = ["--rate", "4M/s", "--until", "begun"];
-    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    let (world, mut server) = begun(&["--rate", "4M/s", "--until", "begun"]);
     let half = |status: serde_json::Value| {
         let number = |key: &str| status[key].as_u64().unwrap();
         assert_eq!(status["state"], "copying", "{status}");
@@ -98,20 +100,14 @@ fn a_server_that_dies_half_way() {
 
 #[test]
 fn a_server_that_dies_once_both_are_the_same() {
-    let world = World::new();
-    let mut server = Server::memory(&world);
-    let more = ["--cutover", "manual", "--until", "ready"];
-    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    let (world, mut server) = begun(&["--cutover", "manual", "--until", "ready"]);
     server.die();
     is_given_up(world);
 }
 
 #[test]
 fn a_server_that_dies_at_the_cut_over() {
-    let world = World::new();
-    let mut server = Server::memory(&world);
-    let more = ["--cutover", "manual", "--until", "ready"];
-    world.migrate(&server.disk(), &[&more[..], &PATIENCE].concat()).done();
+    let (world, mut server) = begun(&["--cutover", "manual", "--until", "ready"]);
     // It does not answer the flush of the cut-over.
     server.signal(Signal::STOP);
     let said = world.mason(&["migrate", "cutover", "--deadline", "500ms"]).refused();
