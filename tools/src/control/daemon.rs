@@ -210,17 +210,11 @@ impl Daemon {
         let shown = file.path.display().to_string();
         let live = match resumed.take_if(|resumed| resumed.goes_on()) {
             None => self.start_live(&file, heads).await?,
-            Some(moves) => match self.start_live(&file, moves.heads(heads.clone())).await {
-                Ok(live) => {
-                    resumed = Some(moves);
-                    live
-                }
-                Err(refusal) => {
-                    let (file, rest) = moves.fall_back(self, &path, file, &refusal.message)?;
-                    resumed = Some(rest);
-                    self.start_live(&file, heads).await?
-                }
-            },
+            Some(moves) => {
+                let (live, rest) = self.start_moving(&path, &file, heads, moves).await?;
+                resumed = Some(rest);
+                live
+            }
         };
         if choice == Choice::File
             && let Err(error) = left.forget()
@@ -244,6 +238,29 @@ impl Daemon {
             interrupted.attend(&served, self);
         }
         Ok(served)
+    }
+
+    /// Serves a graph in which disks move; or, if that cannot be, the old disks alone.
+    async fn start_moving(
+        &self,
+        path: &Path,
+        file: &GraphFile,
+        heads: Heads,
+        mut moves: Resumed,
+    ) -> Result<(Arc<Live>, Resumed), Refusal> {
+        let heads = moves.heads(heads);
+        let refusal = match self.start_live(file, heads.clone()).await {
+            Ok(live) => return Ok((live, moves)),
+            Err(refusal) => refusal,
+        };
+        let alone = moves.alone(self, path, file)?;
+        match self.start_live(&alone, heads).await {
+            Ok(live) => Ok((live, moves.fell_back(self, path, &alone.spec, &refusal.message))),
+            Err(_) => {
+                moves.goes_on_later(self, path)?;
+                Err(refusal)
+            }
+        }
     }
 
     async fn start_live(&self, file: &GraphFile, heads: Heads) -> Result<Arc<Live>, Refusal> {

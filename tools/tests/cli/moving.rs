@@ -190,3 +190,21 @@ fn a_stale_disk_is_not_served_because_another_one_moves() {
     home.mason(&["migrate", "abort"]);
     stop(daemon);
 }
+
+/// The old disk alone could not be served either: a socket is taken.
+#[test]
+fn a_start_that_fails_for_another_reason_gives_no_move_up() {
+    let home = home();
+    let daemon = serve(&home);
+    moved(&home, "file (path b.img)", &SLOWLY);
+    stop(daemon);
+    let taken = std::os::unix::net::UnixListener::bind(home.path("vm1.nbd")).unwrap();
+    let refused = home.mason(&["run", "vm1.mason"]);
+    assert!(refused.code == Some(1) && refused.err.contains("vm1.nbd"), "{refused:?}");
+    drop(taken);
+    let daemon = serve(&home);
+    let status = home.mason(&["migrate", "status"]).out;
+    assert!(status.starts_with("vm1 Disk: copying"), "{status}");
+    home.mason(&["migrate", "abort"]);
+    stop(daemon);
+}

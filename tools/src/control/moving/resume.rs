@@ -126,23 +126,51 @@ impl Resumed {
         Ok(())
     }
 
-    /// The same without its moves, of which the graph could not be served: the old disks are the disks.
+    /// The graph without its moves: it could not be served with them, and the old disks are the disks. From here on no
+    /// start goes by their maps, since guests may go on with those alone.
     ///
     /// # Errors
-    /// Their graph cannot be made, or the records not be written.
-    pub(crate) fn fall_back(
-        mut self,
+    /// The graph cannot be made, or that not be noted.
+    pub(crate) fn alone(
+        &mut self,
         daemon: &Daemon,
         path: &Path,
-        file: GraphFile,
-        why: &str,
-    ) -> Result<(GraphFile, Resumed), Refusal> {
+        file: &GraphFile,
+    ) -> Result<GraphFile, Refusal> {
         let mut spec = file.spec.clone();
+        for record in &self.records {
+            spec = record.names.without_mirror(&spec, Side::Old, path)?.0;
+        }
+        self.note(daemon, path, &Phase::GivingUp)?;
+        Ok(file.clone().with(spec))
+    }
+
+    /// The old disks alone could not be served either: nothing is given up for that.
+    ///
+    /// # Errors
+    /// It cannot be noted: the next start gives the moves up.
+    pub(crate) fn goes_on_later(mut self, daemon: &Daemon, path: &Path) -> Result<(), Refusal> {
+        self.note(daemon, path, &Phase::Copying)
+    }
+
+    fn note(&mut self, daemon: &Daemon, path: &Path, phase: &Phase) -> Result<(), Refusal> {
+        self.records.iter_mut().try_for_each(|record| {
+            record.phase = phase.clone();
+            record.write(daemon, path)
+        })
+    }
+
+    /// The old disks alone are served. What cannot be noted now is at the next start.
+    pub(crate) fn fell_back(mut self, daemon: &Daemon, path: &Path, spec: &Spec, why: &str) -> Resumed {
         for record in std::mem::take(&mut self.records) {
             self.said.retain(|said| !said.starts_with(&format!("{} is ", record.names.disk)));
-            spec = self.take_out(daemon, path, &record, &spec, why)?;
+            // The graph file has had a mirror since its cut-over.
+            let written = if record.options.is_mirror { write(path, spec) } else { Ok(()) };
+            if let Err(refusal) = written.and_then(|()| self.give_up(daemon, path, &record, why)) {
+                tracing::warn!("{}", refusal.message);
+            }
         }
-        Ok((file.with(spec), self))
+        self
     }
 
     /// The graph without a move that is given up.
