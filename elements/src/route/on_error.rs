@@ -52,7 +52,9 @@ pub const TYPE: ElementType = ElementType {
           `(then ignore)` counts as done, and later ones are tried once, without waits, until one \
           succeeds.\n\n\
           On the leg of a mirror `(then ignore)` keeps a broken disk from being noticed above; `mark` names the \
-          `log_dirty` that remembers what is missing there. A flush that is ignored has made nothing durable.\n\n\
+          `log_dirty` that remembers what is missing there. Reads fail all the same, and so do flushes and writes with \
+          FUA: nobody is told that something is durable which is not there. It is for legs that nobody waits for; \
+          alone above a disk, it loses writes.\n\n\
           A request waits at most `retry` times `longest` on each port, beside what it takes below. A change of the \
           graph waits for it. The port in use is kept when the element's parameters change, but not when the \
           process ends: put the port that works first before that. `reset` goes back to the first port.",
@@ -193,8 +195,11 @@ impl OnError {
         }
         match req.op {
             Op::Read | Op::Control => Err(error),
+            // Whoever asks for it goes by it: nothing was made durable.
+            Op::Flush => Err(error),
+            Op::Write | Op::Discard | Op::WriteZeroes if req.is_fua() => Err(error),
             Op::Extents => Ok(Answer::Extents(vec![Extent { len: req.len, state: ExtentState::DATA }])),
-            Op::Flush | Op::Cache => Ok(Answer::Done),
+            Op::Cache => Ok(Answer::Done),
             Op::Write | Op::Discard | Op::WriteZeroes => {
                 if let Some(mark) = &self.mark {
                     mark.set(req.offset..req.end());
@@ -430,8 +435,10 @@ mod tests {
             let setup = Setup::new(&host, "(retry 0) (then ignore) (mark A)").await;
             setup.fail("E1", "unlimited");
             setup.fail("E2", "unlimited");
-            setup.disk.op(Op::Flush, 0, 0).await.unwrap();
             setup.disk.op(Op::Cache, 0, 100).await.unwrap();
+            assert!(setup.disk.op(Op::Flush, 0, 0).await.is_err(), "nothing was made durable");
+            let durable = Request::write(100, Data::copy_of(b"x")).with(blockmason::Flags::FUA);
+            assert!(setup.disk.submit(durable).await.is_err(), "nor was this");
             assert_eq!(setup.element("A").get("remaining").unwrap(), "0");
             setup.disk.write(100, b"x").await.unwrap();
             assert_eq!(setup.element("A").get("remaining").unwrap(), "65536");
