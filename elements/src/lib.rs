@@ -4,6 +4,7 @@ pub mod export;
 pub mod fault;
 pub mod migrate;
 pub mod nbd;
+pub mod parallax;
 pub mod route;
 pub mod services;
 pub mod sink;
@@ -39,6 +40,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::null::TYPE,
     &sink::volatile::TYPE,
     &transform::cow::TYPE,
+    &parallax::radix::TYPE,
     &transform::wal::TYPE,
     &fault::delay::TYPE,
     &fault::error::TYPE,

@@ -1,0 +1,235 @@
+//! Looks whether everything a pool says of itself is true: each node is the one that is expected, no block has two
+//! meanings, and exactly what is reachable is marked as used.
+
+use super::below::Below;
+use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, NODE, Ptr, RECORDS, SLOTS};
+use super::merge::span;
+use super::nodes::Missing;
+use super::open::crc_of;
+use super::pool::Pool;
+use blockmason::{LocalBoxFuture, Result};
+use std::collections::hash_map::Entry as Slot;
+use std::collections::{HashMap, HashSet};
+
+/// What a block of the pool is. In two trees it is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meaning {
+    /// The copy of a node of that kind, level and index.
+    Node(u8, u8, u64),
+    /// The block of a volume, born then.
+    Data(u64, u64),
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub(super) struct Findings {
+    /// One sentence each; none is a sound pool.
+    pub(super) problems: Vec<String>,
+    /// Blocks that are reachable.
+    pub(super) blocks: u64,
+    pub(super) nodes: u64,
+    pub(super) volumes: u64,
+    pub(super) snapshots: u64,
+}
+
+/// Problems that are told one by one.
+const MOST: usize = 100;
+
+struct Check<'a> {
+    pool: &'a Pool,
+    below: Below<'a>,
+    findings: Findings,
+    known: HashMap<u64, Meaning>,
+    /// Nodes below which everything has been looked at.
+    seen: HashSet<u64>,
+}
+
+/// Checks the trees of a pool as the newest root has them. Nothing may change meanwhile.
+pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
+    let (root, catalog) = {
+        let core = pool.core();
+        (core.root.clone(), core.catalog.clone())
+    };
+    let mut check =
+        Check { pool, below, findings: Findings::default(), known: HashMap::new(), seen: HashSet::new() };
+    check.pages(root.catalog, root.height, 0).await;
+    for (number, entry) in &catalog {
+        check.entry(*number, entry, &catalog).await;
+    }
+    check.space(root.used);
+    check.findings.nodes = check.known.values().filter(|meaning| matches!(meaning, Meaning::Node(..))).count() as u64 / 4;
+    check.findings.blocks = check.known.len() as u64;
+    Ok(check.findings)
+}
+
+impl Check<'_> {
+    fn problem(&mut self, what: impl Into<String>) {
+        if self.findings.problems.len() < MOST {
+            self.findings.problems.push(what.into());
+        }
+    }
+
+    /// Blocks have that meaning.
+    fn claim(&mut self, at: u64, len: u64, meaning: Meaning) {
+        for at in at..at + len {
+            match self.known.entry(at) {
+                Slot::Vacant(slot) => drop(slot.insert(meaning)),
+                Slot::Occupied(slot) if *slot.get() == meaning => {}
+                Slot::Occupied(slot) => {
+                    let other = *slot.get();
+                    self.problem(format!("block {at} is {meaning:?} and {other:?}"));
+                }
+            }
+        }
+    }
+
+    /// A node, if it can be read and everything below it has not been looked at.
+    async fn node(&mut self, ptr: Ptr, level: u8, index: u64, what: &str) -> Option<Body> {
+        if ptr.at[0] == ptr.at[1] || ptr.at.iter().any(|at| *at >= LIMIT) {
+            self.problem(format!("{what} points to {ptr:?}"));
+            return None;
+        }
+        let node = match self.pool.nodes.get(&Missing { ptr, level, index }, self.below).await {
+            Ok(node) => node,
+            Err(error) => {
+                self.problem(format!("{what}: {error}"));
+                return None;
+            }
+        };
+        let kind = match &node.body {
+            Body::Leaf(_) => 1,
+            Body::Inner(_) => 2,
+            Body::Catalog(_) => 3,
+            Body::Dead(..) => 4,
+        };
+        ptr.at.into_iter().for_each(|at| self.claim(at, NODE, Meaning::Node(kind, level, index)));
+        if kind < 3 && node.body.birth() > ptr.birth {
+            self.problem(format!("{what}: the node at block {} has something younger than it is", ptr.at[0]));
+        }
+        self.seen.insert(ptr.at[0]).then(|| node.body.clone())
+    }
+
+    fn pages(&mut self, ptr: Ptr, level: u8, index: u64) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async move {
+            if ptr.is_hole() || index * span(level) * RECORDS as u64 > u64::from(u32::MAX) {
+                return;
+            }
+            match self.node(ptr, level, index, "the catalog").await {
+                Some(Body::Inner(children)) => {
+                    for (ix, child) in children.iter().enumerate() {
+                        self.pages(*child, level - 1, index * SLOTS as u64 + ix as u64).await;
+                    }
+                }
+                Some(Body::Leaf(_) | Body::Dead(..)) => self.problem("the catalog has a node that is no page"),
+                Some(Body::Catalog(_)) | None => {}
+            }
+        })
+    }
+
+    async fn entry(&mut self, number: u32, entry: &Entry, catalog: &std::collections::BTreeMap<u32, Entry>) {
+        let what = match &entry.kind {
+            EntryKind::Volume { newest, origin, .. } => {
+                self.findings.volumes += 1;
+                let lacks = |number: u32| number != 0 && !catalog.contains_key(&number);
+                if lacks(*newest) || lacks(origin.0) {
+                    self.problem(format!("volume {} names a snapshot that is not there", entry.name));
+                }
+                format!("volume {}", entry.name)
+            }
+            EntryKind::Snapshot { volume, before, birth, dead } => {
+                self.findings.snapshots += 1;
+                if !catalog.contains_key(volume) || *before != 0 && !catalog.contains_key(before) {
+                    self.problem(format!("snapshot {} names something that is not there", entry.name));
+                }
+                if entry.root.birth > *birth {
+                    self.problem(format!("snapshot {} sees what was written after it", entry.name));
+                }
+                let what = format!("snapshot {}", entry.name);
+                self.dead(*dead, number, *birth, &what).await;
+                what
+            }
+        };
+        self.tree(entry.root, entry.height, 0, entry, &what).await;
+    }
+
+    fn tree<'c>(&'c mut self, ptr: Ptr, level: u8, index: u64, entry: &'c Entry, what: &'c str) -> LocalBoxFuture<'c, ()> {
+        Box::pin(async move {
+            if ptr.is_hole() {
+                return;
+            }
+            match self.node(ptr, level, index, what).await {
+                Some(Body::Inner(children)) if level > 0 => {
+                    for (ix, child) in children.iter().enumerate() {
+                        self.tree(*child, level - 1, index * SLOTS as u64 + ix as u64, entry, what).await;
+                    }
+                }
+                Some(Body::Leaf(slots)) => {
+                    for (ix, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.at != 0) {
+                        let block = index * SLOTS as u64 + ix as u64;
+                        self.claim(slot.at, 1, Meaning::Data(block, slot.birth));
+                        if block * BLOCK >= entry.size {
+                            self.problem(format!("{what} has a block behind its end: {block}"));
+                        }
+                        if entry.checksums {
+                            self.contents(slot.at, slot.crc, block, what).await;
+                        }
+                    }
+                }
+                Some(_) => self.problem(format!("{what}: a node of its tree is none")),
+                None => {}
+            }
+        })
+    }
+
+    async fn contents(&mut self, at: u64, crc: u32, block: u64, what: &str) {
+        match self.below.read(at * BLOCK, BLOCK).await {
+            Ok(data) if crc_of(&data) == crc => {}
+            Ok(_) => self.problem(format!("{what}: block {block} is damaged")),
+            Err(error) => self.problem(format!("{what}: block {block} cannot be read: {error}")),
+        }
+    }
+
+    /// A dead list: its parts are nodes, and what it lists must be older than its snapshot.
+    async fn dead(&mut self, mut list: Ptr, snapshot: u32, birth: u64, what: &str) {
+        while !list.is_hole() {
+            let Some(body) = self.node(list, 0, u64::from(snapshot), what).await else { return };
+            let Body::Dead(next, dead) = body else {
+                return self.problem(format!("{what}: a part of its dead list is none"));
+            };
+            if let Some(Dead { at, birth: young, .. }) = dead.iter().find(|dead| dead.birth > birth) {
+                self.problem(format!("{what} lists block {at} as dead, which was born after it ({young})"));
+            }
+            list = next;
+        }
+    }
+
+    /// Exactly what is reachable is marked.
+    fn space(&mut self, used: u64) {
+        let mut marked = 0;
+        let own = self.own();
+        for (extent, map) in self.pool.space.committed() {
+            for ix in 0..EXTENT {
+                let at = extent * EXTENT + ix;
+                let is_marked = map[(ix / 64) as usize] >> (ix % 64) & 1 == 1;
+                let is_own = own.iter().any(|range| range.contains(&at));
+                match (is_marked && !is_own, self.known.contains_key(&at)) {
+                    (true, false) => self.problem(format!("block {at} is marked as used, and nothing leads to it")),
+                    (false, true) => self.problem(format!("block {at} is in use and not marked")),
+                    _ => {}
+                }
+                marked += u64::from(is_marked && !is_own);
+            }
+        }
+        let reachable = self.known.len() as u64;
+        if marked != used {
+            self.problem(format!("the root says that {used} blocks are in use; {marked} are marked, {reachable} reachable"));
+        }
+    }
+
+    /// Extents of the root and of the log.
+    fn own(&self) -> [std::ops::Range<u64>; 2] {
+        let first = self.pool.root_extent * EXTENT;
+        let log = self.pool.core().root.log;
+        [first..first + EXTENT, log[0]..log[0] + log[1]]
+    }
+}

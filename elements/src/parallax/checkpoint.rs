@@ -1,0 +1,251 @@
+//! A checkpoint: what the log says goes into the trees, a new root says so, and the log is empty again.
+//!
+//! Guests write meanwhile, into the next layer. What it writes is seen by nobody before the root is durable.
+
+use super::below::Below;
+use super::format::{BLOCK, EXTENT, Entry, EntryKind, ExtentRecord, Ptr, RECORDS, Root, put, seal, short};
+use super::merge::{Merge, Who, height};
+use super::pool::{Core, Layer, Pool};
+use super::space::Want;
+use blockmason::{Data, Error, Kind, Result};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Entries of one block of the space journal.
+const JOURNAL: usize = 29;
+
+/// What a checkpoint brings into the trees, as it was at one instant.
+struct Frozen {
+    root: Root,
+    entries: BTreeMap<u32, Option<Entry>>,
+    lines: Vec<(u32, Vec<Arc<Layer>>)>,
+    /// Snapshots that see the first so many layers of their volume.
+    young: Vec<(u32, usize)>,
+    loose: Vec<Range<u64>>,
+    promised: u64,
+    runs: usize,
+}
+
+/// What has become of the trees.
+#[derive(Default)]
+struct Outcome {
+    /// Of each volume: its root after each layer.
+    roots: BTreeMap<u32, Vec<Ptr>>,
+    /// Dead lists of snapshots.
+    dead: BTreeMap<u32, Ptr>,
+}
+
+impl Pool {
+    /// Brings everything that has been answered into the trees, durably.
+    ///
+    /// # Errors
+    /// The pool takes no more changes after one.
+    pub(super) async fn checkpoint(&self, below: Below<'_>) -> Result<()> {
+        let _alone = self.checkpointing.lock().await;
+        self.check()?;
+        self.sweep();
+        let Some(frozen) = self.core().freeze_all() else { return Ok(()) };
+        let done = self.write_checkpoint(frozen, below).await;
+        if let Err(error) = &done {
+            self.break_down(error);
+        }
+        self.sweep();
+        done
+    }
+
+    async fn write_checkpoint(&self, mut frozen: Frozen, below: Below<'_>) -> Result<()> {
+        let mut merge = Merge::new(self, below);
+        let mut outcome = Outcome::default();
+        for (volume, layers) in &frozen.lines {
+            let roots = merge_line(&mut merge, &mut frozen.entries, *volume, layers, &mut outcome.dead).await?;
+            outcome.roots.insert(*volume, roots);
+        }
+        for (number, layers) in &frozen.young {
+            let Some(Some(entry)) = frozen.entries.get_mut(number) else { continue };
+            let EntryKind::Snapshot { volume, .. } = entry.kind else { continue };
+            if let Some(root) = outcome.roots.get(&volume).and_then(|roots| roots.get(layers.wrapping_sub(1))) {
+                entry.root = *root;
+            }
+        }
+        write_catalog(&mut merge, &mut frozen).await?;
+        let Merge { difference, mut freed, .. } = merge;
+        freed.append(&mut frozen.loose);
+        let (records, more) = self.space.records(&difference);
+        let mut root = frozen.root.clone();
+        root.used = root.used.saturating_add_signed(more);
+        let journal = self.write_journal(&records, root.sequence, below).await?;
+        root.journal = journal.first().copied().unwrap_or(0);
+        below.flush().await?;
+        self.write_root(&root, below).await?;
+        self.commit(&frozen, root, outcome, freed, journal);
+        self.space.commit(&records, below).await
+    }
+
+    /// Writes the records of extents that will change to free blocks, which it returns.
+    async fn write_journal(
+        &self,
+        records: &[(u64, ExtentRecord)],
+        sequence: u64,
+        below: Below<'_>,
+    ) -> Result<Vec<u64>> {
+        let mut places = Vec::new();
+        for _ in 0..records.len().div_ceil(JOURNAL) {
+            places.push(self.space.take(None, Want { least: 1, most: 1 }, below).await?.start);
+        }
+        for (ix, part) in records.chunks(JOURNAL).enumerate() {
+            let mut bytes = vec![0; BLOCK as usize];
+            bytes[..4].copy_from_slice(b"PXSJ");
+            put(&mut bytes, 8, 8, short(&self.id));
+            put(&mut bytes, 16, 8, sequence);
+            put(&mut bytes, 24, 8, places.get(ix + 1).copied().unwrap_or(0));
+            put(&mut bytes, 32, 4, part.len() as u64);
+            for ((extent, record), at) in part.iter().zip((64..).step_by(136)) {
+                put(&mut bytes, at, 8, *extent);
+                bytes[at + 8..at + 136].copy_from_slice(&record.encode());
+            }
+            seal(&mut bytes, 4);
+            below.write(places[ix] * BLOCK, Data::shared(bytes)).await?;
+        }
+        Ok(places)
+    }
+
+    /// Makes the root the one that counts.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if another process has opened the pool meanwhile.
+    pub(super) async fn write_root(&self, root: &Root, below: Below<'_>) -> Result<()> {
+        let first = self.root_extent * EXTENT;
+        for place in Root::places(root.sequence).into_iter().chain(Root::places(root.sequence + 1)) {
+            let found = below.read((first + place) * BLOCK, BLOCK).await?.to_vec();
+            if Root::decode(&found, &self.id, root.owner).is_ok_and(|other| {
+                other.epoch > root.epoch || other.epoch == root.epoch && other.sequence >= root.sequence
+            }) {
+                return Err(Error::new(Kind::Busy, "somebody else has opened the pool and changed it"));
+            }
+        }
+        let data = Data::shared(root.encode());
+        for place in Root::places(root.sequence) {
+            below.write((first + place) * BLOCK, data.clone()).await?;
+        }
+        below.flush().await
+    }
+
+    /// The root is durable.
+    fn commit(&self, frozen: &Frozen, root: Root, outcome: Outcome, mut freed: Vec<Range<u64>>, journal: Vec<u64>) {
+        let mut core = self.core();
+        core.log.cut(root.tail);
+        for (volume, roots) in &outcome.roots {
+            core.move_on(*volume, roots);
+        }
+        for (snapshot, list) in outcome.dead {
+            if let Some(EntryKind::Snapshot { dead, .. }) = core.catalog.get_mut(&snapshot).map(|entry| &mut entry.kind) {
+                *dead = list;
+            }
+        }
+        core.root = root;
+        core.promised -= frozen.promised;
+        core.forget_runs(frozen.runs);
+        freed.extend(std::mem::replace(&mut core.journal, journal).into_iter().map(|at| at..at + 1));
+        let era = std::mem::take(&mut core.era);
+        core.leaving.push((Arc::downgrade(&era), freed));
+        drop(core);
+        self.space.release(frozen.promised);
+    }
+}
+
+impl Core {
+    /// What a checkpoint has to do, if there is anything.
+    fn freeze_all(&mut self) -> Option<Frozen> {
+        let volumes: Vec<u32> = self.lines.keys().copied().collect();
+        volumes.iter().for_each(|volume| self.freeze(*volume));
+        let layers = |(volume, line): (&u32, &super::pool::Line)| {
+            (!line.layers.is_empty()).then(|| (*volume, line.layers.clone()))
+        };
+        let lines: Vec<(u32, Vec<Arc<Layer>>)> = self.lines.iter().filter_map(layers).collect();
+        let nothing = lines.is_empty() && self.changed.is_empty() && self.log.is_empty() && self.loose.is_empty();
+        if nothing && !std::mem::take(&mut self.opened) {
+            return None;
+        }
+        let mut numbers = std::mem::take(&mut self.changed);
+        for (volume, layers) in &lines {
+            numbers.insert(*volume);
+            numbers.extend(layers.iter().map(|layer| layer.newest.0).filter(|number| *number != 0));
+        }
+        let entries = numbers.iter().map(|number| (*number, self.catalog.get(number).cloned())).collect();
+        let young = self.young.iter().map(|young| (young.number, young.layers.len())).collect();
+        let (tail, promised) = (self.log.head(), self.promised);
+        let root = Root {
+            sequence: self.root.sequence + 1,
+            births: self.births,
+            next: self.next,
+            tail,
+            ..self.root.clone()
+        };
+        let runs = lines.iter().flat_map(|(_, layers)| layers).map(|layer| layer.runs.len()).sum();
+        Some(Frozen { root, entries, lines, young, loose: std::mem::take(&mut self.loose), promised, runs })
+    }
+
+    /// A volume's first layers are in its tree, with these roots after each of them.
+    fn move_on(&mut self, volume: u32, roots: &[Ptr]) {
+        let Some(newest) = roots.last() else { return };
+        if let (Some(line), Some(entry)) = (self.lines.get_mut(&volume), self.catalog.get_mut(&volume)) {
+            line.layers.drain(..roots.len());
+            entry.root = *newest;
+        }
+        let catalog = &mut self.catalog;
+        self.young.retain_mut(|young| {
+            let Some(entry) = catalog.get_mut(&young.number) else { return false };
+            if !matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume) {
+                return true;
+            }
+            let count = young.layers.len().min(roots.len());
+            entry.root = roots[count - 1];
+            young.layers.drain(..count);
+            !young.layers.is_empty()
+        });
+    }
+}
+
+/// Brings the layers of a volume into its tree, the oldest first. The roots after each of them.
+async fn merge_line(
+    merge: &mut Merge<'_>,
+    entries: &mut BTreeMap<u32, Option<Entry>>,
+    volume: u32,
+    layers: &[Arc<Layer>],
+    lists: &mut BTreeMap<u32, Ptr>,
+) -> Result<Vec<Ptr>> {
+    let Some(Some(entry)) = entries.get(&volume) else { return Ok(Vec::new()) };
+    let origin = match entry.kind {
+        EntryKind::Volume { origin, .. } => origin.1,
+        EntryKind::Snapshot { .. } => 0,
+    };
+    let (mut root, height, mut roots) = (entry.root, entry.height, Vec::new());
+    for layer in layers {
+        let (snapshot, newest) = layer.newest;
+        root = merge.merge(Who { volume, newest, origin }, root, (height, 0), &layer.runs).await?;
+        roots.push(root);
+        if let Some(Some(Entry { kind: EntryKind::Snapshot { dead, .. }, .. })) = entries.get_mut(&snapshot) {
+            *dead = merge.add_dead(snapshot, *dead).await?;
+            lists.insert(snapshot, *dead);
+        }
+    }
+    if let Some(Some(entry)) = entries.get_mut(&volume) {
+        entry.root = root;
+    }
+    Ok(roots)
+}
+
+/// Writes what has changed of the catalog, which may grow by it.
+async fn write_catalog(merge: &mut Merge<'_>, frozen: &mut Frozen) -> Result<()> {
+    let root = &mut frozen.root;
+    let pages = u64::from(root.next).div_ceil(RECORDS as u64).max(1);
+    while root.height < height(pages) {
+        root.height += 1;
+        if !root.catalog.is_hole() {
+            root.catalog = merge.above(root.catalog, root.height, 0).await?;
+        }
+    }
+    root.catalog = merge.catalog(root.catalog, (root.height, 0), &frozen.entries).await?;
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! What the catalog says of volumes and snapshots.
+
+use super::store::Features;
+use super::{BLOCK, Ptr, damaged, expect_zeros, put, u32_at, u40_at, u64_at};
+use blockmason::Result;
+
+/// Records of one page of the catalog.
+pub(in super::super) const RECORDS: usize = 31;
+
+/// What differs between volumes and snapshots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) enum Kind {
+    Volume {
+        /// Its newest snapshot, 0 none.
+        newest: u32,
+        /// The snapshot it is a clone of, 0 none, and that one's birth.
+        origin: (u32, u64),
+        /// Bytes that it may take, 0 any.
+        quota: u64,
+        /// Bytes that are kept for it.
+        reserve: u64,
+    },
+    Snapshot {
+        /// The one before it in the same line, 0 none.
+        before: u32,
+        volume: u32,
+        birth: u64,
+        /// Its dead list.
+        dead: Ptr,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) struct Entry {
+    pub(in super::super) name: String,
+    pub(in super::super) size: u64,
+    pub(in super::super) height: u8,
+    pub(in super::super) root: Ptr,
+    pub(in super::super) checksums: bool,
+    pub(in super::super) deleting: bool,
+    /// Seconds since 1970.
+    pub(in super::super) made: u64,
+    pub(in super::super) features: Features,
+    pub(in super::super) kind: Kind,
+}
+
+impl Entry {
+    pub(super) const BYTES: usize = 256;
+    /// The longest name.
+    pub(in super::super) const NAME: usize = 127;
+
+    /// Into zeros.
+    pub(super) fn encode(&self, bytes: &mut [u8]) {
+        bytes[1] = self.height;
+        bytes[2] = u8::from(self.checksums) | u8::from(self.deleting) << 1;
+        bytes[3] = self.name.len() as u8;
+        self.root.put(bytes, 16);
+        put(bytes, 32, 8, self.size);
+        put(bytes, 64, 8, self.made);
+        self.features.put(bytes, 72);
+        bytes[128..128 + self.name.len()].copy_from_slice(self.name.as_bytes());
+        let (number, links, birth) = match &self.kind {
+            Kind::Volume { newest, origin, quota, reserve } => {
+                put(bytes, 96, 8, *quota);
+                put(bytes, 104, 8, *reserve);
+                (1, [*newest, origin.0], origin.1)
+            }
+            Kind::Snapshot { before, volume, birth, dead } => {
+                dead.put(bytes, 48);
+                (2, [*before, *volume], *birth)
+            }
+        };
+        bytes[0] = number;
+        put(bytes, 4, 4, u64::from(links[0]));
+        put(bytes, 8, 4, u64::from(links[1]));
+        put(bytes, 40, 5, birth);
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Option<Entry>> {
+        if bytes[0] == 0 {
+            return expect_zeros(bytes, "an empty record of the catalog").map(|()| None);
+        }
+        let (links, birth) = ([u32_at(bytes, 4), u32_at(bytes, 8)], u40_at(bytes, 40));
+        let kind = match bytes[0] {
+            1 => {
+                expect_zeros(&bytes[48..63], "a volume's record")?;
+                Kind::Volume {
+                    newest: links[0],
+                    origin: (links[1], birth),
+                    quota: u64_at(bytes, 96),
+                    reserve: u64_at(bytes, 104),
+                }
+            }
+            2 => {
+                expect_zeros(&bytes[96..112], "a snapshot's record")?;
+                Kind::Snapshot { before: links[0], volume: links[1], birth, dead: Ptr::at(bytes, 48) }
+            }
+            _ => return Err(damaged("the catalog has a record of no known kind")),
+        };
+        for gap in [12..16, 31..32, 45..48, 63..64, 112..128] {
+            expect_zeros(&bytes[gap], "a record of the catalog")?;
+        }
+        let len = bytes[3] as usize;
+        let name = bytes.get(128..128 + len).and_then(|name| std::str::from_utf8(name).ok());
+        let name = name.filter(|name| (1..=Entry::NAME).contains(&name.len()));
+        let name = name.ok_or_else(|| damaged("the catalog has a name that is none"))?.to_owned();
+        expect_zeros(&bytes[128 + len..], "a record of the catalog")?;
+        let entry = Entry {
+            name,
+            size: u64_at(bytes, 32),
+            height: bytes[1],
+            root: Ptr::at(bytes, 16),
+            checksums: bytes[2] & 1 != 0,
+            deleting: bytes[2] & 2 != 0,
+            made: u64_at(bytes, 64),
+            features: Features::at(bytes, 72),
+            kind,
+        };
+        let sane = bytes[2] < 4 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
+        sane.then_some(Some(entry)).ok_or_else(|| damaged("the catalog has numbers that cannot be"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_says_what_was_written() {
+        let volume = Kind::Volume { newest: 3, origin: (4, 99), quota: 1 << 40, reserve: 12345 };
+        let dead = Ptr { at: [5, 6], birth: 7 };
+        let snapshot = Kind::Snapshot { before: 1, volume: 2, birth: 1 << 39, dead };
+        for kind in [volume, snapshot] {
+            let entry = Entry {
+                name: "vm1/ä".to_owned(),
+                size: 1 << 30,
+                height: 2,
+                root: Ptr { at: [8, 9], birth: 10 },
+                checksums: true,
+                deleting: false,
+                made: 1_700_000_000,
+                features: Features { compatible: 1, read_only: 2, incompatible: 4 },
+                kind,
+            };
+            let mut bytes = [0; Entry::BYTES];
+            entry.encode(&mut bytes);
+            assert_eq!(Entry::decode(&bytes).unwrap(), Some(entry));
+        }
+        assert_eq!(Entry::decode(&[0; Entry::BYTES]).unwrap(), None);
+        assert!(Entry::decode(&[1; Entry::BYTES]).is_err());
+    }
+}

@@ -1,0 +1,276 @@
+//! The block store: label, owners, extent records.
+
+use super::{BLOCK, EXTENT, Id, damaged, expect_zeros, is_sound, put, seal, u32_at, u64_at};
+use blockmason::{Error, Kind, Result};
+
+const LABEL: &[u8; 8] = b"MASONPX1";
+const OWNERS: &[u8; 8] = b"MASONOWN";
+const VERSION: u32 = 1;
+/// Bytes of an extent's record.
+pub(in super::super) const EXTENT_RECORD: u64 = 128;
+
+/// What whoever opens it has to know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct Features {
+    /// Whoever does not know them may go on.
+    pub(in super::super) compatible: u64,
+    /// ... may only read.
+    pub(in super::super) read_only: u64,
+    /// ... may not open it.
+    pub(in super::super) incompatible: u64,
+}
+
+impl Features {
+    pub(super) fn at(bytes: &[u8], at: usize) -> Features {
+        let word = |ix: usize| u64_at(bytes, at + 8 * ix);
+        Features { compatible: word(0), read_only: word(1), incompatible: word(2) }
+    }
+
+    pub(super) fn put(self, bytes: &mut [u8], at: usize) {
+        for (ix, word) in [self.compatible, self.read_only, self.incompatible].into_iter().enumerate() {
+            put(bytes, at + 8 * ix, 8, word);
+        }
+    }
+
+    /// Whether this program, which knows of no feature yet, may do that with it.
+    pub(in super::super) fn allow(self, write: bool, what: &str) -> Result<()> {
+        let refuse = |bits: u64, verb: &str| {
+            let message = format!("{what} has features that this program does not know ({bits:#x}): a newer one can {verb} it");
+            Err(Error::new(Kind::Unsupported, message))
+        };
+        match self {
+            Features { incompatible: 1.., .. } => refuse(self.incompatible, "open"),
+            Features { read_only: 1.., .. } if write => refuse(self.read_only, "write"),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) struct Label {
+    pub(in super::super) id: Id,
+    pub(in super::super) extents: u64,
+    pub(in super::super) capacity: u64,
+    pub(in super::super) sequence: u64,
+    pub(in super::super) features: Features,
+}
+
+impl Label {
+    /// Where the two copies are.
+    pub(in super::super) const PLACES: [u64; 2] = [0, 256];
+
+    /// Extents that one copy of the table takes.
+    pub(in super::super) fn table(&self) -> u64 {
+        (self.capacity * EXTENT_RECORD).div_ceil(BLOCK * EXTENT)
+    }
+
+    /// The first extent that may be given away.
+    pub(in super::super) fn first(&self) -> u64 {
+        1 + 2 * self.table()
+    }
+
+    /// Where the record of an extent is, in bytes, in each copy of the table.
+    pub(in super::super) fn record(&self, extent: u64) -> [u64; 2] {
+        [1, 1 + self.table()].map(|table| table * EXTENT * BLOCK + extent * EXTENT_RECORD)
+    }
+
+    pub(in super::super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![0; BLOCK as usize];
+        bytes[..8].copy_from_slice(LABEL);
+        put(&mut bytes, 12, 4, u64::from(VERSION));
+        bytes[16..32].copy_from_slice(&self.id);
+        put(&mut bytes, 32, 8, self.extents);
+        put(&mut bytes, 40, 8, self.capacity);
+        put(&mut bytes, 48, 8, self.sequence);
+        self.features.put(&mut bytes, 56);
+        seal(&mut bytes, 8);
+        bytes
+    }
+
+    /// True if it looks like a label, damaged or not.
+    pub(in super::super) fn is_one(bytes: &[u8]) -> bool {
+        bytes.starts_with(LABEL)
+    }
+
+    pub(in super::super) fn decode(bytes: &[u8]) -> Result<Label> {
+        if !Label::is_one(bytes) || bytes.len() != BLOCK as usize {
+            return Err(Error::new(Kind::Denied, "it is no pool"));
+        }
+        if !is_sound(bytes, 8) {
+            return Err(damaged("the pool's label is damaged"));
+        }
+        let version = u32_at(bytes, 12);
+        if version != VERSION {
+            let message = format!("the pool has version {version} of the format, and this program knows {VERSION}");
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        expect_zeros(&bytes[80..], "the label")?;
+        let id = std::array::from_fn(|ix| bytes[16 + ix]);
+        let label = Label {
+            id,
+            extents: u64_at(bytes, 32),
+            capacity: u64_at(bytes, 40),
+            sequence: u64_at(bytes, 48),
+            features: Features::at(bytes, 56),
+        };
+        let fits = label.capacity < super::LIMIT / EXTENT
+            && label.extents <= label.capacity
+            && label.first() < label.extents;
+        fits.then_some(label).ok_or_else(|| damaged("the pool's label has a size that cannot be"))
+    }
+}
+
+/// Whoever keeps something in extents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) struct Owner {
+    pub(in super::super) number: u32,
+    pub(in super::super) format: u32,
+    pub(in super::super) root: u64,
+    pub(in super::super) features: Features,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in super::super) struct Owners {
+    pub(in super::super) id: Id,
+    pub(in super::super) sequence: u64,
+    pub(in super::super) all: Vec<Owner>,
+}
+
+impl Owners {
+    /// Where the two copies are.
+    pub(in super::super) const PLACES: [u64; 2] = [1, 257];
+    const EACH: usize = 64;
+    const MOST: usize = (BLOCK as usize - 64) / Owners::EACH;
+
+    pub(in super::super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![0; BLOCK as usize];
+        bytes[..8].copy_from_slice(OWNERS);
+        put(&mut bytes, 12, 4, self.all.len() as u64);
+        bytes[16..32].copy_from_slice(&self.id);
+        put(&mut bytes, 32, 8, self.sequence);
+        for (owner, at) in self.all.iter().zip((64..).step_by(Owners::EACH)) {
+            put(&mut bytes, at, 4, u64::from(owner.number));
+            put(&mut bytes, at + 4, 4, u64::from(owner.format));
+            put(&mut bytes, at + 8, 8, owner.root);
+            owner.features.put(&mut bytes, at + 16);
+        }
+        seal(&mut bytes, 8);
+        bytes
+    }
+
+    pub(in super::super) fn decode(bytes: &[u8], label: &Label) -> Result<Owners> {
+        if !bytes.starts_with(OWNERS) || !is_sound(bytes, 8) || bytes[16..32] != label.id {
+            return Err(damaged("the list of the pool's owners is damaged"));
+        }
+        let count = u32_at(bytes, 12) as usize;
+        if count > Owners::MOST {
+            return Err(damaged("the pool has more owners than there is room for"));
+        }
+        expect_zeros(&bytes[40..64], "the list of owners")?;
+        expect_zeros(&bytes[64 + count * Owners::EACH..], "the list of owners")?;
+        let one = |ix: usize| {
+            let at = 64 + ix * Owners::EACH;
+            Owner {
+                number: u32_at(bytes, at),
+                format: u32_at(bytes, at + 4),
+                root: u64_at(bytes, at + 8),
+                features: Features::at(bytes, at + 16),
+            }
+        };
+        let all: Vec<Owner> = (0..count).map(one).collect();
+        let outside = |owner: &Owner| !(label.first()..label.extents).contains(&owner.root);
+        if all.iter().any(outside) {
+            return Err(damaged("an owner's root is outside the pool"));
+        }
+        Ok(Owners { id: label.id, sequence: u64_at(bytes, 32), all })
+    }
+}
+
+/// Whose an extent is, and which of its blocks are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct ExtentRecord {
+    pub(in super::super) owner: u32,
+    pub(in super::super) epoch: u64,
+    pub(in super::super) used: [u64; 8],
+}
+
+impl ExtentRecord {
+    pub(in super::super) fn encode(&self) -> [u8; EXTENT_RECORD as usize] {
+        let mut bytes = [0; EXTENT_RECORD as usize];
+        if *self == ExtentRecord::default() {
+            return bytes;
+        }
+        put(&mut bytes, 0, 4, u64::from(self.owner));
+        put(&mut bytes, 8, 8, self.epoch);
+        for (ix, word) in self.used.into_iter().enumerate() {
+            put(&mut bytes, 16 + 8 * ix, 8, word);
+        }
+        seal(&mut bytes, 4);
+        bytes
+    }
+
+    /// None if it is damaged.
+    pub(in super::super) fn decode(bytes: &[u8]) -> Option<ExtentRecord> {
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Some(ExtentRecord::default());
+        }
+        let sound = is_sound(bytes, 4) && expect_zeros(&bytes[80..], "an extent's record").is_ok();
+        sound.then(|| ExtentRecord {
+            owner: u32_at(bytes, 0),
+            epoch: u64_at(bytes, 8),
+            used: std::array::from_fn(|ix| u64_at(bytes, 16 + 8 * ix)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn label() -> Label {
+        let features = Features::default();
+        Label { id: [7; 16], extents: 512, capacity: 8192, sequence: 3, features }
+    }
+
+    #[test]
+    fn a_label_says_what_was_written_and_no_flipped_bit_is_believed() {
+        let bytes = label().encode();
+        assert_eq!(Label::decode(&bytes).unwrap(), label());
+        for bit in 0..bytes.len() * 8 {
+            let mut other = bytes.clone();
+            other[bit / 8] ^= 1 << (bit % 8);
+            assert!(Label::decode(&other).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn unknown_features_are_refused_as_they_ask() {
+        let some = |compatible, read_only, incompatible| Features { compatible, read_only, incompatible };
+        assert!(some(1, 0, 0).allow(true, "it").is_ok());
+        assert!(some(0, 1, 0).allow(false, "it").is_ok() && some(0, 1, 0).allow(true, "it").is_err());
+        assert!(some(0, 0, 1).allow(false, "it").is_err());
+    }
+
+    #[test]
+    fn owners_and_extents_say_what_was_written() {
+        let owner = Owner { number: 2, format: 1, root: 9, features: Features::default() };
+        let owners = Owners { id: [7; 16], sequence: 1, all: vec![owner] };
+        assert_eq!(Owners::decode(&owners.encode(), &label()).unwrap(), owners);
+        let extent = ExtentRecord { owner: 2, epoch: 5, used: [1, 2, 3, 4, 5, 6, 7, u64::MAX] };
+        assert_eq!(ExtentRecord::decode(&extent.encode()), Some(extent));
+        assert_eq!(ExtentRecord::default().encode(), [0; 128]);
+        for bit in 0..EXTENT_RECORD as usize * 8 {
+            let mut bytes = extent.encode();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(ExtentRecord::decode(&bytes), None, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn everything_of_the_store_lies_side_by_side() {
+        let label = label();
+        assert_eq!((label.table(), label.first()), (1, 3));
+        assert_eq!(label.record(0), [1 << 21, 2 << 21]);
+        assert!(label.record(label.capacity - 1)[0] + EXTENT_RECORD <= label.record(0)[1]);
+    }
+}

@@ -1,0 +1,232 @@
+//! The log: where it stands, and what of it is durable. Writing it is the pool's business.
+//!
+//! One record is written at a time; what comes meanwhile goes into the next one together. Whoever finds nobody writing
+//! does it for all.
+
+use super::format::{Change, Record};
+use blockmason::{Error, Result};
+use std::collections::VecDeque;
+use std::sync::{Arc, OnceLock};
+use tokio::sync::Notify;
+
+/// What becomes of a batch of changes: whether its record is written and applied.
+#[derive(Default)]
+pub(super) struct Fate {
+    done: OnceLock<Result<()>>,
+    changed: Notify,
+}
+
+impl Fate {
+    pub(super) fn settle(&self, done: Result<()>) {
+        let _ = self.done.set(done);
+        self.changed.notify_waiters();
+    }
+
+    /// Wakes whoever waits for it, to write it.
+    pub(super) fn wake(&self) {
+        self.changed.notify_waiters();
+    }
+
+    pub(super) fn outcome(&self) -> Option<Result<()>> {
+        self.done.get().map(|done| done.as_ref().map(|()| ()).map_err(copy))
+    }
+
+    pub(super) fn changed(&self) -> &Notify {
+        &self.changed
+    }
+}
+
+fn copy(error: &Error) -> Error {
+    Error::new(error.kind(), error.message().to_owned())
+}
+
+/// Changes that go into one record.
+pub(super) struct Batch {
+    pub(super) changes: Vec<Change>,
+    bytes: usize,
+    pub(super) fate: Arc<Fate>,
+}
+
+pub(super) struct Log {
+    /// First block, and how many there are.
+    place: [u64; 2],
+    epoch: u64,
+    /// What is to be written, oldest first; the last one takes more.
+    waiting: VecDeque<Batch>,
+    writing: bool,
+    /// Where the next record goes, and its number.
+    head: (u64, u64),
+    /// Where replay would begin.
+    tail: (u64, u64),
+    /// Blocks from the tail to the head.
+    live: u64,
+    /// The last record that is durable with all before it.
+    durable: u64,
+    /// Records up to this one are believed by a replay whatever their data looks like: the record that says so is durable.
+    trusted: u64,
+    /// Records that are not durable, and what they say is settled.
+    marks: VecDeque<(u64, u64)>,
+}
+
+impl Log {
+    /// A log in which nothing lies behind the tail.
+    pub(super) fn new(place: [u64; 2], epoch: u64, tail: (u64, u64)) -> Log {
+        let durable = tail.1.saturating_sub(1);
+        Log {
+            place,
+            epoch,
+            waiting: VecDeque::new(),
+            writing: false,
+            head: tail,
+            tail,
+            live: 0,
+            durable,
+            trusted: durable,
+            marks: VecDeque::new(),
+        }
+    }
+
+    /// From that tail to the head there is something that may not be overwritten yet.
+    pub(super) fn begin_full(&mut self, tail: (u64, u64)) {
+        let size = self.place[1];
+        self.live = (self.head.0 + size - tail.0) % size;
+        self.tail = tail;
+    }
+
+    /// Adds changes, which go into one record. Their fate.
+    pub(super) fn add(&mut self, changes: Vec<Change>) -> Arc<Fate> {
+        let bytes: usize = changes.iter().map(Record::bytes_of).sum();
+        if let Some(batch) = self.waiting.back_mut().filter(|last| last.bytes + bytes <= Record::MOST / 2) {
+            batch.bytes += bytes;
+            batch.changes.extend(changes);
+            return batch.fate.clone();
+        }
+        let batch = Batch { changes, bytes, fate: Arc::default() };
+        let fate = batch.fate.clone();
+        self.waiting.push_back(batch);
+        fate
+    }
+
+    /// Makes the caller the one who writes, if nobody is.
+    pub(super) fn lead(&mut self) -> bool {
+        !self.waiting.is_empty() && !std::mem::replace(&mut self.writing, true)
+    }
+
+    /// Ends that. Whose turn it is next, if something waits.
+    pub(super) fn leave(&mut self) -> Option<Arc<Fate>> {
+        self.writing = false;
+        self.waiting.front().map(|batch| batch.fate.clone())
+    }
+
+    pub(super) fn next_batch(&mut self) -> Option<Batch> {
+        self.waiting.pop_front()
+    }
+
+    /// The record of these changes.
+    pub(super) fn record(&self, changes: Vec<Change>) -> Record {
+        Record { epoch: self.epoch, number: self.head.1, settled: self.durable, changes }
+    }
+
+    /// Where a record of so many blocks goes: the block of the pool, and where the log goes on behind it. None if there is no room.
+    pub(super) fn room(&self, blocks: u64) -> Option<(u64, u64)> {
+        let skipped = if self.head.0 + blocks > self.place[1] { self.place[1] - self.head.0 } else { 0 };
+        // The block behind it stays free, so that a full ring is not an empty one.
+        if self.live + skipped + blocks >= self.place[1] {
+            return None;
+        }
+        let at = if skipped > 0 { 0 } else { self.head.0 };
+        Some((self.place[0] + at, (at + blocks) % self.place[1]))
+    }
+
+    /// A record has been written, behind which the log goes on there.
+    pub(super) fn written(&mut self, record: &Record, behind: u64) {
+        self.marks.push_back((record.number, record.settled));
+        let size = self.place[1];
+        self.live += (behind + size - self.head.0) % size;
+        self.head = (behind, record.number + 1);
+    }
+
+    /// Where it ends, for a checkpoint; and the last record.
+    pub(super) fn head(&self) -> (u64, u64) {
+        self.head
+    }
+
+    /// What came before is in the trees, durably.
+    pub(super) fn cut(&mut self, tail: (u64, u64)) {
+        let size = self.place[1];
+        self.live -= (tail.0 + size - self.tail.0) % size;
+        self.tail = tail;
+        self.trusted = self.trusted.max(tail.1.saturating_sub(1));
+    }
+
+    /// The last record there is: what a flush that begins now makes durable.
+    pub(super) fn last(&self) -> u64 {
+        self.head.1 - 1
+    }
+
+    /// A flush that began with that as the last record has succeeded.
+    pub(super) fn flushed(&mut self, last: u64) {
+        self.durable = self.durable.max(last);
+        while let Some((_, settled)) = self.marks.front().copied().filter(|(number, _)| *number <= self.durable) {
+            self.trusted = self.trusted.max(settled);
+            self.marks.pop_front();
+        }
+    }
+
+    pub(super) fn trusts(&self, number: u64) -> bool {
+        number <= self.trusted
+    }
+
+    /// True if it should be brought into the trees soon.
+    pub(super) fn is_long(&self) -> bool {
+        self.live > self.place[1] / 2
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.live == 0 && self.waiting.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log() -> Log {
+        Log::new([100, 10], 1, (0, 1))
+    }
+
+    fn write(log: &mut Log, blocks: u64) -> Option<u64> {
+        let (at, behind) = log.room(blocks)?;
+        let record = log.record(Vec::new());
+        log.written(&record, behind);
+        Some(at)
+    }
+
+    #[test]
+    fn the_ring_never_overtakes_itself() {
+        let mut log = log();
+        assert_eq!([write(&mut log, 4), write(&mut log, 4)], [Some(100), Some(104)]);
+        assert_eq!(write(&mut log, 2), None, "a full ring would look like an empty one");
+        let tail = (4, 2);
+        log.cut(tail);
+        assert_eq!(write(&mut log, 3), Some(100), "it does not fit before the end");
+        assert_eq!(write(&mut log, 1), None);
+        log.cut(log.head());
+        assert!(log.is_empty());
+        assert_eq!(write(&mut log, 7), Some(103));
+    }
+
+    #[test]
+    fn what_a_record_says_is_trusted_once_that_record_is_durable() {
+        let mut log = log();
+        write(&mut log, 1);
+        log.flushed(log.last());
+        assert!(!log.trusts(1), "nothing on the disk says that record 1 was flushed");
+        write(&mut log, 1);
+        assert!(!log.trusts(1));
+        log.flushed(log.last());
+        assert!(log.trusts(1) && !log.trusts(2));
+        log.cut(log.head());
+        assert!(log.trusts(2));
+    }
+}

@@ -1,0 +1,21 @@
+//! Parallax: volumes that are copy-on-write radix trees over a shared pool of blocks (docs/parallax.md).
+//!
+//! `format` is what is on disk, `below` how it is reached. `space` is the block store: extents, owners, what is free. Above
+//! it is a tree store: `log` makes changes findable, `runs` keeps those that are not in a tree yet, `nodes` reads and writes
+//! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests.
+
+mod below;
+mod check;
+mod checkpoint;
+mod format;
+mod log;
+mod merge;
+mod nodes;
+mod open;
+mod pool;
+pub mod radix;
+mod runs;
+mod space;
+#[cfg(test)]
+mod tests;
+mod volume;

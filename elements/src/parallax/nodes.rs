@@ -1,0 +1,90 @@
+//! Reads and writes nodes, each of which is kept twice, and keeps some in memory.
+
+use super::below::Below;
+use super::format::{BLOCK, Id, Node, Ptr, damaged};
+use blockmason::{Data, Result};
+use lru::LruCache;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes of memory that a node takes, about.
+const EACH: u64 = 12 << 10;
+
+pub(super) struct Nodes {
+    id: Id,
+    cache: Mutex<LruCache<u64, Arc<Node>>>,
+}
+
+/// A node that is not in memory.
+#[derive(Debug)]
+pub(super) struct Missing {
+    pub(super) ptr: Ptr,
+    pub(super) level: u8,
+    pub(super) index: u64,
+}
+
+impl Nodes {
+    /// Keeps nodes in that many bytes.
+    pub(super) fn new(id: Id, memory: u64) -> Nodes {
+        let count = NonZeroUsize::new((memory / EACH) as usize).unwrap_or(NonZeroUsize::MIN);
+        Nodes { id, cache: Mutex::new(LruCache::new(count)) }
+    }
+
+    fn cache(&self) -> std::sync::MutexGuard<'_, LruCache<u64, Arc<Node>>> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A node that is in memory.
+    pub(super) fn cached(&self, ptr: Ptr) -> Option<Arc<Node>> {
+        self.cache().get(&ptr.at[0]).cloned()
+    }
+
+    /// The node at a pointer, which must be that one.
+    pub(super) async fn get(&self, missing: &Missing, below: Below<'_>) -> Result<Arc<Node>> {
+        let Missing { ptr, level, index } = *missing;
+        let node = match self.cached(ptr) {
+            Some(node) => node,
+            None => self.read(ptr, below).await?,
+        };
+        if (node.level, node.index) != (level, index) {
+            let message = format!("the node at block {} is another one than was expected there", ptr.at[0]);
+            return Err(damaged(message));
+        }
+        Ok(node)
+    }
+
+    async fn read(&self, ptr: Ptr, below: Below<'_>) -> Result<Arc<Node>> {
+        let mut bad = Vec::new();
+        for at in ptr.at {
+            let bytes = below.read(at * BLOCK, Node::BYTES as u64).await.map(|data| data.to_vec());
+            let node = bytes.as_ref().ok().and_then(|bytes| Node::decode(bytes, &self.id, ptr.at));
+            let (Some(node), Ok(bytes)) = (node, bytes) else {
+                bad.push(at);
+                continue;
+            };
+            for at in bad {
+                tracing::warn!(block = at, "a copy of a node is damaged; it is written anew from the other");
+                // The other copy is good: nothing is lost if this fails.
+                let _ = below.write(at * BLOCK, Data::copy_of(&bytes)).await;
+            }
+            return Ok(self.keep(ptr, node));
+        }
+        Err(damaged(format!("both copies of a node are damaged, at blocks {} and {}", ptr.at[0], ptr.at[1])))
+    }
+
+    fn keep(&self, ptr: Ptr, node: Node) -> Arc<Node> {
+        let node = Arc::new(node);
+        self.cache().put(ptr.at[0], node.clone());
+        node
+    }
+
+    /// Writes a node to where the pointer says, twice.
+    pub(super) async fn write(&self, ptr: Ptr, node: Node, below: Below<'_>) -> Result<()> {
+        let data = Data::shared(node.encode(&self.id, ptr.at));
+        for at in ptr.at {
+            below.write(at * BLOCK, data.clone()).await?;
+        }
+        self.keep(ptr, node);
+        Ok(())
+    }
+}

@@ -1,0 +1,322 @@
+//! Makes a pool, and opens one: finds the newest root, and brings back what the log says has happened since.
+
+use super::below::Below;
+use super::format::{
+    BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Id, Label, Owner, Owners, Ptr, RECORDS, Record, Root,
+    SLOTS, TREE, damaged, is_sound, short, u32_at, u64_at,
+};
+use super::log::Log;
+use super::merge::span;
+use super::nodes::{Missing, Nodes};
+use super::pool::{Core, Pool};
+use super::space::{Space, read_table};
+use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
+use std::collections::BTreeMap;
+
+/// The number of the first owner of extents.
+const OWNER: u32 = 2;
+/// A pool may grow to so many times the size that it is made with.
+const GROWTH: u64 = 16;
+/// Extents of the log, at most: 32 MiB.
+const LOG: u64 = 16;
+/// The smallest pool, in extents.
+const LEAST: u64 = 16;
+
+/// How a pool is opened.
+#[derive(Clone, Copy)]
+pub(super) struct Opening {
+    pub(super) writable: bool,
+    /// Bytes that nodes may take in memory.
+    pub(super) memory: u64,
+}
+
+/// Makes an empty pool on a device that reads as zeros. It is one once its label is there, at the end.
+///
+/// # Errors
+/// [`Kind::NoSpace`] if the device is too small.
+pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
+    let extents = size / (BLOCK * EXTENT);
+    if extents < LEAST {
+        let least = LEAST * BLOCK * EXTENT;
+        return Err(Error::new(Kind::NoSpace, format!("a pool has at least {least} bytes, and this has {size}")));
+    }
+    let label = Label { id, extents, capacity: extents * GROWTH, sequence: 1, features: Features::default() };
+    let (first, log) = (label.first(), (extents / 64).clamp(1, LOG));
+    if first + log + 4 > extents {
+        return Err(Error::new(Kind::NoSpace, "the device is too small for a pool"));
+    }
+    let owner = Owner { number: OWNER, format: TREE, root: first, features: Features::default() };
+    let owners = Owners { id, sequence: 1, all: vec![owner] };
+    let record = ExtentRecord { owner: OWNER, epoch: 0, used: [u64::MAX; 8] };
+    let records = record.encode().repeat(log as usize + 1);
+    let root = Root {
+        owner: OWNER,
+        id,
+        sequence: 1,
+        epoch: 0,
+        births: 1,
+        log: [(first + 1) * EXTENT, log * EXTENT],
+        tail: (0, 1),
+        next: 1,
+        height: 0,
+        catalog: Ptr::default(),
+        journal: 0,
+        used: 0,
+    };
+    for place in label.record(first) {
+        below.write(place, Data::copy_of(&records)).await?;
+    }
+    for place in Root::places(root.sequence) {
+        below.write((first * EXTENT + place) * BLOCK, Data::shared(root.encode())).await?;
+    }
+    for place in Owners::PLACES {
+        below.write(place * BLOCK, Data::shared(owners.encode())).await?;
+    }
+    below.flush().await?;
+    for place in Label::PLACES {
+        below.write(place * BLOCK, Data::shared(label.encode())).await?;
+        below.flush().await?;
+    }
+    Ok(())
+}
+
+/// True if the device has no pool and reads as zeros where its label would be.
+pub(super) async fn is_empty(below: Below<'_>) -> Result<bool> {
+    for place in Label::PLACES {
+        if !below.read(place * BLOCK, BLOCK).await?.is_zero() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Opens the pool on a device of that size.
+///
+/// # Errors
+/// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged.
+pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Result<Pool> {
+    let label = read_label(below).await?;
+    label.features.allow(opening.writable, "the pool")?;
+    if label.extents * EXTENT * BLOCK > size {
+        let message = format!("the pool has {} bytes, and there are only {size}", label.extents * EXTENT * BLOCK);
+        return Err(damaged(message));
+    }
+    let owner = read_owner(&label, opening.writable, below).await?;
+    let root = read_root(&label, &owner, below).await?;
+    let mut table = read_table(&label, below).await?;
+    let journal = read_journal(&label, &root, below).await?;
+    for (extent, record) in &journal.records {
+        if let Some(entry) = table.get_mut(*extent as usize) {
+            *entry = Some(*record);
+        }
+    }
+    let epoch = root.epoch + u64::from(opening.writable);
+    let space = Space::new(label, owner.number, epoch, table);
+    let nodes = Nodes::new(space.label.id, opening.memory);
+    let catalog = read_catalog(&nodes, &root, below).await?;
+    let log = Log::new(root.log, root.epoch, root.tail);
+    let mut core = Core::new(root, log, catalog);
+    core.journal = journal.blocks;
+    for block in &core.journal {
+        space.mark(*block..block + 1)?;
+    }
+    replay(&mut core, &space, below).await?;
+    let tail = core.log.head();
+    if opening.writable {
+        // What the log has is in memory now, and goes into the trees before anything else is done.
+        core.root.epoch = epoch;
+        core.opened = true;
+    }
+    let mut log = Log::new(core.root.log, epoch, tail);
+    log.begin_full(core.root.tail);
+    core.log = log;
+    let pool = Pool::new(space, nodes, owner.root, core, opening.writable);
+    if opening.writable {
+        pool.space.write_records(&journal.records, below).await?;
+        pool.checkpoint(below).await?;
+    }
+    Ok(pool)
+}
+
+async fn read_label(below: Below<'_>) -> Result<Label> {
+    let mut best: Option<Label> = None;
+    let mut refused = None;
+    for place in Label::PLACES {
+        let bytes = below.read(place * BLOCK, BLOCK).await?.to_vec();
+        match Label::decode(&bytes) {
+            Ok(label) if best.as_ref().is_none_or(|best| best.sequence < label.sequence) => best = Some(label),
+            Ok(_) => {}
+            // What is damaged says more than what is not there.
+            Err(error) if refused.is_none() || Label::is_one(&bytes) => refused = Some(error),
+            Err(_) => {}
+        }
+    }
+    best.ok_or_else(|| refused.unwrap_or_else(|| Error::new(Kind::Denied, "it is no pool")))
+}
+
+async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owner> {
+    let mut best: Option<Owners> = None;
+    for place in Owners::PLACES {
+        let bytes = below.read(place * BLOCK, BLOCK).await?.to_vec();
+        if let Ok(owners) = Owners::decode(&bytes, label)
+            && best.as_ref().is_none_or(|best| best.sequence < owners.sequence)
+        {
+            best = Some(owners);
+        }
+    }
+    let owners = best.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))?;
+    let owner = owners.all.into_iter().find(|owner| owner.format == TREE);
+    let owner = owner.ok_or_else(|| Error::new(Kind::Unsupported, "the pool has no volumes of a known format"))?;
+    owner.features.allow(write, "what the pool holds")?;
+    Ok(owner)
+}
+
+async fn read_root(label: &Label, owner: &Owner, below: Below<'_>) -> Result<Root> {
+    let mut best: Option<Root> = None;
+    for place in Root::places(0).into_iter().chain(Root::places(1)) {
+        let bytes = below.read((owner.root * EXTENT + place) * BLOCK, BLOCK).await?.to_vec();
+        if let Ok(root) = Root::decode(&bytes, &label.id, owner.number)
+            && best.as_ref().is_none_or(|best| best.sequence < root.sequence)
+        {
+            best = Some(root);
+        }
+    }
+    let root = best.ok_or_else(|| damaged("all copies of the root are damaged"))?;
+    let end = root.log[0].checked_add(root.log[1]);
+    match end.is_some_and(|end| end <= label.extents * EXTENT) {
+        true => Ok(root),
+        false => Err(damaged("the log lies outside the pool")),
+    }
+}
+
+/// What the space journal of a root says.
+#[derive(Default)]
+struct Journal {
+    records: Vec<(u64, ExtentRecord)>,
+    blocks: Vec<u64>,
+}
+
+async fn read_journal(label: &Label, root: &Root, below: Below<'_>) -> Result<Journal> {
+    let mut journal = Journal::default();
+    let mut at = root.journal;
+    while at != 0 {
+        let most = label.extents / 29 + 1;
+        let inside = at < label.extents * EXTENT && journal.blocks.len() as u64 <= most;
+        let bytes = if inside { below.read(at * BLOCK, BLOCK).await?.to_vec() } else { Vec::new() };
+        let own = inside
+            && bytes.starts_with(b"PXSJ")
+            && is_sound(&bytes, 4)
+            && [u64_at(&bytes, 8), u64_at(&bytes, 16)] == [short(&label.id), root.sequence];
+        let count = if own { u32_at(&bytes, 32) as usize } else { usize::MAX };
+        if count > 29 {
+            return Err(damaged("the space journal is damaged"));
+        }
+        for ix in 0..count {
+            let place = 64 + 136 * ix;
+            let record = ExtentRecord::decode(&bytes[place + 8..place + 136]);
+            let record = record.ok_or_else(|| damaged("the space journal has a record that is none"))?;
+            journal.records.push((u64_at(&bytes, place), record));
+        }
+        journal.blocks.push(at);
+        at = u64_at(&bytes, 24);
+    }
+    Ok(journal)
+}
+
+async fn read_catalog(nodes: &Nodes, root: &Root, below: Below<'_>) -> Result<BTreeMap<u32, Entry>> {
+    let mut catalog = BTreeMap::new();
+    read_pages(nodes, root.catalog, (root.height, 0), &mut catalog, below).await?;
+    Ok(catalog)
+}
+
+fn read_pages<'a>(
+    nodes: &'a Nodes,
+    ptr: Ptr,
+    (level, index): (u8, u64),
+    catalog: &'a mut BTreeMap<u32, Entry>,
+    below: Below<'a>,
+) -> LocalBoxFuture<'a, Result<()>> {
+    Box::pin(async move {
+        if ptr.is_hole() || index * span(level) * RECORDS as u64 > u64::from(u32::MAX) {
+            return Ok(());
+        }
+        let node = nodes.get(&Missing { ptr, level, index }, below).await?;
+        match &node.body {
+            Body::Catalog(page) => {
+                let first = index as u32 * RECORDS as u32;
+                let entries = page.iter().enumerate();
+                catalog.extend(entries.filter_map(|(ix, entry)| Some((first + ix as u32, entry.clone()?))));
+            }
+            Body::Inner(children) => {
+                for (ix, child) in children.iter().enumerate() {
+                    let place = (level - 1, index * SLOTS as u64 + ix as u64);
+                    read_pages(nodes, *child, place, catalog, below).await?;
+                }
+            }
+            Body::Leaf(_) | Body::Dead(..) => return Err(damaged("a page of the catalog was expected")),
+        }
+        Ok(())
+    })
+}
+
+/// Brings back what the log says.
+async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> {
+    let mut records = Vec::new();
+    while let Some((record, behind)) = next_record(core, &space.label.id, below).await? {
+        core.log.written(&record, behind);
+        records.push(record);
+    }
+    let settled = records.iter().map(|record| record.settled).max().unwrap_or(0);
+    for Record { number, changes, .. } in records {
+        let mut happened = Vec::new();
+        for change in changes {
+            if has_happened(&change, number <= settled, below).await? {
+                if let Change::Map { at: at @ 1.., len, .. } = change {
+                    space.mark(at..at + u64::from(len))?;
+                }
+                happened.push(change);
+            }
+        }
+        core.apply(number, happened);
+    }
+    Ok(())
+}
+
+/// The record at the head of the log, if there is one, and where the log goes on behind it.
+async fn next_record(core: &Core, id: &Id, below: Below<'_>) -> Result<Option<(Record, u64)>> {
+    let ([first, blocks], (head, number)) = (core.root.log, core.log.head());
+    // One that did not fit before the end is at the start.
+    for at in [head, 0] {
+        let place = (first + at) * BLOCK;
+        let block = below.read(place, BLOCK).await?.to_vec();
+        let Some(span) = Record::span(&block, id, core.root.epoch, number) else { continue };
+        if at + span as u64 / BLOCK > blocks {
+            continue;
+        }
+        let bytes = below.read(place, span as u64).await?.to_vec();
+        if let Some(record) = Record::decode(&bytes, id, core.root.epoch, number) {
+            return Ok(Some((record, (at + span as u64 / BLOCK) % blocks)));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a change is to be believed.
+async fn has_happened(change: &Change, settled: bool, below: Below<'_>) -> Result<bool> {
+    match change {
+        Change::Map { at: 1.., .. } if settled => Ok(true),
+        Change::Map { at: at @ 1.., len, crc, .. } => {
+            let data = below.read(at * BLOCK, u64::from(*len) * BLOCK).await?;
+            Ok(crc_of(&data) == *crc)
+        }
+        Change::Map { .. } | Change::Snapshot { .. } => Ok(true),
+    }
+}
+
+/// The checksum of data.
+pub(super) fn crc_of(data: &Data) -> u32 {
+    match data.as_slice() {
+        Some(bytes) => crc32fast::hash(bytes),
+        None => crc32fast::hash(&data.to_vec()),
+    }
+}

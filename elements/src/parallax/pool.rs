@@ -1,0 +1,430 @@
+//! A pool that is open: what is known of its volumes, and how changes become findable.
+
+use super::below::Below;
+use super::format::{BLOCK, Change, Entry, EntryKind, Id, Root};
+use super::log::{Fate, Log};
+use super::nodes::Nodes;
+use super::runs::{Run, Runs};
+use super::space::Space;
+use blockmason::{Data, Error, Kind, Result};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use tokio::sync::Notify;
+
+/// Runs in memory after which they are brought into the trees.
+const MOST_RUNS: usize = 200_000;
+
+/// Counts who is there; resolves when nobody is.
+#[derive(Default)]
+pub(super) struct Count {
+    here: AtomicUsize,
+    none: Notify,
+}
+
+/// Somebody who is there.
+pub(super) struct Here(Arc<Count>);
+
+impl Count {
+    pub(super) fn enter(self: &Arc<Count>) -> Here {
+        self.here.fetch_add(1, Ordering::AcqRel);
+        Here(self.clone())
+    }
+
+    async fn none(&self) {
+        loop {
+            let mut woken = std::pin::pin!(self.none.notified());
+            woken.as_mut().enable();
+            if self.here.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            woken.await;
+        }
+    }
+}
+
+impl Drop for Here {
+    fn drop(&mut self) {
+        if self.0.here.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.none.notify_waiters();
+        }
+    }
+}
+
+/// What was written while one snapshot was the newest, and is in no tree.
+#[derive(Default)]
+pub(super) struct Layer {
+    pub(super) runs: Runs,
+    /// That snapshot and its birth; 0 none.
+    pub(super) newest: (u32, u64),
+}
+
+/// A volume's changes that are in no tree yet.
+#[derive(Default)]
+pub(super) struct Line {
+    /// Takes what is written now.
+    pub(super) active: Runs,
+    /// Older ones, newest last.
+    pub(super) layers: Vec<Arc<Layer>>,
+    /// A snapshot is about to be taken: nothing is written in place.
+    snapping: bool,
+    /// Writes in place that are under way.
+    in_place: Arc<Count>,
+    /// Leaves for which room is promised.
+    leaves: HashSet<u64>,
+    /// Behind what was written last.
+    pub(super) near: Option<u64>,
+}
+
+/// A snapshot that is not in the trees yet: it sees these layers over its root.
+pub(super) struct Young {
+    pub(super) number: u32,
+    pub(super) layers: Vec<Arc<Layer>>,
+}
+
+/// Everything that changes, under one lock, which is held for no longer than a look takes.
+pub(super) struct Core {
+    /// As it is on the device.
+    pub(super) root: Root,
+    pub(super) births: u64,
+    pub(super) next: u32,
+    pub(super) log: Log,
+    pub(super) catalog: BTreeMap<u32, Entry>,
+    /// Entries that the next checkpoint has to write.
+    pub(super) changed: BTreeSet<u32>,
+    pub(super) lines: BTreeMap<u32, Line>,
+    pub(super) young: Vec<Young>,
+    /// Used blocks that are in no tree, and that nothing leads to any more.
+    pub(super) loose: Vec<Range<u64>>,
+    /// Blocks that are promised for nodes of what is in lines.
+    pub(super) promised: u64,
+    /// Those who may see what the trees led to when they came.
+    pub(super) era: Arc<()>,
+    /// Blocks of the space journal that the root names.
+    pub(super) journal: Vec<u64>,
+    /// Blocks that are free once those eras are over, oldest first.
+    pub(super) leaving: Vec<(Weak<()>, Vec<Range<u64>>)>,
+    /// Runs in lines.
+    runs: usize,
+    /// It has just been opened for writing: the next checkpoint says so, whatever else there is.
+    pub(super) opened: bool,
+}
+
+impl Core {
+    pub(super) fn new(root: Root, log: Log, catalog: BTreeMap<u32, Entry>) -> Core {
+        let (births, next) = (root.births, root.next);
+        let lines = catalog.iter().filter(|(_, entry)| matches!(entry.kind, EntryKind::Volume { .. }));
+        let lines = lines.map(|(number, _)| (*number, Line::default())).collect();
+        Core {
+            root,
+            births,
+            next,
+            log,
+            catalog,
+            changed: BTreeSet::new(),
+            lines,
+            young: Vec::new(),
+            loose: Vec::new(),
+            promised: 0,
+            era: Arc::default(),
+            journal: Vec::new(),
+            leaving: Vec::new(),
+            runs: 0,
+            opened: false,
+        }
+    }
+
+    /// The newest snapshot of a volume and its birth, and the birth of its origin; 0 none.
+    pub(super) fn ancestors(&self, volume: u32) -> ((u32, u64), u64) {
+        let Some(EntryKind::Volume { newest, origin, .. }) = self.catalog.get(&volume).map(|entry| &entry.kind) else {
+            return ((0, 0), 0);
+        };
+        let birth = match self.catalog.get(newest).map(|entry| &entry.kind) {
+            Some(EntryKind::Snapshot { birth, .. }) => *birth,
+            _ => 0,
+        };
+        ((*newest, birth), origin.1)
+    }
+
+    /// Applies a record that has been written.
+    pub(super) fn apply(&mut self, number: u64, changes: Vec<Change>) {
+        let birth = self.births;
+        for change in changes {
+            match change {
+                Change::Map { volume, first, len, at, crcs, .. } => {
+                    let Some(line) = self.lines.get_mut(&volume) else { continue };
+                    let before = line.active.len();
+                    let over = line.active.put(first, Run::new(u64::from(len), at, birth, number, &crcs));
+                    self.runs = self.runs + line.active.len() - before;
+                    // Of the same layer, so no snapshot sees them.
+                    self.loose.extend(over.into_iter().filter(|run| run.at != 0).map(|run| run.at..run.at + run.len));
+                }
+                Change::Snapshot { number, volume, made, name } => self.take_snapshot(number, volume, made, name),
+            }
+        }
+    }
+
+    /// What the volume is now is what the snapshot is from now on.
+    fn take_snapshot(&mut self, number: u32, volume: u32, made: u64, name: String) {
+        self.freeze(volume);
+        let (newest, _) = self.ancestors(volume);
+        let birth = self.births;
+        self.births += 1;
+        let (Some(line), Some(entry)) = (self.lines.get_mut(&volume), self.catalog.get_mut(&volume)) else { return };
+        (line.snapping, line.in_place) = (false, Arc::default());
+        let dead = super::format::Ptr::default();
+        let kind = EntryKind::Snapshot { before: newest.0, volume, birth, dead };
+        let snapshot = Entry { name, made, kind, ..entry.clone() };
+        if let EntryKind::Volume { newest, .. } = &mut entry.kind {
+            *newest = number;
+        }
+        if !line.layers.is_empty() {
+            self.young.push(Young { number, layers: line.layers.clone() });
+        }
+        self.catalog.insert(number, snapshot);
+        self.changed.extend([number, volume]);
+        self.next = self.next.max(number + 1);
+    }
+
+    /// What a volume has in its active layer goes into one that changes no more.
+    pub(super) fn freeze(&mut self, volume: u32) {
+        let (newest, _) = self.ancestors(volume);
+        let Some(line) = self.lines.get_mut(&volume) else { return };
+        if !line.active.is_empty() {
+            line.layers.push(Arc::new(Layer { runs: std::mem::take(&mut line.active), newest }));
+        }
+        line.leaves.clear();
+    }
+
+    /// Blocks that must be promised so that a change of these leaves can be brought into the tree.
+    pub(super) fn promise(&mut self, volume: u32, leaves: impl Iterator<Item = u64>) -> u64 {
+        let height = self.catalog.get(&volume).map_or(0, |entry| u64::from(entry.height));
+        let Some(line) = self.lines.get_mut(&volume) else { return 0 };
+        let new = leaves.filter(|leaf| line.leaves.insert(*leaf)).count() as u64;
+        new * 4 * (height + 1)
+    }
+
+    /// Takes back that leaves are promised room.
+    pub(super) fn promise_less(&mut self, volume: u32, leaves: impl Iterator<Item = u64>) {
+        if let Some(line) = self.lines.get_mut(&volume) {
+            leaves.for_each(|leaf| _ = line.leaves.remove(&leaf));
+        }
+    }
+
+    /// True if a checkpoint is due.
+    pub(super) fn is_due(&self) -> bool {
+        self.log.is_long() || self.runs > MOST_RUNS
+    }
+
+    pub(super) fn forget_runs(&mut self, runs: usize) {
+        self.runs -= runs.min(self.runs);
+    }
+
+    /// Enters a write in place, unless there may be none.
+    pub(super) fn enter_in_place(&self, volume: u32) -> Option<Here> {
+        self.lines.get(&volume).filter(|line| !line.snapping).map(|line| line.in_place.enter())
+    }
+}
+
+pub(super) struct Pool {
+    pub(super) id: Id,
+    pub(super) writable: bool,
+    pub(super) space: Space,
+    pub(super) nodes: Nodes,
+    /// The extent of the root.
+    pub(super) root_extent: u64,
+    core: Mutex<Core>,
+    pub(super) checkpointing: tokio::sync::Mutex<()>,
+    /// A checkpoint is due.
+    pub(super) due: Notify,
+    broken: OnceLock<String>,
+}
+
+impl Pool {
+    pub(super) fn new(space: Space, nodes: Nodes, root_extent: u64, core: Core, writable: bool) -> Pool {
+        Pool {
+            id: space.label.id,
+            writable,
+            space,
+            nodes,
+            root_extent,
+            core: Mutex::new(core),
+            checkpointing: tokio::sync::Mutex::default(),
+            due: Notify::new(),
+            broken: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing is written any more until the pool is opened anew, and what is durable is read from the device.
+    pub(super) fn break_down(&self, error: &Error) {
+        if self.broken.set(error.to_string()).is_ok() {
+            tracing::error!("the pool takes no more changes until it is opened anew: {error}");
+        }
+    }
+
+    /// # Errors
+    /// Why nothing may be written.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.broken.get() {
+            Some(why) => {
+                let message = format!("the pool takes no more changes until it is opened anew: {why}");
+                Err(Error::new(Kind::Io, message))
+            }
+            None if !self.writable => Err(Error::new(Kind::Denied, "the pool is open for reading only")),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes changes to the log and applies them: from then on they outlive this process. All of them are in one record.
+    pub(super) async fn log(&self, changes: Vec<Change>, below: Below<'_>) -> Result<()> {
+        self.check()?;
+        let fate = self.core().log.add(changes);
+        loop {
+            let mut woken = std::pin::pin!(fate.changed().notified());
+            woken.as_mut().enable();
+            if let Some(outcome) = fate.outcome() {
+                return outcome;
+            }
+            if self.core().log.lead() {
+                self.write_log(&fate, below).await;
+            } else {
+                woken.await;
+            }
+        }
+    }
+
+    /// Writes what waits, until this is written.
+    async fn write_log(&self, until: &Fate, below: Below<'_>) {
+        let mut leader = Leader { pool: self, writes: None };
+        // What else this turn of the shard brings goes into the same record.
+        tokio::task::yield_now().await;
+        while until.outcome().is_none() {
+            let Some(batch) = self.core().log.next_batch() else { break };
+            leader.writes = Some(batch.fate.clone());
+            let done = self.write_record(batch.changes, below).await;
+            if let Err(error) = &done {
+                self.break_down(error);
+            }
+            leader.writes = None;
+            batch.fate.settle(done);
+        }
+    }
+
+    async fn write_record(&self, changes: Vec<Change>, below: Below<'_>) -> Result<()> {
+        self.check()?;
+        let record = self.core().log.record(changes);
+        let bytes = record.encode(&self.id);
+        let blocks = bytes.len() as u64 / BLOCK;
+        let (at, behind) = loop {
+            if let Some(room) = self.core().log.room(blocks) {
+                break room;
+            }
+            Box::pin(self.checkpoint(below)).await?;
+        };
+        below.write(at * BLOCK, Data::shared(bytes)).await?;
+        let mut core = self.core();
+        core.log.written(&record, behind);
+        core.apply(record.number, record.changes);
+        if core.is_due() {
+            self.due.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Makes everything durable that has been answered.
+    pub(super) async fn flush(&self, below: Below<'_>) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        self.check()?;
+        let last = self.core().log.last();
+        if let Err(error) = below.flush().await {
+            self.break_down(&error);
+            return Err(error);
+        }
+        self.core().log.flushed(last);
+        Ok(())
+    }
+
+    /// Takes snapshots of several volumes at one instant. Durable when it returns. Nobody waits for it meanwhile.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if a name is taken; then none is taken.
+    pub(super) async fn snapshot(&self, wanted: &[(u32, String)], made: u64, below: Below<'_>) -> Result<Vec<u32>> {
+        self.check()?;
+        let (counts, changes) = self.begin_snapshots(wanted, made)?;
+        for count in counts {
+            count.none().await;
+        }
+        let numbers = changes.iter().filter_map(|change| match change {
+            Change::Snapshot { number, .. } => Some(*number),
+            Change::Map { .. } => None,
+        });
+        let numbers: Vec<u32> = numbers.collect();
+        self.log(changes, below).await?;
+        self.flush(below).await?;
+        Ok(numbers)
+    }
+
+    fn begin_snapshots(&self, wanted: &[(u32, String)], made: u64) -> Result<(Vec<Arc<Count>>, Vec<Change>)> {
+        let mut core = self.core();
+        for (ix, (volume, name)) in wanted.iter().enumerate() {
+            let twice = wanted[..ix].iter().any(|(other, _)| other == volume);
+            if twice || core.lines.get(volume).is_none_or(|line| line.snapping) {
+                return Err(Error::new(Kind::Busy, "a snapshot of that volume is just being taken"));
+            }
+            let taken = core.catalog.values().any(|entry| {
+                entry.name == *name && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == *volume)
+            });
+            if taken {
+                return Err(Error::new(Kind::Busy, format!("there is a snapshot {name} already")));
+            }
+        }
+        let (mut counts, mut changes) = (Vec::new(), Vec::new());
+        for (volume, name) in wanted {
+            let number = core.next;
+            core.next += 1;
+            if let Some(line) = core.lines.get_mut(volume) {
+                line.snapping = true;
+                counts.push(line.in_place.clone());
+            }
+            changes.push(Change::Snapshot { number, volume: *volume, made, name: name.clone() });
+        }
+        Ok((counts, changes))
+    }
+
+    /// Blocks that nobody can see any more are free.
+    pub(super) fn sweep(&self) {
+        let mut core = self.core();
+        let over = core.leaving.iter().take_while(|(era, _)| era.strong_count() == 0).count();
+        let free: Vec<_> = core.leaving.drain(..over).flat_map(|(_, blocks)| blocks).collect();
+        drop(core);
+        free.into_iter().for_each(|blocks| self.space.give(blocks));
+    }
+}
+
+/// Whoever writes the log.
+struct Leader<'a> {
+    pool: &'a Pool,
+    writes: Option<Arc<Fate>>,
+}
+
+impl Drop for Leader<'_> {
+    fn drop(&mut self) {
+        // Its flow has ended before its end: a panic above it, say. Nobody knows what has been written.
+        if let Some(fate) = self.writes.take() {
+            let error = Error::internal("whoever wrote the log has gone");
+            self.pool.break_down(&error);
+            fate.settle(Err(error));
+        }
+        let next = self.pool.core().log.leave();
+        if let Some(fate) = next {
+            fate.wake();
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! A volume of a pool on the disk below.
+
+use super::below::Below;
+use super::format::{BLOCK, Entry, EntryKind, Features, Ptr, SLOTS};
+use super::merge::height;
+use super::open::{Opening, create, is_empty, open};
+use super::pool::{Line, Pool};
+use super::volume::{Volume, unix_seconds};
+use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
+use blockmason::lang::value::Size;
+use blockmason::{
+    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Ops, Prepared, Request, Result,
+};
+use futures::future::{Either, select};
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+blockmason::params! {
+    /// A volume of a pool.
+    struct Params {
+        /// The volume's name. It is made if there is none.
+        volume: String,
+        /// Bytes that the volume has, a multiple of 4096. They take room only when they are written.
+        size: Size,
+        /// Serves this snapshot of the volume instead, for reading only.
+        snapshot: Option<String>,
+        /// Keeps a checksum of each block, and compares it when the block is read. Blocks are then never
+        /// written in place.
+        checksums: bool = "no",
+        /// Memory that the pool's map may take.
+        memory: Size = "256M",
+    }
+}
+
+/// See the module.
+pub const TYPE: ElementType = ElementType {
+    name: "radix",
+    summary: "a thin volume with snapshots, of a pool on the disk below",
+    doc: "Keeps volumes in a pool on the disk below: copy-on-write radix trees over blocks of 4 KiB. A volume takes room for what \
+          is written to it; discarded and zeroed ranges take none. An empty disk (its first block is zeros) is made a pool \
+          by the first request; a disk with anything else on it is refused. The volume is made if the pool has none of that name.\n\n\
+          **Snapshots.** A control request `snapshot NAME` keeps the volume as it is at that instant. It takes one flush of the \
+          disk below, whatever the size, and nobody waits for it. `(snapshot NAME)` serves it.\n\n\
+          **Durability.** A write is answered when its data and a record of the log that leads to it have been written, so the \
+          death of this process loses nothing. A flush is one flush of the disk below. After a loss of power each block \
+          that was written since the last flush has its new or its flushed contents. A failed flush, or a log that cannot be \
+          written, ends all changes until the graph is started anew.",
+    family: Family::Transform,
+    params: Params::PARAMS,
+    ports: Ports { input: true, out: Outs::Named(&["out"]) },
+    handlers: &[
+        Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
+        Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
+    ],
+    layout: true,
+    example: "element Guest (type nbd) (listen unix:radix.sock)\n\
+              element Volume (type radix) (volume vm1) (size 1G)\n\
+              element Pool (type file) (path pool.img) (size 256M)\n\
+              Guest -> Volume -> Pool\n",
+    check: Params::check,
+    build: |build: &Build<'_>| Ok(Arc::new(Radix::new(build.read(Params::from)?)?)),
+    ..ElementType::BASE
+};
+
+/// How often what was written goes into the trees, if nothing asks for it sooner.
+const CHECKPOINT: Duration = Duration::from_secs(5);
+
+struct Radix {
+    params: Params,
+    opening: tokio::sync::Mutex<()>,
+    volume: OnceLock<Volume>,
+}
+
+impl Radix {
+    fn new(params: Params) -> Result<Radix> {
+        let size = params.size.0;
+        if size == 0 || !size.is_multiple_of(BLOCK) || size > 1 << 48 {
+            return Err(Error::invalid("a volume has a multiple of 4096 bytes, 256 TiB at most"));
+        }
+        if params.volume.is_empty() || params.volume.len() > Entry::NAME {
+            return Err(Error::invalid(format!("a volume's name has 1 to {} bytes", Entry::NAME)));
+        }
+        Ok(Radix { params, opening: tokio::sync::Mutex::default(), volume: OnceLock::new() })
+    }
+
+    /// The volume, opened if it is not yet.
+    async fn open(&self, cx: Cx<'_>) -> Result<&Volume> {
+        let _alone = self.opening.lock().await;
+        if let Some(volume) = self.volume.get() {
+            return Ok(volume);
+        }
+        let (below, size) = (Below::Port(cx), *cx.prepared::<u64>());
+        if is_empty(below).await? {
+            let id = cx.rng(|rng| std::array::from_fn(|_| rng.u8(..)));
+            create(id, size, below).await?;
+        }
+        let opening = Opening { writable: true, memory: self.params.memory.0 };
+        let pool = Arc::new(open(opening, size, below).await?);
+        let number = self.find(&pool, below).await?;
+        Ok(self.volume.get_or_init(|| Volume { pool, number, read_only: self.params.snapshot.is_some() }))
+    }
+
+    /// The number of the volume, which is made if it is not there, or of the snapshot.
+    async fn find(&self, pool: &Pool, below: Below<'_>) -> Result<u32> {
+        let Params { volume, size, snapshot, checksums, .. } = &self.params;
+        let found = pool.core().volume(volume);
+        let number = match found {
+            Some(number) => number,
+            None => pool.make_volume(volume, size.0, *checksums, below).await?,
+        };
+        let core = pool.core();
+        let number = match snapshot {
+            Some(name) => core.snapshot(number, name).ok_or_else(|| {
+                Error::new(Kind::Unavailable, format!("the volume {volume} has no snapshot {name}"))
+            })?,
+            None => number,
+        };
+        let has = core.catalog.get(&number).map_or(0, |entry| entry.size);
+        if has != size.0 {
+            let message = format!("the volume has {has} bytes, and the graph says {}", size.0);
+            return Err(Error::invalid(message));
+        }
+        Ok(number)
+    }
+
+    async fn work(&self, cx: Cx<'_>) {
+        let mut closing = pin!(cx.closing());
+        loop {
+            let Ok(volume) = self.open(cx).await.inspect_err(|error| {
+                tracing::error!(graph = cx.graph_name(), element = cx.name(), "no pool: {error}");
+            }) else {
+                match select(closing.as_mut(), pin!(cx.sleep(CHECKPOINT))).await {
+                    Either::Left(_) => return,
+                    Either::Right(_) => continue,
+                }
+            };
+            let due = blockmason::rt::timeout(CHECKPOINT, volume.pool.due.notified());
+            let ends = matches!(select(closing.as_mut(), pin!(due)).await, Either::Left(_));
+            // The reason has been logged, and whoever writes is told.
+            let _ = volume.pool.checkpoint(Below::Port(cx)).await;
+            if ends {
+                return;
+            }
+        }
+    }
+}
+
+impl super::pool::Core {
+    /// The number of a volume.
+    pub(super) fn volume(&self, name: &str) -> Option<u32> {
+        let is = |entry: &Entry| entry.name == name && matches!(entry.kind, EntryKind::Volume { .. });
+        self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
+    }
+
+    /// The number of a snapshot of a volume.
+    pub(super) fn snapshot(&self, volume: u32, name: &str) -> Option<u32> {
+        let is = |entry: &Entry| {
+            entry.name == name && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume)
+        };
+        self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
+    }
+}
+
+impl Pool {
+    /// Makes an empty volume, durably.
+    pub(super) async fn make_volume(&self, name: &str, size: u64, checksums: bool, below: Below<'_>) -> Result<u32> {
+        self.check()?;
+        let number = {
+            let mut core = self.core();
+            if core.volume(name).is_some() {
+                return Err(Error::new(Kind::Busy, format!("there is a volume {name} already")));
+            }
+            let number = core.next;
+            core.next += 1;
+            let leaves = size.div_ceil(BLOCK * SLOTS as u64);
+            let entry = Entry {
+                name: name.to_owned(),
+                size,
+                height: height(leaves),
+                root: Ptr::default(),
+                checksums,
+                deleting: false,
+                made: unix_seconds(),
+                features: Features::default(),
+                kind: EntryKind::Volume { newest: 0, origin: (0, 0), quota: 0, reserve: 0 },
+            };
+            core.catalog.insert(number, entry);
+            core.lines.insert(number, Line::default());
+            core.changed.insert(number);
+            number
+        };
+        self.checkpoint(below).await?;
+        Ok(number)
+    }
+}
+
+impl Element for Radix {
+    fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
+        let below = children.single()?;
+        if below.read_only {
+            return Err(Error::new(Kind::Denied, "the disk below is read-only: a pool has to be written"));
+        }
+        let geometry = Geometry {
+            min_block: BLOCK as u32,
+            preferred_block: BLOCK as u32,
+            ops: Ops::ALL,
+            needs_flush: true,
+            read_only: self.params.snapshot.is_some(),
+            volatile: below.volatile,
+            rotational: below.rotational,
+            ..Geometry::new(self.params.size.0)
+        };
+        Ok(Prepared::with(geometry, below.size))
+    }
+
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        match self.volume.get() {
+            Some(volume) => volume.submit(req, Below::Port(cx), cx),
+            None => cx.later(&req.clone(), async move {
+                let volume = self.open(cx).await?;
+                volume.submit(req, Below::Port(cx), cx).await
+            }),
+        }
+    }
+
+    fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
+        Some(Box::pin(self.work(cx)))
+    }
+
+    fn get(&self, handler: &str) -> Result<String> {
+        let volume = self.volume.get();
+        let pool = &volume.ok_or_else(|| Error::new(Kind::Unavailable, "the pool is not open yet"))?.pool;
+        let (free, _) = pool.space.free();
+        match handler {
+            "free" => Ok((free * BLOCK).to_string()),
+            "used" => Ok(((pool.space.all() - free) * BLOCK).to_string()),
+            _ => Err(Error::no_handler(handler)),
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Crashes at any moment.
+
+use super::kit::Story;
+use blockmason::testing::run;
+use std::time::Duration;
+
+fn seeds() -> std::ops::Range<u64> {
+    let count = std::env::var("PARALLAX_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(40);
+    let first = std::env::var("PARALLAX_FIRST").ok().and_then(|first| first.parse().ok()).unwrap_or(0);
+    first..first + count
+}
+
+/// Lives for some requests, dies, and lives again.
+fn play(seed: u64, more: &str, kinds: [bool; 2]) {
+    run(seed, async |host| {
+        let mut story = Story::begin(&host, seed, more).await;
+        for round in 0..6 {
+            for _ in 0..story.rng.usize(1..60) {
+                story.send();
+                if story.rng.bool() {
+                    let time = story.rng.u64(0..4);
+                    blockmason::rt::sleep(Duration::from_millis(time)).await;
+                }
+                story.look();
+            }
+            if story.rng.u8(0..3) == 0 {
+                story.settle().await;
+                story.look_inside().await;
+            }
+            story.crash(kinds[round % 2]).await;
+        }
+    });
+}
+
+#[test]
+fn the_process_dies() {
+    seeds().for_each(|seed| play(seed, "", [false, false]));
+}
+
+#[test]
+fn the_power_is_lost() {
+    seeds().for_each(|seed| play(seed + 100_000, "", [true, true]));
+}
+
+#[test]
+fn both_in_turn_with_checksums() {
+    seeds().for_each(|seed| play(seed + 200_000, "(checksums yes)", [false, true]));
+}

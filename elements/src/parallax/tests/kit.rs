@@ -1,0 +1,412 @@
+//! A volume over a disk that loses its power, a client that knows what may be there, and what is there.
+
+use super::super::below::Below;
+use super::super::check::check;
+use super::super::format::BLOCK;
+use super::super::open::{Opening, open};
+use super::super::pool::Pool;
+use super::super::volume::Volume;
+use blockmason::describe::{Catalogue, ElementType, Family};
+use blockmason::testing::{TestDisk, graph};
+use blockmason::{
+    Connection, Cx, Data, Element, Error, Extra, Flags, Flow, Graph, Host, Instance, Kind, Op, Reply, Request,
+};
+use futures::executor::block_on;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, LazyLock};
+use tokio::sync::oneshot;
+
+thread_local! {
+    static PULLED: RefCell<HashSet<String>> = RefCell::default();
+}
+
+/// Lets nothing through once it has been pulled: what stands above it is dead to what lies below.
+struct Plug(String);
+
+impl Element for Plug {
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        if PULLED.with_borrow(|pulled| pulled.contains(&self.0)) {
+            return cx.fail(&req, Error::new(Kind::Unavailable, "the plug has been pulled"));
+        }
+        cx.forward(0, req)
+    }
+}
+
+static PLUG: ElementType = ElementType {
+    name: "plug",
+    family: Family::Fault,
+    passes_through: true,
+    build: |build| Ok(Arc::new(Plug(build.name.to_owned()))),
+    ..ElementType::BASE
+};
+
+static TYPES: LazyLock<Catalogue> = LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&PLUG]).collect()));
+
+/// Blocks of the volume: two leaves, the second one not full.
+pub(super) const BLOCKS: usize = 600;
+const SECTORS: usize = 8;
+
+/// What one block may hold: versions in the order in which they were sent, 0 is zeros.
+#[derive(Clone, Default)]
+struct Block {
+    versions: Vec<u32>,
+    /// The first of them that may still be there after a loss of power; after the death of the process.
+    flushed: usize,
+    answered: usize,
+}
+
+/// What is under way.
+struct Sent {
+    /// Blocks with the version that each of them gets, by its place in the list.
+    blocks: Vec<(usize, usize)>,
+    fua: bool,
+    reply: oneshot::Receiver<Reply>,
+}
+
+/// A snapshot: what each block may be in it, then what it is.
+struct Snapshot {
+    lowest: Vec<usize>,
+    highest: Option<Vec<usize>>,
+    contents: Option<Vec<u8>>,
+    reply: Option<oneshot::Receiver<Reply>>,
+}
+
+pub(super) struct Story {
+    host: Arc<Host>,
+    text: String,
+    pub(super) rng: fastrand::Rng,
+    seed: u64,
+    graph: Arc<Graph>,
+    disk: Option<TestDisk>,
+    blocks: Vec<Block>,
+    next: u32,
+    sent: Vec<Sent>,
+    /// Flushes, each with what was answered before it.
+    flushes: Vec<(Vec<usize>, oneshot::Receiver<Reply>)>,
+    snapshots: BTreeMap<String, Snapshot>,
+}
+
+fn find(graph: &Graph, name: &str) -> Arc<Instance> {
+    graph.instances().find(|instance| instance.name == name).unwrap().clone()
+}
+
+/// A block's bytes in a version.
+fn bytes(block: usize, version: u32) -> Vec<u8> {
+    let mut bytes = vec![0; BLOCK as usize];
+    if version > 0 {
+        for word in bytes.chunks_mut(8) {
+            word[..4].copy_from_slice(&(block as u32).to_le_bytes());
+            word[4..].copy_from_slice(&version.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+impl Story {
+    pub(super) async fn begin(host: &Arc<Host>, seed: u64, more: &str) -> Story {
+        let jitter = ["0s", "2ms"][seed as usize % 2];
+        let text = format!(
+            "element R (type radix) (volume v) (size {}k) {more} element P (type plug) \
+             element T (type delay) (all {jitter}) (jitter {jitter}) \
+             element D (type volatile) (size 36M) (seed {seed}) R -> P -> T -> D",
+            BLOCKS * 4
+        );
+        let graph = graph(host, *TYPES, &text, "R").unwrap();
+        let disk = TestDisk::serve(host, graph.clone()).await;
+        disk.read(0, 4096).await.unwrap();
+        let block = Block { versions: vec![0], ..Block::default() };
+        Story {
+            host: host.clone(),
+            text,
+            rng: fastrand::Rng::with_seed(seed),
+            seed,
+            graph,
+            disk: Some(disk),
+            blocks: vec![block; BLOCKS],
+            next: 1,
+            sent: Vec::new(),
+            flushes: Vec::new(),
+            snapshots: BTreeMap::new(),
+        }
+    }
+
+    fn disk(&self) -> &TestDisk {
+        self.disk.as_ref().unwrap()
+    }
+
+    /// Sends something at random, unless it would overlap what is under way.
+    pub(super) fn send(&mut self) {
+        match self.rng.u8(0..100) {
+            0..60 => self.change(Op::Write),
+            60..68 => self.change(Op::WriteZeroes),
+            68..76 => self.change(Op::Discard),
+            76..86 => self.flush(),
+            86..92 => drop(self.control("checkpoint", String::new())),
+            _ => self.snapshot(),
+        }
+    }
+
+    fn change(&mut self, op: Op) {
+        let first = self.rng.usize(0..BLOCKS);
+        let most = [2, 9, 40, 600][self.rng.usize(0..4)];
+        let range = first..(first + self.rng.usize(1..=most)).min(BLOCKS);
+        let busy = |block: &usize| self.sent.iter().any(|sent| sent.blocks.iter().any(|(other, _)| other == block));
+        if range.clone().any(|block| busy(&block)) {
+            return;
+        }
+        let version = if op == Op::Write { self.next } else { 0 };
+        self.next += 1;
+        let mut data = Vec::new();
+        let mut blocks = Vec::new();
+        for block in range.clone() {
+            data.extend(bytes(block, version));
+            self.blocks[block].versions.push(version);
+            blocks.push((block, self.blocks[block].versions.len() - 1));
+        }
+        let (offset, len) = (range.start as u64 * BLOCK, range.len() as u64 * BLOCK);
+        let mut req = match op {
+            Op::Write => Request::write(offset, Data::copy_of(&data)),
+            _ => Request::new(op, offset, len).with(Flags::MAY_UNMAP),
+        };
+        let fua = self.rng.u8(0..6) == 0;
+        if fua {
+            req = req.with(Flags::FUA);
+        }
+        let reply = self.disk().send(req);
+        self.sent.push(Sent { blocks, fua, reply });
+    }
+
+    fn flush(&mut self) {
+        let answered = self.blocks.iter().map(|block| block.answered).collect();
+        let reply = self.disk().send(Request::flush());
+        self.flushes.push((answered, reply));
+    }
+
+    fn control(&self, verb: &str, argument: String) -> oneshot::Receiver<Reply> {
+        let mut req = Request::new(Op::Control, 0, 0);
+        req.extra = Some(Box::new(Extra { control: Some((verb.to_owned(), argument)), ..Extra::default() }));
+        self.disk().send(req)
+    }
+
+    fn snapshot(&mut self) {
+        // Several at once of one volume are refused, which is tested elsewhere.
+        if self.snapshots.len() >= 12 || self.snapshots.values().any(|snapshot| snapshot.reply.is_some()) {
+            return;
+        }
+        let name = format!("s{}", self.next);
+        self.next += 1;
+        let reply = Some(self.control("snapshot", name.clone()));
+        let lowest = self.blocks.iter().map(|block| block.answered).collect();
+        self.snapshots.insert(name, Snapshot { lowest, highest: None, contents: None, reply });
+    }
+
+    /// Takes notice of what has been answered.
+    pub(super) fn look(&mut self) {
+        let Story { sent, blocks, flushes, snapshots, seed, .. } = self;
+        sent.retain_mut(|sent| {
+            let Ok(reply) = sent.reply.try_recv() else { return true };
+            reply.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            for (block, version) in &sent.blocks {
+                let block = &mut blocks[*block];
+                block.answered = *version;
+                if sent.fua {
+                    block.flushed = *version;
+                }
+            }
+            false
+        });
+        flushes.retain_mut(|(answered, reply)| {
+            let Ok(reply) = reply.try_recv() else { return true };
+            reply.unwrap();
+            for (block, answered) in blocks.iter_mut().zip(answered) {
+                block.flushed = block.flushed.max(*answered);
+            }
+            false
+        });
+        for snapshot in snapshots.values_mut() {
+            let Some(Ok(reply)) = snapshot.reply.as_mut().map(|reply| reply.try_recv()) else { continue };
+            reply.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            snapshot.reply = None;
+            snapshot.highest = Some(blocks.iter().map(|block| block.versions.len() - 1).collect());
+            for (block, lowest) in blocks.iter_mut().zip(&snapshot.lowest) {
+                block.flushed = block.flushed.max(*lowest);
+            }
+        }
+    }
+
+    /// Waits for everything.
+    pub(super) async fn settle(&mut self) {
+        while !self.sent.is_empty() || !self.flushes.is_empty() || self.snapshots.values().any(|s| s.reply.is_some()) {
+            blockmason::rt::sleep(std::time::Duration::from_millis(1)).await;
+            self.look();
+        }
+    }
+
+    /// The process dies, or the power is lost, and a new process begins. Then everything is looked at.
+    pub(super) async fn crash(&mut self, power: bool) {
+        self.look();
+        PULLED.with_borrow_mut(|pulled| drop(pulled.insert("P".to_owned())));
+        let sink = find(&self.graph, "D");
+        if power {
+            sink.element.call("lose_power", "").unwrap();
+        }
+        self.disk = None;
+        self.forget();
+        self.graph = reborn(&self.host, &self.graph, &self.text);
+        PULLED.take();
+        self.verify(&self.copy(&sink).await, power);
+        let disk = TestDisk::serve(&self.host, self.graph.clone()).await;
+        let found = disk.read(0, BLOCKS as u64 * BLOCK).await.unwrap();
+        self.hold(&found, power);
+        self.disk = Some(disk);
+    }
+
+    /// Forgets what was under way: nobody knows what has become of it.
+    fn forget(&mut self) {
+        self.sent.clear();
+        self.flushes.clear();
+        self.snapshots.retain(|_, snapshot| snapshot.reply.is_none());
+    }
+
+    /// A copy of what the disk has.
+    async fn copy(&self, sink: &Arc<Instance>) -> File {
+        let fresh = graph(&self.host, *TYPES, &self.text, "D").unwrap();
+        let instances: Vec<_> = fresh
+            .instances()
+            .filter(|instance| ["D", "Client"].contains(&instance.name.as_str()))
+            .map(|instance| if instance.name == "D" { sink.clone() } else { instance.clone() })
+            .collect();
+        let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
+        let edges = [Connection { from: place("Client"), port: "out".into(), to: place("D") }];
+        let graph = Arc::new(Graph::assemble("copy", &instances, &edges, self.host.shards()).unwrap());
+        let disk = TestDisk::serve(&self.host, graph).await;
+        let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
+        file.set_len(disk.size()).unwrap();
+        for at in (0..disk.size()).step_by(1 << 20) {
+            let bytes = disk.read(at, 1 << 20).await.unwrap();
+            if bytes.iter().any(|byte| *byte != 0) {
+                file.write_all_at(&bytes, at).unwrap();
+            }
+        }
+        file
+    }
+
+    /// Opens a copy of the pool, checks it, and looks at all that is in it.
+    fn verify(&mut self, copy: &File, power: bool) {
+        let below = Below::Plain(copy);
+        let opening = Opening { writable: true, memory: 1 << 20 };
+        let size = copy.metadata().unwrap().len();
+        let pool = block_on(open(opening, size, below)).unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
+        let pool = Arc::new(pool);
+        let findings = block_on(check(&pool, below)).unwrap();
+        assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
+        let unused: Vec<_> = pool.space.leaked(&pool.core().journal);
+        assert_eq!(unused, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
+        let number = pool.core().volume("v").unwrap();
+        let found = read_all(&pool, number, below);
+        self.hold(&found, power);
+        let names: Vec<String> = self.snapshots.keys().cloned().collect();
+        for name in names {
+            let taken = pool.core().snapshot(number, &name);
+            let taken = taken.unwrap_or_else(|| panic!("seed {}: snapshot {name} is gone", self.seed));
+            let found = read_all(&pool, taken, below);
+            self.hold_snapshot(&name, found);
+        }
+    }
+
+    /// What is found must be what may be. From now on it is that.
+    fn hold(&mut self, found: &[u8], power: bool) {
+        for (ix, (block, found)) in self.blocks.iter_mut().zip(found.chunks(BLOCK as usize)).enumerate() {
+            let from = if power { block.flushed } else { block.answered };
+            let allowed = &block.versions[from..];
+            let sectors = found.chunks(BLOCK as usize / SECTORS).enumerate();
+            for (sector, found) in sectors {
+                let is = |version: &u32| bytes(ix, *version)[..found.len()] == *found;
+                if !allowed.iter().any(is) {
+                    let said = u32::from_le_bytes(found[4..8].try_into().unwrap());
+                    let whose = u32::from_le_bytes(found[..4].try_into().unwrap());
+                    panic!(
+                        "seed {}: block {ix}, sector {sector} has version {said} of block {whose}, not one of {allowed:?}; \
+                         power {power}",
+                        self.seed
+                    );
+                }
+            }
+        }
+        // A block that is torn now may be found as it is for ever: only one that is whole narrows what may be.
+        for (ix, (block, found)) in self.blocks.iter_mut().zip(found.chunks(BLOCK as usize)).enumerate() {
+            let from = if power { block.flushed } else { block.answered };
+            if let Some(place) = (from..block.versions.len()).rev().find(|place| bytes(ix, block.versions[*place]) == found) {
+                block.versions = vec![block.versions[place]];
+                (block.flushed, block.answered) = (0, 0);
+            } else {
+                block.versions.drain(..from);
+                (block.flushed, block.answered) = (0, 0);
+            }
+        }
+        // Places in the lists have changed.
+        for snapshot in self.snapshots.values_mut().filter(|snapshot| snapshot.contents.is_none()) {
+            snapshot.highest = None;
+        }
+    }
+
+    /// A snapshot is always what it was when it was read first.
+    fn hold_snapshot(&mut self, name: &str, found: Vec<u8>) {
+        let snapshot = self.snapshots.get_mut(name).unwrap();
+        match &snapshot.contents {
+            Some(contents) => {
+                let differs = contents.chunks(4096).zip(found.chunks(4096)).position(|(one, other)| one != other);
+                assert_eq!(differs, None, "seed {}: snapshot {name} has changed at a block", self.seed);
+            }
+            None => snapshot.contents = Some(found),
+        }
+    }
+
+    /// Looks at everything without any crash.
+    pub(super) async fn look_inside(&mut self) {
+        self.settle().await;
+        let sink = find(&self.graph, "D");
+        let copy = self.copy(&sink).await;
+        let below = Below::Plain(&copy);
+        let opening = Opening { writable: false, memory: 1 << 20 };
+        let pool = Arc::new(block_on(open(opening, copy.metadata().unwrap().len(), below)).unwrap());
+        let number = pool.core().volume("v").unwrap();
+        for (name, snapshot) in &mut self.snapshots {
+            let taken = pool.core().snapshot(number, name).unwrap();
+            let found = read_all(&pool, taken, below);
+            if let Some(highest) = &snapshot.highest {
+                for (ix, found) in found.chunks(BLOCK as usize).enumerate() {
+                    let allowed = &self.blocks[ix].versions[snapshot.lowest[ix]..=highest[ix]];
+                    let fits = allowed.iter().any(|version| bytes(ix, *version) == found);
+                    assert!(fits, "seed {}: snapshot {name}, block {ix}", self.seed);
+                }
+            }
+            match &snapshot.contents {
+                Some(contents) => assert!(*contents == found, "seed {}: snapshot {name} has changed", self.seed),
+                None => snapshot.contents = Some(found),
+            }
+        }
+    }
+}
+
+/// Everything that a volume or snapshot has.
+fn read_all(pool: &Arc<Pool>, number: u32, below: Below<'_>) -> Vec<u8> {
+    let volume = Volume { pool: pool.clone(), number, read_only: true };
+    block_on(volume.read_pieces(Request::read(0, BLOCKS as u64 * BLOCK), below)).unwrap().into_data().unwrap().to_vec()
+}
+
+/// The same graph with a new `R`: that of the old one is dead.
+fn reborn(host: &Arc<Host>, before: &Graph, text: &str) -> Arc<Graph> {
+    let fresh = graph(host, *TYPES, text, "R").unwrap();
+    let instances: Vec<_> = fresh
+        .instances()
+        .map(|instance| if ["R", "P", "T"].contains(&instance.name.as_str()) { instance.clone() } else { find(before, &instance.name) })
+        .collect();
+    let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
+    let edges = [("R", "P"), ("P", "T"), ("T", "D"), ("Client", "R")];
+    let edges = edges.map(|(from, to)| Connection { from: place(from), port: "out".into(), to: place(to) });
+    Arc::new(Graph::assemble("test", &instances, &edges, host.shards()).unwrap())
+}
