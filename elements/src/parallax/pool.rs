@@ -149,8 +149,9 @@ impl Core {
 
     /// Applies a record that has been written.
     pub(super) fn apply(&mut self, number: u64, changes: Vec<Change>) {
-        let birth = self.births;
         for change in changes {
+            // Each of them: a snapshot may be among the changes of others.
+            let birth = self.births;
             match change {
                 Change::Map { volume, first, len, at, crcs, .. } => {
                     let Some(line) = self.lines.get_mut(&volume) else { continue };

@@ -12,26 +12,28 @@ use blockmason::{
     Connection, Cx, Data, Element, Error, Extra, Flags, Flow, Graph, Host, Instance, Kind, Op, Reply, Request,
 };
 use futures::executor::block_on;
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use tokio::sync::oneshot;
 
-thread_local! {
-    static PULLED: RefCell<HashSet<String>> = RefCell::default();
-}
-
 /// Lets nothing through once it has been pulled: what stands above it is dead to what lies below.
-struct Plug(String);
+#[derive(Default)]
+struct Plug(AtomicBool);
 
 impl Element for Plug {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
-        if PULLED.with_borrow(|pulled| pulled.contains(&self.0)) {
+        if self.0.load(Ordering::Relaxed) {
             return cx.fail(&req, Error::new(Kind::Unavailable, "the plug has been pulled"));
         }
         cx.forward(0, req)
+    }
+
+    fn call(&self, _handler: &str, _argument: &str) -> blockmason::Result<String> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(String::new())
     }
 }
 
@@ -39,7 +41,7 @@ static PLUG: ElementType = ElementType {
     name: "plug",
     family: Family::Fault,
     passes_through: true,
-    build: |build| Ok(Arc::new(Plug(build.name.to_owned()))),
+    build: |_| Ok(Arc::new(Plug::default())),
     ..ElementType::BASE
 };
 
@@ -111,7 +113,7 @@ impl Story {
         let text = format!(
             "element R (type radix) (volume v) (size {}k) {more} element P (type plug) \
              element T (type delay) (all {jitter}) (jitter {jitter}) \
-             element D (type volatile) (size 36M) (seed {seed}) R -> P -> T -> D",
+             element D (type volatile) (size 36M) (seed {seed}) R -> T -> P -> D",
             BLOCKS * 4
         );
         let graph = graph(host, *TYPES, &text, "R").unwrap();
@@ -248,7 +250,7 @@ impl Story {
     /// The process dies, or the power is lost, and a new process begins. Then everything is looked at.
     pub(super) async fn crash(&mut self, power: bool) {
         self.look();
-        PULLED.with_borrow_mut(|pulled| drop(pulled.insert("P".to_owned())));
+        find(&self.graph, "P").element.call("pull", "").unwrap();
         let sink = find(&self.graph, "D");
         if power {
             sink.element.call("lose_power", "").unwrap();
@@ -256,7 +258,6 @@ impl Story {
         self.disk = None;
         self.forget();
         self.graph = reborn(&self.host, &self.graph, &self.text);
-        PULLED.take();
         self.verify(&self.copy(&sink).await, power);
         let disk = TestDisk::serve(&self.host, self.graph.clone()).await;
         let found = disk.read(0, BLOCKS as u64 * BLOCK).await.unwrap();
@@ -305,35 +306,43 @@ impl Story {
         assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
         let unused: Vec<_> = pool.space.leaked(&pool.core().journal);
         assert_eq!(unused, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
+        self.hold_snapshots(&pool, below);
         let number = pool.core().volume("v").unwrap();
-        let found = read_all(&pool, number, below);
-        self.hold(&found, power);
-        let names: Vec<String> = self.snapshots.keys().cloned().collect();
-        for name in names {
-            let taken = pool.core().snapshot(number, &name);
+        self.hold(&read_all(&pool, number, below), power);
+    }
+
+    /// Each snapshot holds what it may, and is always what it was when it was read first.
+    fn hold_snapshots(&mut self, pool: &Arc<Pool>, below: Below<'_>) {
+        let number = pool.core().volume("v").unwrap();
+        for (name, snapshot) in &mut self.snapshots {
+            let taken = pool.core().snapshot(number, name);
             let taken = taken.unwrap_or_else(|| panic!("seed {}: snapshot {name} is gone", self.seed));
-            let found = read_all(&pool, taken, below);
-            self.hold_snapshot(&name, found);
+            let found = read_all(pool, taken, below);
+            match (&snapshot.contents, &snapshot.highest) {
+                (Some(contents), _) => {
+                    let differs = contents.chunks(4096).zip(found.chunks(4096)).position(|(one, other)| one != other);
+                    assert_eq!(differs, None, "seed {}: snapshot {name} has changed at a block", self.seed);
+                }
+                (None, Some(highest)) => {
+                    for (ix, found) in found.chunks(BLOCK as usize).enumerate() {
+                        let allowed = &self.blocks[ix].versions[snapshot.lowest[ix]..=highest[ix]];
+                        if let Some(said) = misfit(ix, found, allowed) {
+                            panic!("seed {}: snapshot {name}, block {ix} has {said}, not one of {allowed:?}", self.seed);
+                        }
+                    }
+                }
+                (None, None) => panic!("a snapshot that was not answered was forgotten"),
+            }
+            snapshot.contents = Some(found);
         }
     }
 
     /// What is found must be what may be. From now on it is that.
     fn hold(&mut self, found: &[u8], power: bool) {
-        for (ix, (block, found)) in self.blocks.iter_mut().zip(found.chunks(BLOCK as usize)).enumerate() {
-            let from = if power { block.flushed } else { block.answered };
-            let allowed = &block.versions[from..];
-            let sectors = found.chunks(BLOCK as usize / SECTORS).enumerate();
-            for (sector, found) in sectors {
-                let is = |version: &u32| bytes(ix, *version)[..found.len()] == *found;
-                if !allowed.iter().any(is) {
-                    let said = u32::from_le_bytes(found[4..8].try_into().unwrap());
-                    let whose = u32::from_le_bytes(found[..4].try_into().unwrap());
-                    panic!(
-                        "seed {}: block {ix}, sector {sector} has version {said} of block {whose}, not one of {allowed:?}; \
-                         power {power}",
-                        self.seed
-                    );
-                }
+        for (ix, (block, found)) in self.blocks.iter().zip(found.chunks(BLOCK as usize)).enumerate() {
+            let allowed = &block.versions[if power { block.flushed } else { block.answered }..];
+            if let Some(said) = misfit(ix, found, allowed) {
+                panic!("seed {}: block {ix} has {said}, not one of {allowed:?}; power {power}", self.seed);
             }
         }
         // A block that is torn now may be found as it is for ever: only one that is whole narrows what may be.
@@ -347,22 +356,6 @@ impl Story {
                 (block.flushed, block.answered) = (0, 0);
             }
         }
-        // Places in the lists have changed.
-        for snapshot in self.snapshots.values_mut().filter(|snapshot| snapshot.contents.is_none()) {
-            snapshot.highest = None;
-        }
-    }
-
-    /// A snapshot is always what it was when it was read first.
-    fn hold_snapshot(&mut self, name: &str, found: Vec<u8>) {
-        let snapshot = self.snapshots.get_mut(name).unwrap();
-        match &snapshot.contents {
-            Some(contents) => {
-                let differs = contents.chunks(4096).zip(found.chunks(4096)).position(|(one, other)| one != other);
-                assert_eq!(differs, None, "seed {}: snapshot {name} has changed at a block", self.seed);
-            }
-            None => snapshot.contents = Some(found),
-        }
     }
 
     /// Looks at everything without any crash.
@@ -373,23 +366,18 @@ impl Story {
         let below = Below::Plain(&copy);
         let opening = Opening { writable: false, memory: 1 << 20 };
         let pool = Arc::new(block_on(open(opening, copy.metadata().unwrap().len(), below)).unwrap());
-        let number = pool.core().volume("v").unwrap();
-        for (name, snapshot) in &mut self.snapshots {
-            let taken = pool.core().snapshot(number, name).unwrap();
-            let found = read_all(&pool, taken, below);
-            if let Some(highest) = &snapshot.highest {
-                for (ix, found) in found.chunks(BLOCK as usize).enumerate() {
-                    let allowed = &self.blocks[ix].versions[snapshot.lowest[ix]..=highest[ix]];
-                    let fits = allowed.iter().any(|version| bytes(ix, *version) == found);
-                    assert!(fits, "seed {}: snapshot {name}, block {ix}", self.seed);
-                }
-            }
-            match &snapshot.contents {
-                Some(contents) => assert!(*contents == found, "seed {}: snapshot {name} has changed", self.seed),
-                None => snapshot.contents = Some(found),
-            }
-        }
+        self.hold_snapshots(&pool, below);
     }
+}
+
+/// What of a block is none of these versions, each sector by itself.
+fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
+    let sectors = found.chunks(BLOCK as usize / SECTORS).enumerate();
+    let mut bad = sectors.filter(|(_, found)| !allowed.iter().any(|version| bytes(block, *version)[..found.len()] == **found));
+    bad.next().map(|(sector, found)| {
+        let word = |at: usize| u32::from_le_bytes([found[at], found[at + 1], found[at + 2], found[at + 3]]);
+        format!("version {} of block {} in sector {sector}", word(4), word(0))
+    })
 }
 
 /// Everything that a volume or snapshot has.
@@ -406,7 +394,7 @@ fn reborn(host: &Arc<Host>, before: &Graph, text: &str) -> Arc<Graph> {
         .map(|instance| if ["R", "P", "T"].contains(&instance.name.as_str()) { instance.clone() } else { find(before, &instance.name) })
         .collect();
     let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
-    let edges = [("R", "P"), ("P", "T"), ("T", "D"), ("Client", "R")];
+    let edges = [("R", "T"), ("T", "P"), ("P", "D"), ("Client", "R")];
     let edges = edges.map(|(from, to)| Connection { from: place(from), port: "out".into(), to: place(to) });
     Arc::new(Graph::assemble("test", &instances, &edges, host.shards()).unwrap())
 }
