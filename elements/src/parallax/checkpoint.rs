@@ -2,6 +2,7 @@
 //!
 //! Guests write meanwhile, into the next layer. What it writes is seen by nobody before the root is durable.
 
+use super::admin::Plan;
 use super::below::Below;
 use super::format::{BLOCK, EXTENT, Entry, EntryKind, ExtentRecord, Ptr, RECORDS, Root, put, seal, short};
 use super::merge::{Merge, Who, height};
@@ -16,9 +17,10 @@ use std::sync::Arc;
 const JOURNAL: usize = 29;
 
 /// What a checkpoint brings into the trees, as it was at one instant.
-struct Frozen {
-    root: Root,
-    entries: BTreeMap<u32, Option<Entry>>,
+pub(super) struct Frozen {
+    pub(super) root: Root,
+    /// Entries of the catalog that change; none is removed.
+    pub(super) entries: BTreeMap<u32, Option<Entry>>,
     lines: Vec<(u32, Vec<Arc<Layer>>)>,
     /// Snapshots that see the first so many layers of their volume.
     young: Vec<(u32, usize)>,
@@ -45,8 +47,21 @@ impl Pool {
         let _alone = self.checkpointing.lock().await;
         self.check()?;
         self.sweep();
-        let Some(frozen) = self.core().freeze_all() else { return Ok(()) };
-        let done = self.write_checkpoint(frozen, below).await;
+        let Some(frozen) = self.core().freeze_all(false) else { return Ok(()) };
+        self.end_checkpoint(frozen, None, below).await
+    }
+
+    /// A checkpoint that changes the catalog as well. Nothing else may change the catalog meanwhile.
+    pub(super) async fn checkpoint_with(&self, plan: &Plan, below: Below<'_>) -> Result<()> {
+        let _alone = self.checkpointing.lock().await;
+        self.check()?;
+        self.sweep();
+        let Some(frozen) = self.core().freeze_all(true) else { return Ok(()) };
+        self.end_checkpoint(frozen, Some(plan), below).await
+    }
+
+    async fn end_checkpoint(&self, frozen: Frozen, plan: Option<&Plan>, below: Below<'_>) -> Result<()> {
+        let done = self.write_checkpoint(frozen, plan, below).await;
         if let Err(error) = &done {
             self.break_down(error);
         }
@@ -54,7 +69,7 @@ impl Pool {
         done
     }
 
-    async fn write_checkpoint(&self, mut frozen: Frozen, below: Below<'_>) -> Result<()> {
+    async fn write_checkpoint(&self, mut frozen: Frozen, plan: Option<&Plan>, below: Below<'_>) -> Result<()> {
         let mut merge = Merge::new(self, below);
         let mut outcome = Outcome::default();
         for (volume, layers) in &frozen.lines {
@@ -68,6 +83,10 @@ impl Pool {
                 entry.root = *root;
             }
         }
+        if let Some(plan) = plan {
+            let before = self.core().catalog.clone();
+            plan.carry_out(&mut merge, &before, &mut frozen).await?;
+        }
         write_catalog(&mut merge, &mut frozen).await?;
         let Merge { difference, mut freed, .. } = merge;
         freed.append(&mut frozen.loose);
@@ -79,6 +98,9 @@ impl Pool {
         below.flush().await?;
         self.write_root(&root, below).await?;
         self.commit(&frozen, root, outcome, freed, journal);
+        if plan.is_some() {
+            self.core().replace_entries(frozen.entries);
+        }
         self.space.commit(&records, below).await
     }
 
@@ -155,8 +177,26 @@ impl Pool {
 }
 
 impl Core {
-    /// What a checkpoint has to do, if there is anything.
-    fn freeze_all(&mut self) -> Option<Frozen> {
+    /// Entries are these from now on.
+    fn replace_entries(&mut self, entries: BTreeMap<u32, Option<Entry>>) {
+        for (number, entry) in entries {
+            match entry {
+                Some(entry) => {
+                    if matches!(entry.kind, EntryKind::Volume { .. }) {
+                        self.lines.entry(number).or_default();
+                    }
+                    self.catalog.insert(number, entry);
+                }
+                None => {
+                    self.lines.remove(&number);
+                    self.catalog.remove(&number);
+                }
+            }
+        }
+    }
+
+    /// What a checkpoint has to do, if there is anything, or if it is wanted all the same.
+    fn freeze_all(&mut self, wanted: bool) -> Option<Frozen> {
         let volumes: Vec<u32> = self.lines.keys().copied().collect();
         volumes.iter().for_each(|volume| self.freeze(*volume));
         let layers = |(volume, line): (&u32, &super::pool::Line)| {
@@ -164,7 +204,7 @@ impl Core {
         };
         let lines: Vec<(u32, Vec<Arc<Layer>>)> = self.lines.iter().filter_map(layers).collect();
         let nothing = lines.is_empty() && self.changed.is_empty() && self.log.is_empty() && self.loose.is_empty();
-        if nothing && !std::mem::take(&mut self.opened) {
+        if nothing && !std::mem::take(&mut self.opened) && !wanted {
             return None;
         }
         let mut numbers = std::mem::take(&mut self.changed);
@@ -243,7 +283,7 @@ async fn write_catalog(merge: &mut Merge<'_>, frozen: &mut Frozen) -> Result<()>
     while root.height < height(pages) {
         root.height += 1;
         if !root.catalog.is_hole() {
-            root.catalog = merge.above(root.catalog, root.height, 0).await?;
+            root.catalog = merge.above(root.catalog, root.height, 0, 0).await?;
         }
     }
     root.catalog = merge.catalog(root.catalog, (root.height, 0), &frozen.entries).await?;

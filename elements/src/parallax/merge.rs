@@ -1,7 +1,7 @@
 //! Brings changes into trees: writes the nodes that change to new places, and finds out what nothing leads to any more.
 
 use super::below::Below;
-use super::format::{Body, DEAD, Dead, Entry, Id, NODE, Node, Ptr, RECORDS, SLOTS, Slot};
+use super::format::{Body, DEAD, Dead, Entry, NODE, Node, Ptr, RECORDS, SLOTS, Slot};
 use super::nodes::{Missing, Nodes};
 use super::pool::Pool;
 use super::runs::{Run, Runs};
@@ -34,7 +34,6 @@ pub(super) struct Who {
 pub(super) struct Merge<'a> {
     space: &'a Space,
     nodes: &'a Nodes,
-    id: Id,
     below: Below<'a>,
     pub(super) difference: Difference,
     /// Blocks that nothing leads to any more.
@@ -48,7 +47,6 @@ impl<'a> Merge<'a> {
         Merge {
             space: &pool.space,
             nodes: &pool.nodes,
-            id: pool.id,
             below,
             difference: Difference::default(),
             freed: Vec::new(),
@@ -104,7 +102,7 @@ impl<'a> Merge<'a> {
         Ok(ptr)
     }
 
-    async fn read(&self, ptr: Ptr, level: u8, index: u64) -> Result<Node> {
+    pub(super) async fn read(&self, ptr: Ptr, level: u8, index: u64) -> Result<Node> {
         let node = self.nodes.get(&Missing { ptr, level, index }, self.below).await?;
         Ok((*node).clone())
     }
@@ -223,11 +221,46 @@ impl<'a> Merge<'a> {
         })
     }
 
-    /// A node of that level with a tree as its first child: the tree is one level higher.
-    pub(super) async fn above(&mut self, tree: Ptr, level: u8, writer: u32) -> Result<Ptr> {
+    /// Finds what one tree sees and the one that came from it does not, where it is younger than that: it goes to the dead.
+    pub(super) fn lost(
+        &mut self,
+        origin: u64,
+        (old, new): (Ptr, Ptr),
+        (level, index): (u8, u64),
+    ) -> LocalBoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            if old.is_hole() || old.at == new.at || old.birth <= origin {
+                return Ok(());
+            }
+            // Everything in it is older than what could have taken its place.
+            let who = Who { volume: 0, newest: u64::MAX, origin };
+            if new.is_hole() {
+                return self.drop_tree(who, old, level, index).await;
+            }
+            match (self.read(old, level, index).await?.body, self.read(new, level, index).await?.body) {
+                (Body::Leaf(old), Body::Leaf(new)) => {
+                    let gone = old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
+                    gone.for_each(|(old, _)| self.kill(who, old.at, 1, old.birth));
+                }
+                (Body::Inner(old), Body::Inner(new)) => {
+                    for (ix, pair) in old.iter().zip(new.iter()).enumerate() {
+                        let place = (level - 1, index * SLOTS as u64 + ix as u64);
+                        self.lost(origin, (*pair.0, *pair.1), place).await?;
+                    }
+                }
+                _ => return Err(super::format::damaged("two trees of one line have nodes of two kinds in one place")),
+            }
+            self.kill_node(who, old);
+            Ok(())
+        })
+    }
+
+    /// A node of that level with a tree as its first child: the tree is one level higher. No snapshot sees it that is older
+    /// than the birth.
+    pub(super) async fn above(&mut self, tree: Ptr, level: u8, writer: u32, birth: u64) -> Result<Ptr> {
         let mut children = Box::new([Ptr::default(); SLOTS]);
         children[0] = tree;
-        self.write(Node { level, index: 0, writer, body: Body::Inner(children) }, tree.birth).await
+        self.write(Node { level, index: 0, writer, body: Body::Inner(children) }, birth).await
     }
 
     /// Adds what was let go of to the dead list of a snapshot.

@@ -4,6 +4,7 @@
 //! it is a tree store: `log` makes changes findable, `runs` keeps those that are not in a tree yet, `nodes` reads and writes
 //! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests.
 
+mod admin;
 mod below;
 mod check;
 mod checkpoint;

@@ -105,6 +105,8 @@ pub(super) struct Core {
     pub(super) journal: Vec<u64>,
     /// Blocks that are free once those eras are over, oldest first.
     pub(super) leaving: Vec<(Weak<()>, Vec<Range<u64>>)>,
+    /// How often each volume or snapshot is being served.
+    pub(super) served: BTreeMap<u32, usize>,
     /// Runs in lines.
     runs: usize,
     /// It has just been opened for writing: the next checkpoint says so, whatever else there is.
@@ -130,6 +132,7 @@ impl Core {
             era: Arc::default(),
             journal: Vec::new(),
             leaving: Vec::new(),
+            served: BTreeMap::new(),
             runs: 0,
             opened: false,
         }
@@ -237,6 +240,8 @@ pub(super) struct Pool {
     pub(super) root_extent: u64,
     core: Mutex<Core>,
     pub(super) checkpointing: tokio::sync::Mutex<()>,
+    /// Held for reading while a snapshot is taken, for writing while something else changes the catalog.
+    pub(super) administering: tokio::sync::RwLock<()>,
     /// A checkpoint is due.
     pub(super) due: Notify,
     broken: OnceLock<String>,
@@ -252,6 +257,7 @@ impl Pool {
             root_extent,
             core: Mutex::new(core),
             checkpointing: tokio::sync::Mutex::default(),
+            administering: tokio::sync::RwLock::default(),
             due: Notify::new(),
             broken: OnceLock::new(),
         }
@@ -358,6 +364,7 @@ impl Pool {
     /// [`Kind::Busy`] if a name is taken; then none is taken.
     pub(super) async fn snapshot(&self, wanted: &[(u32, String)], made: u64, below: Below<'_>) -> Result<Vec<u32>> {
         self.check()?;
+        let _together = self.administering.read().await;
         let (counts, changes) = self.begin_snapshots(wanted, made)?;
         for count in counts {
             count.none().await;

@@ -1,11 +1,11 @@
 //! A volume of a pool on the disk below.
 
+use super::admin::{check_name, check_size};
 use super::below::Below;
-use super::format::{BLOCK, Entry, EntryKind, Features, Ptr, SLOTS};
-use super::merge::height;
+use super::format::BLOCK;
 use super::open::{Opening, create, is_empty, open};
-use super::pool::{Line, Pool};
-use super::volume::{Volume, unix_seconds};
+use super::pool::Pool;
+use super::volume::Volume;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
 use blockmason::lang::value::Size;
 use blockmason::{
@@ -74,13 +74,8 @@ struct Radix {
 
 impl Radix {
     fn new(params: Params) -> Result<Radix> {
-        let size = params.size.0;
-        if size == 0 || !size.is_multiple_of(BLOCK) || size > 1 << 48 {
-            return Err(Error::invalid("a volume has a multiple of 4096 bytes, 256 TiB at most"));
-        }
-        if params.volume.is_empty() || params.volume.len() > Entry::NAME {
-            return Err(Error::invalid(format!("a volume's name has 1 to {} bytes", Entry::NAME)));
-        }
+        check_size(params.size.0)?;
+        check_name(&params.volume)?;
         Ok(Radix { params, opening: tokio::sync::Mutex::default(), volume: OnceLock::new() })
     }
 
@@ -98,7 +93,7 @@ impl Radix {
         let opening = Opening { writable: true, memory: self.params.memory.0 };
         let pool = Arc::new(open(opening, size, below).await?);
         let number = self.find(&pool, below).await?;
-        Ok(self.volume.get_or_init(|| Volume { pool, number, read_only: self.params.snapshot.is_some() }))
+        Ok(self.volume.get_or_init(|| Volume::new(pool, number)))
     }
 
     /// The number of the volume, which is made if it is not there, or of the snapshot.
@@ -143,55 +138,6 @@ impl Radix {
                 return;
             }
         }
-    }
-}
-
-impl super::pool::Core {
-    /// The number of a volume.
-    pub(super) fn volume(&self, name: &str) -> Option<u32> {
-        let is = |entry: &Entry| entry.name == name && matches!(entry.kind, EntryKind::Volume { .. });
-        self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
-    }
-
-    /// The number of a snapshot of a volume.
-    pub(super) fn snapshot(&self, volume: u32, name: &str) -> Option<u32> {
-        let is = |entry: &Entry| {
-            entry.name == name && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume)
-        };
-        self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
-    }
-}
-
-impl Pool {
-    /// Makes an empty volume, durably.
-    pub(super) async fn make_volume(&self, name: &str, size: u64, checksums: bool, below: Below<'_>) -> Result<u32> {
-        self.check()?;
-        let number = {
-            let mut core = self.core();
-            if core.volume(name).is_some() {
-                return Err(Error::new(Kind::Busy, format!("there is a volume {name} already")));
-            }
-            let number = core.next;
-            core.next += 1;
-            let leaves = size.div_ceil(BLOCK * SLOTS as u64);
-            let entry = Entry {
-                name: name.to_owned(),
-                size,
-                height: height(leaves),
-                root: Ptr::default(),
-                checksums,
-                deleting: false,
-                made: unix_seconds(),
-                features: Features::default(),
-                kind: EntryKind::Volume { newest: 0, origin: (0, 0), quota: 0, reserve: 0 },
-            };
-            core.catalog.insert(number, entry);
-            core.lines.insert(number, Line::default());
-            core.changed.insert(number);
-            number
-        };
-        self.checkpoint(below).await?;
-        Ok(number)
     }
 }
 

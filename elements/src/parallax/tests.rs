@@ -2,6 +2,7 @@
 
 mod crash;
 mod kit;
+mod lines;
 
 use blockmason::testing::{TestDisk, play_against_model, run};
 

@@ -31,11 +31,23 @@ struct Piece {
     crcs: Vec<u32>,
 }
 
-/// A volume or a snapshot of an open pool.
+/// A volume or a snapshot of an open pool, being served.
 pub(super) struct Volume {
     pub(super) pool: Arc<Pool>,
-    pub(super) number: u32,
-    pub(super) read_only: bool,
+    number: u32,
+    read_only: bool,
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let mut core = self.pool.core();
+        if let Some(count) = core.served.get_mut(&self.number) {
+            *count -= 1;
+            if *count == 0 {
+                core.served.remove(&self.number);
+            }
+        }
+    }
 }
 
 /// What keeps blocks from being given to others while a request uses them.
@@ -45,6 +57,19 @@ struct Hold {
 }
 
 impl Volume {
+    /// Serves a volume, or a snapshot, for reading only.
+    pub(super) fn new(pool: Arc<Pool>, number: u32) -> Volume {
+        let mut core = pool.core();
+        *core.served.entry(number).or_default() += 1;
+        let read_only = !core.lines.contains_key(&number);
+        drop(core);
+        Volume { pool, number, read_only }
+    }
+
+    fn name(&self) -> String {
+        self.pool.core().catalog.get(&self.number).map(|entry| entry.name.clone()).unwrap_or_default()
+    }
+
     fn blocks(req: &Request) -> Range<u64> {
         req.offset / BLOCK..req.end().div_ceil(BLOCK)
     }
@@ -222,7 +247,7 @@ impl Volume {
         cx.later(&req.clone(), self.write_pieces(req, below))
     }
 
-    async fn write_pieces(&self, req: Request, below: Below<'_>) -> Reply {
+    pub(super) async fn write_pieces(&self, req: Request, below: Below<'_>) -> Reply {
         self.pool.check()?;
         let (pieces, _hold) = self.find(Self::blocks(&req), usize::MAX, true, below).await?;
         let mut changes = Vec::new();
@@ -351,7 +376,7 @@ impl Volume {
         Ok(())
     }
 
-    async fn punch(&self, req: Request, below: Below<'_>) -> Reply {
+    pub(super) async fn punch(&self, req: Request, below: Below<'_>) -> Reply {
         self.pool.check()?;
         let row = Self::blocks(&req);
         if row.end - row.start <= 4 * SLOTS as u64 {
@@ -387,6 +412,12 @@ impl Volume {
                 let numbers = self.pool.snapshot(&[(self.number, argument.clone())], made, below).await?;
                 cx.notice(format!("snapshot {argument} is taken"));
                 Ok(Answer::Text(numbers.iter().map(u32::to_string).collect()))
+            }
+            "delete_snapshot" => {
+                let volume = self.name();
+                self.pool.delete_snapshot(&volume, &argument, below).await?;
+                cx.notice(format!("snapshot {volume}@{argument} is deleted"));
+                Ok(Answer::Done)
             }
             "checkpoint" => self.pool.checkpoint(below).await.map(|()| Answer::Done),
             _ => Err(Error::unsupported("a volume knows of no such thing")),

@@ -4,8 +4,8 @@ use super::kit::Story;
 use blockmason::testing::run;
 use std::time::Duration;
 
-fn seeds() -> std::ops::Range<u64> {
-    let count = std::env::var("PARALLAX_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(40);
+pub(super) fn seeds() -> std::ops::Range<u64> {
+    let count = std::env::var("PARALLAX_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(8);
     let first = std::env::var("PARALLAX_FIRST").ok().and_then(|first| first.parse().ok()).unwrap_or(0);
     first..first + count
 }

@@ -382,7 +382,7 @@ fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
 
 /// Everything that a volume or snapshot has.
 fn read_all(pool: &Arc<Pool>, number: u32, below: Below<'_>) -> Vec<u8> {
-    let volume = Volume { pool: pool.clone(), number, read_only: true };
+    let volume = Volume::new(pool.clone(), number);
     block_on(volume.read_pieces(Request::read(0, BLOCKS as u64 * BLOCK), below)).unwrap().into_data().unwrap().to_vec()
 }
 

@@ -1,0 +1,567 @@
+//! What an administrator does with volumes and snapshots. Each of it is one checkpoint: after a crash it has happened or it
+//! has not.
+
+use super::below::Below;
+use super::checkpoint::Frozen;
+use super::format::{BLOCK, Body, Dead, Entry, EntryKind, Features, NODE, Ptr, SLOTS};
+use super::merge::{Merge, Who, height, span};
+use super::nodes::Missing;
+use super::pool::{Core, Pool};
+use super::volume::unix_seconds;
+use blockmason::{Error, Kind, LocalBoxFuture, Result};
+use std::collections::BTreeMap;
+use std::iter::once;
+use std::ops::Range;
+
+fn busy(message: impl Into<String>) -> Error {
+    Error::new(Kind::Busy, message.into())
+}
+
+fn gone(what: &str, name: &str) -> Error {
+    Error::new(Kind::Unavailable, format!("there is no {what} {name}"))
+}
+
+/// Whether something may be called that.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let fits = (1..=Entry::NAME).contains(&name.len());
+    let bad = |c: char| c.is_control() || c.is_whitespace() || "/@()\"{}".contains(c);
+    if !fits || name.contains(bad) || name.starts_with(['.', '-']) {
+        let message = format!(
+            "`{name}` is no name: it has 1 to {} bytes, no spaces, none of / @ ( ) {{ }} \", and begins with neither . nor -",
+            Entry::NAME
+        );
+        return Err(Error::invalid(message));
+    }
+    Ok(())
+}
+
+/// Whether a volume may have so many bytes.
+pub(super) fn check_size(size: u64) -> Result<()> {
+    match size > 0 && size.is_multiple_of(BLOCK) && size <= 1 << 48 {
+        true => Ok(()),
+        false => Err(Error::invalid("a volume has a multiple of 4096 bytes, 256 TiB at most")),
+    }
+}
+
+impl Core {
+    /// The number of a volume.
+    pub(super) fn volume(&self, name: &str) -> Option<u32> {
+        let is = |entry: &Entry| entry.name == name && matches!(entry.kind, EntryKind::Volume { .. });
+        self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
+    }
+
+    /// The number of a snapshot of a volume.
+    pub(super) fn snapshot(&self, volume: u32, name: &str) -> Option<u32> {
+        let of = |entry: &Entry| matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume);
+        self.catalog.iter().find(|(_, entry)| entry.name == name && of(entry)).map(|(number, _)| *number)
+    }
+
+    fn need_volume(&self, name: &str) -> Result<u32> {
+        self.volume(name).ok_or_else(|| gone("volume", name))
+    }
+
+    fn need_snapshot(&self, volume: &str, name: &str) -> Result<(u32, u32)> {
+        let number = self.need_volume(volume)?;
+        let snapshot = self.snapshot(number, name).ok_or_else(|| gone("snapshot", &format!("{volume}@{name}")))?;
+        Ok((number, snapshot))
+    }
+
+    fn need_free(&self, number: u32, what: &str) -> Result<()> {
+        match self.served.contains_key(&number) {
+            true => Err(busy(format!("{what} is in use: a graph serves it"))),
+            false => Ok(()),
+        }
+    }
+
+    fn need_no_volume(&self, name: &str) -> Result<()> {
+        check_name(name)?;
+        match self.volume(name) {
+            Some(_) => Err(busy(format!("there is a volume {name} already"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Volumes that are clones of a snapshot.
+    fn clones(&self, snapshot: u32) -> Vec<&str> {
+        let of = |entry: &&Entry| matches!(entry.kind, EntryKind::Volume { origin, .. } if origin.0 == snapshot);
+        self.catalog.values().filter(of).map(|entry| entry.name.as_str()).collect()
+    }
+
+    fn next_number(&mut self) -> u32 {
+        self.next += 1;
+        self.next - 1
+    }
+}
+
+/// The catalog as an operation sees it and changes it.
+struct Catalog<'a> {
+    before: &'a BTreeMap<u32, Entry>,
+    changed: &'a mut BTreeMap<u32, Option<Entry>>,
+}
+
+impl Catalog<'_> {
+    fn get(&self, number: u32) -> Option<Entry> {
+        match self.changed.get(&number) {
+            Some(entry) => entry.clone(),
+            None => self.before.get(&number).cloned(),
+        }
+    }
+
+    fn set(&mut self, number: u32, entry: Option<Entry>) {
+        self.changed.insert(number, entry);
+    }
+
+    fn change(&mut self, number: u32, change: impl FnOnce(&mut Entry)) {
+        if let Some(mut entry) = self.get(number) {
+            change(&mut entry);
+            self.set(number, Some(entry));
+        }
+    }
+
+    fn volume(&self, number: u32) -> Option<(Entry, u32, (u32, u64))> {
+        let entry = self.get(number)?;
+        match entry.kind {
+            EntryKind::Volume { newest, origin, .. } => Some((entry, newest, origin)),
+            EntryKind::Snapshot { .. } => None,
+        }
+    }
+
+    fn snapshot(&self, number: u32) -> Option<Snapshot> {
+        let entry = self.get(number)?;
+        match entry.kind {
+            EntryKind::Snapshot { before, volume, birth, dead } => Some(Snapshot { before, volume, birth, dead, entry }),
+            EntryKind::Volume { .. } => None,
+        }
+    }
+
+
+    /// What in a line names a snapshot as the one before it names another one instead.
+    fn relink_within(&mut self, volume: u32, from: u32, to: u32) {
+        let line = self.line(volume);
+        for number in once(volume).chain(line) {
+            self.change(number, |entry| {
+                let (EntryKind::Volume { newest: link, .. } | EntryKind::Snapshot { before: link, .. }) = &mut entry.kind;
+                *link = if *link == from { to } else { *link };
+            });
+        }
+    }
+
+    /// Snapshots of a line, the newest first.
+    fn line(&self, volume: u32) -> Vec<u32> {
+        let mut line = Vec::new();
+        let mut next = self.volume(volume).map_or(0, |(_, newest, _)| newest);
+        while let Some(snapshot) = self.snapshot(next).filter(|_| line.len() < self.before.len()) {
+            line.push(next);
+            next = snapshot.before;
+        }
+        line
+    }
+}
+
+struct Snapshot {
+    before: u32,
+    volume: u32,
+    birth: u64,
+    dead: Ptr,
+    entry: Entry,
+}
+
+/// What is to be done, by numbers.
+#[derive(Clone)]
+pub(super) enum Plan {
+    Make { number: u32, entry: Box<Entry> },
+    DeleteVolume(u32),
+    DeleteSnapshot(u32),
+    /// The first becomes what the second is; what it was becomes the volume with that number and name.
+    Rollback { volume: u32, snapshot: u32, old: (u32, String) },
+    Promote(u32),
+    Rename(u32, String),
+    Grow(u32, u64),
+}
+
+impl Plan {
+    /// Does it, with everything that has been answered in the trees.
+    pub(super) async fn carry_out(&self, merge: &mut Merge<'_>, before: &BTreeMap<u32, Entry>, frozen: &mut Frozen) -> Result<()> {
+        let births = frozen.root.births;
+        let mut catalog = Catalog { before, changed: &mut frozen.entries };
+        match self {
+            Plan::Make { number, entry } => catalog.set(*number, Some((**entry).clone())),
+            Plan::DeleteVolume(number) => delete_volume(merge, &mut catalog, *number).await?,
+            Plan::DeleteSnapshot(number) => delete_snapshot(merge, &mut catalog, *number).await?,
+            Plan::Rollback { volume, snapshot, old } => {
+                rollback(merge, &mut catalog, (*volume, *snapshot), old).await?;
+            }
+            Plan::Promote(number) => promote(merge, &mut catalog, *number).await?,
+            Plan::Rename(number, name) => catalog.change(*number, |entry| entry.name.clone_from(name)),
+            Plan::Grow(number, size) => grow(merge, &mut catalog, (*number, *size), births).await?,
+        }
+        Ok(())
+    }
+}
+
+async fn delete_volume(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
+    let Some((entry, _, origin)) = catalog.volume(number) else { return Ok(()) };
+    let who = Who { volume: number, newest: 0, origin: origin.1 };
+    merge.drop_tree(who, entry.root, entry.height, 0).await?;
+    catalog.set(number, None);
+    Ok(())
+}
+
+/// What only the snapshot sees was born after the one before it, and has died since: it is in its dead list.
+async fn delete_snapshot(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
+    let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
+    let older = catalog.snapshot(snapshot.before);
+    let birth = older.as_ref().map_or(0, |older| older.birth);
+    for dead in merge.take_dead(number, snapshot.dead).await? {
+        match dead.birth > birth {
+            true => merge.free(dead.at..dead.at + u64::from(dead.len)),
+            false => merge.dead.push(dead),
+        }
+    }
+    if let Some(older) = older {
+        let list = merge.add_dead(snapshot.before, older.dead).await?;
+        catalog.change(snapshot.before, |entry| set_dead(entry, list));
+    }
+    catalog.relink_within(snapshot.volume, number, snapshot.before);
+    catalog.set(number, None);
+    Ok(())
+}
+
+fn set_dead(entry: &mut Entry, list: Ptr) {
+    if let EntryKind::Snapshot { dead, .. } = &mut entry.kind {
+        *dead = list;
+    }
+}
+
+/// What the line was since the snapshot becomes a line of its own, with the snapshot as its origin: nothing is copied, and
+/// nothing is lost.
+async fn rollback(
+    merge: &mut Merge<'_>,
+    catalog: &mut Catalog<'_>,
+    (volume, number): (u32, u32),
+    old: &(u32, String),
+) -> Result<()> {
+    let (Some((entry, newest, _)), Some(snapshot)) = (catalog.volume(volume), catalog.snapshot(number)) else {
+        return Ok(());
+    };
+    let newer: Vec<u32> = catalog.line(volume).into_iter().take_while(|other| *other != number).collect();
+    for other in &newer {
+        forget_older(merge, catalog, *other, snapshot.birth).await?;
+        catalog.change(*other, |entry| {
+            if let EntryKind::Snapshot { volume, before, .. } = &mut entry.kind {
+                *volume = old.0;
+                *before = if *before == number { 0 } else { *before };
+            }
+        });
+    }
+    let newest = if newer.is_empty() { 0 } else { newest };
+    let kind = EntryKind::Volume { newest, origin: (number, snapshot.birth), quota: 0, reserve: 0 };
+    catalog.set(old.0, Some(Entry { name: old.1.clone(), made: unix_seconds(), kind, ..entry }));
+    // The line sees again what it had let go of.
+    merge.take_dead(number, snapshot.dead).await?;
+    catalog.change(number, |entry| set_dead(entry, Ptr::default()));
+    catalog.change(volume, |entry| {
+        (entry.root, entry.height, entry.size) = (snapshot.entry.root, snapshot.entry.height, snapshot.entry.size);
+        if let EntryKind::Volume { newest, .. } = &mut entry.kind {
+            *newest = number;
+        }
+    });
+    Ok(())
+}
+
+/// A line becomes a clone: from now on its snapshots list nothing that its origin sees.
+async fn forget_older(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32, birth: u64) -> Result<()> {
+    let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
+    merge.dead = merge.take_dead(number, snapshot.dead).await?;
+    merge.dead.retain(|dead| dead.birth > birth);
+    let list = merge.add_dead(number, Ptr::default()).await?;
+    catalog.change(number, |entry| set_dead(entry, list));
+    Ok(())
+}
+
+/// A line is no clone of that origin any more: its snapshots list what the line has let go of that the origin sees.
+async fn recall_older(
+    merge: &mut Merge<'_>,
+    catalog: &mut Catalog<'_>,
+    (number, next): (u32, &Entry),
+    births: Range<u64>,
+) -> Result<()> {
+    let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
+    let height = snapshot.entry.height;
+    let next = merge.lower(next.root, next.height, height).await?;
+    merge.lost(births.start, (snapshot.entry.root, next), (height, 0)).await?;
+    merge.dead.retain(|dead| dead.birth <= births.end);
+    let list = merge.add_dead(number, snapshot.dead).await?;
+    catalog.change(number, |entry| set_dead(entry, list));
+    Ok(())
+}
+
+/// A clone takes its origin, and all before that, from the line they are in, which becomes a clone instead.
+async fn promote(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
+    let Some((clone, _, (origin, birth))) = catalog.volume(number) else { return Ok(()) };
+    let Some(snapshot) = catalog.snapshot(origin) else { return Ok(()) };
+    let line = snapshot.volume;
+    let Some((_, _, former)) = catalog.volume(line) else { return Ok(()) };
+    let moved: Vec<u32> = catalog.line(line).into_iter().skip_while(|other| *other != origin).collect();
+    let own = catalog.line(number);
+    let oldest = own.last().copied();
+    for other in catalog.line(line).into_iter().take_while(|other| *other != origin) {
+        forget_older(merge, catalog, other, birth).await?;
+    }
+    merge.take_dead(origin, snapshot.dead).await?;
+    catalog.change(origin, |entry| set_dead(entry, Ptr::default()));
+    let mut next = clone;
+    for other in own.into_iter().chain([origin]) {
+        recall_older(merge, catalog, (other, &next), former.1..birth).await?;
+        next = catalog.get(other).unwrap_or(next);
+    }
+    catalog.relink_within(line, origin, 0);
+    for other in moved {
+        catalog.change(other, |entry| {
+            if let EntryKind::Snapshot { volume, .. } = &mut entry.kind {
+                *volume = number;
+            }
+        });
+    }
+    catalog.change(line, |entry| {
+        if let EntryKind::Volume { origin: of, .. } = &mut entry.kind {
+            *of = (origin, birth);
+        }
+    });
+    match oldest {
+        Some(oldest) => catalog.change(oldest, |entry| {
+            if let EntryKind::Snapshot { before, .. } = &mut entry.kind {
+                *before = origin;
+            }
+        }),
+        None => catalog.change(number, |entry| {
+            if let EntryKind::Volume { newest, .. } = &mut entry.kind {
+                *newest = origin;
+            }
+        }),
+    }
+    catalog.change(number, |entry| {
+        if let EntryKind::Volume { origin, .. } = &mut entry.kind {
+            *origin = former;
+        }
+    });
+    Ok(())
+}
+
+async fn grow(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, (number, size): (u32, u64), births: u64) -> Result<()> {
+    let Some((mut entry, ..)) = catalog.volume(number) else { return Ok(()) };
+    let wanted = height(size.div_ceil(BLOCK * SLOTS as u64));
+    while entry.height < wanted {
+        entry.height += 1;
+        if !entry.root.is_hole() {
+            entry.root = merge.above(entry.root, entry.height, number, births).await?;
+        }
+    }
+    entry.size = size;
+    catalog.set(number, Some(entry));
+    Ok(())
+}
+
+impl Pool {
+    /// Does something with the catalog. `plan` says what, or why it may not be; nothing has changed then.
+    async fn administer(&self, below: Below<'_>, plan: impl FnOnce(&mut Core) -> Result<Plan>) -> Result<()> {
+        self.check()?;
+        let _alone = self.administering.write().await;
+        self.checkpoint(below).await?;
+        let plan = plan(&mut self.core())?;
+        self.checkpoint_with(&plan, below).await
+    }
+
+    /// Makes an empty volume, durably. Its number.
+    pub(super) async fn make_volume(&self, name: &str, size: u64, checksums: bool, below: Below<'_>) -> Result<u32> {
+        check_size(size)?;
+        let entry = Entry {
+            name: name.to_owned(),
+            size,
+            height: height(size.div_ceil(BLOCK * SLOTS as u64)),
+            root: Ptr::default(),
+            checksums,
+            deleting: false,
+            made: unix_seconds(),
+            features: Features::default(),
+            kind: EntryKind::Volume { newest: 0, origin: (0, 0), quota: 0, reserve: 0 },
+        };
+        let mut made = 0;
+        let plan = |core: &mut Core| {
+            core.need_no_volume(name)?;
+            made = core.next_number();
+            Ok(Plan::Make { number: made, entry: Box::new(entry) })
+        };
+        self.administer(below, plan).await?;
+        Ok(made)
+    }
+
+    /// Deletes a volume without snapshots.
+    pub(super) async fn delete_volume(&self, name: &str, below: Below<'_>) -> Result<()> {
+        let plan = |core: &mut Core| {
+            let number = core.need_volume(name)?;
+            core.need_free(number, name)?;
+            match core.ancestors(number).0.0 {
+                0 => Ok(Plan::DeleteVolume(number)),
+                _ => Err(busy(format!("{name} has snapshots: delete those first"))),
+            }
+        };
+        self.administer(below, plan).await
+    }
+
+    /// Deletes a snapshot of which there is no clone.
+    pub(super) async fn delete_snapshot(&self, volume: &str, name: &str, below: Below<'_>) -> Result<()> {
+        let plan = |core: &mut Core| {
+            let (_, snapshot) = core.need_snapshot(volume, name)?;
+            core.need_free(snapshot, &format!("{volume}@{name}"))?;
+            match core.clones(snapshot)[..] {
+                [] => Ok(Plan::DeleteSnapshot(snapshot)),
+                [clone, ..] => {
+                    let message = format!("{clone} is a clone of {volume}@{name}: delete or promote it first");
+                    Err(busy(message))
+                }
+            }
+        };
+        self.administer(below, plan).await
+    }
+
+    /// Makes a volume that begins as a snapshot. Its number.
+    pub(super) async fn clone_volume(&self, volume: &str, snapshot: &str, name: &str, below: Below<'_>) -> Result<u32> {
+        let mut made = 0;
+        let plan = |core: &mut Core| {
+            let (_, origin) = core.need_snapshot(volume, snapshot)?;
+            core.need_no_volume(name)?;
+            made = core.next_number();
+            let Some(entry) = core.catalog.get(&origin).cloned() else { return Err(gone("snapshot", snapshot)) };
+            let EntryKind::Snapshot { birth, .. } = entry.kind else { return Err(gone("snapshot", snapshot)) };
+            let kind = EntryKind::Volume { newest: 0, origin: (origin, birth), quota: 0, reserve: 0 };
+            let entry = Entry { name: name.to_owned(), made: unix_seconds(), kind, ..entry };
+            Ok(Plan::Make { number: made, entry: Box::new(entry) })
+        };
+        self.administer(below, plan).await?;
+        Ok(made)
+    }
+
+    /// Makes a volume what one of its snapshots is. What it was since, with the snapshots that are newer, becomes a volume
+    /// of the name `old`, a clone of the snapshot.
+    pub(super) async fn rollback(&self, volume: &str, snapshot: &str, old: &str, below: Below<'_>) -> Result<()> {
+        let plan = |core: &mut Core| {
+            let (volume_number, snapshot) = core.need_snapshot(volume, snapshot)?;
+            core.need_free(volume_number, volume)?;
+            core.need_no_volume(old)?;
+            let old = (core.next_number(), old.to_owned());
+            Ok(Plan::Rollback { volume: volume_number, snapshot, old })
+        };
+        self.administer(below, plan).await
+    }
+
+    /// Gives a clone the snapshot that it was made of, and all older ones; the volume that had them becomes its clone.
+    pub(super) async fn promote(&self, name: &str, below: Below<'_>) -> Result<()> {
+        let plan = |core: &mut Core| {
+            let number = core.need_volume(name)?;
+            match core.catalog.get(&number).map(|entry| &entry.kind) {
+                Some(EntryKind::Volume { origin: (1.., _), .. }) => Ok(Plan::Promote(number)),
+                _ => Err(Error::invalid(format!("{name} is no clone"))),
+            }
+        };
+        self.administer(below, plan).await
+    }
+
+    pub(super) async fn rename(&self, name: &str, new: &str, below: Below<'_>) -> Result<()> {
+        let plan = |core: &mut Core| {
+            let number = core.need_volume(name)?;
+            core.need_free(number, name)?;
+            core.need_no_volume(new)?;
+            Ok(Plan::Rename(number, new.to_owned()))
+        };
+        self.administer(below, plan).await
+    }
+
+    /// Makes a volume larger. It reads as zeros behind its old end.
+    pub(super) async fn grow(&self, name: &str, size: u64, below: Below<'_>) -> Result<()> {
+        check_size(size)?;
+        let plan = |core: &mut Core| {
+            let number = core.need_volume(name)?;
+            let has = core.catalog.get(&number).map_or(0, |entry| entry.size);
+            match size < has {
+                true => Err(Error::invalid(format!("{name} has {has} bytes already: volumes only grow"))),
+                false => Ok(Plan::Grow(number, size)),
+            }
+        };
+        self.administer(below, plan).await
+    }
+
+    /// The blocks of a volume or snapshot that have changed since a snapshot of its line, or its origin, in order.
+    pub(super) async fn changed_since(&self, number: u32, birth: u64, below: Below<'_>) -> Result<Vec<Range<u64>>> {
+        self.checkpoint(below).await?;
+        let (root, height, _era) = {
+            let core = self.core();
+            let Some(entry) = core.catalog.get(&number) else { return Ok(Vec::new()) };
+            (entry.root, entry.height, core.era.clone())
+        };
+        let mut found = Vec::new();
+        self.walk_younger((root, height, 0), birth, &mut found, below).await?;
+        Ok(found)
+    }
+
+    fn walk_younger<'a>(
+        &'a self,
+        (ptr, level, index): (Ptr, u8, u64),
+        birth: u64,
+        found: &'a mut Vec<Range<u64>>,
+        below: Below<'a>,
+    ) -> LocalBoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            if ptr.birth <= birth {
+                return Ok(());
+            }
+            let mut add = |blocks: Range<u64>| match found.last_mut() {
+                Some(last) if last.end == blocks.start => last.end = blocks.end,
+                _ => found.push(blocks),
+            };
+            if ptr.is_hole() {
+                add(index * span(level + 1)..(index + 1) * span(level + 1));
+                return Ok(());
+            }
+            let node = self.nodes.get(&Missing { ptr, level, index }, below).await?;
+            match &node.body {
+                Body::Leaf(slots) => {
+                    let young = slots.iter().enumerate().filter(|(_, slot)| slot.birth > birth);
+                    let first = index * SLOTS as u64;
+                    young.for_each(|(ix, _)| add(first + ix as u64..first + ix as u64 + 1));
+                }
+                Body::Inner(children) => {
+                    for (ix, child) in children.iter().enumerate() {
+                        let place = (*child, level - 1, index * SLOTS as u64 + ix as u64);
+                        self.walk_younger(place, birth, found, below).await?;
+                    }
+                }
+                Body::Catalog(_) | Body::Dead(..) => {}
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Merge<'_> {
+    /// What of a tree that has grown is where it had its root before.
+    async fn lower(&self, mut ptr: Ptr, mut level: u8, wanted: u8) -> Result<Ptr> {
+        while level > wanted && !ptr.is_hole() {
+            let Body::Inner(children) = self.read(ptr, level, 0).await?.body else { break };
+            (ptr, level) = (children[0], level - 1);
+        }
+        Ok(ptr)
+    }
+
+    /// What a dead list has, and frees its parts.
+    async fn take_dead(&mut self, snapshot: u32, mut list: Ptr) -> Result<Vec<Dead>> {
+        let mut all = Vec::new();
+        while !list.is_hole() {
+            let Body::Dead(next, dead) = self.read(list, 0, u64::from(snapshot)).await?.body else { break };
+            all.extend(dead);
+            list.at.into_iter().for_each(|at| self.free(at..at + NODE));
+            list = next;
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,304 @@
+//! Volumes, snapshots, clones, and all that can be done with them, against vectors. After each few steps the pool is opened
+//! anew from a copy, as after the death of its process, and everything is looked at: contents, and that exactly what is
+//! reachable is marked as used.
+
+use super::super::below::Below;
+use super::super::check::check;
+use super::super::format::{BLOCK, EntryKind};
+use super::super::open::{Opening, create, open};
+use super::super::pool::Pool;
+use super::super::volume::Volume;
+use blockmason::{Data, Kind, Op, Request};
+use futures::executor::block_on;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+
+const SIZE: u64 = 96 << 20;
+
+/// What a volume or a snapshot holds: a number for each block, 0 is zeros.
+type Contents = Vec<u32>;
+
+struct Model {
+    file: File,
+    pool: Arc<Pool>,
+    rng: fastrand::Rng,
+    seed: u64,
+    next: u32,
+    volumes: BTreeMap<String, Contents>,
+    /// By volume and name.
+    snapshots: BTreeMap<(String, String), Contents>,
+}
+
+fn bytes(range: Range<usize>, contents: &[u32]) -> Vec<u8> {
+    let block = |(block, version): (usize, &u32)| {
+        let word = if *version == 0 { 0 } else { u64::from(*version) << 32 | block as u64 };
+        word.to_le_bytes().repeat(BLOCK as usize / 8)
+    };
+    range.clone().zip(&contents[range]).flat_map(block).collect()
+}
+
+fn opened(file: &File) -> Arc<Pool> {
+    let opening = Opening { writable: true, memory: 100_000 };
+    Arc::new(block_on(open(opening, SIZE, Below::Plain(file))).unwrap())
+}
+
+impl Model {
+    fn new(seed: u64) -> Model {
+        let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
+        file.set_len(SIZE).unwrap();
+        block_on(create([seed as u8; 16], SIZE, Below::Plain(&file))).unwrap();
+        let (pool, rng) = (opened(&file), fastrand::Rng::with_seed(seed));
+        Model { file, pool, rng, seed, next: 1, volumes: BTreeMap::new(), snapshots: BTreeMap::new() }
+    }
+
+    fn name(&mut self, what: &str) -> String {
+        self.next += 1;
+        format!("{what}{}", self.next)
+    }
+
+    fn any_volume(&mut self) -> Option<String> {
+        let all: Vec<_> = self.volumes.keys().cloned().collect();
+        self.rng.choice(all)
+    }
+
+    fn any_snapshot(&mut self) -> Option<(String, String)> {
+        let all: Vec<_> = self.snapshots.keys().cloned().collect();
+        self.rng.choice(all)
+    }
+
+    fn step(&mut self) {
+        match self.rng.u8(0..100) {
+            0..5 => self.make(),
+            5..50 => self.change(),
+            50..60 => self.snapshot(),
+            60..67 => self.clone_one(),
+            67..77 => self.delete_snapshot(),
+            77..80 => self.delete_volume(),
+            80..84 => self.rollback(),
+            84..89 => self.promote(),
+            89..92 => self.grow(),
+            92..95 => self.rename(),
+            _ => block_on(self.pool.checkpoint(Below::Plain(&self.file))).unwrap(),
+        }
+    }
+
+    fn make(&mut self) {
+        let (name, blocks) = (self.name("v"), self.rng.usize(1..1300));
+        let checksums = self.rng.u8(0..4) == 0;
+        let below = Below::Plain(&self.file);
+        block_on(self.pool.make_volume(&name, blocks as u64 * BLOCK, checksums, below)).unwrap();
+        self.volumes.insert(name, vec![0; blocks]);
+    }
+
+    fn change(&mut self) {
+        let Some(name) = self.any_volume() else { return };
+        let number = self.pool.core().volume(&name).unwrap();
+        let volume = Volume::new(self.pool.clone(), number);
+        for _ in 0..self.rng.usize(1..8) {
+            let contents = self.volumes.get_mut(&name).unwrap();
+            let first = self.rng.usize(0..contents.len());
+            let most = [3, 20, 700][self.rng.usize(0..3)];
+            let range = first..(first + self.rng.usize(1..=most)).min(contents.len());
+            self.next += 1;
+            let zero = self.rng.u8(0..4) == 0;
+            contents[range.clone()].fill(if zero { 0 } else { self.next });
+            let (offset, len) = (range.start as u64 * BLOCK, range.len() as u64 * BLOCK);
+            let below = Below::Plain(&self.file);
+            match zero {
+                true => block_on(volume.punch(Request::new(Op::Discard, offset, len), below)),
+                false => {
+                    let data = Data::copy_of(&bytes(range, contents));
+                    block_on(volume.write_pieces(Request::write(offset, data), below))
+                }
+            }
+            .unwrap();
+            if self.rng.u8(0..5) == 0 {
+                block_on(self.pool.flush(below)).unwrap();
+            }
+        }
+    }
+
+    fn snapshot(&mut self) {
+        let count = self.rng.usize(1..4);
+        let mut all: Vec<String> = self.volumes.keys().cloned().collect();
+        self.rng.shuffle(&mut all);
+        all.truncate(count);
+        if all.is_empty() || self.snapshots.len() > 40 {
+            return;
+        }
+        let name = self.name("s");
+        let numbers: Vec<_> = all.iter().map(|volume| self.pool.core().volume(volume).unwrap()).collect();
+        let wanted: Vec<_> = numbers.into_iter().map(|number| (number, name.clone())).collect();
+        block_on(self.pool.snapshot(&wanted, 1, Below::Plain(&self.file))).unwrap();
+        for volume in all {
+            let contents = self.volumes[&volume].clone();
+            self.snapshots.insert((volume, name.clone()), contents);
+        }
+    }
+
+    fn clone_one(&mut self) {
+        let Some((volume, name)) = self.any_snapshot().filter(|_| self.volumes.len() < 12) else { return };
+        let clone = self.name("c");
+        block_on(self.pool.clone_volume(&volume, &name, &clone, Below::Plain(&self.file))).unwrap();
+        let contents = self.snapshots[&(volume, name)].clone();
+        self.volumes.insert(clone, contents);
+    }
+
+    fn delete_snapshot(&mut self) {
+        let Some((volume, name)) = self.any_snapshot() else { return };
+        match block_on(self.pool.delete_snapshot(&volume, &name, Below::Plain(&self.file))) {
+            Ok(()) => drop(self.snapshots.remove(&(volume, name))),
+            Err(error) => {
+                assert_eq!(error.kind(), Kind::Busy, "{error}");
+                assert!(error.to_string().contains("is a clone of"), "{error}");
+            }
+        }
+    }
+
+    fn delete_volume(&mut self) {
+        let Some(name) = self.any_volume() else { return };
+        match block_on(self.pool.delete_volume(&name, Below::Plain(&self.file))) {
+            Ok(()) => drop(self.volumes.remove(&name)),
+            Err(_) => assert!(self.snapshots.keys().any(|(volume, _)| *volume == name)),
+        }
+    }
+
+    fn rollback(&mut self) {
+        let Some((volume, name)) = self.any_snapshot().filter(|_| self.volumes.len() < 12) else { return };
+        let old = self.name("o");
+        block_on(self.pool.rollback(&volume, &name, &old, Below::Plain(&self.file))).unwrap();
+        let contents = self.snapshots[&(volume.clone(), name)].clone();
+        let before = self.volumes.insert(volume.clone(), contents).unwrap();
+        self.volumes.insert(old, before);
+        self.resort();
+    }
+
+    fn promote(&mut self) {
+        let Some(name) = self.any_volume() else { return };
+        match block_on(self.pool.promote(&name, Below::Plain(&self.file))) {
+            Ok(()) => self.resort(),
+            Err(error) => assert!(error.to_string().contains("is no clone"), "{error}"),
+        }
+    }
+
+    /// Snapshots have gone to other volumes: which, the pool says. Each must be found somewhere.
+    fn resort(&mut self) {
+        let mut found = BTreeMap::new();
+        let core = self.pool.core();
+        for entry in core.catalog.values() {
+            let EntryKind::Snapshot { volume, .. } = entry.kind else { continue };
+            let owner = core.catalog[&volume].name.clone();
+            // A name may be that of several volumes' snapshots, taken at one instant: the contents tell.
+            let blocks = entry.size as usize / BLOCK as usize;
+            let same = self.snapshots.iter().filter(|((_, name), contents)| *name == entry.name && contents.len() == blocks);
+            let mut same: Vec<_> = same.collect();
+            same.sort_by_key(|((volume, _), _)| *volume != owner);
+            found.insert((owner, entry.name.clone()), same[0].1.clone());
+        }
+        drop(core);
+        assert_eq!(found.len(), self.snapshots.len(), "seed {}: snapshots have got lost", self.seed);
+        // What each of them holds is what is read now, if one of its name held that.
+        for ((volume, name), contents) in &mut found {
+            let number = self.pool.core().volume(volume).unwrap();
+            let number = self.pool.core().snapshot(number, name).unwrap();
+            let read = read_all(&self.pool, number, contents.len(), Below::Plain(&self.file));
+            let known = self.snapshots.iter().filter(|((_, other), _)| other == name);
+            let known = known.map(|(_, contents)| contents).find(|known| bytes(0..known.len(), known) == read);
+            *contents = known.unwrap_or_else(|| panic!("seed {}: {volume}@{name} is none that was", self.seed)).clone();
+        }
+        self.snapshots = found;
+    }
+
+    fn grow(&mut self) {
+        let Some(name) = self.any_volume() else { return };
+        let contents = self.volumes.get_mut(&name).unwrap();
+        // Over the edge of a tree of one node, sometimes.
+        let more = if self.rng.u8(0..5) == 0 { 1500 } else { self.rng.usize(0..100) };
+        contents.resize((contents.len() + more).min(3000), 0);
+        let size = contents.len() as u64 * BLOCK;
+        block_on(self.pool.grow(&name, size, Below::Plain(&self.file))).unwrap();
+    }
+
+    fn rename(&mut self) {
+        let Some(name) = self.any_volume() else { return };
+        let new = self.name("n");
+        block_on(self.pool.rename(&name, &new, Below::Plain(&self.file))).unwrap();
+        let contents = self.volumes.remove(&name).unwrap();
+        self.volumes.insert(new.clone(), contents);
+        let snapshots = std::mem::take(&mut self.snapshots);
+        let renamed = |((volume, name_of), contents)| match volume == name {
+            true => ((new.clone(), name_of), contents),
+            false => ((volume, name_of), contents),
+        };
+        self.snapshots = snapshots.into_iter().map(renamed).collect();
+    }
+
+    /// The process dies; another one opens the pool.
+    fn reopen(&mut self) {
+        self.pool = opened(&self.file);
+        let below = Below::Plain(&self.file);
+        let findings = block_on(check(&self.pool, below)).unwrap();
+        assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
+        let leaked = self.pool.space.leaked(&self.pool.core().journal);
+        assert_eq!(leaked, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
+        assert_eq!(findings.volumes as usize, self.volumes.len());
+        assert_eq!(findings.snapshots as usize, self.snapshots.len());
+        for (name, contents) in &self.volumes {
+            let number = self.pool.core().volume(name).unwrap();
+            let found = read_all(&self.pool, number, contents.len(), below);
+            assert!(found == bytes(0..contents.len(), contents), "seed {}: volume {name}", self.seed);
+        }
+        for ((volume, name), contents) in &self.snapshots {
+            let number = self.pool.core().volume(volume).unwrap();
+            let number = self.pool.core().snapshot(number, name).unwrap();
+            let found = read_all(&self.pool, number, contents.len(), below);
+            assert!(found == bytes(0..contents.len(), contents), "seed {}: snapshot {volume}@{name}", self.seed);
+        }
+        self.compare();
+    }
+
+    /// What has changed since a snapshot is said to have changed.
+    fn compare(&mut self) {
+        let Some((volume, name)) = self.any_snapshot() else { return };
+        let (number, birth) = {
+            let core = self.pool.core();
+            let number = core.volume(&volume).unwrap();
+            let EntryKind::Snapshot { birth, .. } = core.catalog[&core.snapshot(number, &name).unwrap()].kind else { return };
+            (number, birth)
+        };
+        let changed = block_on(self.pool.changed_since(number, birth, Below::Plain(&self.file))).unwrap();
+        let (now, then) = (&self.volumes[&volume], &self.snapshots[&(volume.clone(), name)]);
+        for (block, version) in now.iter().enumerate() {
+            let same = then.get(block).copied().unwrap_or(0) == *version;
+            let said = changed.iter().any(|range| range.contains(&(block as u64)));
+            assert!(same || said, "seed {}: block {block} has changed, and nobody says so", self.seed);
+        }
+    }
+}
+
+fn read_all(pool: &Arc<Pool>, number: u32, blocks: usize, below: Below<'_>) -> Vec<u8> {
+    let volume = Volume::new(pool.clone(), number);
+    let read = Request::read(0, blocks as u64 * BLOCK);
+    block_on(volume.read_pieces(read, below)).unwrap().into_data().unwrap().to_vec()
+}
+
+#[test]
+fn volumes_snapshots_and_clones_are_like_vectors() {
+    for seed in super::crash::seeds() {
+        let mut model = Model::new(seed);
+        for _ in 0..12 {
+            (0..model.rng.usize(1..40)).for_each(|_| model.step());
+            model.reopen();
+        }
+        // In the end everything can be deleted, and nothing is left.
+        while !model.volumes.is_empty() {
+            (0..20).for_each(|_| model.delete_snapshot());
+            (0..10).for_each(|_| model.delete_volume());
+        }
+        model.reopen();
+        let used = model.pool.core().root.used;
+        assert!(used <= 4 * 4, "seed {seed}: {used} blocks are left, and nothing is there");
+    }
+}
