@@ -38,6 +38,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::mem::TYPE,
     &sink::nbd_client::TYPE,
     &sink::null::TYPE,
+    &parallax::disk::TYPE,
     &sink::volatile::TYPE,
     &transform::cow::TYPE,
     &parallax::radix::TYPE,

@@ -1,9 +1,9 @@
 //! How a pool reaches its device: through a port of the graph, as an image of this process, or, for tools, as a file.
 
 use blockmason::io::FileIo;
-use blockmason::{Answer, Class, Cx, Data, Error, Flow, Kind, Op, Origin, Reply, Request, Result};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use blockmason::{Answer, Cx, Data, Error, Flow, Kind, Op, Origin, Reply, Request, Result};
+use rustix::io::Errno;
+use std::os::fd::BorrowedFd;
 
 /// The way down. A copy is handed along with each request.
 #[derive(Clone, Copy)]
@@ -13,7 +13,7 @@ pub(super) enum Below<'a> {
     /// A file or block device that this element has open.
     Image(&'a FileIo, Cx<'a>),
     /// The same where there is no graph: calls block.
-    Plain(&'a File),
+    Plain(BorrowedFd<'a>),
 }
 
 impl<'a> Below<'a> {
@@ -54,30 +54,37 @@ impl<'a> Below<'a> {
     pub(super) async fn flush(self) -> Result<()> {
         self.submit(self.own(Request::flush())).await.map(drop)
     }
-
-    /// Gives room back where the device can.
-    pub(super) async fn discard(self, offset: u64, len: u64) -> Result<()> {
-        let mut req = self.own(Request::new(Op::Discard, offset, len));
-        req.class = Class::Background;
-        self.submit(req).await.map(drop)
-    }
 }
 
-fn plain(file: &File, req: &Request) -> Reply {
-    let failed = |error| Error::io(error, "the pool's file cannot be used");
+fn plain(file: BorrowedFd<'_>, req: &Request) -> Reply {
+    let failed = |errno| Error::os(errno, "the pool's file cannot be used").at(req.op.name(), req.offset);
     match req.op {
         Op::Read => {
             let mut bytes = vec![0; req.len as usize];
-            file.read_exact_at(&mut bytes, req.offset).map_err(failed)?;
+            let mut done = 0;
+            while done < bytes.len() {
+                match rustix::io::pread(file, &mut bytes[done..], req.offset + done as u64) {
+                    Ok(0) => return Err(failed(Errno::IO)),
+                    Ok(count) => done += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(failed(errno)),
+                }
+            }
             Ok(Answer::Data(Data::shared(bytes)))
         }
         Op::Write => {
-            file.write_all_at(&req.data.to_vec(), req.offset).map_err(failed)?;
+            let (bytes, mut done) = (req.data.to_vec(), 0);
+            while done < bytes.len() {
+                match rustix::io::pwrite(file, &bytes[done..], req.offset + done as u64) {
+                    Ok(count) => done += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(failed(errno)),
+                }
+            }
             Ok(Answer::Done)
         }
-        Op::Flush => file.sync_data().map(|()| Answer::Done).map_err(failed),
-        Op::Discard | Op::Cache => Ok(Answer::Done),
-        Op::WriteZeroes | Op::Extents | Op::Control => {
+        Op::Flush => rustix::fs::fdatasync(file).map(|()| Answer::Done).map_err(failed),
+        Op::Discard | Op::WriteZeroes | Op::Cache | Op::Extents | Op::Control => {
             Err(Error::new(Kind::Unsupported, "a pool asks for no such thing"))
         }
     }

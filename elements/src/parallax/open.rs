@@ -80,6 +80,17 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Makes the places zero from which a pool is read that `create` does not write: those of a device may hold anything.
+pub(super) async fn clear(size: u64, below: Below<'_>) -> Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let extents = size / (BLOCK * EXTENT);
+    let label = Label { id: [0; 16], extents, capacity: extents * GROWTH, sequence: 0, features: Features::default() };
+    for at in (0..(label.first() + 1) * EXTENT * BLOCK).step_by(PIECE as usize) {
+        below.write(at, Data::zeros(PIECE as usize)).await?;
+    }
+    Ok(())
+}
+
 /// True if the device has no pool and reads as zeros where its label would be.
 pub(super) async fn is_empty(below: Below<'_>) -> Result<bool> {
     for place in Label::PLACES {

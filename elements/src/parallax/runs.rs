@@ -100,10 +100,6 @@ impl Runs {
             (from, run.part(from - first, to - from))
         })
     }
-
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Run)> + '_ {
-        self.runs.iter().map(|(first, run)| (*first, run))
-    }
 }
 
 #[cfg(test)]

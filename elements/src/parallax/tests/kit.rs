@@ -14,6 +14,7 @@ use blockmason::{
 use futures::executor::block_on;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -297,7 +298,7 @@ impl Story {
 
     /// Opens a copy of the pool, checks it, and looks at all that is in it.
     fn verify(&mut self, copy: &File, power: bool) {
-        let below = Below::Plain(copy);
+        let below = Below::Plain(copy.as_fd());
         let opening = Opening { writable: true, memory: 1 << 20 };
         let size = copy.metadata().unwrap().len();
         let pool = block_on(open(opening, size, below)).unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
@@ -363,7 +364,7 @@ impl Story {
         self.settle().await;
         let sink = find(&self.graph, "D");
         let copy = self.copy(&sink).await;
-        let below = Below::Plain(&copy);
+        let below = Below::Plain(copy.as_fd());
         let opening = Opening { writable: false, memory: 1 << 20 };
         let pool = Arc::new(block_on(open(opening, copy.metadata().unwrap().len(), below)).unwrap());
         self.hold_snapshots(&pool, below);

@@ -12,6 +12,7 @@ use blockmason::{Data, Kind, Op, Request};
 use futures::executor::block_on;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -41,14 +42,14 @@ fn bytes(range: Range<usize>, contents: &[u32]) -> Vec<u8> {
 
 fn opened(file: &File) -> Arc<Pool> {
     let opening = Opening { writable: true, memory: 100_000 };
-    Arc::new(block_on(open(opening, SIZE, Below::Plain(file))).unwrap())
+    Arc::new(block_on(open(opening, SIZE, Below::Plain(file.as_fd()))).unwrap())
 }
 
 impl Model {
     fn new(seed: u64) -> Model {
         let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
         file.set_len(SIZE).unwrap();
-        block_on(create([seed as u8; 16], SIZE, Below::Plain(&file))).unwrap();
+        block_on(create([seed as u8; 16], SIZE, Below::Plain(file.as_fd()))).unwrap();
         let (pool, rng) = (opened(&file), fastrand::Rng::with_seed(seed));
         Model { file, pool, rng, seed, next: 1, volumes: BTreeMap::new(), snapshots: BTreeMap::new() }
     }
@@ -80,14 +81,14 @@ impl Model {
             84..89 => self.promote(),
             89..92 => self.grow(),
             92..95 => self.rename(),
-            _ => block_on(self.pool.checkpoint(Below::Plain(&self.file))).unwrap(),
+            _ => block_on(self.pool.checkpoint(Below::Plain(self.file.as_fd()))).unwrap(),
         }
     }
 
     fn make(&mut self) {
         let (name, blocks) = (self.name("v"), self.rng.usize(1..1300));
         let checksums = self.rng.u8(0..4) == 0;
-        let below = Below::Plain(&self.file);
+        let below = Below::Plain(self.file.as_fd());
         block_on(self.pool.make_volume(&name, blocks as u64 * BLOCK, checksums, below)).unwrap();
         self.volumes.insert(name, vec![0; blocks]);
     }
@@ -105,7 +106,7 @@ impl Model {
             let zero = self.rng.u8(0..4) == 0;
             contents[range.clone()].fill(if zero { 0 } else { self.next });
             let (offset, len) = (range.start as u64 * BLOCK, range.len() as u64 * BLOCK);
-            let below = Below::Plain(&self.file);
+            let below = Below::Plain(self.file.as_fd());
             match zero {
                 true => block_on(volume.punch(Request::new(Op::Discard, offset, len), below)),
                 false => {
@@ -131,7 +132,7 @@ impl Model {
         let name = self.name("s");
         let numbers: Vec<_> = all.iter().map(|volume| self.pool.core().volume(volume).unwrap()).collect();
         let wanted: Vec<_> = numbers.into_iter().map(|number| (number, name.clone())).collect();
-        block_on(self.pool.snapshot(&wanted, 1, Below::Plain(&self.file))).unwrap();
+        block_on(self.pool.snapshot(&wanted, 1, Below::Plain(self.file.as_fd()))).unwrap();
         for volume in all {
             let contents = self.volumes[&volume].clone();
             self.snapshots.insert((volume, name.clone()), contents);
@@ -141,14 +142,14 @@ impl Model {
     fn clone_one(&mut self) {
         let Some((volume, name)) = self.any_snapshot().filter(|_| self.volumes.len() < 12) else { return };
         let clone = self.name("c");
-        block_on(self.pool.clone_volume(&volume, &name, &clone, Below::Plain(&self.file))).unwrap();
+        block_on(self.pool.clone_volume(&volume, &name, &clone, Below::Plain(self.file.as_fd()))).unwrap();
         let contents = self.snapshots[&(volume, name)].clone();
         self.volumes.insert(clone, contents);
     }
 
     fn delete_snapshot(&mut self) {
         let Some((volume, name)) = self.any_snapshot() else { return };
-        match block_on(self.pool.delete_snapshot(&volume, &name, Below::Plain(&self.file))) {
+        match block_on(self.pool.delete_snapshot(&volume, &name, Below::Plain(self.file.as_fd()))) {
             Ok(()) => drop(self.snapshots.remove(&(volume, name))),
             Err(error) => {
                 assert_eq!(error.kind(), Kind::Busy, "{error}");
@@ -159,7 +160,7 @@ impl Model {
 
     fn delete_volume(&mut self) {
         let Some(name) = self.any_volume() else { return };
-        match block_on(self.pool.delete_volume(&name, Below::Plain(&self.file))) {
+        match block_on(self.pool.delete_volume(&name, Below::Plain(self.file.as_fd()))) {
             Ok(()) => drop(self.volumes.remove(&name)),
             Err(_) => assert!(self.snapshots.keys().any(|(volume, _)| *volume == name)),
         }
@@ -168,7 +169,7 @@ impl Model {
     fn rollback(&mut self) {
         let Some((volume, name)) = self.any_snapshot().filter(|_| self.volumes.len() < 12) else { return };
         let old = self.name("o");
-        block_on(self.pool.rollback(&volume, &name, &old, Below::Plain(&self.file))).unwrap();
+        block_on(self.pool.rollback(&volume, &name, &old, Below::Plain(self.file.as_fd()))).unwrap();
         let contents = self.snapshots[&(volume.clone(), name)].clone();
         let before = self.volumes.insert(volume.clone(), contents).unwrap();
         self.volumes.insert(old, before);
@@ -177,7 +178,7 @@ impl Model {
 
     fn promote(&mut self) {
         let Some(name) = self.any_volume() else { return };
-        match block_on(self.pool.promote(&name, Below::Plain(&self.file))) {
+        match block_on(self.pool.promote(&name, Below::Plain(self.file.as_fd()))) {
             Ok(()) => self.resort(),
             Err(error) => assert!(error.to_string().contains("is no clone"), "{error}"),
         }
@@ -203,7 +204,7 @@ impl Model {
         for ((volume, name), contents) in &mut found {
             let number = self.pool.core().volume(volume).unwrap();
             let number = self.pool.core().snapshot(number, name).unwrap();
-            let read = read_all(&self.pool, number, contents.len(), Below::Plain(&self.file));
+            let read = read_all(&self.pool, number, contents.len(), Below::Plain(self.file.as_fd()));
             let known = self.snapshots.iter().filter(|((_, other), _)| other == name);
             let known = known.map(|(_, contents)| contents).find(|known| bytes(0..known.len(), known) == read);
             *contents = known.unwrap_or_else(|| panic!("seed {}: {volume}@{name} is none that was", self.seed)).clone();
@@ -218,13 +219,13 @@ impl Model {
         let more = if self.rng.u8(0..5) == 0 { 1500 } else { self.rng.usize(0..100) };
         contents.resize((contents.len() + more).min(3000), 0);
         let size = contents.len() as u64 * BLOCK;
-        block_on(self.pool.grow(&name, size, Below::Plain(&self.file))).unwrap();
+        block_on(self.pool.grow(&name, size, Below::Plain(self.file.as_fd()))).unwrap();
     }
 
     fn rename(&mut self) {
         let Some(name) = self.any_volume() else { return };
         let new = self.name("n");
-        block_on(self.pool.rename(&name, &new, Below::Plain(&self.file))).unwrap();
+        block_on(self.pool.rename(&name, &new, Below::Plain(self.file.as_fd()))).unwrap();
         let contents = self.volumes.remove(&name).unwrap();
         self.volumes.insert(new.clone(), contents);
         let snapshots = std::mem::take(&mut self.snapshots);
@@ -238,7 +239,7 @@ impl Model {
     /// The process dies; another one opens the pool.
     fn reopen(&mut self) {
         self.pool = opened(&self.file);
-        let below = Below::Plain(&self.file);
+        let below = Below::Plain(self.file.as_fd());
         let findings = block_on(check(&self.pool, below)).unwrap();
         assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
         let leaked = self.pool.space.leaked(&self.pool.core().journal);
@@ -268,7 +269,7 @@ impl Model {
             let EntryKind::Snapshot { birth, .. } = core.catalog[&core.snapshot(number, &name).unwrap()].kind else { return };
             (number, birth)
         };
-        let changed = block_on(self.pool.changed_since(number, birth, Below::Plain(&self.file))).unwrap();
+        let changed = block_on(self.pool.changed_since(number, birth, Below::Plain(self.file.as_fd()))).unwrap();
         let (now, then) = (&self.volumes[&volume], &self.snapshots[&(volume.clone(), name)]);
         for (block, version) in now.iter().enumerate() {
             let same = then.get(block).copied().unwrap_or(0) == *version;

@@ -1,0 +1,273 @@
+//! A volume of a pool in a file or on a block device.
+
+use super::format::{BLOCK, EntryKind};
+use super::pool::Core;
+use super::shared::Shared;
+use super::volume::{Volume, unix_seconds};
+use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
+use blockmason::lang::value::{FilePath, Size};
+use blockmason::{
+    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
+};
+use futures::executor::block_on;
+use futures::future::{Either, select};
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+blockmason::params! {
+    /// A volume of a pool.
+    struct Params {
+        /// The pool: its file, its block device, or the folder that it is in.
+        pool: FilePath,
+        /// The volume.
+        volume: String,
+        /// Serves this snapshot of the volume instead, for reading only.
+        snapshot: Option<String>,
+        /// Memory that the pool's map may take. What the first graph says that opens the pool counts.
+        memory: Size = "256M",
+    }
+}
+
+/// See the module.
+pub const TYPE: ElementType = ElementType {
+    name: "parallax",
+    summary: "a thin volume with snapshots and clones, of a pool in a file or on a block device",
+    doc: "Serves a volume, or a snapshot of one, of a pool that `mason pool create` has made. All volumes of a pool share its room; \
+          graphs of one process may serve several of them, one process at a time may use the pool.\n\n\
+          A volume takes room for what is written to it; discarded and zeroed ranges take none. Blocks of 4 KiB are written in place \
+          where only the volume sees them, and to a new place where a snapshot or a clone sees them, too.\n\n\
+          `snapshot NAME` keeps the volume as it is at that instant. It takes one flush, whatever the size, and no request waits for \
+          it. More is done with volumes by `mason volume`, also while they are served.\n\n\
+          **Durability.** A write is answered when its data and a record of the log that leads to it have been written, so the \
+          death of this process loses nothing. A flush is one fdatasync. After a loss of power each block that was written \
+          since the last flush has its new or its flushed contents, never another block's. A failed flush ends all \
+          changes to the pool until all graphs that use it are started anew.\n\n\
+          Where the pool is full, writes that need room fail with ENOSPC; deleting a snapshot, or discarding, makes room. Format: \
+          [formats/parallax.md](../formats/parallax.md).",
+    family: Family::Sink,
+    params: Params::PARAMS,
+    ports: Ports::SINK,
+    handlers: &[
+        Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
+        Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
+        Handler { name: "snapshots", access: Access::Read, doc: "names of the volume's snapshots, the oldest first" },
+        Handler { name: "snapshot", access: Access::Call, doc: "takes a snapshot of that name; durable when it is answered" },
+        Handler { name: "delete_snapshot", access: Access::Call, doc: "deletes the snapshot of that name" },
+        Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
+    ],
+    example: "element Guest (type nbd) (listen unix:vm1.sock)\n\
+              element Disk (type parallax) (pool vms.pool) (volume vm1)\n\
+              Guest -> Disk\n",
+    carries: |params| match Params::from(params) {
+        Ok(params) if params.snapshot.is_some() => Carries::NO_WRITES,
+        _ => Carries::ALL,
+    },
+    check: Params::check,
+    build: |build: &Build<'_>| Ok(Arc::new(Disk::new(build.read(Params::from)?)?)),
+    ..ElementType::BASE
+};
+
+/// How often what was written goes into the trees, if nothing asks for it sooner.
+const CHECKPOINT: Duration = Duration::from_secs(5);
+
+struct Disk {
+    params: Params,
+    size: u64,
+    /// Set by `open`.
+    open: OnceLock<(Volume, Arc<Shared>)>,
+}
+
+impl Disk {
+    fn new(params: Params) -> Result<Disk> {
+        let size = Shared::look(&params.pool.0, |pool, _| {
+            let core = pool.core();
+            let number = find(&core, &params)?;
+            Ok(core.catalog.get(&number).map_or(0, |entry| entry.size))
+        })?;
+        Ok(Disk { params, size, open: OnceLock::new() })
+    }
+
+    fn opened(&self) -> Result<&(Volume, Arc<Shared>)> {
+        self.open.get().ok_or_else(|| Error::internal("a request came before the pool was opened"))
+    }
+
+    /// Brings the log into the trees from time to time.
+    async fn work(&self, cx: Cx<'_>) {
+        let Ok((_, shared)) = self.opened() else { return };
+        let mut closing = pin!(cx.closing());
+        loop {
+            let due = blockmason::rt::timeout(CHECKPOINT, shared.pool.due.notified());
+            if let Either::Left(_) = select(closing.as_mut(), pin!(due)).await {
+                return;
+            }
+            // The reason has been logged, and whoever writes is told.
+            let _ = shared.pool.checkpoint(shared.below(cx)).await;
+        }
+    }
+
+    fn snapshots(&self) -> Result<Vec<String>> {
+        let (_, shared) = self.opened()?;
+        let core = shared.pool.core();
+        let number = core.volume(&self.params.volume);
+        let of = |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume, .. } if Some(*volume) == number);
+        Ok(core.catalog.values().filter(|entry| of(&entry.kind)).map(|entry| entry.name.clone()).collect())
+    }
+}
+
+/// The number of what is to be served.
+fn find(core: &Core, params: &Params) -> Result<u32> {
+    let gone = |what: String| Error::new(Kind::Unavailable, what).with_path(&params.pool.0);
+    let volume = &params.volume;
+    let number = core.volume(volume).ok_or_else(|| gone(format!("the pool has no volume {volume}")))?;
+    match &params.snapshot {
+        None => Ok(number),
+        Some(name) => core.snapshot(number, name).ok_or_else(|| gone(format!("{volume} has no snapshot {name}"))),
+    }
+}
+
+impl Element for Disk {
+    fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
+        Ok(Prepared::of(Geometry {
+            min_block: BLOCK as u32,
+            preferred_block: BLOCK as u32,
+            ops: Ops::ALL,
+            needs_flush: true,
+            read_only: self.params.snapshot.is_some(),
+            ..Geometry::new(self.size)
+        }))
+    }
+
+    fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
+        if self.open.get().is_none() {
+            let shared = Shared::open(&self.params.pool.0, self.params.memory.0)?;
+            let number = find(&shared.pool.core(), &self.params)?;
+            let _ = self.open.set((Volume::new(shared.pool.clone(), number), shared));
+        }
+        Ok(None)
+    }
+
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        match self.opened() {
+            Ok((volume, shared)) => volume.submit(req, shared.below(cx), cx),
+            Err(error) => cx.fail(&req, error),
+        }
+    }
+
+    fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
+        Some(Box::pin(self.work(cx)))
+    }
+
+    fn may_hand_over(&self) -> Result<()> {
+        Err(Error::unsupported("a pool is not handed over to another process: stop this one, then start the other"))
+    }
+
+    fn get(&self, handler: &str) -> Result<String> {
+        let (_, shared) = self.opened()?;
+        let (free, _) = shared.pool.space.free();
+        match handler {
+            "free" => Ok((free * BLOCK).to_string()),
+            "used" => Ok(((shared.pool.space.all() - free) * BLOCK).to_string()),
+            "snapshots" => Ok(self.snapshots()?.join(" ")),
+            _ => Err(Error::no_handler(handler)),
+        }
+    }
+
+    fn call(&self, handler: &str, argument: &str) -> Result<String> {
+        let (_, shared) = self.opened()?;
+        let (pool, below, volume) = (&shared.pool, shared.plain(), &self.params.volume);
+        match handler {
+            "snapshot" => {
+                super::admin::check_name(argument)?;
+                let number = find(&pool.core(), &Params { snapshot: None, ..self.params.clone() })?;
+                block_on(pool.snapshot(&[(number, argument.to_owned())], unix_seconds(), below))?;
+                Ok(format!("{volume}@{argument}"))
+            }
+            "delete_snapshot" => {
+                block_on(pool.delete_snapshot(volume, argument, below))?;
+                Ok(format!("{volume}@{argument} is deleted"))
+            }
+            "checkpoint" => block_on(pool.checkpoint(below)).map(|()| "done".to_owned()),
+            _ => Err(Error::no_handler(handler)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::shared::make;
+    use super::super::tool::{Operation, carry_out};
+    use blockmason::testing::{TestDisk, play_against_model, run};
+    use blockmason::{Kind, Op};
+
+    fn pool(folder: &tempfile::TempDir) -> std::path::PathBuf {
+        let path = folder.path().join("a.pool");
+        make(&path, Some(64 << 20), [7; 16]).unwrap();
+        let made = Operation::CreateVolume { name: "v".into(), size: 3 << 20, checksums: false };
+        carry_out(&path, &made).unwrap();
+        path
+    }
+
+    #[test]
+    fn behaves_like_a_vector_and_keeps_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!("element D (type parallax) (pool {}) (volume v)", pool(&folder).display());
+        run(1, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
+            play_against_model(&disk, 1, 400).await;
+            disk.write(4096, &[9; 8192]).await.unwrap();
+        });
+        run(2, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
+            assert_eq!(disk.read(4096, 8192).await.unwrap(), [9; 8192]);
+        });
+    }
+
+    #[test]
+    fn a_snapshot_is_served_beside_its_volume_and_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = pool(&folder);
+        let text = format!("element D (type parallax) (pool {}) (volume v)", path.display());
+        run(1, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
+            disk.write(0, &[1; 4096]).await.unwrap();
+            let taken = Operation::Snapshot { volumes: vec!["v".into()], name: "before".into() };
+            carry_out(&path, &taken).unwrap();
+            disk.write(0, &[2; 4096]).await.unwrap();
+            let old = TestDisk::new(&host, crate::ALL, &format!("{text} (snapshot before)"), "D").await.unwrap();
+            assert_eq!(old.read(0, 4096).await.unwrap(), [1; 4096]);
+            assert_eq!(disk.read(0, 4096).await.unwrap(), [2; 4096]);
+            assert_eq!(old.write(0, &[3; 4096]).await.unwrap_err().kind(), Kind::Denied);
+            let delete = Operation::DeleteSnapshot { volume: "v".into(), name: "before".into() };
+            assert_eq!(carry_out(&path, &delete).unwrap_err().kind(), Kind::Busy, "it is being served");
+        });
+    }
+
+    #[test]
+    fn a_full_pool_says_so_and_deleting_makes_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pool");
+        make(&path, Some(40 << 20), [7; 16]).unwrap();
+        carry_out(&path, &Operation::CreateVolume { name: "v".into(), size: 1 << 40, checksums: false }).unwrap();
+        let text = format!("element D (type parallax) (pool {}) (volume v)", path.display());
+        run(1, async |host| {
+            let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
+            let mut at = 0;
+            let error = loop {
+                match disk.write(at, &vec![5; 1 << 20]).await {
+                    Ok(()) => at += 1 << 30,
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+            assert!(at >= 10 << 30, "{at}");
+            disk.op(Op::Flush, 0, 0).await.unwrap();
+            assert_eq!(disk.read(0, 1 << 20).await.unwrap(), vec![5; 1 << 20]);
+            disk.op(Op::Discard, 0, 4 << 30).await.unwrap();
+            disk.write(0, &vec![6; 1 << 20]).await.unwrap();
+            assert_eq!(disk.read(4 << 30, 1 << 20).await.unwrap(), vec![5; 1 << 20]);
+        });
+        let findings = carry_out(&path, &Operation::Check).unwrap();
+        assert_eq!(findings["problems"], serde_json::json!([]));
+    }
+}

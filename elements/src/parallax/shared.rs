@@ -1,0 +1,141 @@
+//! The pools that this process has open: each once, whoever uses it.
+
+use super::below::Below;
+use super::format::{BLOCK, Id};
+use super::open::{Opening, create, open};
+use super::pool::Pool;
+use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
+use blockmason::{Cx, Error, Kind, Result};
+use futures::executor::block_on;
+use rustix::fs::{FileType, OFlags, SeekFrom};
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+/// Who holds the lock of an open pool, in the words of whoever is refused.
+const HOLDER: &str = "of its pool";
+
+/// The file of a pool that is a folder.
+const FILE: &str = "blocks";
+
+/// A pool that is open.
+pub(super) struct Shared {
+    io: FileIo,
+    pub(super) pool: Arc<Pool>,
+}
+
+static OPEN: Mutex<Option<HashMap<PathBuf, Weak<Shared>>>> = Mutex::new(None);
+
+impl Shared {
+    /// The pool at a path, opened for writing if this process has not opened it yet. Blocks.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if another process has it open.
+    pub(super) fn open(path: &Path, memory: u64) -> Result<Arc<Shared>> {
+        let path = file_of(path)?;
+        let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = all.get_or_insert_default();
+        if let Some(shared) = all.get(&path).and_then(Weak::upgrade) {
+            return Ok(shared);
+        }
+        let (image, size, device) = image(&path, true)?;
+        let opening = Opening { writable: true, memory };
+        let pool = block_on(open(opening, size, Below::Plain(image.file().as_fd())));
+        let pool = pool.map_err(|error| error.with_path(&path))?;
+        let io = FileIo::new(image, FileOptions { size, direct: false, device });
+        let shared = Arc::new(Shared { io, pool: Arc::new(pool) });
+        all.retain(|_, shared| shared.strong_count() > 0);
+        all.insert(path, Arc::downgrade(&shared));
+        Ok(shared)
+    }
+
+    /// Looks at the pool at a path, changing nothing. Blocks.
+    ///
+    /// # Errors
+    /// As [`Shared::open`].
+    pub(super) fn look<T>(path: &Path, look: impl FnOnce(&Pool, Below<'_>) -> Result<T>) -> Result<T> {
+        let path = file_of(path)?;
+        let open_already = {
+            let all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+            all.as_ref().and_then(|all| all.get(&path).and_then(Weak::upgrade))
+        };
+        if let Some(shared) = open_already {
+            return look(&shared.pool, shared.plain());
+        }
+        let (image, size, _) = image(&path, false)?;
+        let below = Below::Plain(image.file().as_fd());
+        let opening = Opening { writable: false, memory: 16 << 20 };
+        let pool = block_on(open(opening, size, below)).map_err(|error| error.with_path(&path))?;
+        look(&pool, below)
+    }
+
+    /// The way down of a request of a graph.
+    pub(super) fn below<'a>(&'a self, cx: Cx<'a>) -> Below<'a> {
+        Below::Image(&self.io, cx)
+    }
+
+    /// The way down where calls may block.
+    pub(super) fn plain(&self) -> Below<'_> {
+        Below::Plain(self.io.image().file().as_fd())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Whatever it is that failed has been said; the log has everything.
+        let _ = block_on(self.pool.checkpoint(self.plain()));
+    }
+}
+
+/// Makes a pool in a new file, or on a block device that reads as zeros where its label will be. Blocks.
+///
+/// # Errors
+/// [`Kind::Busy`] if there is something already; what the system says.
+pub(super) fn make(path: &Path, size: Option<u64>, id: Id) -> Result<()> {
+    let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
+    if rustix::fs::stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice) {
+        let (image, all, _) = image(path, true)?;
+        let below = Below::Plain(image.file().as_fd());
+        return block_on(async {
+            if !super::open::is_empty(below).await? {
+                let message = "the device has something on it: zero its first 2 MiB if it may be overwritten";
+                return Err(Error::new(Kind::Busy, message).with_path(path));
+            }
+            super::open::clear(all, below).await?;
+            create(id, size.unwrap_or(all).min(all), below).await
+        });
+    }
+    let Some(size) = size else { return Err(Error::invalid("a pool in a file needs a size").with_path(path)) };
+    let path = if path.is_dir() { &path.join(FILE) } else { path };
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let file = rustix::fs::open(path, flags, mode).map_err(|errno| refused(errno, "it cannot be created"))?;
+    let made = rustix::fs::ftruncate(&file, size)
+        .map_err(|errno| refused(errno, "it cannot be made that large"))
+        .and_then(|()| block_on(create(id, size, Below::Plain(file.as_fd()))));
+    // Half made, it would stand in the way.
+    made.inspect_err(|_| drop(rustix::fs::unlink(path)))
+}
+
+/// The file or device of a pool.
+fn file_of(path: &Path) -> Result<PathBuf> {
+    let path = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
+    let found = path.canonicalize();
+    found.map_err(|error| Error::io(error, "there is no such pool").with_path(&path))
+}
+
+/// Opens the file or device of a pool, with its lock: its size, and whether it is a device.
+fn image(path: &Path, write: bool) -> Result<(Arc<Image>, u64, bool)> {
+    let image = Registry::of_process().open(path, Access { write, direct: false }, HOLDER)?;
+    let refused = |errno| Error::os(errno, "its size cannot be found out").with_path(path);
+    let stat = rustix::fs::fstat(image.file()).map_err(refused)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::BlockDevice => {
+            let size = rustix::fs::seek(image.file(), SeekFrom::End(0)).map_err(refused)?;
+            Ok((image, size, true))
+        }
+        _ if (stat.st_size as u64) < BLOCK => Err(Error::new(Kind::Denied, "it is no pool").with_path(path)),
+        _ => Ok((image, stat.st_size as u64, false)),
+    }
+}

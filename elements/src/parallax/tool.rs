@@ -1,0 +1,196 @@
+//! What administrators do with pools: the same in the process that serves a pool and where nobody does.
+
+use super::check::check;
+use super::format::{BLOCK, Entry, EntryKind};
+use super::pool::Pool;
+use super::shared::{self, Shared};
+use super::volume::unix_seconds;
+use blockmason::{Error, Kind, Result};
+use futures::executor::block_on;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Memory for the map where nobody says anything else, in bytes.
+const MEMORY: u64 = 256 << 20;
+
+/// Something to do with a pool that is there. Sizes are in bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "do", deny_unknown_fields)]
+pub enum Operation {
+    /// What is in the pool.
+    List,
+    /// Looks at everything: whether what the pool says of itself is true.
+    Check,
+    /// Makes an empty volume.
+    CreateVolume {
+        /// Its name.
+        name: String,
+        /// A multiple of 4096.
+        size: u64,
+        /// Whether each block gets a checksum.
+        checksums: bool,
+    },
+    /// Deletes a volume without snapshots that nobody serves.
+    DeleteVolume {
+        /// Its name.
+        name: String,
+    },
+    /// Takes snapshots of volumes at one instant.
+    Snapshot {
+        /// Their names.
+        volumes: Vec<String>,
+        /// The snapshots' name.
+        name: String,
+    },
+    /// Deletes a snapshot that has no clone and that nobody serves.
+    DeleteSnapshot {
+        /// Of this volume.
+        volume: String,
+        /// Its name.
+        name: String,
+    },
+    /// Makes a volume that begins as a snapshot.
+    Clone {
+        /// The volume of the snapshot.
+        volume: String,
+        /// The snapshot.
+        snapshot: String,
+        /// The clone's name.
+        name: String,
+    },
+    /// Makes a volume that nobody serves what one of its snapshots is.
+    Rollback {
+        /// The volume.
+        volume: String,
+        /// The snapshot.
+        snapshot: String,
+        /// What the volume of what it was until now is called.
+        keep: String,
+    },
+    /// Gives a clone its origin and all before that.
+    Promote {
+        /// The clone.
+        name: String,
+    },
+    /// Gives a volume that nobody serves another name.
+    Rename {
+        /// The old name.
+        name: String,
+        /// The new one.
+        to: String,
+    },
+    /// Makes a volume larger.
+    Resize {
+        /// The volume.
+        name: String,
+        /// Its new size.
+        size: u64,
+    },
+    /// What has changed in a volume since one of its snapshots.
+    Diff {
+        /// The volume.
+        volume: String,
+        /// The snapshot.
+        since: String,
+    },
+}
+
+/// Makes a pool in a new file, or on an empty block device, whose own size counts if none is given. Blocks.
+///
+/// # Errors
+/// [`Kind::Busy`] if there is something already.
+pub fn create(path: &Path, size: Option<u64>) -> Result<()> {
+    shared::make(path, size, std::array::from_fn(|_| fastrand::u8(..)))
+}
+
+/// Does something with a pool that no other process has open. What was found out, or null. Blocks.
+///
+/// # Errors
+/// [`Kind::Busy`] if another process has the pool open: that one can do it.
+pub fn carry_out(path: &Path, operation: &Operation) -> Result<Value> {
+    if let Operation::List = operation {
+        return Shared::look(path, |pool, _| Ok(list(pool)));
+    }
+    let shared = Shared::open(path, MEMORY)?;
+    let (pool, below) = (&shared.pool, shared.plain());
+    match operation {
+        Operation::List => return Ok(list(pool)),
+        Operation::Check => {
+            block_on(pool.checkpoint(below))?;
+            let found = block_on(check(pool, below))?;
+            return Ok(json!({
+                "problems": found.problems, "volumes": found.volumes, "snapshots": found.snapshots,
+                "nodes": found.nodes, "bytes": found.blocks * BLOCK,
+            }));
+        }
+        Operation::CreateVolume { name, size, checksums } => {
+            block_on(pool.make_volume(name, *size, *checksums, below))?;
+        }
+        Operation::DeleteVolume { name } => block_on(pool.delete_volume(name, below))?,
+        Operation::Snapshot { volumes, name } => {
+            super::admin::check_name(name)?;
+            let wanted = |volume: &String| Ok((number_of(pool, volume)?, name.clone()));
+            let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
+            block_on(pool.snapshot(&wanted, unix_seconds(), below))?;
+        }
+        Operation::DeleteSnapshot { volume, name } => block_on(pool.delete_snapshot(volume, name, below))?,
+        Operation::Clone { volume, snapshot, name } => {
+            block_on(pool.clone_volume(volume, snapshot, name, below))?;
+        }
+        Operation::Rollback { volume, snapshot, keep } => block_on(pool.rollback(volume, snapshot, keep, below))?,
+        Operation::Promote { name } => block_on(pool.promote(name, below))?,
+        Operation::Rename { name, to } => block_on(pool.rename(name, to, below))?,
+        Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
+        Operation::Diff { volume, since } => {
+            let number = number_of(pool, volume)?;
+            let birth = birth_of(pool, number, since)?;
+            let changed = block_on(pool.changed_since(number, birth, below))?;
+            let range = |range: &std::ops::Range<u64>| json!([range.start * BLOCK, (range.end - range.start) * BLOCK]);
+            return Ok(changed.iter().map(range).collect());
+        }
+    }
+    Ok(Value::Null)
+}
+
+fn number_of(pool: &Pool, volume: &str) -> Result<u32> {
+    let found = pool.core().volume(volume);
+    found.ok_or_else(|| Error::new(Kind::Unavailable, format!("there is no volume {volume}")))
+}
+
+fn birth_of(pool: &Pool, volume: u32, snapshot: &str) -> Result<u64> {
+    let core = pool.core();
+    let found = core.snapshot(volume, snapshot).and_then(|number| core.catalog.get(&number));
+    match found.map(|entry| &entry.kind) {
+        Some(EntryKind::Snapshot { birth, .. }) => Ok(*birth),
+        _ => Err(Error::new(Kind::Unavailable, format!("there is no snapshot {snapshot}"))),
+    }
+}
+
+fn list(pool: &Pool) -> Value {
+    let core = pool.core();
+    let name_of = |number: &u32| core.catalog.get(number).map(|entry| entry.name.clone());
+    let origin = |snapshot: &u32| {
+        let entry = core.catalog.get(snapshot)?;
+        match &entry.kind {
+            EntryKind::Snapshot { volume, .. } => Some(format!("{}@{}", name_of(volume)?, entry.name)),
+            EntryKind::Volume { .. } => None,
+        }
+    };
+    let snapshots = |number: u32| -> Vec<Value> {
+        let of = |entry: &&Entry| matches!(entry.kind, EntryKind::Snapshot { volume, .. } if volume == number);
+        let said = |entry: &Entry| json!({ "name": entry.name, "size": entry.size, "made": entry.made });
+        core.catalog.values().filter(of).map(said).collect()
+    };
+    let volume = |(number, entry): (&u32, &Entry)| match &entry.kind {
+        EntryKind::Volume { origin: (from, _), .. } => Some(json!({
+            "name": entry.name, "size": entry.size, "made": entry.made, "checksums": entry.checksums,
+            "origin": origin(from), "served": core.served.contains_key(number), "snapshots": snapshots(*number),
+        })),
+        EntryKind::Snapshot { .. } => None,
+    };
+    let volumes: Vec<Value> = core.catalog.iter().filter_map(volume).collect();
+    drop(core);
+    let (free, _) = pool.space.free();
+    json!({ "size": pool.space.all() * BLOCK, "free": free * BLOCK, "volumes": volumes })
+}
