@@ -196,22 +196,30 @@ impl Element for Disk {
 #[cfg(test)]
 mod tests {
     use super::super::shared::make;
-    use super::super::tool::{Operation, carry_out};
+    use super::super::tool::{self, Operation};
     use blockmason::testing::{TestDisk, play_against_model, run};
-    use blockmason::{Kind, Op};
+    use blockmason::{Kind, Op, Result};
+    use serde_json::Value;
+    use std::path::{Path, PathBuf};
 
-    fn pool(folder: &tempfile::TempDir) -> std::path::PathBuf {
+    /// On another thread: this one serves the pool.
+    async fn carry_out(path: &Path, operation: Operation) -> Result<Value> {
+        let path = path.to_owned();
+        blockmason::rt::blocking(move || tool::carry_out(&path, &operation)).await.unwrap()
+    }
+
+    fn pool(folder: &tempfile::TempDir, size: u64, volume: u64) -> PathBuf {
         let path = folder.path().join("a.pool");
-        make(&path, Some(64 << 20), [7; 16]).unwrap();
-        let made = Operation::CreateVolume { name: "v".into(), size: 3 << 20, checksums: false };
-        carry_out(&path, &made).unwrap();
+        make(&path, Some(size), [7; 16]).unwrap();
+        let made = Operation::CreateVolume { name: "v".into(), size: volume, checksums: false };
+        tool::carry_out(&path, &made).unwrap();
         path
     }
 
     #[test]
     fn behaves_like_a_vector_and_keeps_it() {
         let folder = tempfile::tempdir().unwrap();
-        let text = format!("element D (type parallax) (pool {}) (volume v)", pool(&folder).display());
+        let text = format!("element D (type parallax) (pool {}) (volume v)", pool(&folder, 64 << 20, 3 << 20).display());
         run(1, async |host| {
             let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
             play_against_model(&disk, 1, 400).await;
@@ -226,29 +234,27 @@ mod tests {
     #[test]
     fn a_snapshot_is_served_beside_its_volume_and_not_written() {
         let folder = tempfile::tempdir().unwrap();
-        let path = pool(&folder);
+        let path = pool(&folder, 64 << 20, 3 << 20);
         let text = format!("element D (type parallax) (pool {}) (volume v)", path.display());
         run(1, async |host| {
             let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
             disk.write(0, &[1; 4096]).await.unwrap();
             let taken = Operation::Snapshot { volumes: vec!["v".into()], name: "before".into() };
-            carry_out(&path, &taken).unwrap();
+            carry_out(&path, taken).await.unwrap();
             disk.write(0, &[2; 4096]).await.unwrap();
             let old = TestDisk::new(&host, crate::ALL, &format!("{text} (snapshot before)"), "D").await.unwrap();
             assert_eq!(old.read(0, 4096).await.unwrap(), [1; 4096]);
             assert_eq!(disk.read(0, 4096).await.unwrap(), [2; 4096]);
             assert_eq!(old.write(0, &[3; 4096]).await.unwrap_err().kind(), Kind::Denied);
             let delete = Operation::DeleteSnapshot { volume: "v".into(), name: "before".into() };
-            assert_eq!(carry_out(&path, &delete).unwrap_err().kind(), Kind::Busy, "it is being served");
+            assert_eq!(carry_out(&path, delete).await.unwrap_err().kind(), Kind::Busy, "it is being served");
         });
     }
 
     #[test]
     fn a_full_pool_says_so_and_deleting_makes_room() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.pool");
-        make(&path, Some(40 << 20), [7; 16]).unwrap();
-        carry_out(&path, &Operation::CreateVolume { name: "v".into(), size: 1 << 40, checksums: false }).unwrap();
+        let path = pool(&folder, 40 << 20, 1 << 40);
         let text = format!("element D (type parallax) (pool {}) (volume v)", path.display());
         run(1, async |host| {
             let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
@@ -267,7 +273,7 @@ mod tests {
             disk.write(0, &vec![6; 1 << 20]).await.unwrap();
             assert_eq!(disk.read(4 << 30, 1 << 20).await.unwrap(), vec![5; 1 << 20]);
         });
-        let findings = carry_out(&path, &Operation::Check).unwrap();
+        let findings = tool::carry_out(&path, &Operation::Check).unwrap();
         assert_eq!(findings["problems"], serde_json::json!([]));
     }
 }
