@@ -6,8 +6,8 @@ use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::element::BoxFuture;
 use blockmason::lang::value::{FilePath, Service, Size};
 use blockmason::{
-    Children, Class, Cx, Element, Error, Flow, LocalBoxFuture, Luggage, Op, Open, Origin, Prepared, Reply,
-    Request, Result,
+    Children, Class, Cx, Element, Error, Flow, Kind, LocalBoxFuture, Luggage, Op, Open, Origin, Prepared,
+    Reply, Request, Result,
 };
 use futures::future::{Either, select};
 use rustix::fs::MemfdFlags;
@@ -94,7 +94,7 @@ pub const TYPE: ElementType = ElementType {
           With `file` the map outlives the process, also one that is killed: a change is marked there before it is \
           issued. After a loss of power all of a region is dirty in which there had been changes a few seconds \
           before; regions are of 64 MiB, or more on large disks. The first change in a region waits until that is durable, and \
-          after some seconds without changes the disk below is flushed and the region is taken back. A file of another \
+          after some seconds without changes the disk below is flushed and the region is taken back; one of which everything is dirty is marked from the start. A file of another \
           disk, or of other granules, is refused, as is one that somebody else has open, and never overwritten. \
           The file knows nothing of changes that are made while no `log_dirty` keeps it: delete it then. Format: \
           docs/formats/dirty.md.\n\n\
@@ -129,6 +129,9 @@ pub const TYPE: ElementType = ElementType {
 
 /// How long nothing must happen in a region before it is taken back.
 const REST: Duration = Duration::from_secs(5);
+
+/// How long the last flush may take.
+const LAST: Duration = Duration::from_secs(1);
 
 /// The form of what is handed over to another process.
 const LUGGAGE: u32 = 1;
@@ -203,15 +206,29 @@ impl LogDirty {
     async fn rest(&self, cx: Cx<'_>, last: bool) {
         let mut regions = self.map.resting(last);
         if !regions.is_empty() {
-            let flush = Request { origin: Origin::Internal, class: Class::Background, ..Request::flush() };
-            let flush = cx.child(&flush);
-            if let Err(error) = cx.forward(0, flush).await {
+            if let Err(error) = self.flush(cx, last).await {
                 tracing::warn!(graph = cx.graph_name(), element = cx.name(), "regions stay marked: {error}");
                 regions.clear();
             }
         }
         if let Err(error) = self.map.rest(regions).await {
             tracing::warn!(graph = cx.graph_name(), element = cx.name(), "regions stay marked: {error}");
+        }
+    }
+
+    /// Flushes the disk below. Where the graph closes nobody waits long for a disk that may not answer.
+    async fn flush(&self, cx: Cx<'_>, last: bool) -> Reply {
+        let flush = Request { origin: Origin::Internal, class: Class::Background, ..Request::flush() };
+        let flushed = cx.detach(0, cx.child(&flush));
+        let late = async {
+            if !last {
+                cx.closing().await;
+            }
+            cx.sleep(LAST).await;
+        };
+        match select(flushed, pin!(late)).await {
+            Either::Left((reply, _)) => reply,
+            Either::Right(_) => Err(Error::new(Kind::Busy, format!("not flushed in {LAST:?}"))),
         }
     }
 
@@ -412,7 +429,8 @@ mod tests {
     fn a_region_stays_marked_as_long_as_the_disk_cannot_be_flushed() {
         let folder = tempfile::tempdir().unwrap();
         run(1, async |host| {
-            let text = kept(folder.path(), "") + " element E (type error) (op flush) (count 3) L -> E -> M";
+            let text = kept(folder.path(), "(initially clean)")
+                + " element E (type error) (op flush) (count 3) L -> E -> M";
             let disk = TestDisk::new(&host, crate::ALL, &text, "L").await.unwrap();
             disk.write(0, &[1; 8]).await.unwrap();
             blockmason::rt::sleep(Duration::from_secs(12)).await;
