@@ -205,11 +205,11 @@ impl LogDirty {
 
     async fn rest(&self, cx: Cx<'_>, last: bool) {
         let mut regions = self.map.resting(last);
-        if !regions.is_empty() {
-            if let Err(error) = self.flush(cx, last).await {
-                tracing::warn!(graph = cx.graph_name(), element = cx.name(), "regions stay marked: {error}");
-                regions.clear();
-            }
+        if !regions.is_empty()
+            && let Err(error) = self.flush(cx, last).await
+        {
+            tracing::warn!(graph = cx.graph_name(), element = cx.name(), "regions stay marked: {error}");
+            regions.clear();
         }
         if let Err(error) = self.map.rest(regions).await {
             tracing::warn!(graph = cx.graph_name(), element = cx.name(), "regions stay marked: {error}");

@@ -289,19 +289,19 @@ impl DirtyMap {
         loop {
             let mut landed = std::pin::pin!(self.landed.notified());
             landed.as_mut().enable();
-            let flights = self.flights();
-            let mut there = flights.list.iter().filter(|flight| overlap(&flight.range, &range)).peekable();
-            if there.peek().is_none() {
-                return true;
-            }
-            if there.any(|flight| flight.astray) {
-                return false;
-            }
-            drop(flights);
-            if rt::timeout(silence, landed).await.is_none() {
-                return false;
+            match self.on_the_way(&range) {
+                None => return true,
+                Some(astray) if astray || rt::timeout(silence, landed).await.is_none() => return false,
+                Some(_) => {}
             }
         }
+    }
+
+    /// If something is on its way to a range: whether something of that was let go.
+    fn on_the_way(&self, range: &Range<u64>) -> Option<bool> {
+        let flights = self.flights();
+        let there = flights.list.iter().filter(|flight| overlap(&flight.range, range));
+        there.map(|flight| flight.astray).reduce(|one, other| one || other)
     }
 
     /// Waits until no change of the range is on its way that was announced before. Whoever calls this keeps new

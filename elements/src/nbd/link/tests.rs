@@ -438,7 +438,7 @@ fn a_server_that_takes_connections_and_says_nothing_is_given_up_as_soon_as_one_t
     let uri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
     let owner = ("vm".to_owned(), "R".to_owned());
     let reconnect = Duration::from_millis(10);
-    let since = std::time::Instant::now();
+    let since = rt::now();
     let said =
         Client::new(Target { owner, uri, tls: ClientTls::Off, reconnect, timeout: None }).err().unwrap();
     assert!(said.to_string().contains("does not answer"), "{said}");

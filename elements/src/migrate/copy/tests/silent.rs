@@ -1,4 +1,8 @@
 //! A new disk that does not answer: guests do not wait behind it, and nothing that lands late is taken for new.
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "what is written is a list of ranges, also of a single one"
+)]
 
 use super::world::{Moving, bytes, fresh, parked, pass, release, set, settle, world};
 use blockmason::testing::run;
