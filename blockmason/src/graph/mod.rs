@@ -107,6 +107,12 @@ pub struct Graph {
     /// Tells the work of its own of every element to end; replaced when it may begin anew.
     closing: Mutex<watch::Sender<bool>>,
     pub(crate) lanes: Lanes,
+    /// Those of them with something in flight that must not be left behind.
+    pub(crate) needed: Lanes,
+    /// Elements whose detached work may be left behind.
+    left_behind: Mutex<Vec<u32>>,
+    /// Another graph has taken over without that work.
+    is_left: AtomicBool,
     /// Counts the elements whose work of their own goes on.
     pub(crate) runs: Lanes,
 }
@@ -198,6 +204,9 @@ impl Graph {
             failed: AtomicBool::new(false),
             closing: Mutex::new(watch::channel(false).0),
             lanes: Lanes::default(),
+            needed: Lanes::default(),
+            left_behind: Mutex::default(),
+            is_left: AtomicBool::new(false),
             runs: Lanes::default(),
         })
     }
@@ -313,6 +322,36 @@ impl Graph {
     /// Waits until nothing of this graph is in flight on any shard.
     pub async fn drained(&self) {
         self.lanes.emptied().await;
+    }
+
+    /// Says of which elements the detached work [need not end](crate::sched::Change::leave_behind) before another graph
+    /// takes over.
+    pub(crate) fn leave_behind(&self, elements: &[String]) {
+        let nodes = elements.iter().filter_map(|name| self.node(name));
+        *self.left_behind() = nodes.map(|node| node as u32).collect();
+    }
+
+    /// True if the detached work of that element may be left behind.
+    pub(crate) fn leaves_behind(&self, node: u32) -> bool {
+        self.left_behind().contains(&node)
+    }
+
+    /// Another graph has taken over, and what is in flight here was left behind.
+    pub(crate) fn set_left(&self) {
+        self.is_left.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::Acquire)
+    }
+
+    fn left_behind(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.left_behind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nothing is in flight but what may be left behind.
+    pub(crate) async fn only_left(&self) {
+        self.needed.emptied().await;
     }
 
     /// True if that instance, not only one like it, is part of this graph.

@@ -57,6 +57,8 @@ pub struct Options {
     pub commit: Option<Commit>,
     /// See [`Change::flush_by`].
     pub flush_by: Option<Vec<(String, String)>>,
+    /// See [`Change::leave_behind`].
+    pub leave_behind: Vec<String>,
     /// See [`Change::unasked`].
     pub unasked: Vec<String>,
 }
@@ -85,6 +87,7 @@ impl Default for Options {
             renames: Vec::new(),
             commit: None,
             flush_by: None,
+            leave_behind: Vec::new(),
             unasked: Vec::new(),
         }
     }
@@ -246,7 +249,9 @@ impl Live {
         let Options { deadline, disconnect, alone, .. } = *options;
         let (commit, flush_by) = (options.commit.clone(), options.flush_by.clone());
         let unasked = options.unasked.clone();
-        let change = Change { deadline, disconnect, alone, settings, commit, flush_by, unasked };
+        let leave_behind = options.leave_behind.clone();
+        let change =
+            Change { deadline, disconnect, alone, settings, commit, flush_by, leave_behind, unasked };
         let changed = self.disk.replace(Arc::new(graph), &change).await;
         let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
         signed.complete();

@@ -8,7 +8,7 @@ use crate::geometry::Geometry;
 use crate::graph::tally::Tally;
 use crate::graph::{Graph, edge::Edge};
 use crate::request::{Reply, Request};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::rc::Rc;
@@ -24,10 +24,13 @@ pub(crate) struct Lane {
     pub(crate) tally: Arc<Tally>,
     pub(crate) detached: RefCell<VecDeque<detach::Task>>,
     closing: watch::Receiver<bool>,
+    /// It has something in flight that a change of graph must wait for, or may have.
+    needed: Cell<bool>,
 }
 
 impl Drop for Lane {
     fn drop(&mut self) {
+        self.only_left();
         self.graph.lanes.leave();
     }
 }
@@ -35,8 +38,16 @@ impl Drop for Lane {
 impl Lane {
     pub(crate) fn new(graph: Arc<Graph>, shard: Rc<Shard>) -> Lane {
         graph.lanes.enter();
+        graph.needed.enter();
         let (tally, closing) = (graph.tallies[shard.id()].clone(), graph.closing());
-        Lane { graph, shard, tally, detached: RefCell::default(), closing }
+        Lane { graph, shard, tally, detached: RefCell::default(), closing, needed: Cell::new(true) }
+    }
+
+    /// From now on it has nothing in flight but what may be left behind.
+    pub(crate) fn only_left(&self) {
+        if self.needed.replace(false) {
+            self.graph.needed.leave();
+        }
     }
 
     /// An element has panicked: the graph answers errors until it is replaced.

@@ -13,7 +13,6 @@ use std::task::{Context, Poll, Waker};
 
 /// Something detached that its lane has not taken up yet.
 pub(crate) struct Task {
-    node: u32,
     make: Make,
     pub(crate) done: Done,
 }
@@ -23,13 +22,18 @@ type Make = Box<dyn for<'a> FnOnce(Cx<'a>) -> Flow<'a>>;
 impl Task {
     /// The flow, and whom to tell of its end.
     pub(crate) fn start<'a>(self, lane: &'a Lane) -> (impl FnOnce() -> Flow<'a>, Done) {
-        let Task { node, make, done } = self;
-        (move || make(lane.cx(node as usize)), done)
+        let Task { make, done } = self;
+        let node = done.node as usize;
+        (move || make(lane.cx(node)), done)
     }
 }
 
 /// The sending half.
-pub(crate) struct Done(Rc<RefCell<State>>);
+pub(crate) struct Done {
+    state: Rc<RefCell<State>>,
+    /// Whose work it is.
+    pub(crate) node: u32,
+}
 
 #[derive(Default)]
 struct State {
@@ -40,7 +44,7 @@ struct State {
 impl Done {
     pub(crate) fn send(self, reply: Reply) {
         let waker = {
-            let mut state = self.0.borrow_mut();
+            let mut state = self.state.borrow_mut();
             state.reply = Some(reply);
             state.waker.take()
         };
@@ -82,8 +86,8 @@ impl Cx<'_> {
     /// left to do when a request has been answered. It counts as in flight in this epoch.
     pub fn detach_with(self, make: impl for<'a> FnOnce(Cx<'a>) -> Flow<'a> + 'static) -> Detached {
         let state = Rc::new(RefCell::new(State::default()));
-        let done = Done(state.clone());
-        self.lane.detached.borrow_mut().push_back(Task { node: self.node, make: Box::new(make), done });
+        let done = Done { state: state.clone(), node: self.node };
+        self.lane.detached.borrow_mut().push_back(Task { make: Box::new(make), done });
         Detached(state)
     }
 }

@@ -8,12 +8,15 @@
 //!
 //! Starting is the same: the graph before is the empty one.
 
+mod past;
 mod process;
 
+use past::start_work;
+pub(super) use past::{Past, Working};
 pub use process::{Entering, Leaving};
 
+use super::Disk;
 use super::disk::InFlight;
-use super::{Disk, Lane};
 use crate::describe::{ElementType, Family, Handover};
 use crate::element::{BoxFuture, Element, Open};
 use crate::error::{Error, Kind, Result};
@@ -46,6 +49,9 @@ pub struct Change {
     /// Sources and their ports by which everything is flushed that has to be durable before the change; without
     /// it, by all ports of all sources, if anything leaves the graph that may hold something back.
     pub flush_by: Option<Vec<(String, String)>>,
+    /// Elements whose [detached](crate::Cx::detach_with) work need not have ended: it goes on in the graph before,
+    /// whose elements stay open as long. For a disk that leaves and may not answer.
+    pub leave_behind: Vec<String>,
     /// Elements that are not asked whether they may leave: what only they know how to read is to stay as it is.
     pub unasked: Vec<String>,
 }
@@ -62,6 +68,7 @@ impl Default for Change {
             settings: Vec::new(),
             commit: None,
             flush_by: None,
+            leave_behind: Vec::new(),
             unasked: Vec::new(),
         }
     }
@@ -91,16 +98,6 @@ pub struct Changed {
     pub announced: Vec<(String, String)>,
     /// Requests that are still on their way in the graph before; only after a change without a pause.
     pub left: Vec<InFlight>,
-}
-
-/// What is left of the graphs before, and whether the work of its own of the present one goes on.
-#[derive(Default)]
-pub(super) struct Past {
-    /// Graphs that may have requests in flight.
-    graphs: Vec<Arc<Graph>>,
-    /// True if [`Element::run`](crate::Element::run) has been started for the present graph.
-    running: bool,
-    stopped: bool,
 }
 
 /// The way from one graph to the other: without a pause if, without the elements that need not see
@@ -140,20 +137,19 @@ impl Disk {
     /// once nothing is in flight in those before.
     fn settle(self: &Arc<Self>, past: &mut Past) -> Result<()> {
         let now = self.graph();
-        let (over, graphs): (Vec<_>, Vec<_>) = past.graphs.drain(..).partition(|graph| graph.is_drained());
-        past.graphs = graphs;
-        for graph in over {
-            for gone in graph.instances() {
-                if !past.graphs.iter().chain([&now]).any(|other| other.has(gone)) {
-                    close(gone);
-                }
-            }
-        }
+        past.close_drained(&now);
         if past.graphs.is_empty() && !past.running && now.runs.is_empty() && !past.stopped {
             past.running = true;
             start_work(self, &now)?;
         }
         Ok(())
+    }
+
+    /// True while something goes on that a change of graph has left behind.
+    pub async fn has_left_behind(self: &Arc<Self>) -> Result<bool> {
+        let mut past = self.changing.lock().await;
+        self.settle(&mut past)?;
+        Ok(!past.left.is_empty())
     }
 
     /// Settles when what is in flight has ended.
@@ -162,7 +158,7 @@ impl Disk {
         #[expect(clippy::disallowed_methods, reason = "this waits for requests, it carries none")]
         tokio::spawn(async move {
             loop {
-                let old = disk.changing.lock().await.graphs.first().cloned();
+                let old = disk.changing.lock().await.waited_for();
                 match old {
                     Some(graph) => graph.drained().await,
                     None => disk.graph().runs.emptied().await,
@@ -199,6 +195,10 @@ impl Disk {
         }
         let flushed = self.flush(&graph).await;
         self.settle(&mut past)?;
+        // Nobody has waited for what was left behind, nor does this.
+        while let Some(left) = past.left.pop() {
+            past.close(&left, &graph);
+        }
         others.into_iter().for_each(|instance| close(instance));
         self.end_tracers()?;
         flushed
@@ -215,12 +215,6 @@ impl Disk {
             }
         }
         flushed
-    }
-}
-
-impl Past {
-    fn is_settled(&self) -> bool {
-        self.stopped || (self.running && self.graphs.is_empty())
     }
 }
 
@@ -267,6 +261,9 @@ impl Step<'_> {
         if self.before.sources().next().is_some() {
             disk.gated.fetch_add(1, Ordering::Relaxed);
         }
+        for graph in past.graphs.iter().chain([&self.before]) {
+            graph.leave_behind(&change.leave_behind);
+        }
         disk.admit_into(None).await?;
         self.before.announce_closing();
         let changed = self.behind_the_gate(past, since, flush).await;
@@ -274,6 +271,11 @@ impl Step<'_> {
             Ok(_) => {
                 self.dismiss_clients();
                 past.graphs.push(self.before.clone());
+                if !change.leave_behind.is_empty() {
+                    past.graphs.iter().for_each(|graph| graph.set_left());
+                    let Past { graphs, left, .. } = past;
+                    left.append(graphs);
+                }
                 disk.set_graph(self.next.clone());
             }
             Err(_) => self.before.forget_closing(),
@@ -293,7 +295,10 @@ impl Step<'_> {
     ) -> Result<Vec<(String, String)>> {
         let body = async {
             for graph in past.graphs.iter().chain([&self.before]) {
-                graph.drained().await;
+                match self.change.leave_behind.is_empty() {
+                    true => graph.drained().await,
+                    false => graph.only_left().await,
+                }
             }
             if flush && !self.before.is_failed() { Some(self.flush().await) } else { None }
         };
@@ -491,38 +496,4 @@ fn log(instance: &Instance, error: &Error) {
 /// Calls into an element; a panic in it is an error.
 pub(crate) fn contained<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(Error::internal("the element panicked")))
-}
-
-/// Starts what has work of its own: one job for each shard, so that a change wakes each once.
-fn start_work(disk: &Disk, graph: &Arc<Graph>) -> Result<()> {
-    let shards = disk.host.shards();
-    for first in 0..shards.min(graph.nodes.len()) {
-        let nodes = (first..graph.nodes.len()).step_by(shards);
-        let working: Vec<_> = nodes.map(|node| (node, Working::new(graph))).collect();
-        disk.host.on(first, move |shard| {
-            for (node, working) in working {
-                let lane = Lane::new(working.0.clone(), shard.clone());
-                drop(tokio::task::spawn_local(super::run_node(lane, node, working)));
-            }
-        })?;
-    }
-    Ok(())
-}
-
-/// An element's work of its own goes on, or is about to begin, while this lives.
-pub(super) struct Working(Arc<Graph>);
-
-impl Working {
-    fn new(graph: &Arc<Graph>) -> Working {
-        graph.runs.enter();
-        graph.lanes.enter();
-        Working(graph.clone())
-    }
-}
-
-impl Drop for Working {
-    fn drop(&mut self) {
-        self.0.runs.leave();
-        self.0.lanes.leave();
-    }
 }

@@ -9,6 +9,7 @@ use crate::events::Events;
 use crate::graph::Graph;
 use crate::io::Ring;
 use crate::request::{Reply, Request};
+use futures::future::{Either, select};
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::future::Future;
@@ -223,8 +224,20 @@ impl Host {
             req.root = req.id;
             let lane = Lane::new(graph, shard.clone());
             drop(tokio::task::spawn_local(async move {
+                let (mut tx, changes) = (tx, req.op.changes_data());
+                let run = std::pin::pin!(super::serve::run_one(&lane, node, port, req));
+                let reply = match select(run, std::pin::pin!(tx.closed())).await {
+                    Either::Left((reply, _)) => reply,
+                    Either::Right(((), run)) => {
+                        // Nobody waits for a flush or a read any more, and no graph need.
+                        if !changes {
+                            lane.only_left();
+                        }
+                        run.await
+                    }
+                };
                 // Whoever asked may have gone.
-                let _ = tx.send(super::serve::run_one(&lane, node, port, req).await);
+                let _ = tx.send(reply);
             }));
         })?;
         rx.await.map_err(|_| Error::internal("an element panicked"))?

@@ -47,7 +47,6 @@ pub(crate) use order::Order;
 pub use ranges::{Claim, Holder, Mode, RangeGuard, RangeLock, Waiting};
 pub use recorder::{Hop, LONGEST_ERROR, Way};
 pub use scatter::Part;
-use serve::run_node;
 pub use serve::{Admit, Served, Stream, serve};
 pub use shard::Shard;
 pub use sockets::Sockets;

@@ -71,7 +71,7 @@ pub async fn serve<S: Stream>(disk: &Disk, source: &str, stream: &S) -> Result<S
     let slot = disk.slot()?;
     let joined = Joined { slot: &slot, number: slot.join() };
     let end = Cell::new(None);
-    let mut epochs: Vec<LocalBoxFuture<'_, ()>> = Vec::new();
+    let mut epochs: Vec<(Arc<Graph>, LocalBoxFuture<'_, ()>)> = Vec::new();
     let mut newest = None;
     let mut known: Option<std::task::Waker> = None;
     poll_fn(|task| {
@@ -86,12 +86,14 @@ pub async fn serve<S: Stream>(disk: &Disk, source: &str, stream: &S) -> Result<S
             newest = Some(slot.epoch.get());
             if let Some(graph) = slot.graph.borrow().clone() {
                 let serving = Serving { slot: &slot, source, stream, end: &end };
-                epochs.push(Box::pin(serving.epoch(shard.clone(), graph)));
+                epochs.push((graph.clone(), Box::pin(serving.epoch(shard.clone(), graph))));
             }
         }
-        epochs.retain_mut(|epoch| epoch.as_mut().poll(task).is_pending());
+        epochs.retain_mut(|(_, epoch)| epoch.as_mut().poll(task).is_pending());
+        // Nobody waits at the end for what was left behind.
+        let over = slot.closing.get() && epochs.iter().all(|(graph, _)| graph.is_left());
         match end.get() {
-            Some(end) if epochs.is_empty() => Poll::Ready(Ok(end)),
+            Some(end) if over || epochs.is_empty() => Poll::Ready(Ok(end)),
             _ => Poll::Pending,
         }
     })
@@ -121,6 +123,12 @@ struct Serving<'s, S> {
 enum Owner<T> {
     Root { tag: T, id: u64, op: Op, offset: u64, len: u64, since: Instant },
     Detached(Done),
+}
+
+impl<T> Owner<T> {
+    fn may_be_left(&self, lane: &Lane) -> bool {
+        matches!(self, Owner::Detached(done) if lane.graph.leaves_behind(done.node))
+    }
 }
 
 impl<'s, S: Stream> Serving<'s, S> {
@@ -170,7 +178,13 @@ impl<'s, 'a, S: Stream> Turn<'s, 'a, S> {
             task.waker().wake_by_ref();
         }
         let over = slot.epoch.get() != number || self.serving.end.get().is_some();
-        if over && self.flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
+        if over && self.flows.len() == 0 {
+            return Poll::Ready(());
+        }
+        if over && left > 0 && self.flows.owners().all(|owner| owner.may_be_left(self.cx.lane)) {
+            self.cx.lane.only_left();
+        }
+        Poll::Pending
     }
 
     /// Lists what is in flight.
@@ -341,7 +355,7 @@ fn report(cx: Cx<'_>, source: &str, id: u64, error: &Error) {
 }
 
 /// Runs an element's work of its own to its end, in one epoch.
-pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
+pub(super) async fn run_node(lane: Lane, node: usize, working: Working) {
     let element = lane.graph.nodes[node].element.clone();
     let cx = lane.cx(node);
     let mut flows: Flows<'_, Done> = Flows::new();
@@ -365,7 +379,14 @@ pub(super) async fn run_node(lane: Lane, node: usize, _working: Working) {
             }
         }
         carry_on(&lane, &mut flows, task);
-        if over && flows.len() == 0 { Poll::Ready(()) } else { Poll::Pending }
+        if over && flows.len() == 0 {
+            return Poll::Ready(());
+        }
+        if over && flows.owners().all(|done| lane.graph.leaves_behind(done.node)) {
+            lane.only_left();
+            working.only_left();
+        }
+        Poll::Pending
     })
     .await;
 }

@@ -23,7 +23,8 @@ blockmason::params! {
         /// The most connections, where the server lets several see one order of flushes (multi-conn).
         /// Without it one for each shard. Other servers get one.
         connections: Option<u16>,
-        /// How long requests wait for a server that has gone to come back; `0s` fails them at once.
+        /// How long requests wait for a server that has gone to come back; `0s` fails them at once. An attempt to
+        /// connect takes no longer, or a second, and ten seconds at the most.
         reconnect: Time = "30s",
         /// How long the server may take for one request before its connection counts as broken. Without
         /// it there is no limit.

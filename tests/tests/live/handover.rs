@@ -1,5 +1,6 @@
 //! Another process goes on: clients notice nothing, and where it cannot, the one before does.
 
+use crate::migrate::{TO, World};
 use crate::{BLOCKS, Site, graph, plain};
 use blockmason_tests::client;
 use blockmason_tests::handover::{Heir, is_running};
@@ -399,6 +400,30 @@ fn a_trial_goes_on() {
     assert_eq!(Raw::ready(&site.path("vm.nbd")).read(0, 4096), [1; 4096]);
     assert!(daemon.ended_well());
     second.stop(&site.path("vm.nbd"));
+}
+
+#[test]
+fn a_move_goes_on_in_the_process_that_comes() {
+    let mut world = World::new();
+    world.migrate(TO, &["--rate", "2M/s", "--until", "begun"]).done();
+    let mut heirs = Vec::new();
+    for _ in 0..3 {
+        world.go_on();
+        let before = world.status()["remaining"].as_u64().unwrap();
+        heirs.push(hand_over(&world.site));
+        world.go_on();
+        let status = world.status();
+        assert_eq!(status["state"], "copying", "{status}");
+        // What was copied is known, and perhaps what has been on its way at that instant is not.
+        assert!(status["remaining"].as_u64().unwrap() <= before + (4 << 20), "{status}, {before} before");
+    }
+    world.mason(&["set", "A_copy.rate", "unlimited"]).done();
+    world.until_state("done");
+    world.go_on();
+    world.verify();
+    assert_eq!((world.site.head("a.img"), world.site.head("b.img")), ("moved".into(), "active".into()));
+    world.site.has_no_move();
+    heirs.pop().unwrap().stop(world.daemon.socket());
 }
 
 #[test]

@@ -167,3 +167,24 @@ fn disks_of_two_graphs_cut_over_at_one_instant() {
     }
     world.starts_anew();
 }
+
+#[test]
+fn a_move_that_goes_on_is_waited_for() {
+    let world = World::new();
+    world.migrate(TO, &SLOWLY).done();
+    let late = world.mason(&["migrate", "wait", "--until", "ready", "--timeout", "100ms"]);
+    assert_eq!(late.code, Some(1), "{late:?}");
+    assert!(late.refused().contains("not come that far in time"));
+    world.mason(&["set", "A_copy.rate", "unlimited"]).done();
+    let said = world.mason(&["migrate", "wait", "vm", "A", "--timeout", "1m"]).done();
+    assert!(said.contains("vm A: done") && said.contains("b.img now"), "{said}");
+    assert!(world.mason(&["migrate", "wait"]).refused().contains("no disk is being moved"));
+    let said = world.mason(&["migrate", "wait", "vm", "A"]).done();
+    assert!(said.contains("vm A: done"), "{said}");
+    world.migrate("file (path c.img)", &SLOWLY).done();
+    let mut wait = command(world.site.folder(), &["migrate", "wait", "--control", "c.sock"]);
+    let mut wait = wait.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    world.mason(&["migrate", "abort"]).done();
+    assert_eq!(wait.wait().unwrap().code(), Some(1), "as the command that has begun it");
+    world.starts_anew();
+}

@@ -2,10 +2,13 @@
 //! the guest notices nothing.
 
 use crate::migrate::World;
+use crate::migrate_crash::Tracer;
+use blockmason_tests::control::command;
 use blockmason_tests::mason::until;
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// An NBD server.
 struct Server {
@@ -112,10 +115,41 @@ fn a_server_that_dies_at_the_cut_over() {
     server.signal(Signal::STOP);
     let said = world.mason(&["migrate", "cutover", "--deadline", "500ms"]).refused();
     assert!(!said.is_empty());
-    // Until it ends, guests may come to be as far ahead as they may be of one that does not answer.
-    server.die();
     world.go_on();
+    server.die();
     is_given_up(world);
+}
+
+#[test]
+fn a_server_that_does_not_answer_any_more() {
+    for stage in [&["--rate", "4M/s", "--until", "begun"][..], &["--cutover", "manual", "--until", "ready"]] {
+        let (world, server) = begun(stage);
+        server.signal(Signal::STOP);
+        let since = blockmason_tests::mason::now();
+        while since.elapsed() < Duration::from_secs(3) {
+            world.go_on();
+        }
+        // Guests have gone on beside it, and do while it is given up, with the server as it is.
+        is_given_up(world);
+    }
+}
+
+#[test]
+fn a_server_that_answers_again_in_time() {
+    let world = World::new();
+    let server = Server::memory(&world);
+    world.migrate(&server.disk(), &["--cutover", "manual", "--until", "ready"]).done();
+    server.signal(Signal::STOP);
+    until("it is noticed", || world.status()["message"].as_str().unwrap().contains("has not answered"));
+    world.go_on();
+    server.signal(Signal::CONT);
+    world.until_state("ready");
+    world.mason(&["migrate", "cutover"]).done();
+    let mut world = world;
+    world.go_on();
+    world.verify();
+    world.daemon.stop_well();
+    drop(server);
 }
 
 #[test]
@@ -134,6 +168,38 @@ fn a_server_that_dies_after_the_cut_over_and_comes_back() {
     assert_eq!(world.site.head("a.img"), "moved");
     world.daemon.stop_well();
     drop(server);
+}
+
+#[test]
+fn a_server_that_dies_within_the_cut_over_and_comes_back() {
+    let mut world = World::new();
+    let args = ["file", "file=target.img"];
+    world.site.write("target.img", vec![0; 16 << 20]);
+    let mut server = Server::start(world.site.folder(), &args);
+    let to = server.disk().replace("200ms", "20s");
+    world.migrate(&to, &["--cutover", "manual", "--until", "ready"]).done();
+    // Between the head that decides and the graph that follows from it.
+    let slowly = Tracer::inject(&world.daemon, "rename", "delay_exit=1000000", &world.site);
+    let cutover = command(world.site.folder(), &["migrate", "cutover", "--control", "c.sock"]).spawn();
+    until("the new head decides", || a_head_says(&world.site.path("state/mason/heads"), "\"active\""));
+    server.die();
+    assert_eq!(world.site.head("a.img"), "moving");
+    drop(slowly);
+    assert!(cutover.unwrap().wait().unwrap().success());
+    let server = Server::start(world.site.folder(), &args);
+    world.go_on();
+    world.verify();
+    assert_eq!(world.site.head("a.img"), "moved");
+    world.daemon.stop_well();
+    drop(server);
+}
+
+/// True if the head of a disk elsewhere says that.
+fn a_head_says(folder: &Path, what: &str) -> bool {
+    let heads = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    // One that is just being written has a name that begins with a dot.
+    let mut heads = heads.filter(|path| !path.file_name().unwrap().to_string_lossy().starts_with('.'));
+    heads.any(|path| std::fs::read_to_string(&path).is_ok_and(|text| text.contains(what)))
 }
 
 #[test]

@@ -11,6 +11,7 @@ use crate::output::{self, printable, printable_lines};
 use crate::units::{Bytes, Nanos, Seconds};
 use crate::view::{CutoverRequest, DiskName, MoveRequest, MoveState, MoveView};
 use blockmason::lang::value::Time;
+use blockmason::rt;
 
 /// Move a disk to another store while its guests use it.
 #[derive(clap::Args)]
@@ -23,6 +24,7 @@ use blockmason::lang::value::Time;
   mason migrate vm1 Disk --to 'file (path b.img)' --keep-mirror
   mason migrate vm1 Disk --back           the old disk, kept the same, takes over again
   mason migrate status
+  mason migrate wait --until ready        for a move that goes on
 
 What guests change goes to both disks from the start, and guests are answered by the old one.
 The rest is copied in the background, holes and zeros without their bytes. When both are the
@@ -114,6 +116,8 @@ enum Until {
 enum What {
     /// Shows how far moves are
     Status(SomeArgs),
+    /// Waits for a move that goes on, and shows how far it is
+    Wait(WaitArgs),
     /// Stops the copier for a while; what guests change goes to both disks all the same
     Pause(OneArgs),
     /// Lets the copier go on
@@ -150,6 +154,23 @@ struct OneArgs {
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
+  mason migrate wait
+  mason migrate wait vm1 Disk --until ready --timeout 10m")]
+struct WaitArgs {
+    #[command(flatten)]
+    which: OneArgs,
+
+    /// What it waits for: that the move has begun, that both disks are the same, or the cut-over
+    #[arg(long, value_name = "WHAT", default_value = "done")]
+    until: Until,
+
+    /// How long it waits at the most
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<Time>,
+}
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
   mason migrate cutover vm1 Disk
   mason migrate cutover vm1 Disk vm2 Data     both at one instant")]
 struct CutArgs {
@@ -170,6 +191,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         None if args.begin.back => back(&args.begin),
         None => begin(&args.begin),
         Some(What::Status(args)) => status(args),
+        Some(What::Wait(args)) => wait(args),
         Some(What::Pause(args)) => ask(args, "pause"),
         Some(What::Resume(args)) => ask(args, "resume"),
         Some(What::Abort(args)) => abort(args),
@@ -194,25 +216,42 @@ fn begin(args: &BeginArgs) -> Outcome {
         patience_seconds: Some(args.patience.0.as_secs_f64()),
     };
     let begun: MoveView = client.post(&path(&["v1", "graphs", &graph.name, "moves"]), &request)?;
-    let enough: fn(MoveState) -> bool = match args.until {
-        Until::Begun => |_| true,
-        Until::Ready => |state| state == MoveState::Ready || over(state),
-        Until::Done => over,
-    };
-    follow(&client, begun, enough, &args.shared)
+    let last = progress::follow(&client, begun, args.until.enough())?;
+    say(&last, &args.shared)
+}
+
+impl Until {
+    /// Whether a state is enough.
+    fn enough(self) -> fn(MoveState) -> bool {
+        match self {
+            Until::Begun => |_| true,
+            Until::Ready => |state| state == MoveState::Ready || over(state),
+            Until::Done => over,
+        }
+    }
+}
+
+fn wait(args: &WaitArgs) -> Outcome {
+    let OneArgs { graph, element, shared } = &args.which;
+    let (client, _) = shared.control.connect()?;
+    let view = only(&client, graph.as_deref(), element.as_deref())?;
+    let end = args.timeout.as_ref().map(|timeout| rt::now() + timeout.0);
+    let enough = args.until.enough();
+    let last = progress::follow_until(&client, view, enough, end)?;
+    say(&last, shared)?;
+    if enough(last.state) { Ok(()) } else { Err(Failure::new("it has not come that far in time")) }
 }
 
 fn over(state: MoveState) -> bool {
     state.is_over() || state == MoveState::Mirroring
 }
 
-/// Waits, and shows how far it is.
-fn follow(client: &Client, view: MoveView, enough: fn(MoveState) -> bool, shared: &JobArgs) -> Outcome {
-    let last = progress::follow(client, view, enough)?;
+/// Says how far it has come. A move that was given up is a failure.
+fn say(last: &MoveView, shared: &JobArgs) -> Outcome {
     if shared.json {
-        output::json(&last)?;
+        output::json(last)?;
     } else {
-        output::text(&(sentence(&last) + "\n"))?;
+        output::text(&(sentence(last) + "\n"))?;
     }
     match last.state {
         MoveState::Aborted => Err(Failure::Said),
@@ -231,7 +270,8 @@ fn back(args: &BeginArgs) -> Outcome {
     }
     let asked: MoveView =
         client.post(&path(&["v1", "graphs", &graph.name, "moves", element, "cutover"]), &())?;
-    follow(&client, asked, MoveState::is_over, &args.shared)
+    let last = progress::follow(&client, asked, MoveState::is_over)?;
+    say(&last, &args.shared)
 }
 
 fn moves(client: &Client, graph: Option<&str>) -> Outcome<Vec<MoveView>> {

@@ -1,7 +1,7 @@
 //! One range under a hold: what is dirty of it moves.
 
-use super::run::Step;
-use crate::migrate::map::DirtyMap;
+use super::silence::{Asked, SILENCE};
+use crate::migrate::map::{DirtyMap, Intent};
 use blockmason::sched::Held;
 use blockmason::{Answer, Class, Cx, Data, Error, Flags, Geometry, Op, Origin, Request, Result};
 use futures::stream::{self, StreamExt};
@@ -40,7 +40,7 @@ pub(super) struct Place {
     pub(super) frozen: bool,
     /// The disk at `from` knows of holes.
     pub(super) from_extents: bool,
-    to_extents: bool,
+    pub(super) to_extents: bool,
     to_zeroes: bool,
     /// Zeros are fast at `to`, however many.
     pub(super) to_fast: bool,
@@ -100,30 +100,43 @@ impl Place {
     }
 
     /// Holds a range once all that is on its way there has landed, if anything changes there.
-    pub(super) async fn hold<'a>(&self, cx: Cx<'a>, range: &Range<u64>) -> Held<'a> {
+    ///
+    /// # Errors
+    /// It does not land: the disk at `to` does not answer.
+    pub(super) async fn hold<'a>(&self, cx: Cx<'a>, range: &Range<u64>) -> Result<Held<'a>, Failed> {
         if self.frozen {
-            return cx.hold_none().await;
+            return Ok(cx.hold_none().await);
         }
         // Later ones may come without end: then they wait.
         let _ = blockmason::rt::timeout(LEGS, self.map.settled(range.clone())).await;
         let held = cx.hold(range.clone()).await;
-        self.map.settled(range.clone()).await;
-        held
+        // Guests wait for the end of this.
+        if self.map.settles(range.clone(), SILENCE).await {
+            return Ok(held);
+        }
+        self.map.let_go(range);
+        Err(Failed::Silent)
     }
 }
+
+/// How every error of the disk at `from` begins.
+pub(super) const UNREADABLE: &str = "the disk at `from` cannot be read: ";
 
 /// Which side has failed.
 #[derive(Debug)]
 pub(super) enum Failed {
     From(Error),
     To(Error),
+    /// The disk at `to` does not answer.
+    Silent,
 }
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failed::From(error) => write!(f, "the disk at `from` cannot be read: {error}"),
+            Failed::From(error) => write!(f, "{UNREADABLE}{error}"),
             Failed::To(error) => write!(f, "the disk at `to` does not take it: {error}"),
+            Failed::Silent => write!(f, "the disk at `to` has not answered for {SILENCE:?}"),
         }
     }
 }
@@ -142,8 +155,27 @@ pub(super) fn request(op: Op, range: &Range<u64>) -> Request {
     req
 }
 
+/// What a chunk is moved with.
+pub(super) struct Step<'a> {
+    pub(super) place: &'a Place,
+    pub(super) cx: Cx<'a>,
+    pub(super) moved: &'a Moved,
+    pub(super) asked: &'a Asked,
+    /// All of it was data when it was looked at last: to ask for holes again would be dear for nothing.
+    pub(super) dense: bool,
+}
+
+impl<'a> Step<'a> {
+    pub(super) fn chunk(&self, held: &'a Held<'a>) -> Chunk<'a> {
+        let Step { place, cx, moved, asked, dense } = *self;
+        Chunk { cx, asked, place, held, moved, dense }
+    }
+}
+
 /// A range that is held, and what has settled there.
 pub(super) struct Chunk<'a> {
+    pub(super) cx: Cx<'a>,
+    pub(super) asked: &'a Asked,
     pub(super) place: &'a Place,
     pub(super) held: &'a Held<'a>,
     pub(super) moved: &'a Moved,
@@ -153,9 +185,8 @@ pub(super) struct Chunk<'a> {
 
 /// Copies what is dirty of a range.
 pub(super) async fn copy(step: &Step<'_>, range: &Range<u64>) -> Result<(), Failed> {
-    let Step { place, cx, moved, dense } = *step;
-    let held = place.hold(cx, range).await;
-    let chunk = Chunk { place, held: &held, moved, dense };
+    let held = step.place.hold(step.cx, range).await?;
+    let (place, chunk) = (step.place, step.chunk(&held));
     let mut at = range.start;
     while let Some(run) = place.map.next_dirty(at..range.end) {
         at = run.end;
@@ -167,8 +198,8 @@ pub(super) async fn copy(step: &Step<'_>, range: &Range<u64>) -> Result<(), Fail
 /// Makes zero what is dirty at the start of a range which is known to be a large hole, if it still is one. The rest
 /// stays dirty.
 pub(super) async fn zero(step: &Step<'_>, range: &Range<u64>) -> Result<(), Failed> {
-    let Step { place, cx, moved, dense } = *step;
-    let held = place.hold(cx, range).await;
+    let place = step.place;
+    let held = place.hold(step.cx, range).await?;
     let Some(run) = place.map.next_dirty(range.clone()) else { return Ok(()) };
     let mut asked = request(Op::Extents, &run);
     asked.flags = Flags::ONE;
@@ -178,7 +209,7 @@ pub(super) async fn zero(step: &Step<'_>, range: &Range<u64>) -> Result<(), Fail
     if end <= run.start {
         return Ok(());
     }
-    Chunk { place, held: &held, moved, dense }.put(run.start..end, None).await
+    step.chunk(&held).put(run.start..end, None).await
 }
 
 /// Makes durable what was copied, and then what it was copied from: else a loss of power could undo there what the
@@ -225,8 +256,8 @@ impl Chunk<'_> {
         let knows = [self.place.from_extents && !self.dense, self.place.to_extents][port];
         let mut at = range.start;
         while at < end && knows {
-            let known = self.held.forward(port, request(Op::Extents, &(at..end))).await;
-            let known = known.and_then(Answer::into_extents).unwrap_or_default();
+            let known = self.ask(port, request(Op::Extents, &(at..end)), None).await;
+            let known = known.ok().and_then(|known| known.into_extents().ok()).unwrap_or_default();
             if known.is_empty() {
                 break;
             }
@@ -264,9 +295,8 @@ impl Chunk<'_> {
         }
         let count = if data.is_some() { &self.moved.copied } else { &self.moved.skipped };
         if !there {
-            self.held.forward(TO, self.change(&range, data)).await.map_err(Failed::To)?;
-        }
-        if let Some(intent) = intent {
+            self.ask(TO, self.change(&range, data), intent).await?;
+        } else if let Some(intent) = intent {
             intent.synced();
         }
         if map.is_dirty(range.clone()) {
@@ -276,6 +306,24 @@ impl Chunk<'_> {
         }
         count.set(count.get() + range.end.min(self.place.from) - range.start);
         Ok(())
+    }
+
+    /// Sends a request to one side. Where guests wait for what is held, only as long as the disk at `to` answers.
+    pub(super) async fn ask(
+        &self,
+        port: usize,
+        req: Request,
+        intent: Option<Intent>,
+    ) -> Result<Answer, Failed> {
+        if port == FROM {
+            return self.held.forward(FROM, req).await.map_err(Failed::From);
+        }
+        if !self.place.frozen {
+            return self.asked.ask(self.cx, &self.place.map, req, intent).await;
+        }
+        let answer = self.held.forward(TO, req).await.map_err(Failed::To)?;
+        intent.iter().for_each(Intent::synced);
+        Ok(answer)
     }
 
     /// True if the disk at `to` is known to be zero there, where to make it so again would take long.

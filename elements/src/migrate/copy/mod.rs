@@ -1,12 +1,13 @@
 //! Copies one disk to another while guests go on, and compares both.
 //!
 //! `run` says what is done next and does it, `chunk` moves one range, `verify` compares one, `pace` says how fast,
-//! `progress` is what handlers speak of.
+//! `silence` knows when a disk does not answer, `progress` is what handlers speak of.
 
 mod chunk;
 mod pace;
 mod progress;
 mod run;
+mod silence;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -109,8 +110,8 @@ pub const TYPE: ElementType = ElementType {
           **Of a disk that stands still.** With `(frozen yes)` no range is held, so no guest waits for either disk, \
           however slow. For the base of a `cow`, which guests read and do not change. When everything is copied, the \
           disk at `to` and then the one at `from` are flushed; `state` is `clean` when that has been done.\n\n\
-          **Guests first.** While guests are active, and for 100 ms after a request of theirs, two chunks at the \
-          most are under way, each is followed by a pause as long as it took, 100 ms at the most, and `busy_rate` \
+          **Guests first.** While guests are active, and for 100 ms after a request of theirs, four chunks at the \
+          most are under way, each is followed by a pause of a quarter of what it took, 100 ms at the most, and `busy_rate` \
           counts, too. When they are idle, `depth` chunks are under way at `rate`. Zeros count nothing.\n\n\
           **Errors.** What cannot be read or written stays dirty. It is tried again after a second, then after \
           two, up to 30 seconds, or when `retry` is called; other chunks go on until 16 have failed. `error` says \

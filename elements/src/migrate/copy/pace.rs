@@ -10,7 +10,7 @@ use tokio::time::Instant;
 const ACTIVE: Duration = Duration::from_millis(100);
 
 /// Chunks under way at once while guests are active.
-pub(super) const BUSY_DEPTH: usize = 2;
+pub(super) const BUSY_DEPTH: usize = 4;
 
 /// The longest that it steps back for guests after a chunk.
 pub(super) const STEP_BACK: Duration = Duration::from_millis(100);

@@ -1,5 +1,6 @@
 //! What handlers speak of: counters, and how fast it goes.
 
+use super::chunk::UNREADABLE;
 use blockmason::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -78,6 +79,11 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// Why the disk that is copied cannot be read, if it is that which has failed.
+    pub fn unreadable(&self) -> Option<&str> {
+        self.error.strip_prefix(UNREADABLE)
+    }
+
     pub(super) fn get(self, handler: &str) -> Result<String> {
         let number = match handler {
             "state" => return Ok(self.state.into_owned()),

@@ -3,8 +3,9 @@
 //! As many workers as chunks may be under way take turns: whoever has the turn waits until there is something to do
 //! and it may be done, and hands the turn on before doing it.
 
-use super::chunk::{self, FROM, Failed, Moved, Place, request};
+use super::chunk::{self, FROM, Failed, Moved, Place, Step, request};
 use super::pace::{BUSY_DEPTH, Pace, STEP_BACK, Troubles};
+use super::silence::{Asked, SILENCE};
 use super::verify::{self, Findings};
 use super::{Copy, MOST, Settings, State, Way};
 use blockmason::{Answer, Cx, Flags, Op};
@@ -15,20 +16,15 @@ use std::ops::Range;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 /// How far it looks ahead for holes, and the most that is made zero at once.
 const AHEAD: u64 = 1 << 30;
 
-/// What a chunk is moved with.
-pub(super) struct Step<'a> {
-    pub(super) place: &'a Place,
-    pub(super) cx: Cx<'a>,
-    pub(super) moved: &'a Moved,
-    /// All of it was data when it was looked at last: to ask for holes again would be dear for nothing.
-    pub(super) dense: bool,
-}
+/// How often a disk that does not answer is looked at.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Something to do.
 enum Task {
@@ -78,6 +74,7 @@ struct Run<'a> {
     copy: &'a Copy,
     cx: Cx<'a>,
     place: &'a Place,
+    asked: Asked,
     turn: Mutex<Walk>,
     desk: RefCell<Desk>,
 }
@@ -104,7 +101,8 @@ pub(super) async fn work(copy: &Copy, cx: Cx<'_>) {
         flushed: false,
         closing: false,
     };
-    let run = Run { copy, cx, place, turn: Mutex::default(), desk: RefCell::new(desk) };
+    let asked = Asked::new(cx.now());
+    let run = Run { copy, cx, place, asked, turn: Mutex::default(), desk: RefCell::new(desk) };
     let close = async {
         cx.closing().await;
         run.desk.borrow_mut().closing = true;
@@ -121,7 +119,7 @@ impl Run<'_> {
             let now = self.cx.now();
             let busy = self.desk.borrow_mut().pace.look(self.cx.guest_requests(), now);
             if busy {
-                let back = pin!(self.cx.sleep((now - since).min(STEP_BACK)));
+                let back = pin!(self.cx.sleep(((now - since) / 4).min(STEP_BACK)));
                 select(pin!(self.cx.closing()), back).await;
             }
             self.desk.borrow_mut().under_way -= 1;
@@ -179,6 +177,9 @@ impl Run<'_> {
             self.begin_verify();
         }
         let state = if verify { State::Verifying } else { State::Copying };
+        if let Some(next) = self.silent(state, now) {
+            return next;
+        }
         if let Some(until) = self.held_back(&settings, now) {
             return self.wait(state, until);
         }
@@ -186,6 +187,21 @@ impl Run<'_> {
             Some(at) => self.choose_verify(walk, at).await,
             None => self.choose_copy(walk, now).await,
         }
+    }
+
+    /// Some as long as the disk at `to` does not answer: what was begun would only keep guests waiting.
+    fn silent(&self, state: State, now: Instant) -> Option<Next> {
+        let since = self.asked.silent_since(&self.place.map);
+        let waits = since.is_some_and(|since| now.saturating_duration_since(since) >= SILENCE);
+        let mut told = self.copy.now();
+        if waits {
+            told.error = Failed::Silent.to_string();
+        } else if !told.error.is_empty() && told.error == Failed::Silent.to_string() {
+            told.error.clear();
+        }
+        drop(told);
+        since?;
+        Some(self.wait(if waits { State::Waiting } else { state }, Some(now + LOOK)))
     }
 
     /// Takes notice of what the operator wants. Whether the disks are to be compared, and whether something differs.
@@ -366,11 +382,18 @@ impl Run<'_> {
             (desk.broken.is_some(), desk.under_way)
         };
         if at < self.place.from && !broken {
-            let chunk = at..self.place.from.min(at + self.place.chunk);
-            walk.verify = Some(chunk.end);
+            let mut chunk = at..self.place.from.min(at + self.place.chunk);
             self.copy.now().state = State::Verifying;
-            self.desk.borrow_mut().pace.take(chunk.end - chunk.start);
             let dense = self.is_dense(walk, &chunk).await;
+            let hole = at..walk.ahead.0.end.min(self.place.from).min(at + AHEAD);
+            if walk.ahead.1 && hole.end > chunk.end {
+                let both = verify::hole_of_both(self.place, self.cx, &self.asked, &hole).await;
+                chunk.end = chunk.end.max(both);
+            }
+            walk.verify = Some(chunk.end);
+            if chunk.end - at <= self.place.chunk {
+                self.desk.borrow_mut().pace.take(chunk.end - at);
+            }
             return Next::Do(Task::Verify(chunk, dense));
         }
         if under_way > 0 {
@@ -403,7 +426,7 @@ impl Run<'_> {
     }
 
     async fn perform(&self, task: &Task, moved: &Moved) {
-        let step = |dense: bool| Step { place: self.place, cx: self.cx, moved, dense };
+        let step = |dense: bool| Step { place: self.place, cx: self.cx, moved, asked: &self.asked, dense };
         match task {
             Task::Copy(range, dense) => {
                 let done = chunk::copy(&step(*dense), range).await;
@@ -430,7 +453,8 @@ impl Run<'_> {
     }
 
     fn end(&self, range: &Range<u64>, done: Result<(), Failed>) {
-        let Err(failed) = done else { return };
+        // What does not answer is looked at before anything else begins, and nothing of it has failed.
+        let Some(failed) = done.err().filter(|failed| !matches!(failed, Failed::Silent)) else { return };
         let now = self.cx.now();
         let first = self.desk.borrow().troubles.until(now).is_none();
         let wait = self.desk.borrow_mut().troubles.add(range.clone(), now);

@@ -2,6 +2,7 @@
 
 mod frozen;
 mod orders;
+mod silent;
 mod world;
 
 use blockmason::live::Options;

@@ -1,8 +1,8 @@
 //! One range under a hold: what is clean of it is compared.
 
-use super::chunk::{Chunk, FROM, Failed, Place, TO, request};
-use super::run::Step;
-use blockmason::{Data, Op, Result};
+use super::chunk::{Chunk, FROM, Failed, Place, Step, TO, request};
+use super::silence::Asked;
+use blockmason::{Cx, Data, Flags, Op, Result};
 use futures::future::join;
 use std::ops::Range;
 
@@ -46,11 +46,41 @@ impl Findings {
     }
 }
 
-/// Compares what is clean of a range. What differs is made dirty.
+/// How far a hole of the disk at `from` is known to be one at `to`, too.
+pub(super) async fn hole_of_both(place: &Place, cx: Cx<'_>, asked: &Asked, hole: &Range<u64>) -> u64 {
+    if !place.to_extents {
+        return hole.start;
+    }
+    let mut req = request(Op::Extents, hole);
+    req.flags = Flags::ONE;
+    let known = asked.ask(cx, &place.map, req, None).await.ok();
+    let known = known.and_then(|known| known.into_extents().ok()).unwrap_or_default();
+    let zeros = known.first().filter(|extent| extent.state.zero).map_or(0, |extent| extent.len);
+    hole.start.saturating_add(zeros).min(hole.end)
+}
+
+/// Compares what is clean of a range. What differs is made dirty. What is longer than a chunk was a hole on both sides.
 pub(super) async fn verify(step: &Step<'_>, range: &Range<u64>) -> Result<Findings, Failed> {
-    let Step { place, cx, moved, dense } = *step;
-    let held = place.hold(cx, range).await;
-    let chunk = Chunk { place, held: &held, moved, dense };
+    if range.end - range.start > step.place.chunk {
+        let held = step.place.hold(step.cx, range).await?;
+        let clean = !step.place.map.is_dirty(range.clone());
+        if clean && step.chunk(&held).are_zeros(range).await {
+            return Ok(Findings { alike: range.end - range.start, ..Findings::default() });
+        }
+    }
+    let mut found = Findings::default();
+    let mut at = range.start;
+    while at < range.end {
+        let end = range.end.min(at + step.place.chunk);
+        found.add(verify_chunk(step, &(at..end)).await?);
+        at = end;
+    }
+    Ok(found)
+}
+
+async fn verify_chunk(step: &Step<'_>, range: &Range<u64>) -> Result<Findings, Failed> {
+    let held = step.place.hold(step.cx, range).await?;
+    let (place, chunk) = (step.place, step.chunk(&held));
     let mut found = Findings::default();
     let mut at = range.start;
     while at < range.end {
@@ -65,16 +95,20 @@ pub(super) async fn verify(step: &Step<'_>, range: &Range<u64>) -> Result<Findin
 }
 
 impl Chunk<'_> {
-    async fn compare(&self, range: Range<u64>, found: &mut Findings) -> Result<(), Failed> {
+    /// True if both sides are known to read as zeros there.
+    async fn are_zeros(&self, range: &Range<u64>) -> bool {
         let whole = [range.clone()];
-        if self.zeros(FROM, &range).await == whole && self.zeros(TO, &range).await == whole {
+        self.zeros(FROM, range).await == whole && self.zeros(TO, range).await == whole
+    }
+
+    async fn compare(&self, range: Range<u64>, found: &mut Findings) -> Result<(), Failed> {
+        if self.are_zeros(&range).await {
             found.alike += range.end - range.start;
             return Ok(());
         }
-        let read = |port| self.held.forward(port, request(Op::Read, &range));
+        let read = |port| self.ask(port, request(Op::Read, &range), None);
         let (from, to) = join(read(FROM), read(TO)).await;
-        let from = from.and_then(|answer| answer.into_data()).map_err(Failed::From)?;
-        let to = to.and_then(|answer| answer.into_data()).map_err(Failed::To)?;
+        let (from, to) = (from?.into_data().map_err(Failed::From)?, to?.into_data().map_err(Failed::To)?);
         self.hold_against(&range, &from, &to, found);
         Ok(())
     }

@@ -35,6 +35,7 @@ impl DirtyMap {
             flights.stale = true;
         }
         self.write_all_marks(&store, &flights);
+        self.set_dirty_regions(&store, known.layout.regions(), known.layout.region);
         store.adopt(this_boot())?;
         let regions = (0..known.layout.regions()).map(|region| store.has_region(region));
         flights.regions.reset(known.layout.region, regions);
@@ -42,6 +43,19 @@ impl DirtyMap {
         drop(flights);
         self.work.notify_one();
         Ok(())
+    }
+
+    /// Sets the regions of which everything is dirty: what a loss of power would make of their marks is true. They are
+    /// made durable at once, so that none of them waits for that when it is first changed.
+    pub(super) fn set_dirty_regions(&self, store: &Store, regions: usize, bytes: u64) {
+        for region in (0..regions).filter(|region| self.is_all_dirty(*region as u64 * bytes, bytes)) {
+            store.set_region(region, true);
+        }
+    }
+
+    fn is_all_dirty(&self, from: u64, bytes: u64) -> bool {
+        let region = from..(from + bytes).min(self.size());
+        self.next_dirty(region.clone()) == Some(region)
     }
 
     /// True if the map outlives this process by itself.
@@ -175,6 +189,10 @@ impl DirtyMap {
         let mut flights = self.flights();
         let mut found = flights.regions.untouched(all);
         found.retain(|resting| !self.is_flying(&flights, resting.region));
+        // Nothing is won where everything is dirty, and the next change there would wait.
+        let region = |resting: &Resting| flights.regions.bytes_of(resting.region);
+        let all_dirty = |bytes: Range<u64>| self.is_all_dirty(bytes.start, bytes.end - bytes.start);
+        found.retain(|resting| all || !all_dirty(region(resting)));
         found
     }
 

@@ -22,16 +22,18 @@ use crate::services::Test;
 use bits::Bits;
 use blockmason::lang::value::Service;
 use blockmason::sched::Coalesced;
-use blockmason::{Error, Request, Result};
+use blockmason::{Error, Request, Result, rt};
 use format::Layout;
 use regions::Regions;
 pub use regions::Resting;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 use store::{Place, Store};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
+use tokio::time::Instant;
 
 /// The map of a disk, shared by all that refer to it.
 pub struct DirtyMap {
@@ -92,13 +94,18 @@ struct Flights {
     suspect: bool,
     /// What the file calls frozen is dirty, and frozen no longer.
     stale: bool,
+    /// How many have been let go and have not ended, and when that has last become more or fewer.
+    astray: usize,
+    heard: Option<Instant>,
 }
 
 struct Flight {
     number: u64,
     range: Range<u64>,
-    /// Another change of its granules has failed meanwhile.
+    /// Another change of its granules has failed meanwhile, or may come in before it or after it.
     tainted: bool,
+    /// Nobody waits for it, or keeps others behind it: see [`DirtyMap::let_go`].
+    astray: bool,
 }
 
 impl DirtyMap {
@@ -237,12 +244,64 @@ impl DirtyMap {
     fn announce(self: &Arc<Self>, flights: &mut Flights, range: Range<u64>) -> Intent {
         let number = flights.next;
         flights.next += 1;
-        flights.list.push(Flight { number, range: range.clone(), tainted: false });
+        let tainted = self.meets_astray(flights, &range);
+        if tainted {
+            self.spoil(flights, &range, None);
+        }
+        flights.list.push(Flight { number, range: range.clone(), tainted, astray: false });
         if let Some(store) = self.store.get() {
             flights.regions.touch(&range);
             store.raise(&self.touched(&range));
         }
         Intent { map: self.clone(), number, range }
+    }
+
+    /// True if a change that was let go is on its way to a granule of the range: which of the two comes last nobody
+    /// knows.
+    fn meets_astray(&self, flights: &Flights, range: &Range<u64>) -> bool {
+        let granules = self.touched(range);
+        let meets = |flight: &Flight| flight.astray && overlap(&self.touched(&flight.range), &granules);
+        flights.astray > 0 && flights.list.iter().any(meets)
+    }
+
+    /// Says that nobody keeps other changes behind those that are on their way in a range: the copy does not answer.
+    /// They may land at any time. Until they have, no other change makes anything clean there, and after one has
+    /// come neither do they.
+    pub fn let_go(&self, range: &Range<u64>) {
+        let mut flights = self.flights();
+        let mut count = 0;
+        for flight in flights.list.iter_mut().filter(|flight| overlap(&flight.range, range)) {
+            count += usize::from(!std::mem::replace(&mut flight.astray, true));
+        }
+        flights.astray += count;
+        flights.heard = Some(rt::now());
+    }
+
+    /// If something is on its way that was let go: when something of that has ended last, or was let go.
+    pub fn let_go_since(&self) -> Option<Instant> {
+        let flights = self.flights();
+        flights.heard.filter(|_| flights.astray > 0)
+    }
+
+    /// As [`settled`](Self::settled), as long as changes of the range, or others, land at least once in `silence`.
+    /// False if they do not, or what is on its way there was let go.
+    pub async fn settles(&self, range: Range<u64>, silence: Duration) -> bool {
+        loop {
+            let mut landed = std::pin::pin!(self.landed.notified());
+            landed.as_mut().enable();
+            match self.on_the_way(&range) {
+                None => return true,
+                Some(astray) if astray || rt::timeout(silence, landed).await.is_none() => return false,
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// If something is on its way to a range: whether something of that was let go.
+    fn on_the_way(&self, range: &Range<u64>) -> Option<bool> {
+        let flights = self.flights();
+        let there = flights.list.iter().filter(|flight| overlap(&flight.range, range));
+        there.map(|flight| flight.astray).reduce(|one, other| one || other)
     }
 
     /// Waits until no change of the range is on its way that was announced before. Whoever calls this keeps new
@@ -324,7 +383,11 @@ impl Drop for Intent {
     fn drop(&mut self) {
         let mut flights = self.map.flights();
         if let Some(ix) = flights.list.iter().position(|flight| flight.number == self.number) {
-            flights.list.swap_remove(ix);
+            let ended = flights.list.swap_remove(ix);
+            if ended.astray {
+                flights.astray -= 1;
+                flights.heard = Some(rt::now());
+            }
         }
         self.map.lower(&mut flights, &self.range);
         drop(flights);

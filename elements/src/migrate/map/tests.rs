@@ -87,3 +87,31 @@ async fn it_has_settled_when_nothing_is_on_its_way() {
     drop(one);
     settled.await;
 }
+
+#[test]
+fn beside_a_change_that_was_let_go_nothing_becomes_clean_and_after_it_neither() {
+    let map = map(64, true);
+    let astray = map.intend_now(0..32).unwrap();
+    map.let_go(&(0..32));
+    assert!(map.let_go_since().is_some());
+    let beside = map.intend_now(16..48).unwrap();
+    beside.synced();
+    drop(beside);
+    assert_eq!(map.dirty_bytes(), 64, "which of the two comes last nobody knows");
+    astray.synced();
+    drop(astray);
+    assert_eq!((map.dirty_bytes(), map.let_go_since()), (64, None));
+    map.intend_now(0..64).unwrap().synced();
+    assert_eq!(map.dirty_bytes(), 0);
+}
+
+#[test]
+fn a_change_that_was_let_go_and_met_no_other_counts_when_it_lands() {
+    let map = map(64, true);
+    let astray = map.intend_now(0..32).unwrap();
+    map.let_go(&(0..32));
+    map.intend_now(32..64).unwrap().synced();
+    astray.synced();
+    drop(astray);
+    assert_eq!(map.dirty_bytes(), 0);
+}

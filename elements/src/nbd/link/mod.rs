@@ -54,6 +54,9 @@ use tokio::time::Instant;
 /// How long a server may take from the first byte to the transmission phase.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
+/// What it may take at the least, however short requests wait: a server that is well needs some time, too.
+const SHORTEST: Duration = Duration::from_secs(1);
+
 /// How long a closing client waits for what is in flight.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -135,6 +138,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How long an attempt to connect may take: no longer than requests wait for it.
+fn handshake(target: &Target) -> Duration {
+    target.reconnect.clamp(SHORTEST, HANDSHAKE)
+}
+
 /// Connects, up to the transmission phase.
 async fn dial(target: &Target) -> Result<Server<Socket>> {
     let wanted = Handshake {
@@ -150,12 +158,12 @@ async fn dial(target: &Target) -> Result<Server<Socket>> {
         connect(socket, &wanted).await.map_err(Error::from)
     };
     let late = || Error::new(Kind::Unavailable, format!("{} does not answer", target.uri));
-    rt::timeout(HANDSHAKE, attempt).await.unwrap_or_else(|| Err(late()))
+    rt::timeout(handshake(target), attempt).await.unwrap_or_else(|| Err(late()))
 }
 
 impl Client {
     /// Connects to a server, on a thread of its own, since the caller may be part of a runtime; blocks
-    /// until the handshake is done, ten seconds at the most. The connection is kept for the first shard
+    /// until the handshake is done, as long as requests wait for a lost server, or ten seconds. The connection is kept for the first shard
     /// that wants one.
     pub fn new(target: Target) -> Result<Arc<Client>> {
         static NEXT: AtomicU64 = AtomicU64::new(0);

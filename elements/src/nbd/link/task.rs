@@ -68,7 +68,7 @@ impl Link {
                 answered: Cell::new(0),
                 outage: Cell::new(Some(rt::now())),
                 // The first connection of a link is no reconnection.
-                patience: Cell::new(client.target.reconnect.max(HANDSHAKE)),
+                patience: Cell::new(client.target.reconnect.max(handshake(&client.target))),
                 attempts: Cell::new(0),
                 trouble: RefCell::default(),
                 closed: Cell::new(false),

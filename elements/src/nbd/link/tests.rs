@@ -431,6 +431,21 @@ fn a_connection_under_tls_moves_to_its_shard_and_comes_back() {
 }
 
 #[test]
+fn a_server_that_takes_connections_and_says_nothing_is_given_up_as_soon_as_one_that_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let uri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
+    let owner = ("vm".to_owned(), "R".to_owned());
+    let reconnect = Duration::from_millis(10);
+    let since = rt::now();
+    let said =
+        Client::new(Target { owner, uri, tls: ClientTls::Off, reconnect, timeout: None }).err().unwrap();
+    assert!(said.to_string().contains("does not answer"), "{said}");
+    assert!(since.elapsed() < HANDSHAKE / 2);
+}
+
+#[test]
 fn a_closed_client_says_goodbye_and_leaves_nothing_behind() {
     on_shard(async |shard| {
         for used in [true, false] {

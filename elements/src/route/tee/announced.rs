@@ -42,6 +42,13 @@ impl Announced {
         self.landed();
     }
 
+    /// A leg has it and does not answer. What comes of it later says nothing.
+    pub(super) fn let_go(&self) {
+        self.differ();
+        self.log.let_go(&self.range);
+        self.log.set(self.range.clone());
+    }
+
     /// A leg does not have it, or may have something older.
     pub(super) fn differ(&self) {
         self.differs.store(true, Ordering::Release);

@@ -2,11 +2,14 @@
 
 use super::announced::Announced;
 use blockmason::sched::{Budget, Holder, Mode, Permit, RangeGuard, RangeLock, Waiting};
-use blockmason::{Cx, Flow, Op, Reply, Request};
+use blockmason::{Cx, Flow, Op, Reply, Request, rt};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// What a request counts as at the least, so that their number is bounded as well.
 const LEAST: u64 = 64 << 10;
@@ -23,31 +26,46 @@ pub(super) struct Leg {
     /// The number of the next change.
     next: AtomicU64,
     room: Arc<Budget>,
-    /// Changes that have been sent and have not ended.
-    unfinished: Mutex<Vec<Arc<Announced>>>,
+    /// What has been sent and has not ended.
+    unfinished: Mutex<Unfinished>,
+    /// How long it may leave everything unanswered; without a log there is no bound.
+    silence: Option<Duration>,
+    /// It does not answer: nothing is sent there before all has ended that was.
+    is_let_go: AtomicBool,
     pub(super) errors: AtomicU64,
     pub(super) skipped: AtomicU64,
     /// A bit for each operation that has failed the last time.
     failing: AtomicU8,
 }
 
+/// What is on its way down a leg.
+struct Unfinished {
+    count: usize,
+    changes: Vec<Arc<Announced>>,
+    /// When something ended last, or was sent while nothing was on its way.
+    heard: Instant,
+}
+
 impl Leg {
-    /// A leg that may be `lag` bytes behind.
-    pub(super) fn new(name: &str, lag: u64) -> Leg {
+    /// A leg that may be `lag` bytes behind, and leave everything unanswered for `silence`.
+    pub(super) fn new(name: &str, lag: u64, silence: Option<Duration>) -> Leg {
+        let unfinished = Unfinished { count: 0, changes: Vec::new(), heard: rt::now() };
         Leg {
             name: name.to_owned(),
             order: Arc::default(),
             next: AtomicU64::new(0),
             room: Budget::new(lag),
-            unfinished: Mutex::default(),
+            unfinished: Mutex::new(unfinished),
+            silence,
+            is_let_go: AtomicBool::new(false),
             errors: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             failing: AtomicU8::new(0),
         }
     }
 
-    fn unfinished(&self) -> MutexGuard<'_, Vec<Arc<Announced>>> {
-        // Every change of the list is complete before anything can panic.
+    fn unfinished(&self) -> MutexGuard<'_, Unfinished> {
+        // Every change of it is complete before anything can panic.
         self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -63,9 +81,62 @@ impl Leg {
         self.room.poll_grow(&mut permit, load(req), &mut task).is_ready().then_some(permit)
     }
 
-    /// Waits for room.
-    pub(super) async fn room(&self, req: &Request) -> Permit {
-        self.room.take(load(req)).await
+    /// Waits for room; none if the leg is let go meanwhile.
+    pub(super) async fn room(&self, req: &Request, cx: Cx<'_>) -> Option<Permit> {
+        let Some(silence) = self.silence else { return Some(self.room.take(load(req)).await) };
+        let mut room = pin!(self.room.take(load(req)));
+        loop {
+            if self.is_silent(cx) {
+                return None;
+            }
+            let quiet = rt::now().saturating_duration_since(self.unfinished().heard);
+            // Nothing may be on its way yet, however long ago something ended.
+            let left = silence.saturating_sub(quiet).max(silence / 8);
+            if let Some(permit) = rt::timeout(left, room.as_mut()).await {
+                return Some(permit);
+            }
+        }
+    }
+
+    /// True if it does not answer. What is on its way is let go when that is first seen: what comes of it will say
+    /// nothing about what is there.
+    pub(super) fn is_silent(&self, cx: Cx<'_>) -> bool {
+        if self.is_let_go.load(Ordering::Acquire) {
+            return true;
+        }
+        let Some(silence) = self.silence else { return false };
+        let unfinished = self.unfinished();
+        let quiet = rt::now().saturating_duration_since(unfinished.heard);
+        if unfinished.count == 0 || quiet < silence || self.is_let_go.swap(true, Ordering::AcqRel) {
+            return self.is_let_go.load(Ordering::Acquire);
+        }
+        unfinished.changes.iter().for_each(|change| change.let_go());
+        drop(unfinished);
+        cx.notice(format!("leg `{}` has not answered for {silence:?}: what it misses is marked", self.name));
+        true
+    }
+
+    fn begins(&self, announced: Option<&Arc<Announced>>) {
+        let mut unfinished = self.unfinished();
+        if unfinished.count == 0 {
+            unfinished.heard = rt::now();
+        }
+        unfinished.count += 1;
+        unfinished.changes.extend(announced.cloned());
+    }
+
+    /// Something has ended. With the last of it a leg that was let go takes part again.
+    fn ends(&self, announced: Option<&Arc<Announced>>) {
+        let mut unfinished = self.unfinished();
+        unfinished.count -= 1;
+        unfinished.heard = rt::now();
+        let own = |change: &Arc<Announced>| announced.is_some_and(|own| Arc::ptr_eq(own, change));
+        if let Some(ix) = unfinished.changes.iter().position(own) {
+            unfinished.changes.swap_remove(ix);
+        }
+        if unfinished.count == 0 {
+            self.is_let_go.store(false, Ordering::Release);
+        }
     }
 
     /// A change is not sent here. What is on its way may end later and look as if it were the newest.
@@ -76,7 +147,7 @@ impl Leg {
         let overlaps = |earlier: &&Arc<Announced>| {
             earlier.range().start < range.end && range.start < earlier.range().end
         };
-        self.unfinished().iter().filter(overlaps).for_each(|earlier| earlier.differ());
+        self.unfinished().changes.iter().filter(overlaps).for_each(|earlier| earlier.differ());
     }
 
     /// Notes what became of a request, and tells of the first failure since one of its kind succeeded.
@@ -152,7 +223,7 @@ impl Carrier {
         room: Permit,
         announced: Option<Arc<Announced>>,
     ) -> Carrier {
-        leg.unfinished().extend(announced.clone());
+        leg.begins(announced.as_ref());
         let freight = Freight { leg: leg.clone(), announced, _room: room };
         Carrier { port, place: leg.place(&req), req, freight }
     }
@@ -173,6 +244,10 @@ impl Carrier {
 impl Freight {
     fn send<'a>(self, held: RangeGuard<'static>, port: usize, req: Request, cx: Cx<'a>) -> Flow<'a> {
         let op = req.op;
+        if self.leg.is_let_go.load(Ordering::Acquire) {
+            // It would only come after what does not end. That it is missing there is marked.
+            return Flow::done();
+        }
         cx.forward(port, req).then(move |reply| {
             self.leg.ended(cx, op, &reply);
             if let Some(announced) = &self.announced {
@@ -187,10 +262,6 @@ impl Freight {
 
 impl Drop for Freight {
     fn drop(&mut self) {
-        let Some(announced) = &self.announced else { return };
-        let mut unfinished = self.leg.unfinished();
-        if let Some(ix) = unfinished.iter().position(|other| Arc::ptr_eq(other, announced)) {
-            unfinished.swap_remove(ix);
-        }
+        self.leg.ends(self.announced.as_ref());
     }
 }

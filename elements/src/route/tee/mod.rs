@@ -8,7 +8,7 @@ mod tests;
 use crate::migrate::map::DirtyMap;
 use announced::Announced;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Outs, Ports};
-use blockmason::lang::value::{Ref, Size};
+use blockmason::lang::value::{Ref, Size, Time};
 use blockmason::lang::{ParamError, Params, did_you_mean};
 use blockmason::sched::Permit;
 use blockmason::{
@@ -44,6 +44,9 @@ blockmason::params! {
         /// What happens when a leg is that far behind: requests `wait`, or `skip` it, and what they change is
         /// marked in the `log`.
         behind: Behind = "wait",
+        /// How long a leg that nobody waits for may leave everything unanswered. Then, with a `log`, it is let go: what is
+        /// on its way there and what comes is marked, and not sent before all that was sent has ended.
+        silence: Time = "2s",
         /// The `log_dirty` that is told of every change before it is sent anywhere.
         log: Option<Ref<DirtyMap>>,
     }
@@ -57,7 +60,9 @@ pub const TYPE: ElementType = ElementType {
           legs get a request at the same time and may take longer: guests go on. On each of those legs later \
           requests stay behind earlier ones that they overlap, and a flush behind all changes that came before it, so \
           that in the end all legs hold the same. A leg that is `lag` behind slows guests down to its own \
-          speed, or with `(behind skip)` misses what comes until it has caught up.\n\n\
+          speed, or with `(behind skip)` misses what comes until it has caught up. One that does not answer at all \
+          is let go after `silence`, if there is a `log`: guests go on without it, and it takes part again once all \
+          that was sent there has ended. What it lacks is marked.\n\n\
           Reads go down every leg, too. Put a `filter` with `(drop read)` on those that need not see them, and an \
           `on_error` where errors should be tried again. Errors of legs that are not `required` do not reach the \
           guest; the first one is told as an event, all are counted.\n\n\
@@ -231,7 +236,8 @@ impl Tee {
             if let Some(leg) = legs.iter().filter_map(Weak::upgrade).find(|leg| leg.name == name) {
                 return leg;
             }
-            let leg = Arc::new(Leg::new(name, self.setup.lag.0));
+            let silence = self.log.as_ref().map(|_| self.setup.silence.0);
+            let leg = Arc::new(Leg::new(name, self.setup.lag.0, silence));
             legs.push(Arc::downgrade(&leg));
             leg
         })
@@ -256,9 +262,13 @@ impl Tee {
         let below: &Below = cx.prepared();
         let mut rooms = Vec::with_capacity(below.others.len());
         for other in &below.others {
-            let room =
-                if other.duty == Duty::Detached { other.leg.room_now(req) } else { Some(Permit::default()) };
-            if room.is_none() && self.setup.behind == Behind::Wait {
+            let silent = other.duty == Duty::Detached && other.leg.is_silent(cx);
+            let room = match other.duty {
+                Duty::Detached if silent => None,
+                Duty::Detached => other.leg.room_now(req),
+                Duty::Required | Duty::Waited => Some(Permit::default()),
+            };
+            if room.is_none() && !silent && self.setup.behind == Behind::Wait {
                 return None;
             }
             rooms.push(room);
@@ -297,7 +307,8 @@ impl Tee {
         for (other, leg) in below.others.iter().zip(legs) {
             let room = match (other.duty, self.setup.behind) {
                 _ if leg.is_none() => None,
-                (Duty::Detached, Behind::Wait) => Some(other.leg.room(req).await),
+                (Duty::Detached, _) if other.leg.is_silent(cx) => None,
+                (Duty::Detached, Behind::Wait) => other.leg.room(req, cx).await,
                 (Duty::Detached, Behind::Skip) => other.leg.room_now(req),
                 (Duty::Required | Duty::Waited, _) => Some(Permit::default()),
             };

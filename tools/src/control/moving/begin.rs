@@ -44,6 +44,13 @@ impl Served {
             return Err(self.on_trial());
         }
         self.not_backing_up()?;
+        // What is written there late must not overwrite what a next move writes.
+        let left = self.live.disk().has_left_behind().await.map_err(|error| Refusal::of(&error))?;
+        if left {
+            let message = "the new disk of a move that was given up has not answered all that it was asked: try again \
+                           when it has, or after a restart";
+            return Err(Refusal::busy(message.to_owned()));
+        }
         let disk = &request.element;
         if let Some(job) = self.moves.active().find(|job| job.names().has(disk)) {
             return Err(Refusal::busy(self.on_the_move(&job)));
@@ -56,6 +63,11 @@ impl Served {
             return Err(Refusal::invalid(format!("{disk} is where requests enter, and no disk")));
         }
         let target = Target::new(&request.to);
+        if let Some(better) = target.should_be() {
+            let message =
+                format!("{}: --to takes a type and its parameters: --to {better}", request.to.trim());
+            return Err(Refusal::invalid(message));
+        }
         let names = Names { new: target.top(&Names::of(disk, false).new), ..Names::of(disk, false) };
         let map = Record::map(daemon, &self.path, &names);
         let copy = copier(request);
@@ -65,7 +77,9 @@ impl Served {
         make_folder(&Record::folder(daemon, &self.path, disk))?;
         let sides = match self.survey(daemon, &next, &names.disk, &names.new).await {
             Ok(sides) => sides.check(&names, request.force).map(|()| sides),
-            Err(error) => Err(Refusal::in_graph(&error, &next)),
+            Err(error) => {
+                Err(self.too_small(&error, &names).unwrap_or_else(|| Refusal::in_graph(&error, &next)))
+            }
         };
         let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
@@ -84,6 +98,23 @@ impl Served {
         self.moves.add(job.clone());
         job.say(self, format!("{} is on its way to {}", job.disk(), job.to()));
         Ok(job.view(self))
+    }
+
+    /// The graph cannot be built since the new disk is smaller: both sizes, and not what the elements between call them.
+    fn too_small(&self, error: &Error, names: &Names) -> Option<Refusal> {
+        let graph = self.live.disk().graph();
+        let old = graph.node(&names.disk).map(|node| graph.geometry(node).size)?;
+        // While a graph is built, elements are named with their place.
+        let element = error.element().and_then(|name| name.split(" (").next())?;
+        let message = names.between().contains(&element).then(|| error.to_string())?;
+        let new = message.split(' ').find_map(|word| word.parse::<u64>().ok())?;
+        (new < old).then(|| {
+            let message = format!(
+                "{} has {new} bytes and {} has {old}: it must be at least as large",
+                names.new, names.disk
+            );
+            Refusal::new("no_space", message)
+        })
     }
 
     /// A file that is not there yet becomes as large as the disk.

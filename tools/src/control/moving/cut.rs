@@ -87,6 +87,8 @@ async fn cut(
     }
     let after = After::of(daemon, &served.path, &running, &records)?;
     let commit = Committing {
+        served: served.clone(),
+        copiers: records.iter().map(|record| record.names.copy.clone()).collect(),
         heads: records.iter().map(|record| (record.heads.clone(), record.options.keep_mirror)).collect(),
         file: served.path.clone(),
         state: daemon.host.state_dir().to_owned(),
@@ -192,6 +194,9 @@ impl After {
 /// What makes the cut-over one that cannot be taken back.
 #[derive(Clone)]
 struct Committing {
+    served: Arc<Served>,
+    /// The elements that say what the new disks lack.
+    copiers: Vec<String>,
     heads: Vec<(super::record::Heads, bool)>,
     file: PathBuf,
     state: PathBuf,
@@ -206,6 +211,7 @@ impl Committing {
         Arc::new(move || {
             let (all, meeting) = (all.clone(), meeting.clone());
             Box::pin(async move {
+                all.are_same()?;
                 meeting.arrive(0).await?;
                 let done = rt::blocking(move || all.commit()).await;
                 done.unwrap_or_else(|| Err(Error::internal("the cut-over panicked")))?;
@@ -214,6 +220,20 @@ impl Committing {
                 Ok(())
             })
         })
+    }
+
+    /// What was on its way when the gate closed may have failed on the new disk.
+    fn are_same(&self) -> Result<(), Error> {
+        for copier in &self.copiers {
+            let remaining = self.served.live.get(copier, "remaining")?;
+            if remaining != "0" {
+                let message = format!(
+                    "the new disk still lacks {remaining} bytes: something has failed there just now"
+                );
+                return Err(Error::new(Kind::Busy, message));
+            }
+        }
+        Ok(())
     }
 
     fn commit(&self) -> Result<(), Error> {

@@ -205,6 +205,18 @@ impl Target {
         Target(text.trim().to_owned())
     }
 
+    /// True if it is no type, but a place where a disk may be. What should be said instead.
+    pub(super) fn should_be(&self) -> Option<String> {
+        let place = self.0.as_str();
+        let is_type = |c: char| c.is_ascii_alphanumeric() || c == '_' || c.is_whitespace();
+        let alone = place.contains(['/', '.', ':']) && !place.contains('(') && !self.is_statements();
+        if place.is_empty() || !alone || place.chars().all(is_type) {
+            return None;
+        }
+        let disk = if place.contains("://") { "nbd_client (uri " } else { "file (path " };
+        Some(format!("'{disk}{place})'"))
+    }
+
     /// True if it is several statements, whose elements have names of their own.
     fn is_statements(&self) -> bool {
         self.0.starts_with("element ")
@@ -294,6 +306,17 @@ mod tests {
         assert_eq!(renames.len(), 2);
         let (home, _) = back.without_mirror(&reversed, Side::New, file()).unwrap();
         assert_eq!((edges(&home), path(&home, "Disk")), (edges(&vm1()), "/a.img".to_owned()));
+    }
+
+    #[test]
+    fn a_place_is_no_target_and_says_how_it_would_be_one() {
+        let said = |text: &str| Target::new(text).should_be();
+        assert_eq!(said("/no/such.img").as_deref(), Some("'file (path /no/such.img)'"));
+        assert_eq!(said("nbd://far/vm1").as_deref(), Some("'nbd_client (uri nbd://far/vm1)'"));
+        for fine in ["file (path /b.img)", "mem", "null (size 1.5G)", "element B (type file) (path ./b)", ""]
+        {
+            assert_eq!(said(fine), None, "{fine}");
+        }
     }
 
     #[test]

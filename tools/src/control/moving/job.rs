@@ -26,12 +26,14 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// How long guests may wait behind the gate for a new disk that is given up, and may not answer.
 const GIVING_UP: Duration = Duration::from_secs(5);
 
+/// How often a comparison that has ended early begins anew.
+const COMPARISONS: u32 = 3;
+
 /// A move, from its begin or from a restart until it is over.
 pub(crate) struct Job {
     now: Mutex<Now>,
     /// Told when an operator has asked for something.
     wake: Notify,
-    began: Instant,
 }
 
 /// What is known of a move, and asked of it.
@@ -43,6 +45,8 @@ struct Now {
     /// Of the move, once the copier is that of a mirror.
     moved: Option<Progress>,
     pause: Option<Duration>,
+    /// Since when it goes on; of a mirror, since when it is to end.
+    since: Instant,
     took: Option<Duration>,
     asked: Option<Asked>,
     /// Why it is being given up, if nobody has asked for that.
@@ -52,6 +56,25 @@ struct Now {
     /// When what could not be done may be tried again.
     again: Option<Instant>,
     comparing: Comparing,
+    /// Comparisons that have ended early, by an error.
+    ended_early: u32,
+}
+
+impl Now {
+    /// What fails, and why.
+    fn trouble(&self) -> String {
+        let heads = &self.record.heads;
+        match (self.progress.unreadable(), self.progress.error.as_str()) {
+            (Some(error), _) => format!("{} cannot be read: {error}", heads.old_called),
+            (None, "") => format!("{} fails: a change", heads.new_called),
+            (None, error) => format!("{} fails: {error}", heads.new_called),
+        }
+    }
+
+    /// How long it took, from the begin, or of a mirror from when its end was asked for.
+    fn took(&self) -> Duration {
+        rt::now() - self.since
+    }
 }
 
 /// What an operator has asked for.
@@ -94,15 +117,16 @@ impl Job {
                 progress,
                 moved: None,
                 pause: None,
+                since: rt::now(),
                 took: None,
                 asked: None,
                 why: None,
                 failing: None,
                 again: None,
                 comparing: Comparing::No,
+                ended_early: 0,
             }),
             wake: Notify::new(),
-            began: rt::now(),
         });
         let attended = attend(job.clone(), Arc::downgrade(served), Arc::downgrade(daemon));
         drop(crate::control::server::spawn(attended));
@@ -159,7 +183,7 @@ impl Job {
             verified: progress.verified,
             passes: progress.passes,
             pause_seconds: now.pause.map(|pause| pause.as_secs_f64()),
-            seconds: now.took.unwrap_or_else(|| rt::now() - self.began).as_secs_f64(),
+            seconds: now.took.unwrap_or_else(|| now.took()).as_secs_f64(),
         }
     }
 
@@ -190,7 +214,12 @@ impl Job {
 
     fn ask(&self, what: Asked) -> Result<(), Refusal> {
         self.goes_on()?;
-        self.now().asked = Some(what);
+        let mut now = self.now();
+        if now.state == MoveState::Mirroring {
+            now.since = rt::now();
+        }
+        now.asked = Some(what);
+        drop(now);
         self.wake.notify_one();
         Ok(())
     }
@@ -214,6 +243,11 @@ impl Job {
 
     /// The cut-over is under way, which nobody else may begin.
     pub(super) fn cutting(&self) {
+        let mut now = self.now();
+        if now.state == MoveState::Mirroring && now.asked.is_none() {
+            now.since = rt::now();
+        }
+        drop(now);
         self.set(MoveState::Cutting, "the new disk takes over");
     }
 
@@ -237,7 +271,7 @@ impl Job {
     pub(super) fn has_cut(&self, pause: Duration, mirror: Option<Record>) {
         let mut now = self.now();
         now.pause = Some(pause);
-        now.took = Some(rt::now() - self.began);
+        now.took = Some(now.took());
         (now.asked, now.failing) = (None, None);
         let to = now.record.heads.new_called.clone();
         (now.state, now.message) = match &mirror {
@@ -277,10 +311,8 @@ impl Job {
             now.failing = None;
         }
         if fails {
-            let error =
-                if now.progress.error.is_empty() { "a change" } else { &now.progress.error }.to_owned();
             let since = *now.failing.get_or_insert_with(rt::now);
-            now.message = format!("{} fails: {error}", now.record.heads.new_called);
+            now.message = now.trouble();
             if rt::now() - since > Duration::from_secs_f64(patience_seconds) {
                 return Next::Abort(now.message.clone());
             }
@@ -302,7 +334,13 @@ impl Job {
             return Next::Look;
         }
         if now.comparing == Comparing::Begun {
-            now.comparing = Comparing::Done;
+            // One that has ended early, or left out what was dirty, begins anew.
+            let whole = now.progress.verified >= now.progress.total;
+            now.comparing = if whole { Comparing::Done } else { Comparing::No };
+            now.ended_early += u32::from(!now.progress.error.is_empty());
+            if now.ended_early > COMPARISONS {
+                return Next::Abort(format!("the two sides cannot be compared: {}", now.progress.error));
+            }
         }
         if verify && now.comparing == Comparing::No && !is_mirror {
             now.comparing = Comparing::Begun;
@@ -369,8 +407,11 @@ impl Job {
         // Once the gate is open again the map learns of nothing: who starts after a crash must not go by it.
         record.phase = Phase::GivingUp;
         record.write(daemon, &served.path)?;
-        // The other disk need not keep anything, and may be gone.
-        let options = Change { deadline: GIVING_UP, flush_by: Some(Vec::new()), ..Change::default() };
+        // The other disk need not keep anything, and may be gone, or not answer.
+        let names = &record.names;
+        let leave_behind = [&names.tee, &names.dirty, &names.copy].map(String::clone).to_vec();
+        let options =
+            Change { deadline: GIVING_UP, flush_by: Some(Vec::new()), leave_behind, ..Change::default() };
         let how = How { options, dry_run: false, save: false, moves: true };
         let changed = served.change(saving, daemon, |_| Ok(next), how).await;
         if changed.is_err() {
@@ -413,7 +454,9 @@ impl Job {
             }
             false => (MoveState::Aborted, format!("the disk is {disk}, as before: {why}")),
         };
-        self.now().took = Some(rt::now() - self.began);
+        let mut now = self.now();
+        now.took = Some(now.took());
+        drop(now);
         self.set(state, message.clone());
         drop(saving);
         self.say(served, message);

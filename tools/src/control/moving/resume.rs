@@ -59,6 +59,9 @@ impl Resumed {
         }
         for record in others {
             if !record.names.are_in(&spec) {
+                if record.options.is_mirror {
+                    write_without(daemon, path, &spec)?;
+                }
                 resumed.give_up(daemon, path, &record, "its graph was left without it")?;
                 continue;
             }
@@ -183,13 +186,10 @@ impl Resumed {
         why: &str,
     ) -> Result<Spec, Refusal> {
         let spec = record.names.without_mirror(spec, Side::Old, path)?.0;
-        // The graph file has had the mirror since the cut-over.
-        if record.options.is_mirror {
-            write(path, &spec)?;
+        match record.options.is_mirror {
+            true => write_without(daemon, path, &spec)?,
+            false => noted(Left::of(daemon.host.state_dir(), path).remember(&spec))?,
         }
-        let noted = Left::of(daemon.host.state_dir(), path).remember(&spec);
-        noted
-            .map_err(|error| Refusal::new("unavailable", format!("what is left cannot be noted: {error}")))?;
         self.give_up(daemon, path, record, why)?;
         Ok(spec)
     }
@@ -226,6 +226,16 @@ impl Resumed {
             daemon.host.events().publish(event);
         }
     }
+}
+
+/// The graph file has had a mirror since its cut-over. Now it says what is served.
+fn write_without(daemon: &Daemon, path: &Path, spec: &Spec) -> Result<(), Refusal> {
+    write(path, spec)?;
+    noted(Left::of(daemon.host.state_dir(), path).forget())
+}
+
+fn noted(left: std::io::Result<()>) -> Result<(), Refusal> {
+    left.map_err(|error| Refusal::new("unavailable", format!("what is left cannot be noted: {error}")))
 }
 
 fn parse(path: &Path, text: String) -> Result<Spec, Refusal> {

@@ -1,7 +1,7 @@
 //! Power is lost at any moment, and of what was stored and not made durable any part is left: of the map's file by
 //! sectors, of both disks by granules.
 
-use super::super::format::HEADER;
+use super::super::format::{HEADER, this_boot};
 use super::super::mapping::Mapping;
 use super::super::store::{Durable, Store, get, put};
 use super::*;
@@ -341,4 +341,25 @@ async fn what_is_frozen_keeps_its_mark_until_it_is_durable_also_when_a_neighbour
         left.words.iter().zip(words).for_each(|(word, value)| put(word, value));
         assert!(store(layout, &left).load(false).has(0), "what was frozen is called clean");
     }
+}
+
+#[test]
+fn a_map_of_which_all_is_dirty_is_made_durable_once_for_all_of_its_regions() {
+    let layout = Layout { size: SIZE, granule: GRANULE, region: REGION };
+    let medium = Medium::new(layout);
+    let map = over(layout, &medium);
+    map.set(0..SIZE);
+    let (store, syncs) = (map.store.get().unwrap(), || medium.past.lock().unwrap().moments.len());
+    map.set_dirty_regions(store, layout.regions(), layout.region);
+    store.adopt(this_boot()).unwrap();
+    map.flights().regions.reset(REGION, (0..layout.regions()).map(|region| store.has_region(region)));
+    let before = syncs();
+    for at in (0..SIZE).step_by(REGION as usize) {
+        assert!(map.intend_now(at..at + GRANULE).is_some(), "a change at {at} waits");
+    }
+    assert_eq!((before, syncs()), (2, 2), "as for a map that is opened anyway");
+    assert!(map.resting(false).is_empty() && map.resting(false).is_empty(), "they stay");
+    map.intend_now(0..GRANULE).unwrap().synced();
+    map.resting(false);
+    assert_eq!(map.resting(false).len(), 1);
 }
