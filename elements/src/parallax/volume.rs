@@ -248,8 +248,20 @@ impl Volume {
     }
 
     pub(super) async fn write_pieces(&self, req: Request, below: Below<'_>) -> Reply {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.try_to_write(&req, below).await {
+                // What has been let go of is free after a checkpoint, once nobody sees it any more: nor this request.
+                Err(error) if error.kind() == Kind::NoSpace && tries < 3 => self.pool.checkpoint(below).await?,
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_to_write(&self, req: &Request, below: Below<'_>) -> Reply {
         self.pool.check()?;
-        let (pieces, _hold) = self.find(Self::blocks(&req), usize::MAX, true, below).await?;
+        let (pieces, _hold) = self.find(Self::blocks(req), usize::MAX, true, below).await?;
         let mut changes = Vec::new();
         for (own, row) in rows(&pieces) {
             let from = row.start * BLOCK - req.offset;
@@ -258,12 +270,16 @@ impl Volume {
                 part.flags = part.flags.without(Flags::FUA);
                 part
             };
-            match own {
-                Some(at) => drop(below.submit(part(from, row.end - row.start, at)).await?),
-                None => self.write_new(&req, row, &part, &mut changes, below).await?,
+            let done = match own {
+                Some(at) => below.submit(part(from, row.end - row.start, at)).await.map(drop),
+                None => self.write_new(req, row, &part, &mut changes, below).await,
+            };
+            if let Err(error) = done {
+                self.let_go(&changes);
+                return Err(error);
             }
         }
-        self.end(changes, &req, below).await
+        self.end(changes, req, below).await
     }
 
     /// Writes blocks to new places.
@@ -275,7 +291,7 @@ impl Volume {
         changes: &mut Vec<Change>,
         below: Below<'_>,
     ) -> Result<()> {
-        self.reserve(row.end - row.start, &row, false, below).await?;
+        self.reserve(row.end - row.start, &row, false)?;
         let mut first = row.start;
         while first < row.end {
             let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
@@ -307,7 +323,6 @@ impl Volume {
                 Ok(len) => first += len,
                 Err(error) => {
                     self.pool.space.release(row.end - first);
-                    self.let_go(changes);
                     return Err(error);
                 }
             }
@@ -346,34 +361,24 @@ impl Volume {
     }
 
     /// Promises room for blocks and for the nodes that lead to them. What makes room may use what is kept for that.
-    async fn reserve(&self, blocks: u64, row: &Range<u64>, makes_room: bool, below: Below<'_>) -> Result<()> {
+    fn reserve(&self, blocks: u64, row: &Range<u64>, makes_room: bool) -> Result<()> {
         let leaves = || row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
-        for last_time in [false, true] {
-            let refused = {
-                let mut core = self.pool.core();
-                let nodes = match makes_room {
-                    // All but the first and the last are dropped, not written.
-                    true => core.promise(self.number, [leaves().start, leaves().end - 1].into_iter()),
-                    false => core.promise(self.number, leaves()),
-                };
-                match self.pool.space.reserve(blocks + nodes, makes_room) {
-                    Ok(()) => {
-                        core.promised += nodes;
-                        return Ok(());
-                    }
-                    Err(error) => {
-                        core.promise_less(self.number, leaves());
-                        error
-                    }
-                }
-            };
-            if last_time {
-                return Err(refused);
+        let mut core = self.pool.core();
+        let nodes = match makes_room {
+            // All but the first and the last are dropped, not written.
+            true => core.promise(self.number, [leaves().start, leaves().end - 1].into_iter()),
+            false => core.promise(self.number, leaves()),
+        };
+        match self.pool.space.reserve(blocks + nodes, makes_room) {
+            Ok(()) => {
+                core.promised += nodes;
+                Ok(())
             }
-            // What has been let go of is free afterwards.
-            self.pool.checkpoint(below).await?;
+            Err(error) => {
+                core.promise_less(self.number, leaves());
+                Err(error)
+            }
         }
-        Ok(())
     }
 
     pub(super) async fn punch(&self, req: Request, below: Below<'_>) -> Reply {
@@ -385,7 +390,11 @@ impl Volume {
                 return self.end(Vec::new(), &req, below).await;
             }
         }
-        self.reserve(0, &row, true, below).await?;
+        if self.reserve(0, &row, true).is_err() {
+            // What is promised to writes is free again, or theirs.
+            self.pool.checkpoint(below).await?;
+            self.reserve(0, &row, true)?;
+        }
         let starts = (row.start..row.end).step_by(u32::MAX as usize);
         let change = |first: u64| {
             let len = (row.end - first).min(u64::from(u32::MAX)) as u32;
