@@ -23,6 +23,7 @@ mod logs;
 mod migrate;
 mod openapi;
 mod output;
+mod pools;
 mod progress;
 mod record;
 mod reload;
@@ -81,6 +82,8 @@ enum Command {
     Backup(backup::Args),
     Restore(restore::Args),
     Handover(handover::Args),
+    Pool(pools::pool::Args),
+    Volume(pools::volume::Args),
     Events(events::Args),
     Get(handlers::GetArgs),
     Set(handlers::SetArgs),
@@ -124,6 +127,8 @@ fn main() -> ExitCode {
         Command::Backup(args) => backup::main(args),
         Command::Restore(args) => restore::main(args),
         Command::Handover(args) => handover::main(args),
+        Command::Pool(args) => pools::pool::main(args),
+        Command::Volume(args) => pools::volume::main(args),
         Command::Events(args) => events::main(args),
         Command::Get(args) => handlers::get(args),
         Command::Set(args) => handlers::set(args),

@@ -226,6 +226,16 @@ pub(crate) struct HandlerValue {
     pub(crate) value: String,
 }
 
+/// Something to do with a pool.
+#[derive(Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PoolRequest {
+    /// Its path, absolute.
+    pub(crate) pool: String,
+    /// What to do: an object whose `do` names it, `{"do": "snapshot", "volumes": ["vm1"], "name": "monday"}`.
+    pub(crate) operation: serde_json::Value,
+}
+
 /// What a handler is called with.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HandlerArgument {

@@ -62,7 +62,8 @@ impl Core {
 
     fn need_snapshot(&self, volume: &str, name: &str) -> Result<(u32, u32)> {
         let number = self.need_volume(volume)?;
-        let snapshot = self.snapshot(number, name).ok_or_else(|| gone("snapshot", &format!("{volume}@{name}")))?;
+        let snapshot =
+            self.snapshot(number, name).ok_or_else(|| gone("snapshot", &format!("{volume}@{name}")))?;
         Ok((number, snapshot))
     }
 
@@ -83,7 +84,8 @@ impl Core {
 
     /// Volumes that are clones of a snapshot.
     fn clones(&self, snapshot: u32) -> Vec<&str> {
-        let of = |entry: &&Entry| matches!(entry.kind, EntryKind::Volume { origin, .. } if origin.0 == snapshot);
+        let of =
+            |entry: &&Entry| matches!(entry.kind, EntryKind::Volume { origin, .. } if origin.0 == snapshot);
         self.catalog.values().filter(of).map(|entry| entry.name.as_str()).collect()
     }
 
@@ -129,18 +131,20 @@ impl Catalog<'_> {
     fn snapshot(&self, number: u32) -> Option<Snapshot> {
         let entry = self.get(number)?;
         match entry.kind {
-            EntryKind::Snapshot { before, volume, birth, dead } => Some(Snapshot { before, volume, birth, dead, entry }),
+            EntryKind::Snapshot { before, volume, birth, dead } => {
+                Some(Snapshot { before, volume, birth, dead, entry })
+            }
             EntryKind::Volume { .. } => None,
         }
     }
-
 
     /// What in a line names a snapshot as the one before it names another one instead.
     fn relink_within(&mut self, volume: u32, from: u32, to: u32) {
         let line = self.line(volume);
         for number in once(volume).chain(line) {
             self.change(number, |entry| {
-                let (EntryKind::Volume { newest: link, .. } | EntryKind::Snapshot { before: link, .. }) = &mut entry.kind;
+                let (EntryKind::Volume { newest: link, .. } | EntryKind::Snapshot { before: link, .. }) =
+                    &mut entry.kind;
                 *link = if *link == from { to } else { *link };
             });
         }
@@ -169,11 +173,18 @@ struct Snapshot {
 /// What is to be done, by numbers.
 #[derive(Clone)]
 pub(super) enum Plan {
-    Make { number: u32, entry: Box<Entry> },
+    Make {
+        number: u32,
+        entry: Box<Entry>,
+    },
     DeleteVolume(u32),
     DeleteSnapshot(u32),
     /// The first becomes what the second is; what it was becomes the volume with that number and name.
-    Rollback { volume: u32, snapshot: u32, old: (u32, String) },
+    Rollback {
+        volume: u32,
+        snapshot: u32,
+        old: (u32, String),
+    },
     Promote(u32),
     Rename(u32, String),
     Grow(u32, u64),
@@ -181,7 +192,12 @@ pub(super) enum Plan {
 
 impl Plan {
     /// Does it, with everything that has been answered in the trees.
-    pub(super) async fn carry_out(&self, merge: &mut Merge<'_>, before: &BTreeMap<u32, Entry>, frozen: &mut Frozen) -> Result<()> {
+    pub(super) async fn carry_out(
+        &self,
+        merge: &mut Merge<'_>,
+        before: &BTreeMap<u32, Entry>,
+        frozen: &mut Frozen,
+    ) -> Result<()> {
         let births = frozen.root.births;
         let mut catalog = Catalog { before, changed: &mut frozen.entries };
         match self {
@@ -241,7 +257,8 @@ async fn rollback(
     (volume, number): (u32, u32),
     old: &(u32, String),
 ) -> Result<()> {
-    let (Some((entry, newest, _)), Some(snapshot)) = (catalog.volume(volume), catalog.snapshot(number)) else {
+    let (Some((entry, newest, _)), Some(snapshot)) = (catalog.volume(volume), catalog.snapshot(number))
+    else {
         return Ok(());
     };
     let newer: Vec<u32> = catalog.line(volume).into_iter().take_while(|other| *other != number).collect();
@@ -261,7 +278,8 @@ async fn rollback(
     merge.take_dead(number, snapshot.dead).await?;
     catalog.change(number, |entry| set_dead(entry, Ptr::default()));
     catalog.change(volume, |entry| {
-        (entry.root, entry.height, entry.size) = (snapshot.entry.root, snapshot.entry.height, snapshot.entry.size);
+        (entry.root, entry.height, entry.size) =
+            (snapshot.entry.root, snapshot.entry.height, snapshot.entry.size);
         if let EntryKind::Volume { newest, .. } = &mut entry.kind {
             *newest = number;
         }
@@ -270,7 +288,12 @@ async fn rollback(
 }
 
 /// A line becomes a clone: from now on its snapshots list nothing that its origin sees.
-async fn forget_older(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32, birth: u64) -> Result<()> {
+async fn forget_older(
+    merge: &mut Merge<'_>,
+    catalog: &mut Catalog<'_>,
+    number: u32,
+    birth: u64,
+) -> Result<()> {
     let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
     merge.dead = merge.take_dead(number, snapshot.dead).await?;
     merge.dead.retain(|dead| dead.birth > birth);
@@ -348,7 +371,12 @@ async fn promote(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) 
     Ok(())
 }
 
-async fn grow(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, (number, size): (u32, u64), births: u64) -> Result<()> {
+async fn grow(
+    merge: &mut Merge<'_>,
+    catalog: &mut Catalog<'_>,
+    (number, size): (u32, u64),
+    births: u64,
+) -> Result<()> {
     let Some((mut entry, ..)) = catalog.volume(number) else { return Ok(()) };
     let wanted = height(size.div_ceil(BLOCK * SLOTS as u64));
     while entry.height < wanted {
@@ -373,7 +401,13 @@ impl Pool {
     }
 
     /// Makes an empty volume, durably. Its number.
-    pub(super) async fn make_volume(&self, name: &str, size: u64, checksums: bool, below: Below<'_>) -> Result<u32> {
+    pub(super) async fn make_volume(
+        &self,
+        name: &str,
+        size: u64,
+        checksums: bool,
+        below: Below<'_>,
+    ) -> Result<u32> {
         check_size(size)?;
         let entry = Entry {
             name: name.to_owned(),
@@ -417,7 +451,8 @@ impl Pool {
             match core.clones(snapshot)[..] {
                 [] => Ok(Plan::DeleteSnapshot(snapshot)),
                 [clone, ..] => {
-                    let message = format!("{clone} is a clone of {volume}@{name}: delete or promote it first");
+                    let message =
+                        format!("{clone} is a clone of {volume}@{name}: delete or promote it first");
                     Err(busy(message))
                 }
             }
@@ -426,14 +461,24 @@ impl Pool {
     }
 
     /// Makes a volume that begins as a snapshot. Its number.
-    pub(super) async fn clone_volume(&self, volume: &str, snapshot: &str, name: &str, below: Below<'_>) -> Result<u32> {
+    pub(super) async fn clone_volume(
+        &self,
+        volume: &str,
+        snapshot: &str,
+        name: &str,
+        below: Below<'_>,
+    ) -> Result<u32> {
         let mut made = 0;
         let plan = |core: &mut Core| {
             let (_, origin) = core.need_snapshot(volume, snapshot)?;
             core.need_no_volume(name)?;
             made = core.next_number();
-            let Some(entry) = core.catalog.get(&origin).cloned() else { return Err(gone("snapshot", snapshot)) };
-            let EntryKind::Snapshot { birth, .. } = entry.kind else { return Err(gone("snapshot", snapshot)) };
+            let Some(entry) = core.catalog.get(&origin).cloned() else {
+                return Err(gone("snapshot", snapshot));
+            };
+            let EntryKind::Snapshot { birth, .. } = entry.kind else {
+                return Err(gone("snapshot", snapshot));
+            };
             let kind = EntryKind::Volume { newest: 0, origin: (origin, birth), quota: 0, reserve: 0 };
             let entry = Entry { name: name.to_owned(), made: unix_seconds(), kind, ..entry };
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
@@ -444,7 +489,13 @@ impl Pool {
 
     /// Makes a volume what one of its snapshots is. What it was since, with the snapshots that are newer, becomes a volume
     /// of the name `old`, a clone of the snapshot.
-    pub(super) async fn rollback(&self, volume: &str, snapshot: &str, old: &str, below: Below<'_>) -> Result<()> {
+    pub(super) async fn rollback(
+        &self,
+        volume: &str,
+        snapshot: &str,
+        old: &str,
+        below: Below<'_>,
+    ) -> Result<()> {
         let plan = |core: &mut Core| {
             let (volume_number, snapshot) = core.need_snapshot(volume, snapshot)?;
             core.need_free(volume_number, volume)?;
@@ -492,7 +543,12 @@ impl Pool {
     }
 
     /// The blocks of a volume or snapshot that have changed since a snapshot of its line, or its origin, in order.
-    pub(super) async fn changed_since(&self, number: u32, birth: u64, below: Below<'_>) -> Result<Vec<Range<u64>>> {
+    pub(super) async fn changed_since(
+        &self,
+        number: u32,
+        birth: u64,
+        below: Below<'_>,
+    ) -> Result<Vec<Range<u64>>> {
         self.checkpoint(below).await?;
         let (root, height, _era) = {
             let core = self.core();

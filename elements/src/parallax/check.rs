@@ -57,7 +57,8 @@ pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
         check.entry(*number, entry, &catalog).await;
     }
     check.space(root.used);
-    check.findings.nodes = check.known.values().filter(|meaning| matches!(meaning, Meaning::Node(..))).count() as u64 / 4;
+    check.findings.nodes =
+        check.known.values().filter(|meaning| matches!(meaning, Meaning::Node(..))).count() as u64 / 4;
     check.findings.blocks = check.known.len() as u64;
     Ok(check.findings)
 }
@@ -120,7 +121,9 @@ impl Check<'_> {
                         self.pages(*child, level - 1, index * SLOTS as u64 + ix as u64).await;
                     }
                 }
-                Some(Body::Leaf(_) | Body::Dead(..)) => self.problem("the catalog has a node that is no page"),
+                Some(Body::Leaf(_) | Body::Dead(..)) => {
+                    self.problem("the catalog has a node that is no page")
+                }
                 Some(Body::Catalog(_)) | None => {}
             }
         })
@@ -152,7 +155,14 @@ impl Check<'_> {
         self.tree(entry.root, entry.height, 0, entry, &what).await;
     }
 
-    fn tree<'c>(&'c mut self, ptr: Ptr, level: u8, index: u64, entry: &'c Entry, what: &'c str) -> LocalBoxFuture<'c, ()> {
+    fn tree<'c>(
+        &'c mut self,
+        ptr: Ptr,
+        level: u8,
+        index: u64,
+        entry: &'c Entry,
+        what: &'c str,
+    ) -> LocalBoxFuture<'c, ()> {
         Box::pin(async move {
             if ptr.is_hole() {
                 return;
@@ -213,7 +223,9 @@ impl Check<'_> {
                 let is_marked = map[(ix / 64) as usize] >> (ix % 64) & 1 == 1;
                 let is_own = own.iter().any(|range| range.contains(&at));
                 match (is_marked && !is_own, self.known.contains_key(&at)) {
-                    (true, false) => self.problem(format!("block {at} is marked as used, and nothing leads to it")),
+                    (true, false) => {
+                        self.problem(format!("block {at} is marked as used, and nothing leads to it"))
+                    }
                     (false, true) => self.problem(format!("block {at} is in use and not marked")),
                     _ => {}
                 }
@@ -222,7 +234,9 @@ impl Check<'_> {
         }
         let reachable = self.known.len() as u64;
         if marked != used {
-            self.problem(format!("the root says that {used} blocks are in use; {marked} are marked, {reachable} reachable"));
+            self.problem(format!(
+                "the root says that {used} blocks are in use; {marked} are marked, {reachable} reachable"
+            ));
         }
     }
 

@@ -69,17 +69,24 @@ impl Pool {
         done
     }
 
-    async fn write_checkpoint(&self, mut frozen: Frozen, plan: Option<&Plan>, below: Below<'_>) -> Result<()> {
+    async fn write_checkpoint(
+        &self,
+        mut frozen: Frozen,
+        plan: Option<&Plan>,
+        below: Below<'_>,
+    ) -> Result<()> {
         let mut merge = Merge::new(self, below);
         let mut outcome = Outcome::default();
         for (volume, layers) in &frozen.lines {
-            let roots = merge_line(&mut merge, &mut frozen.entries, *volume, layers, &mut outcome.dead).await?;
+            let roots =
+                merge_line(&mut merge, &mut frozen.entries, *volume, layers, &mut outcome.dead).await?;
             outcome.roots.insert(*volume, roots);
         }
         for (number, layers) in &frozen.young {
             let Some(Some(entry)) = frozen.entries.get_mut(number) else { continue };
             let EntryKind::Snapshot { volume, .. } = entry.kind else { continue };
-            if let Some(root) = outcome.roots.get(&volume).and_then(|roots| roots.get(layers.wrapping_sub(1))) {
+            if let Some(root) = outcome.roots.get(&volume).and_then(|roots| roots.get(layers.wrapping_sub(1)))
+            {
                 entry.root = *root;
             }
         }
@@ -154,14 +161,23 @@ impl Pool {
     }
 
     /// The root is durable.
-    fn commit(&self, frozen: &Frozen, root: Root, outcome: Outcome, mut freed: Vec<Range<u64>>, journal: Vec<u64>) {
+    fn commit(
+        &self,
+        frozen: &Frozen,
+        root: Root,
+        outcome: Outcome,
+        mut freed: Vec<Range<u64>>,
+        journal: Vec<u64>,
+    ) {
         let mut core = self.core();
         core.log.cut(root.tail);
         for (volume, roots) in &outcome.roots {
             core.move_on(*volume, roots);
         }
         for (snapshot, list) in outcome.dead {
-            if let Some(EntryKind::Snapshot { dead, .. }) = core.catalog.get_mut(&snapshot).map(|entry| &mut entry.kind) {
+            if let Some(EntryKind::Snapshot { dead, .. }) =
+                core.catalog.get_mut(&snapshot).map(|entry| &mut entry.kind)
+            {
                 *dead = list;
             }
         }
@@ -203,7 +219,8 @@ impl Core {
             (!line.layers.is_empty()).then(|| (*volume, line.layers.clone()))
         };
         let lines: Vec<(u32, Vec<Arc<Layer>>)> = self.lines.iter().filter_map(layers).collect();
-        let nothing = lines.is_empty() && self.changed.is_empty() && self.log.is_empty() && self.loose.is_empty();
+        let nothing =
+            lines.is_empty() && self.changed.is_empty() && self.log.is_empty() && self.loose.is_empty();
         if nothing && !std::mem::take(&mut self.opened) && !wanted {
             return None;
         }

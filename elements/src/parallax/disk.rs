@@ -51,8 +51,16 @@ pub const TYPE: ElementType = ElementType {
     handlers: &[
         Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
         Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
-        Handler { name: "snapshots", access: Access::Read, doc: "names of the volume's snapshots, the oldest first" },
-        Handler { name: "snapshot", access: Access::Call, doc: "takes a snapshot of that name; durable when it is answered" },
+        Handler {
+            name: "snapshots",
+            access: Access::Read,
+            doc: "names of the volume's snapshots, the oldest first",
+        },
+        Handler {
+            name: "snapshot",
+            access: Access::Call,
+            doc: "takes a snapshot of that name; durable when it is answered",
+        },
         Handler { name: "delete_snapshot", access: Access::Call, doc: "deletes the snapshot of that name" },
         Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
     ],
@@ -110,7 +118,8 @@ impl Disk {
         let (_, shared) = self.opened()?;
         let core = shared.pool.core();
         let number = core.volume(&self.params.volume);
-        let of = |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume, .. } if Some(*volume) == number);
+        let of =
+            |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume, .. } if Some(*volume) == number);
         Ok(core.catalog.values().filter(|entry| of(&entry.kind)).map(|entry| entry.name.clone()).collect())
     }
 }
@@ -122,7 +131,9 @@ fn find(core: &Core, params: &Params) -> Result<u32> {
     let number = core.volume(volume).ok_or_else(|| gone(format!("the pool has no volume {volume}")))?;
     match &params.snapshot {
         None => Ok(number),
-        Some(name) => core.snapshot(number, name).ok_or_else(|| gone(format!("{volume} has no snapshot {name}"))),
+        Some(name) => {
+            core.snapshot(number, name).ok_or_else(|| gone(format!("{volume} has no snapshot {name}")))
+        }
     }
 }
 
@@ -159,7 +170,9 @@ impl Element for Disk {
     }
 
     fn may_hand_over(&self) -> Result<()> {
-        Err(Error::unsupported("a pool is not handed over to another process: stop this one, then start the other"))
+        Err(Error::unsupported(
+            "a pool is not handed over to another process: stop this one, then start the other",
+        ))
     }
 
     fn get(&self, handler: &str) -> Result<String> {
@@ -205,21 +218,24 @@ mod tests {
     /// On another thread: this one serves the pool.
     async fn carry_out(path: &Path, operation: Operation) -> Result<Value> {
         let path = path.to_owned();
-        blockmason::rt::blocking(move || tool::carry_out(&path, &operation)).await.unwrap()
+        blockmason::rt::blocking(move || tool::open(&path)?.carry_out(&operation)).await.unwrap()
     }
 
     fn pool(folder: &tempfile::TempDir, size: u64, volume: u64) -> PathBuf {
         let path = folder.path().join("a.pool");
         make(&path, Some(size), [7; 16]).unwrap();
         let made = Operation::CreateVolume { name: "v".into(), size: volume, checksums: false };
-        tool::carry_out(&path, &made).unwrap();
+        tool::open(&path).unwrap().carry_out(&made).unwrap();
         path
     }
 
     #[test]
     fn behaves_like_a_vector_and_keeps_it() {
         let folder = tempfile::tempdir().unwrap();
-        let text = format!("element D (type parallax) (pool {}) (volume v)", pool(&folder, 64 << 20, 3 << 20).display());
+        let text = format!(
+            "element D (type parallax) (pool {}) (volume v)",
+            pool(&folder, 64 << 20, 3 << 20).display()
+        );
         run(1, async |host| {
             let disk = TestDisk::new(&host, crate::ALL, &text, "D").await.unwrap();
             play_against_model(&disk, 1, 400).await;
@@ -242,7 +258,8 @@ mod tests {
             let taken = Operation::Snapshot { volumes: vec!["v".into()], name: "before".into() };
             carry_out(&path, taken).await.unwrap();
             disk.write(0, &[2; 4096]).await.unwrap();
-            let old = TestDisk::new(&host, crate::ALL, &format!("{text} (snapshot before)"), "D").await.unwrap();
+            let old =
+                TestDisk::new(&host, crate::ALL, &format!("{text} (snapshot before)"), "D").await.unwrap();
             assert_eq!(old.read(0, 4096).await.unwrap(), [1; 4096]);
             assert_eq!(disk.read(0, 4096).await.unwrap(), [2; 4096]);
             assert_eq!(old.write(0, &[3; 4096]).await.unwrap_err().kind(), Kind::Denied);
@@ -273,7 +290,7 @@ mod tests {
             disk.write(0, &vec![6; 1 << 20]).await.unwrap();
             assert_eq!(disk.read(4 << 30, 1 << 20).await.unwrap(), vec![5; 1 << 20]);
         });
-        let findings = tool::carry_out(&path, &Operation::Check).unwrap();
+        let findings = tool::open(&path).unwrap().carry_out(&Operation::Check).unwrap();
         assert_eq!(findings["problems"], serde_json::json!([]));
     }
 }

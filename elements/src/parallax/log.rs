@@ -167,7 +167,9 @@ impl Log {
     /// A flush that began with that as the last record has succeeded.
     pub(super) fn flushed(&mut self, last: u64) {
         self.durable = self.durable.max(last);
-        while let Some((_, settled)) = self.marks.front().copied().filter(|(number, _)| *number <= self.durable) {
+        while let Some((_, settled)) =
+            self.marks.front().copied().filter(|(number, _)| *number <= self.durable)
+        {
             self.trusted = self.trusted.max(settled);
             self.marks.pop_front();
         }

@@ -71,7 +71,9 @@ impl<'a> Merge<'a> {
             return self.free(at..at + len);
         }
         match self.dead.last_mut() {
-            Some(last) if last.birth == birth && last.at + u64::from(last.len) == at && last.len < u16::MAX => {
+            Some(last)
+                if last.birth == birth && last.at + u64::from(last.len) == at && last.len < u16::MAX =>
+            {
                 last.len += len as u16;
             }
             _ => self.dead.push(Dead { at, birth, len: len as u16 }),
@@ -200,14 +202,23 @@ impl<'a> Merge<'a> {
     }
 
     /// A line lets go of a whole tree.
-    pub(super) fn drop_tree(&mut self, who: Who, ptr: Ptr, level: u8, index: u64) -> LocalBoxFuture<'_, Result<()>> {
+    pub(super) fn drop_tree(
+        &mut self,
+        who: Who,
+        ptr: Ptr,
+        level: u8,
+        index: u64,
+    ) -> LocalBoxFuture<'_, Result<()>> {
         Box::pin(async move {
             if ptr.is_hole() || ptr.birth <= who.origin {
                 return Ok(());
             }
             match self.read(ptr, level, index).await?.body {
                 Body::Leaf(slots) => {
-                    slots.iter().filter(|slot| slot.at != 0).for_each(|slot| self.kill(who, slot.at, 1, slot.birth));
+                    slots
+                        .iter()
+                        .filter(|slot| slot.at != 0)
+                        .for_each(|slot| self.kill(who, slot.at, 1, slot.birth));
                 }
                 Body::Inner(children) => {
                     for (ix, child) in children.iter().enumerate() {
@@ -239,7 +250,8 @@ impl<'a> Merge<'a> {
             }
             match (self.read(old, level, index).await?.body, self.read(new, level, index).await?.body) {
                 (Body::Leaf(old), Body::Leaf(new)) => {
-                    let gone = old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
+                    let gone =
+                        old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
                     gone.for_each(|(old, _)| self.kill(who, old.at, 1, old.birth));
                 }
                 (Body::Inner(old), Body::Inner(new)) => {
@@ -248,7 +260,11 @@ impl<'a> Merge<'a> {
                         self.lost(origin, (*pair.0, *pair.1), place).await?;
                     }
                 }
-                _ => return Err(super::format::damaged("two trees of one line have nodes of two kinds in one place")),
+                _ => {
+                    return Err(super::format::damaged(
+                        "two trees of one line have nodes of two kinds in one place",
+                    ));
+                }
             }
             self.kill_node(who, old);
             Ok(())

@@ -2,8 +2,8 @@
 
 use super::below::Below;
 use super::format::{
-    BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Id, Label, Owner, Owners, Ptr, RECORDS, Record, Root,
-    SLOTS, TREE, damaged, is_sound, short, u32_at, u64_at,
+    BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Id, Label, Owner, Owners, Ptr, RECORDS,
+    Record, Root, SLOTS, TREE, damaged, is_sound, short, u32_at, u64_at,
 };
 use super::log::Log;
 use super::merge::span;
@@ -38,7 +38,10 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
     let extents = size / (BLOCK * EXTENT);
     if extents < LEAST {
         let least = LEAST * BLOCK * EXTENT;
-        return Err(Error::new(Kind::NoSpace, format!("a pool has at least {least} bytes, and this has {size}")));
+        return Err(Error::new(
+            Kind::NoSpace,
+            format!("a pool has at least {least} bytes, and this has {size}"),
+        ));
     }
     let label = Label { id, extents, capacity: extents * GROWTH, sequence: 1, features: Features::default() };
     let (first, log) = (label.first(), (extents / 64).clamp(1, LOG));
@@ -84,7 +87,13 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
 pub(super) async fn clear(size: u64, below: Below<'_>) -> Result<()> {
     const PIECE: u64 = 1 << 20;
     let extents = size / (BLOCK * EXTENT);
-    let label = Label { id: [0; 16], extents, capacity: extents * GROWTH, sequence: 0, features: Features::default() };
+    let label = Label {
+        id: [0; 16],
+        extents,
+        capacity: extents * GROWTH,
+        sequence: 0,
+        features: Features::default(),
+    };
     for at in (0..(label.first() + 1) * EXTENT * BLOCK).step_by(PIECE as usize) {
         below.write(at, Data::zeros(PIECE as usize)).await?;
     }
@@ -109,7 +118,8 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     let label = read_label(below).await?;
     label.features.allow(opening.writable, "the pool")?;
     if label.extents * EXTENT * BLOCK > size {
-        let message = format!("the pool has {} bytes, and there are only {size}", label.extents * EXTENT * BLOCK);
+        let message =
+            format!("the pool has {} bytes, and there are only {size}", label.extents * EXTENT * BLOCK);
         return Err(damaged(message));
     }
     let owner = read_owner(&label, opening.writable, below).await?;
@@ -155,7 +165,9 @@ async fn read_label(below: Below<'_>) -> Result<Label> {
     for place in Label::PLACES {
         let bytes = below.read(place * BLOCK, BLOCK).await?.to_vec();
         match Label::decode(&bytes) {
-            Ok(label) if best.as_ref().is_none_or(|best| best.sequence < label.sequence) => best = Some(label),
+            Ok(label) if best.as_ref().is_none_or(|best| best.sequence < label.sequence) => {
+                best = Some(label)
+            }
             Ok(_) => {}
             // What is damaged says more than what is not there.
             Err(error) if refused.is_none() || Label::is_one(&bytes) => refused = Some(error),
@@ -177,7 +189,8 @@ async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owne
     }
     let owners = best.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))?;
     let owner = owners.all.into_iter().find(|owner| owner.format == TREE);
-    let owner = owner.ok_or_else(|| Error::new(Kind::Unsupported, "the pool has no volumes of a known format"))?;
+    let owner =
+        owner.ok_or_else(|| Error::new(Kind::Unsupported, "the pool has no volumes of a known format"))?;
     owner.features.allow(write, "what the pool holds")?;
     Ok(owner)
 }

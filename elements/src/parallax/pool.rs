@@ -140,7 +140,9 @@ impl Core {
 
     /// The newest snapshot of a volume and its birth, and the birth of its origin; 0 none.
     pub(super) fn ancestors(&self, volume: u32) -> ((u32, u64), u64) {
-        let Some(EntryKind::Volume { newest, origin, .. }) = self.catalog.get(&volume).map(|entry| &entry.kind) else {
+        let Some(EntryKind::Volume { newest, origin, .. }) =
+            self.catalog.get(&volume).map(|entry| &entry.kind)
+        else {
             return ((0, 0), 0);
         };
         let birth = match self.catalog.get(newest).map(|entry| &entry.kind) {
@@ -162,9 +164,13 @@ impl Core {
                     let over = line.active.put(first, Run::new(u64::from(len), at, birth, number, &crcs));
                     self.runs = self.runs + line.active.len() - before;
                     // Of the same layer, so no snapshot sees them.
-                    self.loose.extend(over.into_iter().filter(|run| run.at != 0).map(|run| run.at..run.at + run.len));
+                    self.loose.extend(
+                        over.into_iter().filter(|run| run.at != 0).map(|run| run.at..run.at + run.len),
+                    );
                 }
-                Change::Snapshot { number, volume, made, name } => self.take_snapshot(number, volume, made, name),
+                Change::Snapshot { number, volume, made, name } => {
+                    self.take_snapshot(number, volume, made, name)
+                }
             }
         }
     }
@@ -175,7 +181,9 @@ impl Core {
         let (newest, _) = self.ancestors(volume);
         let birth = self.births;
         self.births += 1;
-        let (Some(line), Some(entry)) = (self.lines.get_mut(&volume), self.catalog.get_mut(&volume)) else { return };
+        let (Some(line), Some(entry)) = (self.lines.get_mut(&volume), self.catalog.get_mut(&volume)) else {
+            return;
+        };
         (line.snapping, line.in_place) = (false, Arc::default());
         let dead = super::format::Ptr::default();
         let kind = EntryKind::Snapshot { before: newest.0, volume, birth, dead };
@@ -362,7 +370,12 @@ impl Pool {
     ///
     /// # Errors
     /// [`Kind::Busy`] if a name is taken; then none is taken.
-    pub(super) async fn snapshot(&self, wanted: &[(u32, String)], made: u64, below: Below<'_>) -> Result<Vec<u32>> {
+    pub(super) async fn snapshot(
+        &self,
+        wanted: &[(u32, String)],
+        made: u64,
+        below: Below<'_>,
+    ) -> Result<Vec<u32>> {
         self.check()?;
         let _together = self.administering.read().await;
         let (counts, changes) = self.begin_snapshots(wanted, made)?;
@@ -387,7 +400,8 @@ impl Pool {
                 return Err(Error::new(Kind::Busy, "a snapshot of that volume is just being taken"));
             }
             let taken = core.catalog.values().any(|entry| {
-                entry.name == *name && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == *volume)
+                entry.name == *name
+                    && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == *volume)
             });
             if taken {
                 return Err(Error::new(Kind::Busy, format!("there is a snapshot {name} already")));

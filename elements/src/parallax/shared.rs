@@ -94,7 +94,8 @@ impl Drop for Shared {
 /// [`Kind::Busy`] if there is something already; what the system says.
 pub(super) fn make(path: &Path, size: Option<u64>, id: Id) -> Result<()> {
     let refused = |errno, what: &'static str| Error::os(errno, what).with_path(path);
-    if rustix::fs::stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice) {
+    if rustix::fs::stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice)
+    {
         let (image, all, _) = image(path, true)?;
         let below = Below::Plain(image.file().as_fd());
         return block_on(async {
@@ -106,7 +107,9 @@ pub(super) fn make(path: &Path, size: Option<u64>, id: Id) -> Result<()> {
             create(id, size.unwrap_or(all).min(all), below).await
         });
     }
-    let Some(size) = size else { return Err(Error::invalid("a pool in a file needs a size").with_path(path)) };
+    let Some(size) = size else {
+        return Err(Error::invalid("a pool in a file needs a size").with_path(path));
+    };
     let path = if path.is_dir() { &path.join(FILE) } else { path };
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
@@ -115,7 +118,7 @@ pub(super) fn make(path: &Path, size: Option<u64>, id: Id) -> Result<()> {
         .map_err(|errno| refused(errno, "it cannot be made that large"))
         .and_then(|()| block_on(create(id, size, Below::Plain(file.as_fd()))));
     // Half made, it would stand in the way.
-    made.inspect_err(|_| drop(rustix::fs::unlink(path)))
+    made.inspect_err(|_| _ = rustix::fs::unlink(path))
 }
 
 /// The file or device of a pool.

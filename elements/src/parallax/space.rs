@@ -299,7 +299,11 @@ impl Space {
     }
 
     /// Writes records to both copies of the table, neighbours at once.
-    pub(super) async fn write_records(&self, records: &[(u64, ExtentRecord)], below: Below<'_>) -> Result<()> {
+    pub(super) async fn write_records(
+        &self,
+        records: &[(u64, ExtentRecord)],
+        below: Below<'_>,
+    ) -> Result<()> {
         for row in records.chunk_by(|one, other| one.0 + 1 == other.0) {
             let bytes: Vec<u8> = row.iter().flat_map(|(_, record)| record.encode()).collect();
             let data = Data::shared(bytes);
@@ -321,7 +325,8 @@ impl Space {
     #[cfg(test)]
     pub(super) fn leaked(&self, known: &[u64]) -> Vec<u64> {
         let state = self.state();
-        let maps = state.extents.iter().enumerate().filter_map(|(ix, extent)| Some((ix, extent.maps.as_ref()?)));
+        let maps =
+            state.extents.iter().enumerate().filter_map(|(ix, extent)| Some((ix, extent.maps.as_ref()?)));
         let blocks = maps.flat_map(|(extent, maps)| {
             let differs = move |ix: &u64| {
                 let (word, bit) = ((ix / 64) as usize, ix % 64);
@@ -359,7 +364,8 @@ impl State {
 
     /// Extents in a row that are nobody's, at most `want`, the first such row behind the last one used.
     fn unowned_near(&self, want: u64) -> Range<u64> {
-        let free = |ix: u64| self.extents[ix as usize].maps.is_none() && self.extents[ix as usize].record.owner == 0;
+        let free =
+            |ix: u64| self.extents[ix as usize].maps.is_none() && self.extents[ix as usize].record.owner == 0;
         let count = self.extents.len() as u64;
         let start = (self.last..count).chain(0..self.last).find(|ix| free(*ix));
         let Some(start) = start else { return 0..0 };

@@ -10,6 +10,7 @@ use futures::executor::block_on;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Memory for the map where nobody says anything else, in bytes.
 const MEMORY: u64 = 256 << 20;
@@ -104,15 +105,28 @@ pub fn create(path: &Path, size: Option<u64>) -> Result<()> {
     shared::make(path, size, std::array::from_fn(|_| fastrand::u8(..)))
 }
 
-/// Does something with a pool that no other process has open. What was found out, or null. Blocks.
+/// A pool that this process has open.
+pub struct Open(Arc<Shared>);
+
+/// Opens a pool, if this process has not done so yet. Blocks.
 ///
 /// # Errors
-/// [`Kind::Busy`] if another process has the pool open: that one can do it.
-pub fn carry_out(path: &Path, operation: &Operation) -> Result<Value> {
-    if let Operation::List = operation {
-        return Shared::look(path, |pool, _| Ok(list(pool)));
+/// [`Kind::Busy`] if another process has it open: that one can do whatever is to be done.
+pub fn open(path: &Path) -> Result<Open> {
+    Shared::open(path, MEMORY).map(Open)
+}
+
+impl Open {
+    /// Does something. What was found out, or null. Blocks, and not on a shard: those serve the pool meanwhile.
+    ///
+    /// # Errors
+    /// Why it was not done. Then nothing has changed.
+    pub fn carry_out(&self, operation: &Operation) -> Result<Value> {
+        carry_out(&self.0, operation)
     }
-    let shared = Shared::open(path, MEMORY)?;
+}
+
+fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
     let (pool, below) = (&shared.pool, shared.plain());
     match operation {
         Operation::List => return Ok(list(pool)),
@@ -138,7 +152,9 @@ pub fn carry_out(path: &Path, operation: &Operation) -> Result<Value> {
         Operation::Clone { volume, snapshot, name } => {
             block_on(pool.clone_volume(volume, snapshot, name, below))?;
         }
-        Operation::Rollback { volume, snapshot, keep } => block_on(pool.rollback(volume, snapshot, keep, below))?,
+        Operation::Rollback { volume, snapshot, keep } => {
+            block_on(pool.rollback(volume, snapshot, keep, below))?
+        }
         Operation::Promote { name } => block_on(pool.promote(name, below))?,
         Operation::Rename { name, to } => block_on(pool.rename(name, to, below))?,
         Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
@@ -146,7 +162,9 @@ pub fn carry_out(path: &Path, operation: &Operation) -> Result<Value> {
             let number = number_of(pool, volume)?;
             let birth = birth_of(pool, number, since)?;
             let changed = block_on(pool.changed_since(number, birth, below))?;
-            let range = |range: &std::ops::Range<u64>| json!([range.start * BLOCK, (range.end - range.start) * BLOCK]);
+            let range = |range: &std::ops::Range<u64>| {
+                json!([range.start * BLOCK, (range.end - range.start) * BLOCK])
+            };
             return Ok(changed.iter().map(range).collect());
         }
     }
@@ -178,7 +196,8 @@ fn list(pool: &Pool) -> Value {
         }
     };
     let snapshots = |number: u32| -> Vec<Value> {
-        let of = |entry: &&Entry| matches!(entry.kind, EntryKind::Snapshot { volume, .. } if volume == number);
+        let of =
+            |entry: &&Entry| matches!(entry.kind, EntryKind::Snapshot { volume, .. } if volume == number);
         let said = |entry: &Entry| json!({ "name": entry.name, "size": entry.size, "made": entry.made });
         core.catalog.values().filter(of).map(said).collect()
     };

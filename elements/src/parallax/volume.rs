@@ -106,10 +106,16 @@ impl Volume {
             }
         };
         let sources: Vec<&Runs> = match core.lines.get(&self.number) {
-            Some(line) => once(&line.active).chain(line.layers.iter().rev().map(|layer| &layer.runs)).collect(),
+            Some(line) => {
+                once(&line.active).chain(line.layers.iter().rev().map(|layer| &layer.runs)).collect()
+            }
             None => {
                 let young = core.young.iter().find(|young| young.number == self.number);
-                young.into_iter().flat_map(|young| young.layers.iter().rev()).map(|layer| &layer.runs).collect()
+                young
+                    .into_iter()
+                    .flat_map(|young| young.layers.iter().rev())
+                    .map(|layer| &layer.runs)
+                    .collect()
             }
         };
         let mut found = Found { pieces: Vec::new(), checksums: entry.checksums };
@@ -168,7 +174,13 @@ impl Volume {
     }
 
     /// Where blocks are. What is found is kept from being used for something else as long as it is held.
-    async fn find(&self, blocks: Range<u64>, most: usize, in_place: bool, below: Below<'_>) -> Result<(Vec<Piece>, Hold)> {
+    async fn find(
+        &self,
+        blocks: Range<u64>,
+        most: usize,
+        in_place: bool,
+        below: Below<'_>,
+    ) -> Result<(Vec<Piece>, Hold)> {
         loop {
             let missing = match self.find_now(blocks.clone(), most, in_place) {
                 Ok(found) => return Ok(found),
@@ -178,7 +190,12 @@ impl Volume {
         }
     }
 
-    fn find_now(&self, blocks: Range<u64>, most: usize, in_place: bool) -> Result<(Vec<Piece>, Hold), Missing> {
+    fn find_now(
+        &self,
+        blocks: Range<u64>,
+        most: usize,
+        in_place: bool,
+    ) -> Result<(Vec<Piece>, Hold), Missing> {
         let core = self.pool.core();
         let mut pieces = self.resolve(&core, blocks, most)?;
         let mut here = None;
@@ -223,7 +240,10 @@ impl Volume {
                 let from = ix * BLOCK as usize;
                 if crc_of(&data.slice(from..from + BLOCK as usize)) != *crc {
                     let block = piece.first + ix as u64;
-                    return Err(Error::new(Kind::Io, format!("block {block} is damaged: its checksum is another one")));
+                    return Err(Error::new(
+                        Kind::Io,
+                        format!("block {block} is damaged: its checksum is another one"),
+                    ));
                 }
             }
             parts.push(data);
@@ -253,7 +273,9 @@ impl Volume {
             tries += 1;
             match self.try_to_write(&req, below).await {
                 // What has been let go of is free after a checkpoint, once nobody sees it any more: nor this request.
-                Err(error) if error.kind() == Kind::NoSpace && tries < 3 => self.pool.checkpoint(below).await?,
+                Err(error) if error.kind() == Kind::NoSpace && tries < 3 => {
+                    self.pool.checkpoint(below).await?
+                }
                 done => return done,
             }
         }

@@ -1,4 +1,4 @@
-//! `docs/live.md`, `docs/migrate.md` and `docs/backup.md` are sessions: the console blocks of each run in order, in one
+//! `docs/live.md`, `docs/migrate.md`, `docs/backup.md` and `docs/parallax.md` are sessions: the console blocks of each run in order, in one
 //! shell and one fresh
 //! folder, and print what stands there.
 //!
@@ -179,6 +179,11 @@ fn the_session_of_migrate_md_is_what_happens() {
 fn play(document: &str) {
     ["bash", "fio", "qemu-io"].into_iter().for_each(needs);
     session(document, 40);
+}
+
+#[test]
+fn the_session_of_parallax_md_is_what_happens() {
+    session("docs/parallax.md", 30);
 }
 
 #[test]

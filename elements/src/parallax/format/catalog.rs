@@ -116,7 +116,8 @@ impl Entry {
             features: Features::at(bytes, 72),
             kind,
         };
-        let sane = bytes[2] < 4 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
+        let sane =
+            bytes[2] < 4 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
         sane.then_some(Some(entry)).ok_or_else(|| damaged("the catalog has numbers that cannot be"))
     }
 }

@@ -2,7 +2,8 @@
 
 use super::catalog::{Entry, RECORDS};
 use super::{
-    BLOCK, Id, LIMIT, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at, u32_at, u40_at, u64_at,
+    BLOCK, Id, LIMIT, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at, u32_at, u40_at,
+    u64_at,
 };
 use blockmason::Result;
 

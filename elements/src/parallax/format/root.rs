@@ -63,7 +63,8 @@ impl Root {
         bytes[..8].copy_from_slice(MAGIC);
         put(&mut bytes, 12, 4, u64::from(self.owner));
         bytes[16..32].copy_from_slice(&self.id);
-        let words = [self.sequence, self.epoch, self.births, self.log[0], self.log[1], self.tail.0, self.tail.1];
+        let words =
+            [self.sequence, self.epoch, self.births, self.log[0], self.log[1], self.tail.0, self.tail.1];
         for (word, at) in words.into_iter().zip((32..).step_by(8)) {
             put(&mut bytes, at, 8, word);
         }

@@ -35,7 +35,9 @@ impl Features {
     /// Whether this program, which knows of no feature yet, may do that with it.
     pub(in super::super) fn allow(self, write: bool, what: &str) -> Result<()> {
         let refuse = |bits: u64, verb: &str| {
-            let message = format!("{what} has features that this program does not know ({bits:#x}): a newer one can {verb} it");
+            let message = format!(
+                "{what} has features that this program does not know ({bits:#x}): a newer one can {verb} it"
+            );
             Err(Error::new(Kind::Unsupported, message))
         };
         match self {
@@ -101,7 +103,8 @@ impl Label {
         }
         let version = u32_at(bytes, 12);
         if version != VERSION {
-            let message = format!("the pool has version {version} of the format, and this program knows {VERSION}");
+            let message =
+                format!("the pool has version {version} of the format, and this program knows {VERSION}");
             return Err(Error::new(Kind::Unsupported, message));
         }
         expect_zeros(&bytes[80..], "the label")?;

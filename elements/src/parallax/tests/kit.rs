@@ -46,7 +46,8 @@ static PLUG: ElementType = ElementType {
     ..ElementType::BASE
 };
 
-static TYPES: LazyLock<Catalogue> = LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&PLUG]).collect()));
+static TYPES: LazyLock<Catalogue> =
+    LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&PLUG]).collect()));
 
 /// Blocks of the volume: two leaves, the second one not full.
 pub(super) const BLOCKS: usize = 600;
@@ -156,7 +157,8 @@ impl Story {
         let first = self.rng.usize(0..BLOCKS);
         let most = [2, 9, 40, 600][self.rng.usize(0..4)];
         let range = first..(first + self.rng.usize(1..=most)).min(BLOCKS);
-        let busy = |block: &usize| self.sent.iter().any(|sent| sent.blocks.iter().any(|(other, _)| other == block));
+        let busy =
+            |block: &usize| self.sent.iter().any(|sent| sent.blocks.iter().any(|(other, _)| other == block));
         if range.clone().any(|block| busy(&block)) {
             return;
         }
@@ -242,7 +244,10 @@ impl Story {
 
     /// Waits for everything.
     pub(super) async fn settle(&mut self) {
-        while !self.sent.is_empty() || !self.flushes.is_empty() || self.snapshots.values().any(|s| s.reply.is_some()) {
+        while !self.sent.is_empty()
+            || !self.flushes.is_empty()
+            || self.snapshots.values().any(|s| s.reply.is_some())
+        {
             blockmason::rt::sleep(std::time::Duration::from_millis(1)).await;
             self.look();
         }
@@ -301,7 +306,8 @@ impl Story {
         let below = Below::Plain(copy.as_fd());
         let opening = Opening { writable: true, memory: 1 << 20 };
         let size = copy.metadata().unwrap().len();
-        let pool = block_on(open(opening, size, below)).unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
+        let pool = block_on(open(opening, size, below))
+            .unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
         let pool = Arc::new(pool);
         let findings = block_on(check(&pool, below)).unwrap();
         assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
@@ -321,14 +327,18 @@ impl Story {
             let found = read_all(pool, taken, below);
             match (&snapshot.contents, &snapshot.highest) {
                 (Some(contents), _) => {
-                    let differs = contents.chunks(4096).zip(found.chunks(4096)).position(|(one, other)| one != other);
+                    let differs =
+                        contents.chunks(4096).zip(found.chunks(4096)).position(|(one, other)| one != other);
                     assert_eq!(differs, None, "seed {}: snapshot {name} has changed at a block", self.seed);
                 }
                 (None, Some(highest)) => {
                     for (ix, found) in found.chunks(BLOCK as usize).enumerate() {
                         let allowed = &self.blocks[ix].versions[snapshot.lowest[ix]..=highest[ix]];
                         if let Some(said) = misfit(ix, found, allowed) {
-                            panic!("seed {}: snapshot {name}, block {ix} has {said}, not one of {allowed:?}", self.seed);
+                            panic!(
+                                "seed {}: snapshot {name}, block {ix} has {said}, not one of {allowed:?}",
+                                self.seed
+                            );
                         }
                     }
                 }
@@ -349,7 +359,9 @@ impl Story {
         // A block that is torn now may be found as it is for ever: only one that is whole narrows what may be.
         for (ix, (block, found)) in self.blocks.iter_mut().zip(found.chunks(BLOCK as usize)).enumerate() {
             let from = if power { block.flushed } else { block.answered };
-            if let Some(place) = (from..block.versions.len()).rev().find(|place| bytes(ix, block.versions[*place]) == found) {
+            if let Some(place) =
+                (from..block.versions.len()).rev().find(|place| bytes(ix, block.versions[*place]) == found)
+            {
                 block.versions = vec![block.versions[place]];
                 (block.flushed, block.answered) = (0, 0);
             } else {
@@ -374,7 +386,8 @@ impl Story {
 /// What of a block is none of these versions, each sector by itself.
 fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
     let sectors = found.chunks(BLOCK as usize / SECTORS).enumerate();
-    let mut bad = sectors.filter(|(_, found)| !allowed.iter().any(|version| bytes(block, *version)[..found.len()] == **found));
+    let mut bad = sectors
+        .filter(|(_, found)| !allowed.iter().any(|version| bytes(block, *version)[..found.len()] == **found));
     bad.next().map(|(sector, found)| {
         let word = |at: usize| u32::from_le_bytes([found[at], found[at + 1], found[at + 2], found[at + 3]]);
         format!("version {} of block {} in sector {sector}", word(4), word(0))
@@ -384,7 +397,11 @@ fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
 /// Everything that a volume or snapshot has.
 fn read_all(pool: &Arc<Pool>, number: u32, below: Below<'_>) -> Vec<u8> {
     let volume = Volume::new(pool.clone(), number);
-    block_on(volume.read_pieces(Request::read(0, BLOCKS as u64 * BLOCK), below)).unwrap().into_data().unwrap().to_vec()
+    block_on(volume.read_pieces(Request::read(0, BLOCKS as u64 * BLOCK), below))
+        .unwrap()
+        .into_data()
+        .unwrap()
+        .to_vec()
 }
 
 /// The same graph with a new `R`: that of the old one is dead.
@@ -392,7 +409,13 @@ fn reborn(host: &Arc<Host>, before: &Graph, text: &str) -> Arc<Graph> {
     let fresh = graph(host, *TYPES, text, "R").unwrap();
     let instances: Vec<_> = fresh
         .instances()
-        .map(|instance| if ["R", "P", "T"].contains(&instance.name.as_str()) { instance.clone() } else { find(before, &instance.name) })
+        .map(|instance| {
+            if ["R", "P", "T"].contains(&instance.name.as_str()) {
+                instance.clone()
+            } else {
+                find(before, &instance.name)
+            }
+        })
         .collect();
     let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
     let edges = [("R", "T"), ("T", "P"), ("P", "D"), ("Client", "R")];

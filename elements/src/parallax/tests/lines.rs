@@ -12,8 +12,8 @@ use blockmason::{Data, Kind, Op, Request};
 use futures::executor::block_on;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 const SIZE: u64 = 96 << 20;
@@ -193,7 +193,10 @@ impl Model {
             let owner = core.catalog[&volume].name.clone();
             // A name may be that of several volumes' snapshots, taken at one instant: the contents tell.
             let blocks = entry.size as usize / BLOCK as usize;
-            let same = self.snapshots.iter().filter(|((_, name), contents)| *name == entry.name && contents.len() == blocks);
+            let same = self
+                .snapshots
+                .iter()
+                .filter(|((_, name), contents)| *name == entry.name && contents.len() == blocks);
             let mut same: Vec<_> = same.collect();
             same.sort_by_key(|((volume, _), _)| *volume != owner);
             found.insert((owner, entry.name.clone()), same[0].1.clone());
@@ -206,8 +209,11 @@ impl Model {
             let number = self.pool.core().snapshot(number, name).unwrap();
             let read = read_all(&self.pool, number, contents.len(), Below::Plain(self.file.as_fd()));
             let known = self.snapshots.iter().filter(|((_, other), _)| other == name);
-            let known = known.map(|(_, contents)| contents).find(|known| bytes(0..known.len(), known) == read);
-            *contents = known.unwrap_or_else(|| panic!("seed {}: {volume}@{name} is none that was", self.seed)).clone();
+            let known =
+                known.map(|(_, contents)| contents).find(|known| bytes(0..known.len(), known) == read);
+            *contents = known
+                .unwrap_or_else(|| panic!("seed {}: {volume}@{name} is none that was", self.seed))
+                .clone();
         }
         self.snapshots = found;
     }
@@ -255,7 +261,11 @@ impl Model {
             let number = self.pool.core().volume(volume).unwrap();
             let number = self.pool.core().snapshot(number, name).unwrap();
             let found = read_all(&self.pool, number, contents.len(), below);
-            assert!(found == bytes(0..contents.len(), contents), "seed {}: snapshot {volume}@{name}", self.seed);
+            assert!(
+                found == bytes(0..contents.len(), contents),
+                "seed {}: snapshot {volume}@{name}",
+                self.seed
+            );
         }
         self.compare();
     }
@@ -266,10 +276,14 @@ impl Model {
         let (number, birth) = {
             let core = self.pool.core();
             let number = core.volume(&volume).unwrap();
-            let EntryKind::Snapshot { birth, .. } = core.catalog[&core.snapshot(number, &name).unwrap()].kind else { return };
+            let EntryKind::Snapshot { birth, .. } = core.catalog[&core.snapshot(number, &name).unwrap()].kind
+            else {
+                return;
+            };
             (number, birth)
         };
-        let changed = block_on(self.pool.changed_since(number, birth, Below::Plain(self.file.as_fd()))).unwrap();
+        let changed =
+            block_on(self.pool.changed_since(number, birth, Below::Plain(self.file.as_fd()))).unwrap();
         let (now, then) = (&self.volumes[&volume], &self.snapshots[&(volume.clone(), name)]);
         for (block, version) in now.iter().enumerate() {
             let same = then.get(block).copied().unwrap_or(0) == *version;

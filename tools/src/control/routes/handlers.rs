@@ -9,6 +9,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use blockmason::describe::Access;
 use blockmason::graph::handlers::HandlerReading;
+use blockmason::rt;
 use std::sync::Arc;
 
 type Names = Path<(String, String, String)>;
@@ -109,6 +110,9 @@ pub(super) async fn call(
     Path((name, element, handler)): Names,
     Body(wanted): Body<HandlerArgument>,
 ) -> Result<Json<HandlerValue>, Refusal> {
-    let value = daemon.find(&name)?.call(&element, &handler, &wanted.argument)?;
+    let served = daemon.find(&name)?;
+    // It may have to wait for a disk.
+    let called = rt::blocking(move || served.call(&element, &handler, &wanted.argument)).await;
+    let value = called.unwrap_or_else(|| Err(Refusal::new("internal", "the handler panicked")))?;
     Ok(Json(HandlerValue { value }))
 }

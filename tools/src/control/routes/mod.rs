@@ -11,6 +11,7 @@ mod handlers;
 mod handover;
 mod metrics;
 mod moves;
+mod pools;
 mod text;
 mod trace;
 mod trials;
@@ -57,6 +58,7 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(backups::list, backups::begin))
         .routes(routes!(backups::show))
         .routes(routes!(backups::abort))
+        .routes(routes!(pools::ask))
         .routes(routes!(text::text))
         .routes(routes!(counters::counters))
         .routes(routes!(trace::trace))

@@ -1,0 +1,122 @@
+//! `mason pool`: makes pools and looks at them.
+
+use super::ask;
+use crate::control::find::ControlArgs;
+use crate::failure::{Failure, Outcome};
+use crate::output::{self, printable};
+use crate::units::{Bytes, Exact, table};
+use blockmason::lang::value::Size;
+use blockmason_elements::parallax::tool::{self, Operation};
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// Make pools of thin volumes, look at them, check them.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  mason pool create vms.pool --size 100G
+  mason pool list vms.pool
+  mason pool check vms.pool && echo sound
+
+A pool is a file, a block device, or a folder that holds the file. Whatever is asked of a pool that a daemon
+serves is done by that daemon.")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Make a pool in a new file, or on an empty block device
+    Create {
+        /// The file or device; a folder gets a file
+        pool: PathBuf,
+
+        /// Bytes of the file, which is sparse; a device is used as it is
+        #[arg(long)]
+        size: Option<Size>,
+    },
+    /// Show what is in a pool
+    List(Pool),
+    /// Look at everything in a pool: exits with 1 if anything is not as it should be
+    Check(Pool),
+}
+
+#[derive(clap::Args)]
+struct Pool {
+    /// The pool
+    pool: PathBuf,
+
+    /// Writes one JSON object
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    control: ControlArgs,
+}
+
+pub(crate) fn main(args: &Args) -> Outcome {
+    match &args.command {
+        Command::Create { pool, size } => {
+            tool::create(pool, size.map(|size| size.0)).map_err(|error| Failure::from_error(&error))
+        }
+        Command::List(pool) => {
+            let found = ask(&pool.pool, &Operation::List, &pool.control)?;
+            if pool.json { output::json(&found) } else { output::text(&list(&found)) }
+        }
+        Command::Check(pool) => check(pool),
+    }
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+fn word(value: &Value) -> String {
+    printable(value.as_str().unwrap_or("-"))
+}
+
+pub(super) fn list(found: &Value) -> String {
+    let (size, free) = (number(&found["size"]), number(&found["free"]));
+    let mut rows = Vec::new();
+    for volume in found["volumes"].as_array().into_iter().flatten() {
+        let serving = if volume["served"] == true { "served" } else { "-" };
+        let row = [
+            word(&volume["name"]),
+            Exact(number(&volume["size"])).to_string(),
+            word(&volume["origin"]),
+            serving.to_owned(),
+        ];
+        rows.push(row.to_vec());
+        for snapshot in volume["snapshots"].as_array().into_iter().flatten() {
+            let name = format!("{}@{}", word(&volume["name"]), word(&snapshot["name"]));
+            let size = Exact(number(&snapshot["size"])).to_string();
+            rows.push(vec![name, size, "-".to_owned(), "-".to_owned()]);
+        }
+    }
+    let said = format!("{} of {} in use\n", Bytes(size - free), Bytes(size));
+    if rows.is_empty() { said } else { said + &table(&["volume", "size", "clone of", ""], rows, 1..2) }
+}
+
+fn check(pool: &Pool) -> Outcome {
+    let found = ask(&pool.pool, &Operation::Check, &pool.control)?;
+    let problems = found["problems"].as_array().map_or(&[][..], |problems| problems);
+    if pool.json {
+        output::json(&found)?;
+    } else {
+        let lines: String = problems.iter().map(|problem| word(problem) + "\n").collect();
+        let said = format!(
+            "{} volumes, {} snapshots, {} nodes, {} in use\n",
+            number(&found["volumes"]),
+            number(&found["snapshots"]),
+            number(&found["nodes"]),
+            Bytes(number(&found["bytes"]))
+        );
+        output::text(&(lines + &said))?;
+    }
+    match problems.len() {
+        0 => Ok(()),
+        count => {
+            Err(Failure::new(format!("{}: {count} things are not as they should be", pool.pool.display())))
+        }
+    }
+}

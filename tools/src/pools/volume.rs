@@ -1,0 +1,187 @@
+//! `mason volume`: makes volumes, snapshots and clones, and undoes them.
+
+use super::{Named, ask, named, pool};
+use crate::control::find::ControlArgs;
+use crate::failure::{Failure, Outcome};
+use crate::output;
+use crate::units::Exact;
+use blockmason::lang::value::Size;
+use blockmason_elements::parallax::tool::Operation;
+use std::path::{Path, PathBuf};
+
+/// Make thin volumes of a pool, their snapshots and clones.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  mason volume create vms.pool vm1 --size 20G
+  mason volume snapshot vms.pool vm1@monday vm2@monday   both at one instant
+  mason volume clone vms.pool vm1@monday vm3
+  mason volume diff vms.pool vm1@monday
+  mason volume rollback vms.pool vm1@monday --keep vm1-tuesday
+  mason volume delete vms.pool vm1@monday
+
+All of it is durable when the command returns. What a daemon serves is changed by that daemon, while guests go on.")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Make an empty volume
+    Create {
+        pool: PathBuf,
+        name: String,
+        /// Bytes; they take room when they are written
+        #[arg(long)]
+        size: Size,
+        /// Keeps a checksum of each block; blocks are then never written in place
+        #[arg(long)]
+        checksums: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Show volumes and snapshots
+    List {
+        pool: PathBuf,
+        /// Writes one JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Delete a volume without snapshots, or a snapshot without clones
+    Delete {
+        pool: PathBuf,
+        /// VOLUME or VOLUME@SNAPSHOT
+        name: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Take snapshots, all at one instant; guests do not wait
+    Snapshot {
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT, all with the same name after the @
+        #[arg(required = true, value_parser = named)]
+        names: Vec<Named>,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Make a volume that begins as a snapshot
+    Clone {
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT
+        #[arg(value_parser = named)]
+        of: Named,
+        name: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Make a volume what one of its snapshots is; what it was is kept under another name
+    Rollback {
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT
+        #[arg(value_parser = named)]
+        to: Named,
+        /// The name of the volume that has what this one was until now, with its newer snapshots
+        #[arg(long, value_name = "NAME")]
+        keep: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Give a clone the snapshots that it came from; the volume that has them becomes its clone
+    Promote {
+        pool: PathBuf,
+        name: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Give a volume another name
+    Rename {
+        pool: PathBuf,
+        name: String,
+        to: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Make a volume larger
+    Resize {
+        pool: PathBuf,
+        name: String,
+        size: Size,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Show what has changed in a volume since a snapshot: offset and length of each range
+    Diff {
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT
+        #[arg(value_parser = named)]
+        since: Named,
+        /// Writes pairs of bytes as JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+}
+
+pub(crate) fn main(args: &Args) -> Outcome {
+    let done =
+        |pool: &Path, operation: Operation, control: &ControlArgs| ask(pool, &operation, control).map(drop);
+    match &args.command {
+        Command::Create { pool, name, size, checksums, control } => {
+            let (name, size) = (name.clone(), size.0);
+            done(pool, Operation::CreateVolume { name, size, checksums: *checksums }, control)
+        }
+        Command::List { pool, json, control } => {
+            let found = ask(pool, &Operation::List, control)?;
+            if *json { output::json(&found) } else { output::text(&pool::list(&found)) }
+        }
+        Command::Delete { pool, name, control } => {
+            let operation = match named(name) {
+                Ok(Named { volume, snapshot }) => Operation::DeleteSnapshot { volume, name: snapshot },
+                Err(_) => Operation::DeleteVolume { name: name.clone() },
+            };
+            done(pool, operation, control)
+        }
+        Command::Snapshot { pool, names, control } => {
+            let name = names.first().map(|first| first.snapshot.clone()).unwrap_or_default();
+            if names.iter().any(|other| other.snapshot != name) {
+                return Err(Failure::Usage("snapshots that are taken together have one name".to_owned()));
+            }
+            let volumes = names.iter().map(|name| name.volume.clone()).collect();
+            done(pool, Operation::Snapshot { volumes, name }, control)
+        }
+        Command::Clone { pool, of, name, control } => {
+            let Named { volume, snapshot } = of.clone();
+            done(pool, Operation::Clone { volume, snapshot, name: name.clone() }, control)
+        }
+        Command::Rollback { pool, to, keep, control } => {
+            let Named { volume, snapshot } = to.clone();
+            done(pool, Operation::Rollback { volume, snapshot, keep: keep.clone() }, control)
+        }
+        Command::Promote { pool, name, control } => {
+            done(pool, Operation::Promote { name: name.clone() }, control)
+        }
+        Command::Rename { pool, name, to, control } => {
+            done(pool, Operation::Rename { name: name.clone(), to: to.clone() }, control)
+        }
+        Command::Resize { pool, name, size, control } => {
+            done(pool, Operation::Resize { name: name.clone(), size: size.0 }, control)
+        }
+        Command::Diff { pool, since, json, control } => diff(pool, since, *json, control),
+    }
+}
+
+fn diff(pool: &Path, since: &Named, json: bool, control: &ControlArgs) -> Outcome {
+    let operation = Operation::Diff { volume: since.volume.clone(), since: since.snapshot.clone() };
+    let found = ask(pool, &operation, control)?;
+    if json {
+        return output::json(&found);
+    }
+    let pair = |range: &serde_json::Value| Some((range[0].as_u64()?, range[1].as_u64()?));
+    let ranges = found.as_array().into_iter().flatten().filter_map(pair);
+    output::text(
+        &ranges.map(|(offset, len)| format!("{} {}\n", Exact(offset), Exact(len))).collect::<String>(),
+    )
+}
