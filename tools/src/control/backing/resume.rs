@@ -35,7 +35,7 @@ impl Interrupted {
         let (here, gone): (Vec<_>, Vec<_>) =
             records.into_iter().partition(|record| record.names.are_in(&spec));
         // It had not begun, or all was merged.
-        gone.iter().for_each(|record| Place::of(daemon, path, &record.names.disk).forget());
+        gone.iter().for_each(|record| Place::of(daemon, path, &record.names.disk).forget(record));
         for record in &here {
             record.may_start(daemon, path, choice)?;
             spec = record.names.without_copy(&spec)?;

@@ -22,7 +22,7 @@ use std::sync::Arc;
 const PATIENCE: f64 = 30.0;
 
 /// Both sides, from a graph that is built and not open.
-pub(in crate::control) struct Sides {
+struct Sides {
     old: Vec<Volume>,
     new: Vec<Volume>,
     /// Other volumes of the graph as it runs.
@@ -99,27 +99,32 @@ impl Served {
         }
     }
 
-    /// Builds the graph once as it would be: what is wrong with it shows now, and the volumes are known.
-    pub(in crate::control) async fn survey(
+    /// Both sides of the graph as it would be.
+    async fn survey(&self, daemon: &Daemon, next: &Spec, disk: &str, new: &str) -> Result<Sides, Error> {
+        let (running, now) = (self.live.disk().graph(), self.live.spec());
+        let (disk, new) = (disk.to_owned(), new.to_owned());
+        let look = move |next: &Spec, built: &Graph| Sides::of(next, built, (&disk, &new), &now, &running);
+        self.built(daemon, next, look).await
+    }
+
+    /// Builds the graph once as it would be, and looks at it: what is wrong with it shows now.
+    pub(in crate::control) async fn built<T: Send + 'static>(
         &self,
         daemon: &Daemon,
         next: &Spec,
-        disk: &str,
-        new: &str,
-    ) -> Result<Sides, Error> {
+        look: impl FnOnce(&Spec, &Graph) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
         let running = self.live.disk().graph();
         let diff = self.live.diff(next);
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let kept = running.instances().filter(|instance| stays(&instance.name));
         let kept: HashMap<_, _> = kept.map(|it| (it.name.clone(), it.clone())).collect();
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
-        let (name, now) = (self.live.name().to_owned(), self.live.spec());
-        let next = next.clone();
-        let (disk, new) = (disk.to_owned(), new.to_owned());
+        let (name, next) = (self.live.name().to_owned(), next.clone());
         let build = move || {
             let builder = Builder { catalogue: CATALOGUE, name: &name, state_dir: &state_dir, shards };
             let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
-            Sides::of(&next, &built, (&disk, &new), &now, &running)
+            look(&next, &built)
         };
         rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
     }
@@ -159,7 +164,7 @@ impl Sides {
     }
 
     /// Whether the new side may be overwritten.
-    pub(in crate::control) fn check_new(&self, force: bool) -> Result<(), Refusal> {
+    fn check_new(&self, force: bool) -> Result<(), Refusal> {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
                 let message = format!("{}: it is the disk {} itself", new.called(), old.element);
@@ -227,7 +232,7 @@ impl Sides {
 }
 
 /// True if two volumes are one, by whatever names.
-fn same(one: &Volume, other: &Volume) -> bool {
+pub(in crate::control) fn same(one: &Volume, other: &Volume) -> bool {
     let file = |volume: &Volume| {
         let meta = Path::new(&volume.called()).metadata().ok()?;
         Some((meta.dev(), meta.ino(), meta.rdev()))
