@@ -162,6 +162,11 @@ pub(crate) fn spawn(site: &Site, args: &[&str]) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
+/// The same of one that asks no daemon.
+pub(crate) fn spawn_alone(site: &Site, args: &[&str]) -> Child {
+    command(site.folder(), args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
 /// A backup that takes some seconds has begun.
 pub(crate) fn begin_slowly(site: &Site) -> Child {
     let to = ["backup", "vm", "A", "--to", "file (path b.img)", "--rate", "1M/s"];

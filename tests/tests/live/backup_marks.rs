@@ -3,9 +3,12 @@
 
 use crate::backup::{backup, begin_slowly, elements, start, status, view};
 use crate::{Site, graph, plain};
+use blockmason_tests::client;
 use blockmason_tests::control::{Ended, mason};
 use blockmason_tests::mason::{Mason, until};
+use blockmason_tests::mounts::skipped;
 use blockmason_tests::raw::Raw;
+use std::io::Write;
 use std::path::Path;
 
 /// A head, as text; empty if there is none.
@@ -229,11 +232,168 @@ fn a_disk_below_an_overlay_is_served_by_nobody_else() {
     site.write("other.mason", plain());
     let said = mason(site.folder(), &["run", "other.mason", "--control", "c.sock"]).refused();
     assert!(said.contains("overlay.cow") && said.contains("start its graph once"), "{said}");
+    site.write("full.img", vec![5; 64 << 20]);
+    let restore = || {
+        let args = ["restore", "--from", "file (path full.img)", "--to", "file (path a.img)", "--force"];
+        mason(site.folder(), &args)
+    };
+    let said = restore().refused();
+    assert!(said.contains("overlay.cow") && said.contains("mason backup discard"), "{said}");
     let _ = std::fs::remove_file(site.path("c.sock"));
     let daemon = site.run(&["vm.mason"]);
     until("it is merged", || status(&site)["state"] == "failed");
     assert!(!head(&site, "a.img").contains("overlaid"));
     assert_eq!(elements(&site), ["A", "A_changes", "Guest"]);
     daemon.stop_well();
-    assert!(Path::new(&site.path("a.img")).exists());
+}
+
+#[test]
+fn an_overlay_that_is_dropped_is_not_merged_into_what_is_restored() {
+    let site = Site::new();
+    let daemon = start(&site);
+    let mut raw = Raw::ready(daemon.socket());
+    raw.write(0, &vec![1; 8 << 20]);
+    let mut child = begin_slowly(&site);
+    raw.write(0, &[2; 4096]);
+    let discard =
+        |more: &[&str]| mason(site.folder(), &[&["backup", "discard", "vm.mason", "A"], more].concat());
+    assert!(discard(&["--yes"]).refused().contains("overlay.cow"), "it is in use");
+    killed(&site, daemon);
+    let _ = child.wait();
+    assert!(discard(&[]).refused().contains("--yes"));
+    discard(&["--yes"]).done();
+    assert!(discard(&["--yes"]).refused().contains("nothing is left"));
+    assert_eq!(head(&site, "a.img"), "");
+    site.write("full.img", vec![5; 64 << 20]);
+    let args = ["restore", "--from", "file (path full.img)", "--to", "file (path a.img)", "--force"];
+    mason(site.folder(), &args).done();
+    let daemon = site.run(&["vm.mason"]);
+    assert_eq!(Raw::ready(daemon.socket()).read(0, 4096), [5; 4096]);
+    assert!(backup(&site, &["--incremental"]).refused().contains("no account is kept"));
+    backup(&site, &["--save"]).done();
+    daemon.stop_well();
+    // A restore is no change that account has been kept of.
+    site.write("full.img", vec![6; 64 << 20]);
+    mason(site.folder(), &args).done();
+    let daemon = site.run(&["vm.mason"]);
+    assert!(backup(&site, &["--incremental"]).refused().contains("kept no account of it"));
+    backup(&site, &[]).done();
+    daemon.stop_well();
+    assert!(same(&site, "a.img", "b.img"));
+}
+
+#[test]
+fn a_restore_that_ends_half_way_leaves_no_disk() {
+    let site = Site::new();
+    site.write("full.img", vec![5; 64 << 20]);
+    site.write("vm.mason", plain());
+    let args = ["restore", "--from", "file (path full.img)", "--to", "file (path a.img)"];
+    let mut child = crate::backup::spawn_alone(&site, &[&args[..], &["--rate", "1M/s"]].concat());
+    until("it has begun", || head(&site, "a.img").contains("filling"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said = mason(site.folder(), &["run", "vm.mason", "--control", "c.sock"]).refused();
+    assert!(said.contains("it is being filled from"), "{said}");
+    mason(site.folder(), &args).done();
+    assert_eq!(head(&site, "a.img"), "");
+    site.run(&["vm.mason"]).stop_well();
+}
+
+/// A file system of 16 MiB in memory, as long as this lives.
+struct Small(String);
+
+impl Small {
+    fn new(folder: &Path) -> Small {
+        std::fs::create_dir(folder).unwrap();
+        let folder = folder.to_str().unwrap().to_owned();
+        client("mount", &["-t", "tmpfs", "-o", "size=16m", "none", &folder]);
+        Small(folder)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").args(["-l", &self.0]).status();
+    }
+}
+
+#[test]
+fn an_overlay_goes_also_where_the_folder_for_state_is_full() {
+    let root = rustix::process::geteuid().is_root();
+    if skipped((!root).then_some("mounts need root")) {
+        return;
+    }
+    let site = Site::new();
+    let state = site.path("state");
+    let small = Small::new(&state);
+    let daemon = start(&site);
+    Raw::ready(daemon.socket()).write(0, &vec![1; 8 << 20]);
+    let mut child = begin_slowly(&site);
+    Raw::ready(daemon.socket()).write(0, &vec![2; 4 << 20]);
+    let mut filler = std::fs::File::create(state.join("filler")).unwrap();
+    while filler.write_all(&[7; 4096]).is_ok() {}
+    site.mason(&["backup", "abort", "vm", "A"]).done();
+    child.wait().unwrap();
+    assert_eq!(status(&site)["state"], "failed");
+    assert_eq!(elements(&site), ["A", "A_changes", "Guest"]);
+    daemon.stop_well();
+    drop(small);
+    assert!(std::fs::read(site.path("a.img")).unwrap()[..4 << 20].iter().all(|byte| *byte == 2));
+}
+
+#[test]
+fn a_target_that_leads_back_to_the_disk_is_refused() {
+    let site = Site::new();
+    let daemon = start(&site);
+    let said = to(&site, "nbd_client (uri nbd+unix:///?socket=vm.nbd)", &[]).refused();
+    assert!(said.contains("it is the disk A itself, by way of Guest"), "{said}");
+    assert_eq!(elements(&site), ["A", "Guest"]);
+    daemon.stop_well();
+}
+
+#[test]
+fn messages_speak_of_what_was_written_on_the_command_line() {
+    let site = Site::new();
+    let daemon = start(&site);
+    site.write("small.img", vec![0; 1 << 20]);
+    for (target, says) in [
+        ("file (path small.img)", "file (path small.img) has 1M, A 64M: make it at least as large"),
+        ("file (path b.img) (colour red)", "--to: "),
+        ("file (path none/b.img)", "--to: "),
+    ] {
+        let said = to(&site, target, &[]).refused();
+        assert!(said.contains(says) && !said.contains("edit:") && !said.contains("backing up"), "{said}");
+    }
+    // An interrupt before anything has begun begins nothing; one after that says what goes on.
+    let args = ["backup", "vm", "A", "--to", "file (path b.img)", "--control", "c.sock"];
+    let before = ["--before", "touch before; until [ -e go ]; do sleep 0.01; done"];
+    let mut command = blockmason_tests::control::command(site.folder(), &[&args[..], &before].concat());
+    let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    until("it waits", || site.path("before").exists());
+    let interrupt = |child: &std::process::Child| {
+        let number = child.id().to_string();
+        assert!(std::process::Command::new("kill").args(["-INT", &number]).status().unwrap().success());
+    };
+    interrupt(&child);
+    site.write("go", "");
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("nothing has begun"), "{said}");
+    assert_eq!(elements(&site), ["A", "Guest"]);
+    Raw::ready(daemon.socket()).write(0, &vec![1; 8 << 20]);
+    let mut command =
+        blockmason_tests::control::command(site.folder(), &[&args[..], &["--rate", "1M/s"]].concat());
+    let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    until("it copies", || elements(&site).contains(&"A_copy".to_owned()));
+    // It says so from the moment when it has been told.
+    until("it is told", || status(&site)["copied"].as_u64() > Some(1 << 20));
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.code() == Some(130) && said.contains("`mason backup abort vm A` ends it"),
+        "{said}"
+    );
+    site.mason(&["backup", "abort", "vm", "A"]).done();
+    daemon.stop_well();
 }

@@ -55,7 +55,10 @@ impl Served {
         let mut next = names.with_backup(&with_account, &target, &plan, &request.folder)?;
         self.size_of_new(&mut next, &names.disk, &names.to);
         place.make_overlay(room(size)).inspect_err(|_| place.forget_files())?;
-        let sides = self.sides(daemon, &next, &names, request.incremental).await;
+        let sides = self.sides(daemon, &next, &names, request.incremental).await.map_err(|refusal| {
+            let message = refusal.message.replace("the disk at `to`", request.to.trim());
+            Refusal { message, ..refusal }
+        });
         let may = |sides: &Sides| {
             sides.may_write(request.force)?;
             if request.incremental { sides.may_follow(&account, &names, request.force) } else { Ok(()) }

@@ -141,7 +141,7 @@ impl Names {
     /// A refusal of that graph in the words of the command line: nobody has written it.
     pub(super) fn in_words(&self, refusal: Refusal) -> Refusal {
         let said = in_words(&refusal.message, &self.graph(), |_| "--to");
-        let said = in_words(&said, "edit", |_| "--to").replace("the disk at `to`", &self.to);
+        let said = in_words(&said, "edit", |_| "--to");
         let said = said
             .replace(&format!("{} (--to): ", self.copy), "")
             .replace(&format!("{} (--to)", self.to), "--to");

@@ -270,11 +270,14 @@ impl Job {
     }
 
     async fn merging(&self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
-        let cow = self.record().names.cow;
+        let names = self.record().names;
+        let cow = names.cow;
         // It is opened a moment after the graph has begun to serve.
         let Ok(state) = served.live.get(&cow, "state") else { return };
         match state.as_str() {
             "overlaying" => {
+                // From here on nothing is added to the overlay, and its map may still need room.
+                Place::of(daemon, &served.path, &names.disk).release_reserve();
                 if let Err(error) = served.live.call(&cow, "commit", "") {
                     tracing::warn!("{cow}: {error}");
                 }
@@ -339,7 +342,6 @@ impl Job {
             keeps_marks: true,
             ..Options::default()
         };
-        Place::of(daemon, &served.path, &names.disk).release_reserve();
         let how = How { options, dry_run: false, save: false, moves: true };
         served.change(&saving, daemon, |_| Ok(next), how).await?;
         Place::of(daemon, &served.path, &names.disk).forget(&self.record());

@@ -15,8 +15,8 @@ mod resume;
 mod sides;
 
 pub(crate) use job::Job;
-pub(crate) use resume::Interrupted;
 pub(super) use resume::forget_maps;
+pub(crate) use resume::{Interrupted, discard};
 
 use super::daemon::Served;
 use super::refusal::Refusal;

@@ -55,7 +55,17 @@ pub(super) struct Place(PathBuf);
 impl Place {
     /// By the path of the graph file, and by the disk.
     pub(super) fn of(daemon: &Daemon, file: &Path, disk: &str) -> Place {
-        Place(folder(daemon, file).join(disk))
+        Place::below(daemon.host.state_dir(), file, disk)
+    }
+
+    /// The same without a daemon, in the folder for state.
+    pub(super) fn below(state: &Path, file: &Path, disk: &str) -> Place {
+        Place(folder(state, file).join(disk))
+    }
+
+    /// The record that is there, if one is.
+    pub(super) fn read(&self) -> Result<Option<Record>, Refusal> {
+        Record::read(&self.0.join(NAME))
     }
 
     pub(super) fn map(&self) -> PathBuf {
@@ -153,7 +163,7 @@ impl Record {
 
     /// All disks of a graph file of which there is something, each with its backup if that is not over.
     pub(super) fn read_all(daemon: &Daemon, file: &Path) -> Result<Vec<(String, Option<Record>)>, Refusal> {
-        let folder = folder(daemon, file);
+        let folder = folder(daemon.host.state_dir(), file);
         let bad = |error: std::io::Error| {
             Refusal::invalid(format!("{}: what backups left cannot be read: {error}", folder.display()))
         };
@@ -191,6 +201,6 @@ fn allocate(file: &File) -> std::io::Result<()> {
     file.sync_all()
 }
 
-fn folder(daemon: &Daemon, file: &Path) -> PathBuf {
-    daemon.host.state_dir().join("backup").join(crate::left::key(file))
+fn folder(state: &Path, file: &Path) -> PathBuf {
+    state.join("backup").join(crate::left::key(file))
 }

@@ -11,6 +11,9 @@ use blockmason::Error;
 use blockmason::graph::Graph;
 use blockmason::heads::{self, Backup, Head, Standing, Volume};
 use blockmason::lang::Spec;
+use blockmason_elements::nbd::uri::{Address, Uri};
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Both sides, from a graph that is built and not open.
@@ -50,7 +53,32 @@ impl Served {
             let held = marks::held(next, built, &target, &owned.to);
             Ok(Sides { disk, target, written, others, held })
         };
-        self.built(daemon, next, look).await.map_err(|error| names.in_words(Refusal::in_graph(&error, next)))
+        let sides: Result<Sides, Error> = self.built(daemon, next, look).await;
+        let sides = sides.map_err(|error| names.in_words(Refusal::in_graph(&error, next)))?;
+        self.leads_back(&sides.target, names).map(|()| sides)
+    }
+
+    /// # Errors
+    /// The target is the disk itself, by way of an export of this graph.
+    fn leads_back(&self, target: &[Volume], names: &Names) -> Result<(), Refusal> {
+        let running = self.live.spec();
+        for (export, uri) in self.live.exports() {
+            let Ok(uri) = uri.parse::<Uri>() else { continue };
+            let same = |volume: &&Volume| {
+                let client = volume.at.called.parse::<Uri>();
+                client.is_ok_and(|client| {
+                    client.export == uri.export && one_server(&client.address, &uri.address)
+                })
+            };
+            if let Some(volume) = target.iter().find(same)
+                && reaches(&running, &export, &names.disk)
+            {
+                let message =
+                    format!("{}: it is the disk {} itself, by way of {export}", volume.called(), names.disk);
+                return Err(Refusal::invalid(message));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -196,6 +224,14 @@ impl Record {
         })
     }
 
+    /// What was written since is dropped: nobody has account of that.
+    pub(super) fn stand_dropped(&self) -> Result<(), Error> {
+        change(&self.disk_heads, |head| {
+            let overlaid = matches!(head.standing, Standing::Overlaid(_));
+            overlaid.then_some(Head { standing: Standing::Active, account: None, ..head })
+        })
+    }
+
     /// Everything is in the disk.
     pub(super) fn stand_merged(&self) -> Result<(), Error> {
         change(&self.disk_heads, |head| {
@@ -203,6 +239,31 @@ impl Record {
             overlaid.then_some(Head { standing: Standing::Active, ..head })
         })
     }
+}
+
+/// True if a client that asks there finds that server, as far as can be told.
+fn one_server(client: &Address, server: &Address) -> bool {
+    match (client, server) {
+        (Address::Unix(client), Address::Unix(server)) => {
+            let id = |path: &Path| path.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
+            client == server || id(client).is_some_and(|client| Some(client) == id(server))
+        }
+        (Address::Tcp { host, port }, Address::Tcp { host: listens, port: at }) => {
+            port == at && (host == listens || matches!(host.as_str(), "localhost" | "127.0.0.1" | "::1"))
+        }
+        _ => false,
+    }
+}
+
+/// True if requests that enter at one element may reach another.
+fn reaches(spec: &Spec, from: &str, to: &str) -> bool {
+    let (mut seen, mut work) = (HashSet::new(), Vec::from_iter(spec.find(from)));
+    while let Some(ix) = work.pop() {
+        if seen.insert(ix) {
+            work.extend(spec.edges.iter().filter(|edge| edge.from == ix).map(|edge| edge.to));
+        }
+    }
+    spec.find(to).is_some_and(|to| seen.contains(&to))
 }
 
 /// Changes the heads that are there.
