@@ -162,11 +162,6 @@ pub(crate) fn spawn(site: &Site, args: &[&str]) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
-/// The same of one that asks no daemon.
-pub(crate) fn spawn_alone(site: &Site, args: &[&str]) -> Child {
-    command(site.folder(), args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
-}
-
 /// A backup that takes some seconds has begun.
 pub(crate) fn begin_slowly(site: &Site) -> Child {
     let to = ["backup", "vm", "A", "--to", "file (path b.img)", "--rate", "1M/s"];
@@ -357,7 +352,6 @@ fn a_target_that_is_slow_keeps_no_guest_waiting() {
     writer.cut(&site.path("b.img"));
     let (_, slowest) = writer.finish();
     assert!(slowest < Duration::from_secs(2), "a write took {slowest:?}");
-    eprintln!("the slowest write took {slowest:?}");
     daemon.stop_well();
 }
 

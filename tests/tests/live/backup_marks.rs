@@ -4,7 +4,7 @@
 use crate::backup::{backup, begin_slowly, elements, start, status, view};
 use crate::{Site, graph, plain};
 use blockmason_tests::client;
-use blockmason_tests::control::{Ended, mason};
+use blockmason_tests::control::{Ended, command, mason};
 use blockmason_tests::mason::{Mason, until};
 use blockmason_tests::mounts::skipped;
 use blockmason_tests::raw::Raw;
@@ -288,7 +288,8 @@ fn a_restore_that_ends_half_way_leaves_no_disk() {
     site.write("full.img", vec![5; 64 << 20]);
     site.write("vm.mason", plain());
     let args = ["restore", "--from", "file (path full.img)", "--to", "file (path a.img)"];
-    let mut child = crate::backup::spawn_alone(&site, &[&args[..], &["--rate", "1M/s"]].concat());
+    let mut spawned = command(site.folder(), &[&args[..], &["--rate", "1M/s"]].concat());
+    let mut child = spawned.stderr(std::process::Stdio::null()).spawn().unwrap();
     until("it has begun", || head(&site, "a.img").contains("filling"));
     child.kill().unwrap();
     child.wait().unwrap();
@@ -367,8 +368,8 @@ fn messages_speak_of_what_was_written_on_the_command_line() {
     // An interrupt before anything has begun begins nothing; one after that says what goes on.
     let args = ["backup", "vm", "A", "--to", "file (path b.img)", "--control", "c.sock"];
     let before = ["--before", "touch before; until [ -e go ]; do sleep 0.01; done"];
-    let mut command = blockmason_tests::control::command(site.folder(), &[&args[..], &before].concat());
-    let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut spawned = command(site.folder(), &[&args[..], &before].concat());
+    let child = spawned.stderr(std::process::Stdio::piped()).spawn().unwrap();
     until("it waits", || site.path("before").exists());
     let interrupt = |child: &std::process::Child| {
         let number = child.id().to_string();
@@ -381,9 +382,8 @@ fn messages_speak_of_what_was_written_on_the_command_line() {
     assert!(said.contains("nothing has begun"), "{said}");
     assert_eq!(elements(&site), ["A", "Guest"]);
     Raw::ready(daemon.socket()).write(0, &vec![1; 8 << 20]);
-    let mut command =
-        blockmason_tests::control::command(site.folder(), &[&args[..], &["--rate", "1M/s"]].concat());
-    let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut spawned = command(site.folder(), &[&args[..], &["--rate", "1M/s"]].concat());
+    let child = spawned.stderr(std::process::Stdio::piped()).spawn().unwrap();
     until("it copies", || elements(&site).contains(&"A_copy".to_owned()));
     // It says so from the moment when it has been told.
     until("it is told", || status(&site)["copied"].as_u64() > Some(1 << 20));

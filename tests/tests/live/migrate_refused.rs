@@ -19,7 +19,7 @@ fn a_target_that_is_no_place_for_the_disk() {
     let mut world = World::new();
     world.site.write("small.img", vec![0; 1 << 20]);
     world.site.write("readonly.img", vec![0; SIZE as usize]);
-    refuse(&world, "file (path small.img)", &[], "1048576 bytes");
+    refuse(&world, "file (path small.img)", &[], "has 1M, that");
     refuse(&world, "file (path readonly.img) (readonly yes)", &[], "read-only");
     refuse(&world, "nbd_client (uri nbd+unix:///?socket=gone.nbd) (reconnect 100ms)", &[], "gone.nbd");
     refuse(&world, "file (path nowhere/b.img)", &[], "nowhere");
