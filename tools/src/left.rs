@@ -120,6 +120,14 @@ impl Left {
             .map_err(|diagnostics| bad(&format!("is no good graph: {}", diagnostics.first_line())))
     }
 
+    /// Changes what was left, if anything was.
+    pub(crate) fn revise(&self, next: impl FnOnce(&Spec) -> Result<Spec, Refusal>) -> Result<(), Refusal> {
+        let Some(left) = self.read()? else { return Ok(()) };
+        self.remember(&next(&left)?).map_err(|error| {
+            Refusal::new("unavailable", format!("{}: it cannot be written: {error}", self.record.display()))
+        })
+    }
+
     /// What is to be served: `file`, or what was left.
     ///
     /// # Errors

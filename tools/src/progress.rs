@@ -24,7 +24,7 @@ pub(crate) fn watch<V>(
     line: impl Fn(&V, bool) -> String,
 ) -> Outcome<V> {
     let terminal = std::io::stderr().is_terminal();
-    let (mut view, mut said) = (first, rt::now());
+    let (mut view, mut said, mut last) = (first, rt::now(), String::new());
     while !enough(&view) {
         std::thread::sleep(EVERY);
         let answer = next();
@@ -35,7 +35,11 @@ pub(crate) fn watch<V>(
         if terminal {
             eprint!("{}", line(&view, true));
         } else if due(&mut said) && !enough(&view) {
-            eprintln!("{}", line(&view, false));
+            let next = line(&view, false);
+            if next != last {
+                eprintln!("{next}");
+            }
+            last = next;
         }
     }
     if terminal {

@@ -9,8 +9,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// The version of the format, and the one of heads of volumes that have never moved.
-const VERSION: u64 = 2;
+/// The version of the format, the one of heads without marks, and the one of heads of volumes that have never moved.
+const VERSION: u64 = 3;
+const UNMARKED: u64 = 2;
 const NEVER_MOVED: u64 = 1;
 
 /// Bytes of the name of the other volume of a move.
@@ -38,6 +39,20 @@ pub struct Head {
     pub generation: u64,
     /// Where it stands in a move.
     pub standing: Standing,
+    /// The account that is kept of its changes: whoever writes without keeping it takes this away first.
+    pub account: Option<String>,
+    /// The backup that it holds: whoever writes anything else takes this away first.
+    pub backup: Option<Backup>,
+}
+
+/// One of the backups that are counted from each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backup {
+    /// The name of the account of changes: 32 hexadecimal digits.
+    pub account: String,
+    /// Counted from 1. No two backups of an account have the same.
+    pub number: u64,
 }
 
 /// Where a volume stands in a move from one store to another. The other one is named in words for people.
@@ -52,6 +67,8 @@ pub enum Standing {
     Filling(String),
     /// The volume is there now; this is what it was before.
     Moved(String),
+    /// It is the volume but for what was written since into that overlay.
+    Overlaid(String),
 }
 
 impl Standing {
@@ -62,6 +79,7 @@ impl Standing {
             Standing::Moving(peer) => ("moving", Some(peer)),
             Standing::Filling(peer) => ("filling", Some(peer)),
             Standing::Moved(peer) => ("moved", Some(peer)),
+            Standing::Overlaid(peer) => ("overlaid", Some(peer)),
         }
     }
 
@@ -71,6 +89,7 @@ impl Standing {
             ("moving", Some(peer)) => Some(Standing::Moving(peer)),
             ("filling", Some(peer)) => Some(Standing::Filling(peer)),
             ("moved", Some(peer)) => Some(Standing::Moved(peer)),
+            ("overlaid", Some(peer)) => Some(Standing::Overlaid(peer)),
             _ => None,
         }
     }
@@ -91,6 +110,10 @@ struct Written {
     state: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     peer: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    account: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    backup: Option<Backup>,
     crc32: String,
 }
 
@@ -107,8 +130,23 @@ impl Head {
         self.generation > 0 || self.standing != Standing::Active
     }
 
+    /// True if it has to say something about backups.
+    fn is_marked(&self) -> bool {
+        let overlaid = matches!(self.standing, Standing::Overlaid(_));
+        overlaid || self.account.is_some() || self.backup.is_some()
+    }
+
     fn version(&self) -> u64 {
-        if self.has_moved() { VERSION } else { NEVER_MOVED }
+        match (self.is_marked(), self.has_moved()) {
+            (true, _) => VERSION,
+            (false, true) => UNMARKED,
+            (false, false) => NEVER_MOVED,
+        }
+    }
+
+    /// True if a volume without a head is the same.
+    pub fn says_nothing(&self) -> bool {
+        self.complete && self.version() == NEVER_MOVED && self.ways.iter().all(Vec::is_empty)
     }
 
     fn checksum(&self) -> String {
@@ -117,9 +155,14 @@ impl Head {
             way.iter().for_each(|line| text.extend([line.as_str(), "\n"]));
             text.push('\n');
         }
-        if self.has_moved() {
+        if self.version() > NEVER_MOVED {
             let (state, peer) = self.standing.parts();
             text += &format!("{}\n{state}\n{}\n", self.generation, peer.unwrap_or_default());
+        }
+        if self.version() > UNMARKED {
+            let backup = self.backup.as_ref().map(|it| format!("{} {}", it.account, it.number));
+            let account = self.account.as_deref().unwrap_or_default();
+            text += &format!("{account}\n{}\n", backup.unwrap_or_default());
         }
         format!("{:08x}", crc32fast::hash(text.as_bytes()))
     }
@@ -130,7 +173,7 @@ impl Head {
     /// If the layout is too large.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let (state, peer) = self.standing.parts();
-        let moved = self.has_moved();
+        let moved = self.version() > NEVER_MOVED;
         let written = Written {
             version: self.version(),
             volume: self.volume.clone(),
@@ -139,6 +182,8 @@ impl Head {
             generation: moved.then_some(self.generation),
             state: moved.then(|| state.to_owned()),
             peer: peer.map(str::to_owned),
+            account: self.account.clone(),
+            backup: self.backup.clone(),
             crc32: self.checksum(),
         };
         let mut bytes = serde_json::to_vec_pretty(&written)
@@ -171,11 +216,12 @@ impl Head {
         }
         let written: Written = serde_json::from_slice(bytes)
             .map_err(|error| damaged("it is not understood").with_source(error))?;
-        let digits = |text: &str, count| {
-            text.len() == count && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-        };
-        if !digits(&written.volume, 32) {
+        if !is_name(&written.volume) {
             return Err(damaged("the volume's name is none"));
+        }
+        let mut accounts = written.account.iter().chain(written.backup.iter().map(|backup| &backup.account));
+        if !accounts.all(|account| is_name(account)) {
+            return Err(damaged("the account's name is none"));
         }
         let lines = || written.layout.iter().flatten();
         if lines().count() > MOST_LINES {
@@ -201,6 +247,8 @@ impl Head {
             ways,
             generation: written.generation.unwrap_or(0),
             standing: standing.ok_or_else(|| damaged("its state is unknown"))?,
+            account: written.account,
+            backup: written.backup,
         };
         let fits = head.version() == written.version && head.ways.len() == count;
         if !fits || head.checksum() != written.crc32 {
@@ -208,6 +256,11 @@ impl Head {
         }
         Ok(head)
     }
+}
+
+/// True for the name of a volume or of an account.
+pub(super) fn is_name(text: &str) -> bool {
+    text.len() == super::NAME && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 /// The layout needs more lines or bytes than a head may have.

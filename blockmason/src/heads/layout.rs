@@ -62,13 +62,16 @@ impl<'a> Layout<'a> {
         Ok(Layout { spec, graph, known, outs, labels, leads, copies: BTreeSet::new() })
     }
 
-    /// The ways to each element that has a label.
-    pub(super) fn ways(&mut self) -> Result<Vec<(usize, BTreeSet<Rc<Way>>)>> {
+    /// The ways to each element that has a label; with `from` only those from there.
+    pub(super) fn ways(&mut self, from: Option<usize>) -> Result<Vec<(usize, BTreeSet<Rc<Way>>)>> {
+        let counted = from.map_or_else(|| vec![true; self.outs.len()], |from| self.reached(from));
         let mut waiting = vec![0; self.outs.len()];
-        self.outs.iter().flatten().for_each(|(_, to)| waiting[*to] += 1);
+        let edges =
+            self.outs.iter().zip(&counted).filter(|(_, counted)| **counted).flat_map(|(outs, _)| outs);
+        edges.for_each(|(_, to)| waiting[*to] += 1);
         let mut ways: Vec<BTreeSet<Rc<Way>>> = vec![BTreeSet::new(); self.outs.len()];
-        let mut ready: Vec<usize> =
-            (0..waiting.len()).filter(|ix| waiting[*ix] == 0 && self.leads[*ix]).collect();
+        let begins = |ix: &usize| waiting[*ix] == 0 && counted[*ix] && self.leads[*ix];
+        let mut ready: Vec<usize> = (0..waiting.len()).filter(begins).collect();
         // What a copier reads and writes is no way to serve a volume.
         let enters = |ix: &&usize| !self.known[**ix].0.serialises;
         ready.iter().filter(enters).for_each(|ix| ways[*ix] = BTreeSet::from([Rc::default()]));
@@ -107,6 +110,18 @@ impl<'a> Layout<'a> {
             }
         }
         Ok(ended)
+    }
+
+    /// The elements below one, itself included.
+    fn reached(&self, from: usize) -> Vec<bool> {
+        let mut reached = vec![false; self.outs.len()];
+        let mut work = vec![from];
+        while let Some(ix) = work.pop() {
+            if !std::mem::replace(&mut reached[ix], true) {
+                work.extend(self.outs[ix].iter().map(|(_, to)| *to));
+            }
+        }
+        reached
     }
 
     /// The volumes below each part of a layout element; None for an element that is none.

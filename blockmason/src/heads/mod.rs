@@ -8,11 +8,13 @@
 mod diff;
 mod file;
 mod layout;
+mod marks;
 mod place;
 #[cfg(test)]
 mod tests;
 
-pub use file::{Head, Standing};
+pub use file::{Backup, Head, Standing};
+pub use marks::{Account, Unkept, alone, put};
 pub use place::HeadPlace;
 
 use crate::describe::Outs;
@@ -67,11 +69,14 @@ impl Volume {
     /// moved.
     pub fn wanted(&self) -> Option<Head> {
         let volume = self.name.clone()?;
-        let layout = self.ways.iter().any(|way| !way.is_empty());
-        let generation = self.generation();
-        let head =
-            Head { volume, complete: true, ways: self.ways.clone(), generation, standing: Standing::Active };
-        (layout || generation > 0).then_some(head)
+        let (account, backup) = self.marks();
+        let (ways, generation, standing) = (self.ways.clone(), self.generation(), Standing::Active);
+        let head = Head { volume, complete: true, ways, generation, standing, account, backup };
+        (!head.says_nothing()).then_some(head)
+    }
+
+    fn marks(&self) -> (Option<String>, Option<Backup>) {
+        self.found.as_ref().map_or((None, None), |head| (head.account.clone(), head.backup.clone()))
     }
 
     /// How often it has moved.
@@ -109,7 +114,11 @@ impl Volume {
             return Err(Error::new(Kind::Denied, message).in_element(&self.element));
         };
         let ways = self.ways.clone();
-        file::write(&self.at.path, &Head { volume, complete: true, ways, generation, standing })
+        // What is about to be filled is no volume of which account is kept.
+        let (account, _) = self.marks();
+        let account = account.filter(|_| !matches!(standing, Standing::Filling(_)));
+        let head = Head { volume, complete: true, ways, generation, standing, account, backup: None };
+        file::write(&self.at.path, &head)
     }
 
     /// Puts back the head that was there when it was surveyed, or that none was.
@@ -137,6 +146,9 @@ impl Volume {
             Standing::Moved(to) => {
                 Some(format!("it has moved to {to} (generation {generation}); this is what it was before"))
             }
+            Standing::Overlaid(overlay) => Some(format!(
+                "what was written while it was backed up is in {overlay}: start its graph once, which merges that"
+            )),
         }
     }
 
@@ -169,6 +181,11 @@ impl Volume {
                 let message = format!("{} is gone, but its head is there", image.display());
                 Finding::Refused(message, Vec::new())
             }
+            // It says nothing of a layout.
+            _ if head.complete && head.ways.is_empty() => match self.ways.iter().any(|way| !way.is_empty()) {
+                true => Finding::New,
+                false => Finding::Signed,
+            },
             _ if head.complete && known(&self.ways) => Finding::Signed,
             _ => {
                 let message = format!("its layout is another one: {}", self.at.path.display());
@@ -185,6 +202,8 @@ pub enum Names {
     Keep,
     /// New ones also for copies, and for volumes that are gone: for adopting the layout of a graph.
     Adopt,
+    /// New ones, but for what is a disk in use: for volumes that are overwritten.
+    Overwrite,
 }
 
 /// The volumes of graphs that are built and not open, and how their heads fit. Changes nothing.
@@ -192,18 +211,26 @@ pub enum Names {
 /// # Errors
 /// A layout that is too large. What is wrong with a head is a finding.
 pub fn survey(graphs: &[(&Spec, &Graph)], names: Names) -> Result<Vec<Volume>> {
-    survey_moving(graphs, names, &[])
+    survey_from(graphs, names, &[], None)
 }
 
-fn survey_moving(graphs: &[(&Spec, &Graph)], names: Names, moving: &[PathBuf]) -> Result<Vec<Volume>> {
+/// With `from`, the ways are those from that element.
+fn survey_from(
+    graphs: &[(&Spec, &Graph)],
+    names: Names,
+    moving: &[PathBuf],
+    from: Option<&str>,
+) -> Result<Vec<Volume>> {
     let (mut volumes, sinks) = volumes(graphs);
     let mut heads = Vec::with_capacity(volumes.len());
     let mut taken = HashSet::new();
     for volume in &mut volumes {
         let head = file::read(&volume.at.path);
         volume.found = head.as_ref().ok().cloned().flatten();
-        let kept = |head: &&Head| {
-            names == Names::Keep || (volume.at.missing.is_none() && !taken.contains(&head.volume))
+        let kept = |head: &&Head| match names {
+            Names::Keep => true,
+            Names::Adopt => volume.at.missing.is_none() && !taken.contains(&head.volume),
+            Names::Overwrite => head.standing == Standing::Active && head.backup.is_none(),
         };
         volume.name = match volume.found.as_ref().filter(kept) {
             Some(head) => Some(head.volume.clone()),
@@ -217,7 +244,7 @@ fn survey_moving(graphs: &[(&Spec, &Graph)], names: Names, moving: &[PathBuf]) -
     for ((spec, graph), sinks) in graphs.iter().zip(&sinks) {
         let labels = labels(spec, graph, sinks, &volumes);
         let mut layout = Layout::new(spec, graph, &labels)?;
-        for (element, ways) in layout.ways()? {
+        for (element, ways) in layout.ways(from.and_then(|name| spec.find(name)))? {
             if let Some(volume) = sinks[element] {
                 volumes[volume].ways.extend(ways.iter().map(|way| way.to_vec()));
             }
@@ -292,8 +319,11 @@ fn labels(spec: &Spec, graph: &Graph, sinks: &[Option<usize>], volumes: &[Volume
     spec.elements.iter().zip(sinks).map(label).collect()
 }
 
-/// A name that no other volume has.
-fn random_name() -> Result<String> {
+/// A name that no other volume, or account, has.
+///
+/// # Errors
+/// The system gives no random numbers.
+pub fn random_name() -> Result<String> {
     let mut bytes = [0; NAME / 2];
     let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     match got {
@@ -323,7 +353,7 @@ fn with_source(error: &Error) -> String {
 /// # Errors
 /// All volumes that must not be served so, each with the difference.
 pub fn verify(graphs: &[(&Spec, &Graph)], moving: &[PathBuf]) -> Result<Plan> {
-    let volumes = survey_moving(graphs, Names::Keep, moving)?;
+    let volumes = survey_from(graphs, Names::Keep, moving, None)?;
     let mut text = String::new();
     let refused = volumes.iter().filter_map(|volume| match &volume.finding {
         Finding::Refused(why, lines) => Some((volume, why, lines)),
@@ -376,6 +406,12 @@ impl Plan {
         Plan { heads: volumes.filter_map(head).collect() }
     }
 
+    /// Leaves out the marks that are not true any more.
+    pub fn without_marks(mut self, of: &Unkept) -> Plan {
+        self.heads.iter_mut().for_each(|(path, head, _)| of.apply(path, head));
+        self
+    }
+
     /// True if all heads are as they should be.
     pub fn is_empty(&self) -> bool {
         self.heads.is_empty()
@@ -420,21 +456,7 @@ impl Plan {
 /// # Errors
 /// As [`survey`].
 pub fn below(spec: &Spec, graph: &Graph, element: &str) -> Result<Vec<Volume>> {
-    let mut reached: Vec<usize> = spec.find(element).into_iter().collect();
-    let mut next = 0;
-    while let Some(&ix) = reached.get(next) {
-        next += 1;
-        let more = spec.edges.iter().filter(|edge| edge.from == ix && !reached.contains(&edge.to));
-        let more: Vec<usize> = more.map(|edge| edge.to).collect();
-        reached.extend(more);
-    }
-    let names: HashSet<&str> = reached.iter().map(|ix| spec.elements[*ix].name.as_str()).collect();
-    // By their places: a volume that several elements store is called by the first of them.
-    let sinks = graph.instances().filter(|instance| names.contains(instance.name.as_str()));
-    let places: HashSet<PathBuf> =
-        sinks.filter_map(|instance| instance.element.head()).map(|at| at.path).collect();
-    let volumes = survey(&[(spec, graph)], Names::Keep)?;
-    Ok(volumes.into_iter().filter(|volume| places.contains(&volume.at.path)).collect())
+    marks::only_below(survey(&[(spec, graph)], Names::Keep)?, spec, graph, element)
 }
 
 /// The head at a path; None if there is none.
@@ -460,11 +482,9 @@ pub fn restand(path: &Path, generation: u64, standing: Standing) -> Result<()> {
             }
         };
     };
-    let plain = head.ways.iter().all(Vec::is_empty);
-    if plain && generation == 0 && standing == Standing::Active {
-        return file::remove(path);
-    }
-    file::write(path, &Head { generation, standing, ..head })
+    // Account is kept of the volume, not of what it was before or of what it is to be.
+    let account = head.account.filter(|_| !matches!(standing, Standing::Moved(_) | Standing::Filling(_)));
+    put(path, &Head { generation, standing, account, ..head })
 }
 
 /// Removes the head of a volume that is to be served as it is. When it returns, it is gone for good.

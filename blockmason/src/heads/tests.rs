@@ -12,6 +12,8 @@ fn head(ways: &[&[&str]]) -> Head {
         ways,
         generation: 0,
         standing: Standing::Active,
+        account: None,
+        backup: None,
     }
 }
 
@@ -46,7 +48,8 @@ fn what_is_no_head_is_refused() {
         ("1M", "\\u001b[2J", "no text"),
         ("slice (offset 1M)", "", "no text"),
         ("\"mason-head\": 1", "\"mason-head\": 2", "checksum"),
-        ("\"mason-head\": 1", "\"mason-head\": 3", "version 3, this program knows 2"),
+        ("\"mason-head\": 1", "\"mason-head\": 3", "checksum"),
+        ("\"mason-head\": 1", "\"mason-head\": 4", "version 4, this program knows 3"),
         ("\"mason-head\": 1", "\"mason-head\": 1, \"more\": 1", "unknown field"),
         ("\"mason-head\": 1", "\"mason\": 1", "missing field"),
         ("\"complete\": true,", "", "missing field"),
@@ -93,6 +96,59 @@ fn a_head_says_where_its_volume_stands_in_a_move() {
             }
         }
     }
+}
+
+#[test]
+fn a_head_says_what_is_known_of_backups() {
+    let account = "ab".repeat(16);
+    let backup = Backup { account: account.clone(), number: 7 };
+    let overlaid = Standing::Overlaid("/state/overlay.cow".to_owned());
+    let plain = head(&[]);
+    for good in [
+        Head { account: Some(account.clone()), ..plain.clone() },
+        Head { account: Some(account), standing: overlaid.clone(), ..plain.clone() },
+        Head {
+            backup: Some(backup),
+            generation: 2,
+            standing: Standing::Filling("x".to_owned()),
+            ..plain.clone()
+        },
+        Head { standing: overlaid, ..head(&[&[]]) },
+    ] {
+        assert!(!good.says_nothing());
+        let text = text(&good);
+        assert_eq!(Head::decode(text.as_bytes()).unwrap(), good);
+        for (was, is, says) in [
+            ("\"mason-head\": 3", "\"mason-head\": 2", "checksum"),
+            ("abab\"", "abac\"", "checksum"),
+            ("abab\"", "ABAB\"", "account's name"),
+            ("\"number\": 7", "\"number\": 8", "checksum"),
+            ("\"number\": 7", "\"number\": 7, \"x\": 1", "unknown field"),
+            ("\"state\": \"overlaid\"", "\"state\": \"moved\"", "checksum"),
+        ] {
+            if text.contains(was) {
+                let found = refused(text.replace(was, is).as_bytes());
+                assert!(found.contains(says), "{was} -> {is}: {found}");
+            }
+        }
+    }
+    assert!(plain.says_nothing() && head(&[&[]]).says_nothing());
+    assert!(!head(&[&["slice"]]).says_nothing());
+}
+
+#[test]
+fn a_head_that_says_nothing_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("head");
+    let marked = Head { account: Some("ab".repeat(16)), ..head(&[]) };
+    put(&path, &marked).unwrap();
+    // Account is kept of a volume, not of what it was before.
+    restand(&path, 0, Standing::Moving("x".to_owned())).unwrap();
+    assert_eq!(read(&path).unwrap().unwrap().account, marked.account);
+    restand(&path, 0, Standing::Moved("x".to_owned())).unwrap();
+    assert_eq!(read(&path).unwrap().unwrap().account, None);
+    restand(&path, 0, Standing::Active).unwrap();
+    assert_eq!(read(&path).unwrap(), None);
 }
 
 #[test]

@@ -53,6 +53,8 @@ pub struct Options {
     /// Elements that go on under another name: the one before, and the one from now on. Type and parameters must
     /// be the same.
     pub renames: Vec<(String, String)>,
+    /// The marks of volumes stay: whoever makes the change attends to them. See [`heads::Unkept`].
+    pub keeps_marks: bool,
     /// See [`Change::commit`].
     pub commit: Option<Commit>,
     /// See [`Change::flush_by`].
@@ -85,6 +87,7 @@ impl Default for Options {
             alone: false,
             heads: Heads::Verify,
             renames: Vec::new(),
+            keeps_marks: false,
             commit: None,
             flush_by: None,
             leave_behind: Vec::new(),
@@ -243,7 +246,13 @@ impl Live {
         }
         let before = self.disk.graph();
         let graph = self.build(&next, &diff, &before, &options.renames).await?;
-        let signed = Signing::of(&next, &graph, &options.heads)?;
+        let mut signed = Signing::of(&next, &graph, &options.heads)?;
+        if !options.keeps_marks {
+            let unkept = heads::Unkept::of(&next, &graph);
+            // Before anything is opened: whatever happens then, no mark is untrue.
+            unkept.forget()?;
+            signed.plan = signed.plan.without_marks(&unkept);
+        }
         signed.plan.begin()?;
         let settings = settings(&diff, &graph);
         let Options { deadline, disconnect, alone, .. } = *options;

@@ -4,6 +4,7 @@ use super::map::{DirtyMap, Intent};
 use crate::services::Test;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::element::BoxFuture;
+use blockmason::heads::Account;
 use blockmason::lang::value::{FilePath, Service, Size};
 use blockmason::{
     Children, Class, Cx, Element, Error, Flow, Kind, LocalBoxFuture, Luggage, Op, Open, Origin, Prepared,
@@ -77,6 +78,9 @@ blockmason::params! {
         /// What a change makes of the granules that it touches: `clean`, as on the leg of a mirror, or `dirty`, as
         /// since a backup.
         written: Written = "clean",
+        /// What this account is called in the heads of the volumes below: 32 hexadecimal digits. `mason backup`
+        /// chooses it.
+        account: Option<Account>,
     }
 }
 
@@ -98,6 +102,8 @@ pub const TYPE: ElementType = ElementType {
           disk, or of other granules, is refused, as is one that somebody else has open, and never overwritten. \
           The file knows nothing of changes that are made while no `log_dirty` keeps it: delete it then. Format: \
           docs/formats/dirty.md.\n\n\
+          With `account` the heads of the volumes below may name it: as long as they do, nobody has written to them who \
+          has not passed here. A graph that serves them otherwise takes the name out of the heads.\n\n\
           When parameters change while the graph runs, what was dirty stays so; granules of another size, or the end \
           of a disk that has grown, are dirty as soon as a part of them is or may be. A successor in another process \
           goes on with the map, with a file or without.",
@@ -108,7 +114,7 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "remaining", access: Access::Read, doc: "dirty bytes" },
         Handler { name: "granules", access: Access::Read, doc: "dirty granules and all of them, `12/1024`" },
     ],
-    provides: &["dirty_map", "test"],
+    provides: &["dirty_map", "test", "account"],
     passes_through: true,
     example: "element Guest (type nbd) (listen unix:log_dirty.sock)\n\
               element Changed (type log_dirty) (initially clean) (written dirty)\n\
@@ -122,7 +128,8 @@ pub const TYPE: ElementType = ElementType {
             Some(file) => DirtyMap::in_file(granule, dirty, &file.0, build.graph, build.name)?,
             None => DirtyMap::new(granule, dirty),
         };
-        Ok(Arc::new(LogDirty { map: Arc::new(map), cleans: params.written == Written::Clean }))
+        let (cleans, account) = (params.written == Written::Clean, params.account);
+        Ok(Arc::new(LogDirty { map: Arc::new(map), cleans, account }))
     },
     ..ElementType::BASE
 };
@@ -147,6 +154,8 @@ struct LogDirty {
     map: Arc<DirtyMap>,
     /// Changes bring the disk below up to date.
     cleans: bool,
+    /// What it is called in heads.
+    account: Option<Account>,
 }
 
 /// A change on its way below.
@@ -316,6 +325,7 @@ impl Element for LogDirty {
     fn provide(&self, service: &str) -> Option<Box<dyn Any>> {
         match service {
             DirtyMap::NAME => Some(Box::new(self.map.clone())),
+            Account::NAME => Some(Box::new(self.account.clone()?)),
             <dyn Test>::NAME => Some(Box::new(self.map.clone() as Arc<dyn Test>)),
             _ => None,
         }

@@ -10,6 +10,7 @@ use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Open, Ops, Prepared, Request, Result,
 };
 use rustix::fs::{FileType, OFlags};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, OnceLock};
 
@@ -18,7 +19,8 @@ blockmason::params! {
     pub struct Params {
         /// The image file or block device.
         path: FilePath,
-        /// Creates a sparse file of this size when it is missing. An existing file keeps its own size.
+        /// Creates a sparse file of this size when it is missing, but none below /dev. An existing file keeps its own
+        /// size.
         size: Option<Size>,
         /// Bypasses the page cache (O_DIRECT).
         direct: bool = "no",
@@ -87,8 +89,12 @@ impl FileDisk {
         let geometry = match params.size {
             // A graph that is built and thrown away leaves nothing behind; so not yet.
             Some(size) if !params.readonly && !path.exists() => {
-                if !path.parent().is_none_or(Path::is_dir) {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                if !folder.is_none_or(Path::is_dir) {
                     return Err(Error::new(Kind::Unavailable, "its folder does not exist").with_path(path));
+                }
+                if folder.is_some_and(is_of_devices) {
+                    return Err(Error::new(Kind::Unavailable, "there is no such device").with_path(path));
                 }
                 geometry(&params, size.0, None)?
             }
@@ -145,6 +151,13 @@ fn geometry(params: &Params, size: u64, found: Option<(u32, bool)>) -> Result<Ge
         read_only: params.readonly,
         ..Geometry::new(size)
     })
+}
+
+/// True where the kernel keeps its devices: a file that is made there is a slip of the pen, and in memory.
+fn is_of_devices(folder: &Path) -> bool {
+    let number = |path: &Path| path.metadata().map(|meta| meta.dev()).ok();
+    let devices = number(Path::new("/dev")).filter(|devices| number(Path::new("/")) != Some(*devices));
+    devices.is_some() && number(folder) == devices
 }
 
 /// Makes a sparse file unless there is something already. Complete when it appears under its name.
@@ -222,7 +235,7 @@ impl Element for FileDisk {
 
 #[cfg(test)]
 mod tests {
-    use super::{Access, Registry};
+    use super::{Access, Path, Registry};
     use blockmason::testing::{TestDisk, play_against_model, run};
     use blockmason::{Kind, Op};
 
@@ -290,6 +303,14 @@ mod tests {
             let nowhere = text.replace("disk.img", "none/disk.img");
             let error = blockmason::testing::graph(&host, crate::ALL, &nowhere, "D").err().unwrap();
             assert!(error.to_string().ends_with("its folder does not exist"), "{error}");
+            let device = "element D (type file) (path /dev/nosuch) (size 1M)";
+            let made = blockmason::testing::graph(&host, crate::ALL, device, "D");
+            // Where devices have no file system of their own they look like any folder.
+            if let Err(error) = made {
+                assert!(error.to_string().ends_with("there is no such device"), "{error}");
+            } else {
+                assert!(!super::is_of_devices(Path::new("/dev")));
+            }
         });
     }
 

@@ -131,19 +131,19 @@ fn numbers(bytes: &[u8]) -> Vec<u64> {
     bytes.chunks(BLOCK as usize).enumerate().map(number).collect()
 }
 
-fn backup(site: &Site, more: &[&str]) -> Ended {
+pub(crate) fn backup(site: &Site, more: &[&str]) -> Ended {
     site.mason(&[&["backup", "vm", "A", "--to", "file (path b.img)"], more].concat())
 }
 
-fn view(ended: Ended) -> Value {
+pub(crate) fn view(ended: Ended) -> Value {
     serde_json::from_str(&ended.done()).unwrap()
 }
 
-fn status(site: &Site) -> Value {
+pub(crate) fn status(site: &Site) -> Value {
     view(site.mason(&["backup", "status", "--json"]))[0].clone()
 }
 
-fn elements(site: &Site) -> Vec<String> {
+pub(crate) fn elements(site: &Site) -> Vec<String> {
     let graph = site.control().graph("vm");
     let names = graph["elements"].as_array().unwrap().iter();
     let mut names: Vec<_> = names.map(|element| element["name"].as_str().unwrap().to_owned()).collect();
@@ -151,19 +151,19 @@ fn elements(site: &Site) -> Vec<String> {
     names
 }
 
-fn start(site: &Site) -> Mason {
+pub(crate) fn start(site: &Site) -> Mason {
     site.write("vm.mason", plain());
     site.run(&["vm.mason"])
 }
 
 /// A command in the background.
-fn spawn(site: &Site, args: &[&str]) -> Child {
+pub(crate) fn spawn(site: &Site, args: &[&str]) -> Child {
     let mut command = command(site.folder(), &[args, &["--control", "c.sock"]].concat());
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 /// A backup that takes some seconds has begun.
-fn begin_slowly(site: &Site) -> Child {
+pub(crate) fn begin_slowly(site: &Site) -> Child {
     let to = ["backup", "vm", "A", "--to", "file (path b.img)", "--rate", "1M/s"];
     let child = spawn(site, &to);
     until("it copies", || {
@@ -303,7 +303,20 @@ fn a_target_that_dies_harms_no_guest_and_the_next_incremental_backup_has_all() {
         Command::new("nbdkit").args(["-f", "-U", socket.to_str().unwrap(), "memory", "64M"]).spawn().unwrap();
     until("the target is there", || socket.exists());
     let to = format!("nbd_client (uri nbd+unix:///?socket={}) (reconnect 1s)", socket.display());
-    let args = ["backup", "vm", "A", "--to", &to, "--incremental", "--rate", "500k/s", "--patience", "1s"];
+    // That it has none of the last backup does not matter here.
+    let args = [
+        "backup",
+        "vm",
+        "A",
+        "--to",
+        &to,
+        "--incremental",
+        "--force",
+        "--rate",
+        "500k/s",
+        "--patience",
+        "1s",
+    ];
     let mut child = spawn(&site, &args);
     until("it copies", || {
         let view = status(&site);
@@ -339,7 +352,6 @@ fn a_target_that_is_slow_keeps_no_guest_waiting() {
     writer.cut(&site.path("b.img"));
     let (_, slowest) = writer.finish();
     assert!(slowest < Duration::from_secs(2), "a write took {slowest:?}");
-    eprintln!("the slowest write took {slowest:?}");
     daemon.stop_well();
 }
 
@@ -451,18 +463,32 @@ fn a_backup_is_restored_to_a_disk_that_nobody_uses() {
     backup(&site, &[]).done();
     site.write("small.img", vec![0; 1 << 20]);
     site.write("used.img", vec![9; 65 << 20]);
-    let restore = |to: &str| {
+    let restore = |to: &str, more: &[&str]| {
         let to = format!("file (path {to})");
-        mason(site.folder(), &["restore", "--from", "file (path b.img)", "--to", &to, "--verify"])
+        let args = ["restore", "--from", "file (path b.img)", "--to", &to, "--verify"];
+        mason(site.folder(), &[&args, more].concat())
     };
-    let said = restore("a.img").refused();
-    assert!(said.contains("a.img"), "{said}");
-    assert!(restore("small.img").refused().contains("make it at least as large"));
+    let said = restore("a.img", &["--force"]).refused();
+    assert!(said.contains("mason: --to: ") && said.contains("a.img: it is locked"), "{said}");
+    let said = restore("small.img", &[]).refused();
+    assert!(
+        said.contains("file (path small.img) has 1M, file (path b.img) 64M: make it at least as large"),
+        "{said}"
+    );
     daemon.stop_well();
     let disk = std::fs::read(site.path("a.img")).unwrap();
     std::fs::write(site.path("a.img"), vec![3; 64 << 20]).unwrap();
+    for (to, why) in [
+        ("a.img", "its head says that it is a disk"),
+        ("used.img", "a file of 65M is there already"),
+        ("b.img", "are the same disk"),
+    ] {
+        let said = restore(to, &[]).refused();
+        assert!(said.contains(why), "{said}");
+    }
     for to in ["a.img", "new.img", "used.img"] {
-        let said = restore(to).done();
+        let more: &[&str] = if to == "new.img" { &[] } else { &["--force"] };
+        let said = restore(to, more).done();
         assert!(said.contains("both are alike"), "{said}");
         let found = std::fs::read(site.path(to)).unwrap();
         assert!(found[..64 << 20] == disk && found[64 << 20..].iter().all(|byte| *byte == 9), "{to}");

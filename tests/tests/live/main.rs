@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod backup;
+mod backup_marks;
 mod changes;
 mod clients;
 mod crashes;

@@ -19,7 +19,7 @@ fn a_target_that_is_no_place_for_the_disk() {
     let mut world = World::new();
     world.site.write("small.img", vec![0; 1 << 20]);
     world.site.write("readonly.img", vec![0; SIZE as usize]);
-    refuse(&world, "file (path small.img)", &[], "A_new has 1048576 bytes and A has 16777216");
+    refuse(&world, "file (path small.img)", &[], "has 1M, that");
     refuse(&world, "/no/such.img", &[], "--to 'file (path /no/such.img)'");
     refuse(&world, "nbd://far/vm1", &[], "--to 'nbd_client (uri nbd://far/vm1)'");
     refuse(&world, "file (path readonly.img) (readonly yes)", &[], "read-only");

@@ -6,8 +6,7 @@ use blockmason::rt;
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -51,44 +50,77 @@ fn wait(child: &mut Child) -> std::io::Result<Option<ExitStatus>> {
     child.wait().map(|_| None)
 }
 
-/// Until this is dropped, this process does not end by an interrupt: what was frozen would stay so.
-pub(super) struct Outlive(Option<Arc<Interrupted>>);
-
-struct Interrupted {
-    /// Whether it may end at once, and whether it was to.
-    free: Mutex<bool>,
-    asked: AtomicBool,
+/// What an interrupt does to this process.
+struct Interrupts {
+    listening: bool,
+    /// It is put off.
+    held: bool,
+    /// It has come.
+    asked: bool,
+    /// What is said then.
+    sentence: String,
 }
 
-impl Interrupted {
-    fn come(&self) {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        self.asked.store(true, Ordering::Relaxed);
-        if *free {
+static INTERRUPTS: Mutex<Interrupts> =
+    Mutex::new(Interrupts { listening: false, held: false, asked: false, sentence: String::new() });
+
+fn interrupts() -> MutexGuard<'static, Interrupts> {
+    INTERRUPTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Interrupts {
+    fn end_if_asked(&self) {
+        if self.asked && !self.held {
+            if !self.sentence.is_empty() {
+                eprintln!("mason: {}", self.sentence);
+            }
             std::process::exit(130);
+        }
+    }
+}
+
+/// Until this is dropped, this process does not end by an interrupt: what was frozen would stay so.
+pub(super) struct Outlive;
+
+impl Outlive {
+    /// Whether to begin what comes next.
+    ///
+    /// # Errors
+    /// This process was to end meanwhile.
+    pub(super) fn go_on(&self) -> Outcome {
+        match interrupts().asked {
+            true => Err(Failure::new("it was interrupted: nothing has begun")),
+            false => Ok(()),
         }
     }
 }
 
 impl Drop for Outlive {
     fn drop(&mut self) {
-        let Some(interrupted) = &self.0 else { return };
-        let mut free = interrupted.free.lock().unwrap_or_else(PoisonError::into_inner);
-        *free = true;
-        if interrupted.asked.load(Ordering::Relaxed) {
-            std::process::exit(130);
-        }
+        interrupts().held = false;
     }
 }
 
-/// Puts off the end by an interrupt, if anything is to be done before.
-pub(super) fn outlive_interrupts(wanted: bool) -> Outlive {
-    if !wanted {
-        return Outlive(None);
+/// Puts off the end by an interrupt.
+pub(super) fn outlive_interrupts() -> Outlive {
+    interrupts().held = true;
+    listen();
+    Outlive
+}
+
+/// An interrupt ends this process with that sentence, also one that was put off.
+pub(super) fn say_when_interrupted(sentence: String) {
+    interrupts().sentence = sentence;
+    listen();
+    interrupts().end_if_asked();
+}
+
+/// Listens from now on, once.
+fn listen() {
+    if std::mem::replace(&mut interrupts().listening, true) {
+        return;
     }
-    let interrupted = Arc::new(Interrupted { free: Mutex::new(false), asked: AtomicBool::new(false) });
-    let (heard, ready) = (interrupted.clone(), std::sync::mpsc::channel());
-    let (tell, told) = ready;
+    let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let Ok(runtime) = runtime else { return };
@@ -101,13 +133,15 @@ pub(super) fn outlive_interrupts(wanted: bool) -> Outlive {
             let _ = tell.send(());
             loop {
                 tokio::select! {
-                    _ = interrupt.recv() => heard.come(),
-                    _ = end.recv() => heard.come(),
+                    _ = interrupt.recv() => {}
+                    _ = end.recv() => {}
                 }
+                let mut now = interrupts();
+                now.asked = true;
+                now.end_if_asked();
             }
         });
     });
     // An error says that it could not be arranged: then it is as without.
     let _ = told.recv();
-    Outlive(Some(interrupted))
 }

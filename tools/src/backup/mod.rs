@@ -2,16 +2,18 @@
 
 mod hook;
 
+use crate::control::backing;
 use crate::control::client::{Client, path};
 use crate::control::find;
 use crate::failure::{Failure, Outcome};
-use crate::folders::here;
+use crate::folders::{Folders, here};
 use crate::jobs::{self, JobArgs};
 use crate::output::{self, printable, printable_lines};
 use crate::progress::{cells, watch};
 use crate::units::{Bytes, Nanos, Seconds};
 use crate::view::{BackupRequest, BackupState, BackupView};
 use blockmason::lang::value::Time;
+use std::path::PathBuf;
 
 /// Back a disk up, as it is at one instant, while its guests use it.
 #[derive(clap::Args)]
@@ -23,17 +25,23 @@ use blockmason::lang::value::Time;
   mason backup vm1 Disk --to 'file (path b.img)' --before 'ssh vm1 fsfreeze -f /' --after 'ssh vm1 fsfreeze -u /'
   mason backup status
 
-The backup is the disk as it is when this command has paused its guests for a moment. From then on what they write goes to an
-overlay in the state folder, which takes as much room there as they change meanwhile; the disk below stands still and is
-copied. At the end, whatever it is, the overlay is merged into the disk. No guest waits for the target.
+The backup is the disk as it is when this command has paused its guests for a moment. From
+then on what they write goes to an overlay in the state folder, which takes as much room
+there as they change meanwhile; the disk below stands still and is copied. At the end,
+whatever it is, the overlay is merged into the disk. No guest waits for the target.
 
-An element ELEMENT_changes stays in the graph and keeps account of what has changed since, so that the next backup can be
-incremental: it writes only that, to a target that has the last backup, or to a `cow` above it.
+An element ELEMENT_changes stays in the graph and keeps account of what has changed since,
+so that the next backup can be incremental: it writes only that, to a target that has the
+last backup, or to a `cow` above it. The target's head says which backup it has; another
+one is refused.
 
-The daemon does all this. When this command is interrupted the backup goes on; when the daemon ends, whatever ends it,
-the backup is given up, and everything that guests have written is there at the next start.
+The daemon does all this. When this command is interrupted the backup goes on, and `mason
+backup abort` ends it; when the daemon ends, whatever ends it, the backup is given up, and
+everything that guests have written is there at the next start. So it is with
+`mason unload`.
 
-A target that is there and large enough is overwritten; a file that is not there becomes as large as the disk.")]
+A target that is there and large enough is overwritten; a file that is not there becomes
+as large as the disk.")]
 pub(crate) struct Args {
     #[command(subcommand)]
     what: Option<What>,
@@ -80,7 +88,8 @@ struct BeginArgs {
     #[arg(long)]
     save: bool,
 
-    /// Overwrites a target whose head says that it is somebody's volume
+    /// Overwrites a target whose head says that it is somebody's volume; with --incremental, writes to one that does not say
+    /// that it has the last backup
     #[arg(long)]
     force: bool,
 
@@ -92,8 +101,35 @@ struct BeginArgs {
 enum What {
     /// Shows how far backups are
     Status(StatusArgs),
-    /// Gives a backup up
+    /// Gives a backup up; one that waits for its end is tried again at once
     Abort(AbortArgs),
+    /// Drops what was written to a disk while it was backed up, after the daemon has ended in the middle
+    Discard(DiscardArgs),
+}
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  mason backup discard vm1.mason Disk --yes
+
+What guests have written since that backup began is lost, for good, and the disk is as it
+was then: for a disk that a backup is to be restored to. Else start the graph, which
+merges it. No daemon may serve the graph.")]
+struct DiscardArgs {
+    /// The graph's file
+    #[arg(value_name = "GRAPH")]
+    graph: PathBuf,
+
+    /// The disk
+    #[arg(value_name = "ELEMENT")]
+    element: String,
+
+    /// Says that it is meant
+    #[arg(long)]
+    yes: bool,
+
+    /// Keeps state here [default: as `mason run`]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
@@ -125,7 +161,23 @@ pub(crate) fn main(args: &Args) -> Outcome {
         None => begin(&args.begin),
         Some(What::Status(args)) => status(args),
         Some(What::Abort(args)) => abort(args),
+        Some(What::Discard(args)) => discard(args),
     }
+}
+
+fn discard(args: &DiscardArgs) -> Outcome {
+    if !args.yes {
+        let lost = "what guests have written since the backup began would be lost: say --yes as well";
+        return Err(Failure::new(format!("{}: {lost}", args.element)));
+    }
+    let state = Folders::find(args.state.as_deref()).state;
+    let state = state.ok_or_else(|| {
+        Failure::new("there is no folder for state: give one with --state DIR, or set HOME")
+    })?;
+    let unknown = |error| Failure::new(format!("{}: {error}", args.graph.display()));
+    let file = args.graph.canonicalize().map_err(unknown)?;
+    backing::discard(&state, &file, &args.element)?;
+    output::text(&format!("{} is as it was when its backup began\n", args.element))
 }
 
 fn begin(args: &BeginArgs) -> Outcome {
@@ -147,14 +199,19 @@ fn begin(args: &BeginArgs) -> Outcome {
     if let Err(failure) = &after {
         eprintln!("mason: {failure}");
     }
-    end(&follow(&client, begun?)?, &args.shared)?;
+    let begun = begun?;
+    let name = format!("{} {}", begun.graph, begun.element);
+    let goes_on = format!("the backup of {name} goes on; `mason backup abort {name}` ends it");
+    hook::say_when_interrupted(printable(&goes_on));
+    end(&follow(&client, begun)?, &args.shared)?;
     after.map_err(|_| Failure::Said)
 }
 
 /// Does it after the one command has succeeded, and then the other one, whatever has come of it.
 fn between<T>(args: &BeginArgs, body: impl FnOnce() -> Outcome<T>) -> (Outcome<T>, Outcome) {
-    let _waits = hook::outlive_interrupts(args.after.is_some());
+    let waits = hook::outlive_interrupts();
     let before = args.before.as_ref().map_or(Ok(()), |command| hook::run("--before", command));
+    let before = before.and_then(|()| waits.go_on());
     let done = before.and_then(|()| body());
     (done, args.after.as_ref().map_or(Ok(()), |command| hook::run("--after", command)))
 }

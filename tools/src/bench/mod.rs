@@ -9,6 +9,7 @@ use crate::units::{Bytes, Nanos, table};
 use crate::view::{OpView, SourceView};
 use blockmason::describe::Family;
 use blockmason::graph::build::connections;
+use blockmason::heads;
 use blockmason::lang::value::{Size, Time};
 use blockmason::sched::HostConfig;
 use blockmason::{Disk, Graph, Host, Instance};
@@ -136,6 +137,10 @@ fn build(file: &GraphFile, host: &Host) -> Outcome<Graph> {
 async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Report> {
     let failed = |error| Failure::in_graph(&error, &file.spec);
     let graph = build(file, host)?;
+    if args.write {
+        // What is written here no account of changes has.
+        heads::Unkept::of(&file.spec, &graph).forget().map_err(failed)?;
+    }
     let disk = Disk::serve(host, Arc::new(graph)).await.map_err(failed)?;
     let jobs = jobs(args, &disk.graph())?;
     let phase = Arc::new(Phase::default());

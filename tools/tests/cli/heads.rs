@@ -151,7 +151,7 @@ fn a_head_of_another_version_is_left_alone() {
     let refusal = refused(home.mason(&["run", "vm.mason"]));
     assert!(refusal.contains("Right (vm.mason:4:9): "), "{refusal}");
     assert!(
-        refusal.contains("right.img.mason-head: its format is version 9, this program knows 2"),
+        refusal.contains("right.img.mason-head: its format is version 9, this program knows 3"),
         "{refusal}"
     );
     assert_eq!(head(&home, "right.img").unwrap(), newer);

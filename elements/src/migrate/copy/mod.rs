@@ -315,9 +315,9 @@ impl Copy {
 
     fn place(&self, from: Geometry, to: Geometry) -> Result<Place> {
         if to.size < from.size {
-            let (from, to) = (from.size, to.size);
+            let (from, to) = (Size(from.size), Size(to.size));
             let message =
-                format!("the disk at `to` has {to} bytes, that at `from` {from}: make it at least as large");
+                format!("the disk at `to` has {to}, that at `from` {from}: make it at least as large");
             return Err(Error::new(Kind::NoSpace, message));
         }
         if to.read_only {

@@ -174,7 +174,7 @@ fn a_disk_that_it_cannot_be_copied_to_is_refused() {
             graph.err().map(|error| error.to_string()).unwrap_or_default()
         };
         let small = Moving::text("slow", 5000, 4999, "");
-        assert!(refused(&small).contains("4999 bytes, that at `from` 5000"), "{}", refused(&small));
+        assert!(refused(&small).contains("4999, that at `from` 5000"), "{}", refused(&small));
         let other = "element Old (type mem) (size 1M) element New (type mem) (size 1M) element M (type mem) (size 2M)
             element L (type log_dirty) element G (type readonly) element C (type copy) (only L) L -> M G -> New
             (C, from) -> Old (C, to) -> New";

@@ -1,8 +1,10 @@
 //! How a backup begins.
 
+use super::account::{self, Account};
 use super::graph::{Names, Plan};
 use super::job::{Asked, Job};
 use super::record::{Place, Record};
+use super::sides::Sides;
 use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
 use crate::control::moving::Target;
@@ -13,6 +15,7 @@ use blockmason::lang::Spec;
 use blockmason::live::{Heads, Options};
 use blockmason::sched::Commit;
 use blockmason_elements::migrate::map::DirtyMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::MutexGuard;
@@ -45,19 +48,26 @@ impl Served {
         if request.incremental {
             self.has_backup(&names, kept)?;
         }
-        let with_account = match kept {
-            true => (*running).clone(),
-            false => names.with_changes(&running, &place.map())?,
-        };
+        let (account, map, with_account) = accounted(&running, &names, &place, kept)?;
         let rate = request.rate.as_ref().map(|rate| format!("(rate {rate})")).unwrap_or_default();
         let overlay = place.overlay();
         let plan = Plan { overlay: (&overlay, room(size)), incremental: request.incremental, copy: &rate };
         let mut next = names.with_backup(&with_account, &target, &plan, &request.folder)?;
         self.size_of_new(&mut next, &names.disk, &names.to);
-        place.make_overlay(room(size))?;
-        let record = Record::new(names, request.to.trim().to_owned(), request.incremental);
-        let begun = self.begin(&saving, daemon, &record, (with_account, next), (kept, request.force)).await;
-        let pause = begun.inspect_err(|_| place.forget())?;
+        place.make_overlay(room(size)).inspect_err(|_| place.forget_files())?;
+        let sides = self.sides(daemon, &next, &names, request.incremental).await.map_err(|refusal| {
+            let message = refusal.message.replace("the disk at `to`", request.to.trim());
+            Refusal { message, ..refusal }
+        });
+        let may = |sides: &Sides| {
+            sides.may_write(request.force)?;
+            if request.incremental { sides.may_follow(&account, &names, request.force) } else { Ok(()) }
+        };
+        let sides =
+            sides.and_then(|sides| may(&sides).map(|()| sides)).inspect_err(|_| place.forget_files())?;
+        let record = Record::new(names, request.to.trim().to_owned(), request.incremental, map);
+        let begun = self.begin(&saving, daemon, record, (with_account, next), (kept, account, &sides)).await;
+        let (record, pause) = begun.inspect_err(|_| place.forget_files())?;
         let asked =
             Asked { save: request.save, patience: patience(request.patience_seconds.unwrap_or(PATIENCE)) };
         let job = Job::start(record, (asked, pause), self, daemon);
@@ -103,29 +113,73 @@ impl Served {
         &self,
         saving: &MutexGuard<'_, ()>,
         daemon: &Daemon,
-        record: &Record,
+        mut record: Record,
         (with_account, next): (Spec, Spec),
-        (kept, force): (bool, bool),
-    ) -> Result<Duration, Refusal> {
-        let (names, place) = (&record.names, Place::of(daemon, &self.path, &record.names.disk));
+        (kept, mut account, sides): (bool, Account, &Sides),
+    ) -> Result<(Record, Duration), Refusal> {
+        let place = Place::of(daemon, &self.path, &record.names.disk);
         if !kept {
             // What is known there is not of all changes.
             place.forget_map()?;
         }
-        let sides = self.survey(daemon, &next, &names.disk, &names.to).await;
-        sides.map_err(|error| Refusal::in_graph(&error, &next))?.check_new(force)?;
-        let mut pause = 0.0;
-        if !kept {
-            let changed = self.change_to(saving, daemon, with_account, Heads::Ignore).await?;
-            pause += changed.pause_seconds.unwrap_or(0.0);
-        }
+        // Does nothing where account is kept already.
+        let changed = self.change_to(saving, daemon, with_account, Heads::Ignore).await?;
+        let mut pause = changed.pause_seconds.unwrap_or(0.0);
         let gone = || Refusal::new("internal", "what keeps account of changes is gone");
-        let map = self.map_of(&names.changes).ok_or_else(gone)?;
-        place.write(record)?;
-        let options = Options { heads: Heads::Ignore, commit: Some(freezing(map)), ..Options::default() };
-        let how = How { options, dry_run: false, save: false, moves: true };
-        let changed = self.change(saving, daemon, |_| Ok(next), how).await?;
-        Ok(patience(pause + changed.pause_seconds.unwrap_or(0.0)))
+        let map = self.map_of(&record.names.changes).ok_or_else(gone)?;
+        if !sides.are_kept(&account) {
+            // Whatever becomes of this backup: no other one can be counted from.
+            account.last = None;
+        }
+        account.used += 1;
+        account.write(&record.map)?;
+        (record.account, record.number) = (account.name.clone(), account.used);
+        [record.disk_heads, record.target_heads] = sides.heads();
+        place.write(&record)?;
+        let called = format!("{} of {} (a backup)", record.names.disk, self.live.name());
+        let stood = sides.stand(&account, record.incremental, called, &place.overlay());
+        let begun = match stood.map_err(|error| Refusal::of(&error)) {
+            Ok(()) => {
+                let commit = Some(freezing(map));
+                let options =
+                    Options { heads: Heads::Ignore, keeps_marks: true, commit, ..Options::default() };
+                let how = How { options, dry_run: false, save: false, moves: true };
+                self.change(saving, daemon, |_| Ok(next), how).await
+            }
+            Err(refusal) => Err(refusal),
+        };
+        pause += begun.inspect_err(|_| sides.restore())?.pause_seconds.unwrap_or(0.0);
+        Ok((record, patience(pause)))
+    }
+}
+
+/// The account of a disk's changes, its map, and the graph in which it is kept: a new one if none is.
+fn accounted(
+    running: &Spec,
+    names: &Names,
+    place: &Place,
+    kept: bool,
+) -> Result<(Account, PathBuf, Spec), Refusal> {
+    let known = if kept { Account::of(running, names)? } else { None };
+    match (known, account::map(running, names).filter(|_| kept)) {
+        (Some(account), Some(map)) => Ok((account, map, running.clone())),
+        // It has had no name, or nobody knows how many backups it has.
+        (None, Some(map)) => {
+            let (account, mut spec) = (Account::begin()?, running.clone());
+            if let Some(log) = spec.find(&names.changes) {
+                spec.elements[log].params.set("account", &account.name);
+            }
+            Ok((account, map, spec))
+        }
+        (_, None) if kept => Err(Refusal::invalid(format!(
+            "{} has no file, so what it knows ends with the daemon: take it out, or give it one",
+            names.changes
+        ))),
+        (_, None) => {
+            let (account, map) = (Account::begin()?, place.map());
+            let spec = names.with_changes(running, &map, &account.name)?;
+            Ok((account, map, spec))
+        }
     }
 }
 

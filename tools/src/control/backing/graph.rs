@@ -5,6 +5,7 @@
 use crate::control::moving::Target;
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
+use crate::places::in_words;
 use blockmason::lang::{Edit, Spec, edit};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -74,11 +75,11 @@ impl Names {
     }
 
     /// The graph in which account is kept of changes of the disk.
-    pub(super) fn with_changes(&self, spec: &Spec, map: &Path) -> Result<Spec, Refusal> {
+    pub(super) fn with_changes(&self, spec: &Spec, map: &Path, account: &str) -> Result<Spec, Refusal> {
         let Names { disk, changes, .. } = self;
         let map = map.display();
         let by = format!(
-            "element {changes} (type log_dirty) (file \"{map}\") (initially dirty) (written dirty)\n\
+            "element {changes} (type log_dirty) (file \"{map}\") (initially dirty) (written dirty) (account {account})\n\
              {changes} -> {disk}\n"
         );
         self.edited(spec, &[Edit::Replace { element: disk.clone(), by }], Path::new("/"))
@@ -132,8 +133,25 @@ impl Names {
         copy.map(|_| Edit::Remove { element: self.copy.clone() }).into_iter().collect()
     }
 
+    /// What the graph with a backup is called.
+    fn graph(&self) -> String {
+        format!("backing up {}", self.disk)
+    }
+
+    /// A refusal of that graph in the words of the command line: nobody has written it.
+    pub(super) fn in_words(&self, refusal: Refusal) -> Refusal {
+        let said = in_words(&refusal.message, &self.graph(), |_| "--to");
+        let said = in_words(&said, "edit", |_| "--to");
+        let said = said
+            .replace(&format!("{} (--to): ", self.copy), "")
+            .replace(&format!("{} (--to)", self.to), "--to");
+        let message = said.replace("the disk at `from`", &self.disk).replace("that at `from`", &self.disk);
+        Refusal { message, place: None, ..refusal }
+    }
+
     fn edited(&self, spec: &Spec, edits: &[Edit], folder: &Path) -> Result<Spec, Refusal> {
-        let name = format!("backing up {}", self.disk);
-        edit(spec, edits, &name, folder, CATALOGUE).map_err(|diagnostics| Refusal::graph(&diagnostics))
+        let name = self.graph();
+        edit(spec, edits, &name, folder, CATALOGUE)
+            .map_err(|diagnostics| self.in_words(Refusal::graph(&diagnostics)))
     }
 }

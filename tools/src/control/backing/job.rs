@@ -1,5 +1,6 @@
 //! A backup that goes on: looks at the copier, and at its end, whatever it is, merges the overlay and takes it out.
 
+use super::account::Account;
 use super::record::{Place, Record};
 use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
@@ -83,7 +84,7 @@ impl Job {
 
     /// Ends a backup that was interrupted by the end of a process.
     pub(super) fn give_up(record: Record, served: &Arc<Served>, daemon: &Arc<Daemon>) -> Arc<Job> {
-        let failed = (!record.complete).then(|| "the daemon ended meanwhile".to_owned());
+        let failed = (!record.is_complete()).then(|| "the daemon ended meanwhile".to_owned());
         let job = Job::new(record, Asked::default(), Duration::ZERO);
         job.merge(failed);
         let said = job.now().message.clone();
@@ -167,11 +168,15 @@ impl Job {
     /// There is nothing left to be given up.
     pub(crate) fn abort(&self) -> Result<(), Refusal> {
         let mut now = self.now();
-        if now.state != BackupState::Copying {
+        if now.state == BackupState::Merging {
+            // What waits is tried at once.
+            now.again = None;
+        } else if now.state != BackupState::Copying {
             let disk = &now.record.names.disk;
             return Err(Refusal::invalid(format!("{disk}: the backup is over: {}", now.message)));
+        } else {
+            now.abort = true;
         }
-        now.abort = true;
         drop(now);
         self.wake.notify_one();
         Ok(())
@@ -224,24 +229,18 @@ impl Job {
 
     async fn step(&self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
         match self.state() {
-            BackupState::Copying => self.copying(served, daemon).await,
+            BackupState::Copying => self.copying(served).await,
             BackupState::Merging => self.merging(served, daemon).await,
             BackupState::Done | BackupState::Failed => {}
         }
     }
 
-    async fn copying(&self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
+    async fn copying(&self, served: &Arc<Served>) {
         let names = self.record().names;
         let Some(progress) = served.copier(&names.copy) else { return };
         let failed = match self.decide(progress) {
             Next::Look => return,
-            Next::Complete => {
-                let mut record = self.record();
-                record.complete = true;
-                let noted = Place::of(daemon, &served.path, &names.disk).write(&record);
-                self.now().record = record;
-                noted.err().map(|refusal| refusal.message)
-            }
+            Next::Complete => self.complete().err().map(|refusal| refusal.message),
             Next::GiveUp(why) => Some(why),
         };
         if failed.is_some() {
@@ -259,12 +258,26 @@ impl Job {
         self.merge(failed);
     }
 
+    /// Says durably that the target holds the backup, and that changes are counted from it.
+    fn complete(&self) -> Result<(), Refusal> {
+        let record = self.record();
+        let gone = || Refusal::new("internal", "the account of changes is gone");
+        let account = Account::read(&record.map)?.filter(|account| account.name == record.account);
+        let account = account.ok_or_else(gone)?;
+        // In this order: an account that says so relies on a head that does.
+        record.stand_complete().map_err(|error| Refusal::of(&error))?;
+        account.holding(record.number).write(&record.map)
+    }
+
     async fn merging(&self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
-        let cow = self.record().names.cow;
+        let names = self.record().names;
+        let cow = names.cow;
         // It is opened a moment after the graph has begun to serve.
         let Ok(state) = served.live.get(&cow, "state") else { return };
         match state.as_str() {
             "overlaying" => {
+                // From here on nothing is added to the overlay, and its map may still need room.
+                Place::of(daemon, &served.path, &names.disk).release_reserve();
                 if let Err(error) = served.live.call(&cow, "commit", "") {
                     tracing::warn!("{cow}: {error}");
                 }
@@ -276,7 +289,15 @@ impl Job {
                     && let Err(refusal) = self.take_out(served, daemon).await
                 {
                     let mut now = self.now();
-                    now.message = format!("the overlay cannot be taken out yet: {}", refusal.message);
+                    let folder = Place::of(daemon, &served.path, &now.record.names.disk);
+                    now.message = format!(
+                        "the overlay cannot be taken out yet: {}; its folder is {}; `mason backup abort` tries it again at once",
+                        refusal.message,
+                        folder.shown()
+                    );
+                    if now.again.is_none() {
+                        tracing::warn!("{}: {}", served.file, now.message);
+                    }
                     now.again = Some(rt::now() + now.wait);
                     now.wait = (now.wait * 2).min(AGAIN[1]);
                 }
@@ -318,11 +339,12 @@ impl Job {
             // The target has been flushed, or need not be; what was merged has been.
             flush_by: Some(Vec::new()),
             unasked,
+            keeps_marks: true,
             ..Options::default()
         };
         let how = How { options, dry_run: false, save: false, moves: true };
         served.change(&saving, daemon, |_| Ok(next), how).await?;
-        Place::of(daemon, &served.path, &names.disk).forget();
+        Place::of(daemon, &served.path, &names.disk).forget(&self.record());
         let saved = if self.asked.save { served.write_file(&served.live.spec()) } else { Ok(()) };
         drop(saving);
         self.end(served, saved.err());

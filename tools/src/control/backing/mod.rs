@@ -1,20 +1,22 @@
 //! Backing up a disk while it is in use: the disk as it is at one instant.
 //!
-//! `graph` makes the graphs of a backup, `record` is what a later process must know, `begin` starts one, `job` attends to
-//! it until it is over, `resume` gives it up after a restart.
+//! `graph` makes the graphs of a backup, `sides` are its volumes and their heads, `account` counts backups, `record` is what
+//! a later process must know, `begin` starts one, `job` attends to it until it is over, `resume` gives it up after a restart.
 //!
 //! For the time of a backup what guests write is kept in an overlay, and the disk below it stands still. What they
 //! write is in the overlay alone until it is merged: it must not be lost, whatever ends the process.
 
+mod account;
 mod begin;
 mod graph;
 mod job;
 mod record;
 mod resume;
+mod sides;
 
 pub(crate) use job::Job;
-pub(crate) use resume::Interrupted;
 pub(super) use resume::forget_maps;
+pub(crate) use resume::{Interrupted, discard};
 
 use super::daemon::Served;
 use super::refusal::Refusal;

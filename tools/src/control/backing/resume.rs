@@ -7,6 +7,7 @@ use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
 use crate::graphs::GraphFile;
 use crate::left::{Choice, Left};
+use blockmason::io::{Access, Registry};
 use blockmason::lang::Spec;
 use std::path::Path;
 use std::sync::Arc;
@@ -35,7 +36,7 @@ impl Interrupted {
         let (here, gone): (Vec<_>, Vec<_>) =
             records.into_iter().partition(|record| record.names.are_in(&spec));
         // It had not begun, or all was merged.
-        gone.iter().for_each(|record| Place::of(daemon, path, &record.names.disk).forget());
+        gone.iter().for_each(|record| Place::of(daemon, path, &record.names.disk).forget(record));
         for record in &here {
             record.may_start(daemon, path, choice)?;
             spec = record.names.without_copy(&spec)?;
@@ -77,6 +78,33 @@ impl Record {
             Choice::Ask | Choice::Left => Ok(()),
         }
     }
+}
+
+/// Drops what was written to a disk while it was backed up by a daemon that has ended.
+///
+/// # Errors
+/// There is nothing, it cannot be understood, or it is in use.
+pub(crate) fn discard(state: &Path, file: &Path, disk: &str) -> Result<(), Refusal> {
+    let place = Place::below(state, file, disk);
+    let record = place.read()?.ok_or_else(|| {
+        Refusal::not_found(format!("nothing is left of a backup of {disk} of {}", file.display()))
+    })?;
+    let of = |error| Refusal::of(&error);
+    let overlay = place.overlay();
+    let _alone = match overlay.exists() {
+        true => Some(
+            Registry::of_process().open(&overlay, Access { write: true, direct: false }, disk).map_err(of)?,
+        ),
+        false => None,
+    };
+    // First: a start that finds the record, and not the overlay in its graph, takes all as merged.
+    Left::of(state, file).revise(|spec| match record.names.are_in(spec) {
+        true => record.names.without_backup(spec),
+        false => Ok(spec.clone()),
+    })?;
+    record.stand_dropped().map_err(of)?;
+    place.forget_files();
+    Ok(())
 }
 
 /// Forgets what is known of changes of disks of which nobody keeps account any more: some are not in it.

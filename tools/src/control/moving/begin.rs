@@ -22,7 +22,7 @@ use std::sync::Arc;
 const PATIENCE: f64 = 30.0;
 
 /// Both sides, from a graph that is built and not open.
-pub(in crate::control) struct Sides {
+struct Sides {
     old: Vec<Volume>,
     new: Vec<Volume>,
     /// Other volumes of the graph as it runs.
@@ -77,9 +77,7 @@ impl Served {
         make_folder(&Record::folder(daemon, &self.path, disk))?;
         let sides = match self.survey(daemon, &next, &names.disk, &names.new).await {
             Ok(sides) => sides.check(&names, request.force).map(|()| sides),
-            Err(error) => {
-                Err(self.too_small(&error, &names).unwrap_or_else(|| Refusal::in_graph(&error, &next)))
-            }
+            Err(error) => Err(Refusal::in_graph(&error, &next)),
         };
         let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
         let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
@@ -100,23 +98,6 @@ impl Served {
         Ok(job.view(self))
     }
 
-    /// The graph cannot be built since the new disk is smaller: both sizes, and not what the elements between call them.
-    fn too_small(&self, error: &Error, names: &Names) -> Option<Refusal> {
-        let graph = self.live.disk().graph();
-        let old = graph.node(&names.disk).map(|node| graph.geometry(node).size)?;
-        // While a graph is built, elements are named with their place.
-        let element = error.element().and_then(|name| name.split(" (").next())?;
-        let message = names.between().contains(&element).then(|| error.to_string())?;
-        let new = message.split(' ').find_map(|word| word.parse::<u64>().ok())?;
-        (new < old).then(|| {
-            let message = format!(
-                "{} has {new} bytes and {} has {old}: it must be at least as large",
-                names.new, names.disk
-            );
-            Refusal::new("no_space", message)
-        })
-    }
-
     /// A file that is not there yet becomes as large as the disk.
     pub(in crate::control) fn size_of_new(&self, next: &mut Spec, disk: &str, new: &str) {
         let graph = self.live.disk().graph();
@@ -130,27 +111,32 @@ impl Served {
         }
     }
 
-    /// Builds the graph once as it would be: what is wrong with it shows now, and the volumes are known.
-    pub(in crate::control) async fn survey(
+    /// Both sides of the graph as it would be.
+    async fn survey(&self, daemon: &Daemon, next: &Spec, disk: &str, new: &str) -> Result<Sides, Error> {
+        let (running, now) = (self.live.disk().graph(), self.live.spec());
+        let (disk, new) = (disk.to_owned(), new.to_owned());
+        let look = move |next: &Spec, built: &Graph| Sides::of(next, built, (&disk, &new), &now, &running);
+        self.built(daemon, next, look).await
+    }
+
+    /// Builds the graph once as it would be, and looks at it: what is wrong with it shows now.
+    pub(in crate::control) async fn built<T: Send + 'static>(
         &self,
         daemon: &Daemon,
         next: &Spec,
-        disk: &str,
-        new: &str,
-    ) -> Result<Sides, Error> {
+        look: impl FnOnce(&Spec, &Graph) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
         let running = self.live.disk().graph();
         let diff = self.live.diff(next);
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
         let kept = running.instances().filter(|instance| stays(&instance.name));
         let kept: HashMap<_, _> = kept.map(|it| (it.name.clone(), it.clone())).collect();
         let (state_dir, shards) = (daemon.host.state_dir().to_owned(), daemon.host.shards());
-        let (name, now) = (self.live.name().to_owned(), self.live.spec());
-        let next = next.clone();
-        let (disk, new) = (disk.to_owned(), new.to_owned());
+        let (name, next) = (self.live.name().to_owned(), next.clone());
         let build = move || {
             let builder = Builder { catalogue: CATALOGUE, name: &name, state_dir: &state_dir, shards };
             let built = builder.assemble(&builder.instances(&next, &kept)?, &connections(&next))?;
-            Sides::of(&next, &built, (&disk, &new), &now, &running)
+            look(&next, &built)
         };
         rt::blocking(build).await.unwrap_or_else(|| Err(Error::internal("an element panicked")))
     }
@@ -190,7 +176,7 @@ impl Sides {
     }
 
     /// Whether the new side may be overwritten.
-    pub(in crate::control) fn check_new(&self, force: bool) -> Result<(), Refusal> {
+    fn check_new(&self, force: bool) -> Result<(), Refusal> {
         for new in &self.new {
             if let Some(old) = self.old.iter().find(|old| same(old, new)) {
                 let message = format!("{}: it is the disk {} itself", new.called(), old.element);
@@ -258,7 +244,7 @@ impl Sides {
 }
 
 /// True if two volumes are one, by whatever names.
-fn same(one: &Volume, other: &Volume) -> bool {
+pub(in crate::control) fn same(one: &Volume, other: &Volume) -> bool {
     let file = |volume: &Volume| {
         let meta = Path::new(&volume.called()).metadata().ok()?;
         Some((meta.dev(), meta.ino(), meta.rdev()))

@@ -217,6 +217,11 @@ impl Target {
         Some(format!("'{disk}{place})'"))
     }
 
+    /// As it was given.
+    pub(crate) fn text(&self) -> &str {
+        &self.0
+    }
+
     /// True if it is several statements, whose elements have names of their own.
     fn is_statements(&self) -> bool {
         self.0.starts_with("element ")

@@ -13,6 +13,7 @@ mod job;
 mod record;
 mod resume;
 
+pub(super) use begin::same;
 pub(crate) use cut::cut_over;
 pub(crate) use graph::Target;
 pub(crate) use job::Job;

@@ -1,10 +1,13 @@
 //! `mason restore`: copies a backup to a disk that nobody serves, in this process.
 
+mod heads;
+
 use crate::control::moving::Target;
 use crate::failure::{Failure, Outcome};
 use crate::folders::{Folders, here};
-use crate::graphs::{CATALOGUE, say};
+use crate::graphs::CATALOGUE;
 use crate::output::{self, printable, printable_lines};
+use crate::places::in_words;
 use crate::progress::{cells, watch};
 use crate::units::{Bytes, Seconds};
 use blockmason::describe::{Catalogue, ElementType, Family};
@@ -14,6 +17,7 @@ use blockmason::lang::{Defines, NoFiles, Spec, parse_checked};
 use blockmason::sched::HostConfig;
 use blockmason::{Disk, Host, rt};
 use blockmason_elements::migrate::copy::Progress;
+use heads::Overwritten;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -24,9 +28,15 @@ use std::sync::{Arc, OnceLock};
   mason restore --from 'file (path /backup/vm1.img)' --to 'file (path vm1.img)'
   mason restore --from 'file (path /backup/vm1.img)' --to 'nbd_client (uri nbd://store2/vm1)' --verify
 
-A disk is a type and its parameters, or statements of a graph whose first element is it. Both must not be in use, and the
-one at --to at least as large; its bytes behind the end of the backup stay as they are. A file that is not there becomes
-as large as the backup. Returns when everything has been flushed.")]
+A disk is a type and its parameters, or statements of a graph whose first element is it.
+Both must not be in use, and the one at --to at least as large; its bytes behind the end
+of the backup stay as they are. A file that is not there becomes as large as the backup.
+
+A disk at --to that may hold something is overwritten with --force only. Until the end it
+is marked as half restored, and served by nobody. Account that was kept of its changes
+ends: the next `mason backup` is to be a full one.
+
+Returns when everything has been flushed.")]
 pub(crate) struct Args {
     /// The backup
     #[arg(long, value_name = "DISK")]
@@ -35,6 +45,10 @@ pub(crate) struct Args {
     /// The disk that becomes as the backup is
     #[arg(long, value_name = "DISK")]
     to: String,
+
+    /// Overwrites what is there, and restores also a backup that is not complete
+    #[arg(long)]
+    force: bool,
 
     /// How fast it is copied at the most, 50M/s
     #[arg(long, value_name = "RATE")]
@@ -52,6 +66,9 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// What the graph is called.
+const NAME: &str = "restore";
 
 /// What the copier is called, and the disks that have no names of their own.
 const COPY: &str = "restore_copy";
@@ -100,14 +117,18 @@ pub(crate) fn main(args: &Args) -> Outcome {
     let host = runtime.block_on(async { Host::start(HostConfig::new(state)) });
     let host = host.map_err(|error| Failure::from_error(&error))?;
     let spec = disks.graph(&host, args.rate)?;
-    let failed = |error| Failure::in_graph(&error, &spec);
-    let graph = build(&host, &spec)?;
-    let disk = runtime.block_on(Disk::serve(&host, Arc::new(graph))).map_err(failed)?;
+    let failed = |error| disks.failed(Failure::in_graph(&error, &spec));
+    let graph = disks.build(&host, &spec)?;
+    let overwritten = Overwritten::of(&disks, &spec, &graph, args.force)?;
+    overwritten.begin().inspect_err(|_| overwritten.take_back())?;
+    let disk = runtime.block_on(Disk::serve(&host, Arc::new(graph))).map_err(failed);
+    let disk = disk.inspect_err(|_| overwritten.take_back())?;
     let copied = copy(&disk, args.verify);
     // What has been copied is flushed; an error of the copy says more than one of the end.
     let stopped = runtime.block_on(disk.stop()).map_err(failed);
-    let last = copied?;
+    let last = copied.map_err(|failure| disks.failed(failure))?;
     stopped?;
+    overwritten.complete()?;
     let report = Report {
         total: last.total,
         copied: last.copied,
@@ -118,17 +139,32 @@ pub(crate) fn main(args: &Args) -> Outcome {
     if args.json { output::json(&report) } else { output::text(&(report.sentence() + "\n")) }
 }
 
-fn build(host: &Host, spec: &Spec) -> Outcome<blockmason::Graph> {
-    let builder = Builder {
-        catalogue: catalogue(),
-        name: "restore",
-        state_dir: host.state_dir(),
-        shards: host.shards(),
-    };
-    builder.build(spec).map_err(|error| Failure::in_graph(&error, spec))
-}
-
 impl Disks {
+    fn build(&self, host: &Host, spec: &Spec) -> Outcome<blockmason::Graph> {
+        let builder = Builder {
+            catalogue: catalogue(),
+            name: NAME,
+            state_dir: host.state_dir(),
+            shards: host.shards(),
+        };
+        builder.build(spec).map_err(|error| self.failed(Failure::in_graph(&error, spec)))
+    }
+
+    /// A failure in the words of the command line: nobody has written the graph.
+    fn failed(&self, failure: Failure) -> Failure {
+        let Failure::Failed(message) = failure else { return failure };
+        let message = message.replace(&format!("{COPY} ({NAME}:"), &format!("({NAME}:"));
+        let lines = self.from.statements(FROM).lines().count();
+        let side = |line| if line <= lines { "--from" } else { "--to" };
+        let message = in_words(&message, NAME, side);
+        let message =
+            message.replace(&format!("{FROM} (--from)"), "--from").replace(&format!("{TO} (--to)"), "--to");
+        let to = self.to.text();
+        let message = message.replace("(--to): the disk at `to`", to).replace("the disk at `to`", to);
+        let from = |message: String, is: &str| message.replace(is, self.from.text());
+        Failure::Failed(from(from(message, "the disk at `from`"), "that at `from`"))
+    }
+
     /// A copier from one to the other.
     fn graph(&self, host: &Host, rate: Option<Rate>) -> Outcome<Spec> {
         let rate = rate.map(|rate| format!("(rate {rate})")).unwrap_or_default();
@@ -147,7 +183,7 @@ impl Disks {
     /// Bytes of the backup.
     fn size(&self, host: &Host) -> Outcome<u64> {
         let endless = format!("element {TO} (type null) (size {})\n", 1_u64 << 60);
-        let graph = build(host, &self.parse(&endless, TO, "")?)?;
+        let graph = self.build(host, &self.parse(&endless, TO, "")?)?;
         let node = graph.node(&self.from.top(FROM));
         Ok(node.map_or(0, |node| graph.geometry(node).size))
     }
@@ -158,11 +194,9 @@ impl Disks {
             self.from.statements(FROM),
             self.from.top(FROM)
         );
-        let (name, opened) = (Path::new("restore"), self.here.join("restore.mason"));
-        parse_checked(&NoFiles, name, opened, text, &Defines::new(), catalogue()).map_err(|diagnostics| {
-            say(&diagnostics);
-            Failure::Said
-        })
+        let (name, opened) = (Path::new(NAME), self.here.join("restore.mason"));
+        let parsed = parse_checked(&NoFiles, name, opened, text, &Defines::new(), catalogue());
+        parsed.map_err(|diagnostics| self.failed(Failure::new(diagnostics.first_line())))
     }
 }
 
@@ -183,7 +217,10 @@ fn copy(disk: &Arc<Disk>, verify: bool) -> Outcome<Progress> {
     let copied = watch(ask()?, ask, over, line)?;
     let well = |progress: Progress| match &*progress.state {
         "clean" => Ok(progress),
-        _ => Err(Failure::new(printable_lines(&progress.error))),
+        // It is not tried again.
+        _ => Err(Failure::new(printable_lines(
+            progress.error.split("; tried again").next().unwrap_or_default(),
+        ))),
     };
     let copied = well(copied)?;
     if !verify {
