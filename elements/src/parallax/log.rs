@@ -28,7 +28,7 @@ impl Fate {
     }
 
     pub(super) fn outcome(&self) -> Option<Result<()>> {
-        self.done.get().map(|done| done.as_ref().map(|()| ()).map_err(copy))
+        self.done.get().map(|done| done.as_ref().copied().map_err(copy))
     }
 
     pub(super) fn changed(&self) -> &Notify {
