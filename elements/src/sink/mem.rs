@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn filling_a_guests_memory_is_left_to_the_export() {
-        let mem = Mem::new(8192, false);
+        let mem = Mem::new(8192, false).unwrap();
         mem.write(&Request::write(0, Data::copy_of(b"hello")));
         let data = mem.read(&Request::read(0, 5));
         let mut whole = false;
