@@ -26,6 +26,8 @@ pub struct Geometry {
     pub read_only: bool,
     /// True if acknowledged writes die with this process, and nobody has said `(lossy yes)` to that.
     pub volatile: bool,
+    /// True if what was answered and not flushed may be lost while this machine goes on: a server has it.
+    pub forgetful: bool,
 }
 
 impl Geometry {
@@ -41,6 +43,7 @@ impl Geometry {
             rotational: false,
             read_only: false,
             volatile: false,
+            forgetful: false,
         }
     }
 
@@ -61,6 +64,7 @@ impl Geometry {
             rotational: self.rotational || other.rotational,
             read_only: self.read_only || other.read_only,
             volatile: self.volatile || other.volatile,
+            forgetful: self.forgetful || other.forgetful,
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::element::{BoxFuture, Element, Open};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::Geometry;
 use crate::graph::{Graph, Instance};
-use crate::request::Request;
+use crate::request::{Origin, Request};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -346,7 +346,9 @@ impl Step<'_> {
         for (source, port) in ways {
             let node = graph.source(source).ok_or_else(|| Error::internal("it is no source"));
             let node = node.map_err(|error| error.in_element(source))?;
-            disk.host.submit(graph, node, graph.port(node, port)?, Request::flush()).await?;
+            // Not a guest's: it is told, too, if something was lost that had not been flushed.
+            let flush = Request { origin: Origin::Internal, ..Request::flush() };
+            disk.host.submit(graph, node, graph.port(node, port)?, flush).await?;
         }
         Ok(())
     }

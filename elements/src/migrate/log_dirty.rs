@@ -92,7 +92,8 @@ pub const TYPE: ElementType = ElementType {
           disk, which others refer to: a `copy` copies what is dirty, an `if` forwards only that.\n\n\
           With `(written clean)` this stands on the leg of a mirror that is being filled (Block Mason, section 3.1.1): \
           a change that succeeds on all of a granule makes it clean, one on a part of it leaves it as it was, and \
-          one that fails makes it dirty. With `(written dirty)` it stands above a disk of which there is a backup: \
+          one that fails makes it dirty. So does a flush from within the graph that fails, of all that was written since the last one \
+          that did not: the disk below may have forgotten it. With `(written dirty)` it stands above a disk of which there is a backup: \
           a change makes the granules that it touches dirty before it is issued.\n\n\
           A `tee` above that refers to the map announces changes to it before it sends them down any leg.\n\n\
           With `file` the map outlives the process, also one that is killed: a change is marked there before it is \
@@ -228,7 +229,13 @@ impl LogDirty {
     /// Flushes the disk below. Where the graph closes nobody waits long for a disk that may not answer.
     async fn flush(&self, cx: Cx<'_>, last: bool) -> Reply {
         let flush = Request { origin: Origin::Internal, class: Class::Background, ..Request::flush() };
-        let flushed = cx.detach(0, cx.child(&flush));
+        let (flush, flushing) = (cx.child(&flush), self.cleans.then(|| self.map.flushing_copy()));
+        let flushed = cx.detach_with(move |cx| {
+            cx.forward(0, flush).then(|reply| match flushing {
+                Some(flushing) => flushing.end(reply),
+                None => reply,
+            })
+        });
         let late = async {
             if !last {
                 cx.closing().await;
@@ -275,6 +282,9 @@ impl LogDirty {
 impl Element for LogDirty {
     fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
         let below = children.single()?.above();
+        if below.forgetful && self.cleans {
+            self.map.may_be_forgotten();
+        }
         self.map.cover(below.size)?;
         Ok(Prepared::of(below))
     }
@@ -282,6 +292,11 @@ impl Element for LogDirty {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         match req.op {
             Op::Write | Op::WriteZeroes | Op::Discard if req.len > 0 => {}
+            // A guest is not told what was lost.
+            Op::Flush if self.cleans && req.origin != Origin::Guest => {
+                let flush = self.map.flushing_copy();
+                return cx.forward(0, req).then(|reply| flush.end(reply));
+            }
             _ => return cx.forward(0, req),
         }
         let range = req.offset..req.end();

@@ -11,7 +11,7 @@ use blockmason::{
     Answer, Children, Cx, Data, Element, Error, Extent, ExtentState, Flow, Geometry, Op, Ops, Prepared,
     Request, Result,
 };
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 blockmason::params! {
     /// A disk in memory.
@@ -42,7 +42,7 @@ pub const TYPE: ElementType = ElementType {
     check: Params::check,
     build: |build: &Build<'_>| {
         let params = build.read(Params::from)?;
-        Ok(Arc::new(Mem::new(params.size.0, params.lossy)))
+        Ok(Arc::new(Mem::new(params.size.0, params.lossy)?))
     },
     ..ElementType::BASE
 };
@@ -52,6 +52,12 @@ const PAGE: usize = 4096;
 /// Pages of one lock: 2 MiB, so that shards rarely meet at one.
 const PAGES: usize = 512;
 
+/// Stretches that are made together when one of them is first used: a GiB.
+const STRETCHES: usize = 512;
+
+/// The largest disk: more than the memory of any machine, and its table is small.
+const MOST: u64 = 64 << 40;
+
 /// The pages of one stretch of the disk. Absent pages are zeros.
 struct Stretch(Vec<Option<Data>>);
 
@@ -59,14 +65,23 @@ struct Mem {
     size: u64,
     lossy: bool,
     incarnation: String,
-    stretches: Vec<Mutex<Stretch>>,
+    stretches: Vec<OnceLock<Box<[Mutex<Stretch>]>>>,
 }
 
 impl Mem {
-    fn new(size: u64, lossy: bool) -> Mem {
-        let count = size.div_ceil((PAGE * PAGES) as u64) as usize;
-        let stretches = (0..count).map(|_| Mutex::new(Stretch(Vec::new()))).collect();
-        Mem { size, lossy, incarnation: unique("memory"), stretches }
+    fn new(size: u64, lossy: bool) -> Result<Mem> {
+        if size > MOST {
+            let message = format!("a disk in memory has {} at the most, not {}", Size(MOST), Size(size));
+            return Err(Error::invalid(message));
+        }
+        let count = size.div_ceil((PAGE * PAGES * STRETCHES) as u64) as usize;
+        let stretches = (0..count).map(|_| OnceLock::new()).collect();
+        Ok(Mem { size, lossy, incarnation: unique("memory"), stretches })
+    }
+
+    fn stretch(&self, ix: usize) -> &Mutex<Stretch> {
+        let made = || (0..STRETCHES).map(|_| Mutex::new(Stretch(Vec::new()))).collect();
+        &self.stretches[ix / STRETCHES].get_or_init(made)[ix % STRETCHES]
     }
 
     /// Calls `visit` with every page that a range touches, in order: its place, and which of its bytes.
@@ -74,8 +89,7 @@ impl Mem {
         let mut at = req.offset;
         while at < req.end() {
             let page = (at / PAGE as u64) as usize;
-            let stretch = &self.stretches[page / PAGES];
-            let mut stretch = stretch.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut stretch = self.stretch(page / PAGES).lock().unwrap_or_else(PoisonError::into_inner);
             if stretch.0.is_empty() {
                 stretch.0.resize(PAGES, None);
             }
@@ -178,6 +192,22 @@ mod tests {
     const GRAPH: &str = "element M (type mem) (size 300k)";
 
     #[test]
+    fn a_disk_larger_than_memory_takes_none_and_one_that_cannot_be_is_refused() {
+        run(1, async |host| {
+            let graph = "element M (type mem) (size 64T)";
+            let disk = TestDisk::new(&host, crate::ALL, graph, "M").await.unwrap();
+            let last = (64 << 40) - 512;
+            disk.write(last, &[7; 512]).await.unwrap();
+            assert_eq!(disk.read(last, 512).await.unwrap(), [7; 512]);
+            for size in ["65T", "1P", "1E"] {
+                let graph = format!("element M (type mem) (size {size})");
+                let error = TestDisk::new(&host, crate::ALL, &graph, "M").await.err().unwrap().to_string();
+                assert!(error.contains(&format!("64T at the most, not {size}")), "{error}");
+            }
+        });
+    }
+
+    #[test]
     fn behaves_like_a_vector() {
         for seed in 0..20 {
             run(seed, async |host| {
@@ -213,7 +243,7 @@ mod tests {
 
     #[test]
     fn filling_a_guests_memory_is_left_to_the_export() {
-        let mem = Mem::new(8192, false);
+        let mem = Mem::new(8192, false).unwrap();
         mem.write(&Request::write(0, Data::copy_of(b"hello")));
         let data = mem.read(&Request::read(0, 5));
         let mut whole = false;

@@ -52,7 +52,10 @@ pub const TYPE: ElementType = ElementType {
           one. Until a change that was sent again is answered, later changes that overlap it wait; so \
           an old write never overwrites a newer one. Requests that have waited for `reconnect` fail, \
           and further ones fail at once until the server is back. Writes that were answered and not \
-          flushed when the *server* died are the server's to keep or lose, as with any disk. A disk \
+          flushed when the *server* died are the server's to keep or lose, as with any disk. After a connection \
+          broke with such writes behind it, the next flush of an element of this graph fails once, though the \
+          server has done it: a `copy` or `log_dirty` then copies again what may be lost. A guest's flush says what \
+          the server says, since a guest could only give up its disk. A disk \
           that comes back with another size or other abilities is refused until `reconnect` is called; \
           if it has really changed, reload the graph.\n\n\
           Where a graph has a layout above it (`stripe`, `linear`, `slice`), the disk has a *head* that names it \
@@ -159,6 +162,7 @@ fn geometry(client: &Client, readonly: bool) -> Result<Geometry> {
         rotational: has(TransmissionFlags::ROTATIONAL),
         read_only: readonly || has(TransmissionFlags::READ_ONLY),
         volatile: false,
+        forgetful: has(TransmissionFlags::SEND_FLUSH),
     })
 }
 

@@ -30,6 +30,11 @@ fn a_target_that_is_no_place_for_the_disk() {
     refuse(&world, "", &[], "type");
     refuse(&world, "file (pat b.img)", &[], "pat");
     refuse(&world, TO, &["--rate", "fast"], "fast");
+    refuse(&world, "null (size 16M)", &[], "null, which forgets everything at once: --force");
+    refuse(&world, "mem (size 16M)", &[], "memory: --force");
+    refuse(&world, "mem (size 1E)", &["--force"], "64T at the most");
+    let own = "nbd_client (uri nbd+unix:///?socket=vm.nbd)";
+    refuse(&world, own, &["--force"], "Guest of this graph serves it");
     assert!(!world.site.path("b.img").exists());
     world.is_as_before();
     world.starts_anew();

@@ -1,7 +1,7 @@
 //! Targets that fail: a server that dies or has no room, at every stage of a move. The move is given up in time, and
 //! the guest notices nothing.
 
-use crate::migrate::World;
+use crate::migrate::{TO, World};
 use crate::migrate_crash::Tracer;
 use blockmason_tests::control::command;
 use blockmason_tests::mason::until;
@@ -192,6 +192,52 @@ fn a_server_that_dies_within_the_cut_over_and_comes_back() {
     assert_eq!(world.site.head("a.img"), "moved");
     world.daemon.stop_well();
     drop(server);
+}
+
+/// A server that answers before it has written anything: what is not flushed dies with it.
+#[test]
+fn a_server_that_forgets_what_was_not_flushed() {
+    for stage in [&[][..], &["--keep-mirror"]] {
+        let mut world = World::new();
+        let args = ["--filter=cache", "file", "file=target.img", "cache=writeback"];
+        world.site.write("target.img", vec![0; 16 << 20]);
+        let mut server = Server::start(world.site.folder(), &args);
+        let to = server.disk().replace("200ms", "20s");
+        world.migrate(&to, &[&["--cutover", "manual", "--until", "ready"], stage].concat()).done();
+        world.go_on();
+        let mut ledgers = world.verify();
+        server.die();
+        let mut server = Server::start(world.site.folder(), &args);
+        // It is found out by the flush of the cut-over, if not before, and copied again.
+        until("it cuts over", || world.mason(&["migrate", "cutover"]).code == Some(0));
+        ledgers.iter_mut().for_each(|ledger| ledger.verify(world.daemon.socket()));
+        world.daemon.stop_well();
+        server.die();
+        world.site.are_same("a.img", "target.img");
+    }
+}
+
+#[test]
+fn a_way_back_that_is_gone_is_no_success() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::start(folder.path(), &["memory", "16M"]);
+    let disk = server.disk();
+    let (ty, parameters) = disk.split_once(' ').unwrap();
+    let graph = format!(
+        "element Guest (type nbd) (listen unix:vm.nbd)\nelement A (type {ty}) {parameters}\nGuest -> A\n"
+    );
+    let mut world = World::of(&graph);
+    world.migrate(TO, &[&["--keep-mirror"], &PATIENCE[..]].concat()).done();
+    let said = world.mason(&["migrate", "cutover"]).refused();
+    assert!(said.contains("has cut over already") && said.contains("--back` goes back"), "{said}");
+    server.die();
+    world.go_on();
+    let said = world.mason(&["migrate", "vm", "A", "--back"]).refused();
+    assert!(said.contains("b.img") && said.contains("its mirror no more"), "{said}");
+    world.go_on();
+    world.verify();
+    world.site.has_no_move();
+    world.daemon.stop_well();
 }
 
 /// True if the head of a disk elsewhere says that.

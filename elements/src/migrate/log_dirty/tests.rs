@@ -3,6 +3,7 @@
 use blockmason::describe::{Catalogue, ElementType};
 use blockmason::live::Options;
 use blockmason::testing::{CLIENT, TestDisk, checked, live, play_against_model, run};
+use blockmason::{Op, Origin, Request};
 use std::path::Path;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -51,6 +52,45 @@ fn since_a_backup_every_change_is_dirty_also_one_that_fails() {
         assert_eq!(get(&disk, "granules").await, "1/3");
         assert!(disk.write(5000, &[1; 8]).await.is_err());
         assert_eq!(get(&disk, "granules").await, "2/3");
+    });
+}
+
+/// A flush as a copier sends it.
+async fn flush(disk: &TestDisk) -> blockmason::Reply {
+    disk.submit(Request { origin: Origin::Copy, ..Request::flush() }).await
+}
+
+#[test]
+fn a_flush_that_fails_makes_dirty_what_was_written_since_the_last_one() {
+    run(1, async |host| {
+        let text = "element L (type log_dirty) (granule 4k) \
+                    element E (type error) (op flush) (after 1) (count 1) element M (type mem) (size 40k) L -> E -> M";
+        let disk = TestDisk::new(&host, crate::ALL, text, "L").await.unwrap();
+        disk.write(0, &[1; 8192]).await.unwrap();
+        assert_eq!(get(&disk, "granules").await, "8/10");
+        flush(&disk).await.unwrap();
+        disk.write(8192, &[1; 8192]).await.unwrap();
+        disk.write(100, &[1; 8]).await.unwrap();
+        assert_eq!(get(&disk, "granules").await, "6/10");
+        assert!(flush(&disk).await.is_err());
+        assert_eq!(get(&disk, "granules").await, "9/10", "all but the second granule");
+        flush(&disk).await.unwrap();
+        disk.write(0, &[1; 40 << 10]).await.unwrap();
+        assert_eq!(get(&disk, "granules").await, "0/10");
+    });
+}
+
+#[test]
+fn a_guest_is_not_told_of_losses_and_its_flush_says_nothing() {
+    run(1, async |host| {
+        let text = "element L (type log_dirty) (granule 4k) \
+                    element E (type error) (op flush) (after 1) (count 1) element M (type mem) (size 8k) L -> E -> M";
+        let disk = TestDisk::new(&host, crate::ALL, text, "L").await.unwrap();
+        disk.write(0, &[1; 8192]).await.unwrap();
+        disk.op(Op::Flush, 0, 0).await.unwrap();
+        assert_eq!(get(&disk, "granules").await, "0/2");
+        assert!(flush(&disk).await.is_err());
+        assert_eq!(get(&disk, "granules").await, "2/2");
     });
 }
 

@@ -94,6 +94,13 @@ impl Bits {
         self.count.fetch_add(more, Ordering::AcqRel);
     }
 
+    /// Sets what another one of the same size has set.
+    pub(super) fn add(&self, other: &Bits) {
+        for word in 0..self.words.len() {
+            self.put(word, self.word(word) | other.word(word));
+        }
+    }
+
     /// Clears all. Returns what was set.
     pub(super) fn take(&self) -> Bits {
         let taken = Bits::new(self.words.len() as u64 * 64, false);

@@ -1,12 +1,13 @@
 //! The map in its file: what is there before a change is issued, what is taken back when, and how it is found again.
 
 use super::bits::{Bits, mask, words};
-use super::format::this_boot;
+use super::format::{Layout, this_boot};
 use super::regions::Resting;
 use super::store::{Opened, Store, get, put};
 use super::{DirtyMap, Flights, overlap};
 use blockmason::{Error, Kind, Result};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 /// What is being made durable.
 struct Begun {
@@ -27,11 +28,13 @@ impl DirtyMap {
         let Opened { store, found, same_boot } = place.open(known.layout, &known.bits)?;
         let mut flights = self.flights();
         if found {
-            let loaded = store.load(same_boot);
+            let kept = same_boot && !self.forgetful.load(Ordering::Relaxed);
+            let loaded = store.load(kept);
             for ix in 0..loaded.words.len() {
                 let own = if flights.inherited { known.bits.word(ix) } else { 0 };
                 known.bits.put(ix, loaded.word(ix) | own);
             }
+            self.find_loose(&store, &mut flights, known.layout);
             flights.stale = true;
         }
         self.write_all_marks(&store, &flights);
@@ -43,6 +46,14 @@ impl DirtyMap {
         drop(flights);
         self.work.notify_one();
         Ok(())
+    }
+
+    /// What was not flushed before is not now.
+    fn find_loose(&self, store: &Store, flights: &mut Flights, layout: Layout) {
+        for region in (0..layout.regions()).filter(|region| store.has_region(*region)) {
+            let start = region as u64 * layout.region;
+            flights.loose.add(self.touched(&(start..start + layout.region)), layout.granules());
+        }
     }
 
     /// Sets the regions of which everything is dirty: what a loss of power would make of their marks is true. They are

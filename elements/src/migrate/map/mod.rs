@@ -7,11 +7,13 @@
 //! two have reached the copy is not known.
 //!
 //! `bits` are those in memory; `kept` is the map in a file, whose form is `format` (docs/formats/dirty.md), whose
-//! words are `store` in a `mapping`, and whose `regions` are what a loss of power leaves of it.
+//! words are `store` in a `mapping`, and whose `regions` are what a loss of power leaves of it. `loose` is what the
+//! copy may still forget.
 
 mod bits;
 mod format;
 mod kept;
+mod loose;
 mod mapping;
 mod regions;
 mod store;
@@ -24,10 +26,13 @@ use blockmason::lang::value::Service;
 use blockmason::sched::Coalesced;
 use blockmason::{Error, Request, Result, rt};
 use format::Layout;
+pub use loose::CopyFlush;
+use loose::Loose;
 use regions::Regions;
 pub use regions::Resting;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use store::{Place, Store};
@@ -47,6 +52,8 @@ pub struct DirtyMap {
     place: Option<Place>,
     /// Set when it is open.
     store: OnceLock<Store>,
+    /// The copy may forget what was not flushed while this machine goes on.
+    forgetful: AtomicBool,
     flights: Mutex<Flights>,
     /// Told whenever an intent ends.
     landed: Notify,
@@ -88,6 +95,9 @@ struct Flights {
     /// And the file does not say so yet, durably.
     freezing: bool,
     regions: Regions,
+    /// What has landed and was not flushed there, and whether a flush that counts is on its way.
+    loose: Loose,
+    flushing_copy: bool,
     /// What is known was taken over, and not what a file says.
     inherited: bool,
     /// The file may not say what was last written there: making it durable has failed.
@@ -111,9 +121,21 @@ struct Flight {
 impl DirtyMap {
     /// The map of a disk whose size is not known yet. Granules are `granule` bytes, a power of two.
     pub fn new(granule: u64, initially_dirty: bool) -> DirtyMap {
-        let (known, place, store, flights) = Default::default();
+        let (known, place, store, forgetful, flights) = Default::default();
         let (landed, writing, work, spoilt) = Default::default();
-        DirtyMap { granule, initially_dirty, known, place, store, flights, landed, writing, work, spoilt }
+        DirtyMap {
+            granule,
+            initially_dirty,
+            known,
+            place,
+            store,
+            forgetful,
+            flights,
+            landed,
+            writing,
+            work,
+            spoilt,
+        }
     }
 
     /// The same, kept in a file by an element of a graph. Nothing is changed before [`open`](Self::open).
@@ -146,6 +168,12 @@ impl DirtyMap {
             return Ok(());
         }
         Err(Error::invalid(format!("the map is that of a disk of {} bytes, not of {size}", known.size)))
+    }
+
+    /// Says that the copy may forget what was not flushed while this machine goes on: what a file says of that is
+    /// not believed when it is opened.
+    pub fn may_be_forgotten(&self) {
+        self.forgetful.store(true, Ordering::Relaxed);
     }
 
     fn flights(&self) -> MutexGuard<'_, Flights> {
@@ -366,11 +394,14 @@ impl Intent {
     /// The change has succeeded: the granules that it covers as a whole are clean, if nothing has failed there
     /// meanwhile.
     pub fn synced(&self) {
-        let flights = self.map.flights();
+        let mut flights = self.map.flights();
         let own = flights.list.iter().find(|flight| flight.number == self.number);
-        if let (Some(bits), false) = (self.map.bits(), own.is_none_or(|flight| flight.tainted)) {
+        let tainted = own.is_none_or(|flight| flight.tainted);
+        let Some(Known { layout, bits }) = self.map.known.get() else { return };
+        if !tainted {
             bits.change(self.map.covered(&self.range), false);
         }
+        flights.loose.add(self.map.touched(&self.range), layout.granules());
     }
 
     /// The change has failed, and may have been done in part: the granules that it touches are dirty.

@@ -1,6 +1,7 @@
 //! Requests in flight on one connection, and their replies as far as they have come.
 
 use super::fence::Fence;
+use super::losses::Losses;
 use crate::nbd::meta::StatusChunk;
 use crate::nbd::wire::{Chunk, ChunkType, Command, CommandFlags, ErrorCode, RequestHeader, decode_error};
 use blockmason::{Answer, Data, Errno, Error, Extent, ExtentState, Kind, PoolBuf, Reply};
@@ -96,6 +97,8 @@ pub(super) struct Calls {
     large: usize,
     /// Replies of the server so far.
     pub(super) answered: u64,
+    /// Changes that were done and need a flush, since somebody has taken note of that.
+    pub(super) unflushed: u64,
 }
 
 impl Calls {
@@ -190,10 +193,12 @@ impl Calls {
         let Some(call) = self.call(slot) else { return };
         call.reply = Partial::default();
         call.cookie = None;
+        let unflushed = outcome.is_ok() && Losses::needs_flush(&call.wanted);
         call.outcome = Some(outcome);
         let large = call.wanted.command == Command::READ && call.wanted.len >= LARGE;
         let (waker, entered, abandoned) = (call.waker.take(), call.fence.take(), call.abandoned);
         self.unanswered -= 1;
+        self.unflushed += u64::from(unflushed);
         self.large -= usize::from(large);
         if let Some(id) = entered {
             fence.leave(id);

@@ -13,11 +13,13 @@
 //! abilities is refused: every request fails, until somebody has looked at it and calls `reconnect`.
 //!
 //! **What a reconnect cannot mend**: writes that were answered and not flushed when the server itself
-//! died are the server's to keep or lose. And a server that goes on with the requests of a connection
+//! died are the server's to keep or lose. Whoever in this process can write them again is told by its next
+//! flush (see `losses.rs`); a guest is not, as it could only give up its disk. And a server that goes on with the requests of a connection
 //! which is gone may do one of them after what was sent on the next.
 
 mod calls;
 mod fence;
+mod losses;
 mod receive;
 mod send;
 mod socket;
@@ -34,9 +36,10 @@ use super::wire::{
     encode_request_extended,
 };
 use blockmason::events::{Event, EventKind};
-use blockmason::{Answer, Data, Error, Flags, Kind, Op, Reply, Request, Result, Shard, rt};
+use blockmason::{Answer, Data, Error, Flags, Kind, Op, Origin, Reply, Request, Result, Shard, rt};
 use calls::{Calls, Wanted};
 use fence::Fence;
+use losses::Losses;
 use receive::{Manner, Receiver};
 use send::Sender;
 use socket::Socket;
@@ -123,6 +126,7 @@ pub struct Client {
     first: Mutex<Option<Server<Socket>>>,
     orders: watch::Sender<Orders>,
     fence: Fence,
+    losses: Losses,
     /// Why nothing goes on: the disk has changed.
     changed: Mutex<Option<Error>>,
     is_changed: AtomicBool,
@@ -188,6 +192,7 @@ impl Client {
             first: Mutex::new(Some(first)),
             orders: watch::Sender::new(Orders::default()),
             fence: Fence::default(),
+            losses: Losses::new(),
             changed: Mutex::default(),
             is_changed: AtomicBool::new(false),
             links: AtomicUsize::new(0),
@@ -273,11 +278,16 @@ impl Client {
     pub fn submit(self: &Arc<Self>, shard: &Rc<Shard>, req: &Request) -> impl Future<Output = Reply> + use<> {
         let link = Link::of(self, shard);
         let begun = self.begin(&link, req);
+        let flushing = (req.op == Op::Flush).then(|| self.losses.begin());
+        let (client, tell) = (self.clone(), req.origin != Origin::Guest);
         async move {
             let Some((answered, flush)) = begun? else { return Ok(Answer::Done) };
             let answer = answered.await?;
             if flush {
                 link.submit(Wanted::flush())?.await?;
+            }
+            if let Some(flushing) = flushing {
+                client.losses.end(flushing, tell, &client.target.uri)?;
             }
             Ok(answer)
         }

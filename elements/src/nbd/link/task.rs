@@ -263,6 +263,7 @@ impl Link {
             }
         };
         self.outage.set(Some(since));
+        self.client.losses.interrupted();
         *self.trouble.borrow_mut() = why.to_owned();
         self.calls.borrow_mut().interrupt(since, &self.client.fence);
         self.fail(self.patience.get(), &self.away());
@@ -306,6 +307,7 @@ impl Link {
         let mut calls = self.calls.borrow_mut();
         let stream = Pin::new(&mut conn.server.stream);
         let broken = conn.receiver.poll(stream, conn.manner, &mut calls, &self.client.fence, task);
+        self.client.losses.answered(std::mem::take(&mut calls.unflushed));
         if self.answered.replace(calls.answered) != calls.answered && self.outage.take().is_some() {
             self.attempts.set(0);
             tracing::debug!("{} answers again", self.client.target.uri);

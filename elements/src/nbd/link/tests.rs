@@ -293,6 +293,33 @@ fn answering_twice_is_a_lie() {
 }
 
 #[test]
+fn the_next_flush_of_an_element_says_that_the_server_may_have_forgotten_something() {
+    on_shard(async |shard| {
+        // Each read ends the connection, but for the one that is sent again on the next.
+        let server = Scripted::new(|asked| {
+            let hangs_up = asked.header.command == Command::READ && asked.number > 0;
+            (!hangs_up).then(|| asked.honest())
+        });
+        let client = server.client(Duration::from_secs(30), None);
+        let own = || Request { origin: blockmason::Origin::Copy, ..Request::flush() };
+        let write = || Request::write(0, Data::copy_of(&[1; 512]));
+        let read = || Request::read(0, 512);
+        ask(&client, &shard, write()).await.unwrap();
+        ask(&client, &shard, own()).await.unwrap();
+        ask(&client, &shard, read()).await.unwrap();
+        ask(&client, &shard, own()).await.expect("nothing was lost that was not flushed");
+        ask(&client, &shard, write()).await.unwrap();
+        ask(&client, &shard, read()).await.unwrap();
+        assert_eq!(client.reconnects(), 2);
+        ask(&client, &shard, Request::flush()).await.expect("a guest is not told");
+        let error = ask(&client, &shard, own()).await.unwrap_err();
+        assert!(error.to_string().contains("may have forgotten"), "{error}");
+        ask(&client, &shard, own()).await.unwrap();
+        client.close();
+    });
+}
+
+#[test]
 fn chunks_in_any_order_make_a_read() {
     on_shard(async |shard| {
         let server = Scripted::new(|asked| {

@@ -7,12 +7,14 @@ use crate::control::daemon::{Daemon, Served};
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
 use crate::view::{MoveRequest, MoveView};
+use blockmason::describe::{Family, Survives, find};
 use blockmason::graph::Graph;
 use blockmason::graph::build::{Builder, connections};
 use blockmason::heads::{self, Standing, Volume};
-use blockmason::lang::Spec;
+use blockmason::lang::{ElementSpec, Spec};
 use blockmason::live::{self, Fate};
 use blockmason::{Error, rt};
+use blockmason_elements::nbd::uri::{Address, Uri};
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -27,6 +29,8 @@ struct Sides {
     new: Vec<Volume>,
     /// Other volumes of the graph as it runs.
     others: Vec<Volume>,
+    /// What the new side is called where it keeps nothing.
+    fleeting: Option<&'static str>,
 }
 
 impl Served {
@@ -73,6 +77,7 @@ impl Served {
         let copy = copier(request);
         let plan = Plan { map: &map, clean: false, copy: &copy };
         let mut next = names.with_mirror(&running, &target, &plan, &request.folder)?;
+        not_itself(&running, &next, &names.new)?;
         self.size_of_new(&mut next, &names.disk, &names.new);
         make_folder(&Record::folder(daemon, &self.path, disk))?;
         let sides = match self.survey(daemon, &next, &names.disk, &names.new).await {
@@ -151,18 +156,23 @@ impl Sides {
         now: &Spec,
         running: &Graph,
     ) -> Result<Sides, Error> {
+        let fleeting = fleeting(next, new);
         let old = heads::below(next, graph, disk)?;
         let new = heads::below(next, graph, new)?;
         let all = heads::survey(&[(now, running)], heads::Names::Keep)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
         let others = all.into_iter().filter(|volume| !old.iter().any(|one| is(one, volume)));
         let others = others.collect();
-        Ok(Sides { old, new, others })
+        Ok(Sides { old, new, others, fleeting })
     }
 
     /// Whether the disk may move there.
     fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
         self.check_new(force)?;
+        if let Some(what) = self.fleeting.filter(|_| !force) {
+            let message = format!("{}: the disk would move to {what}: --force does so", names.new);
+            return Err(Refusal::invalid(message));
+        }
         let neighbours = self.old.iter().any(Volume::has_neighbours);
         if neighbours && (self.old.len(), self.new.len()) != (1, 1) {
             let message = format!(
@@ -212,7 +222,7 @@ impl Sides {
             old: paths(&self.old),
             new: paths(&self.new),
             old_called: called(&self.old, "memory"),
-            new_called: called(&self.new, "memory"),
+            new_called: called(&self.new, self.fleeting.unwrap_or("memory")),
         }
     }
 
@@ -239,6 +249,59 @@ impl Sides {
             if let Err(error) = volume.restore() {
                 tracing::warn!("{}: its head cannot be put back: {error}", volume.called());
             }
+        }
+    }
+}
+
+/// An element and all that it leads to.
+fn reached<'a>(spec: &'a Spec, element: &str) -> Vec<&'a ElementSpec> {
+    let mut reached: Vec<usize> = spec.find(element).into_iter().collect();
+    let mut next = 0;
+    while let Some(&ix) = reached.get(next) {
+        next += 1;
+        let more = spec.edges.iter().filter(|edge| edge.from == ix && !reached.contains(&edge.to));
+        let more: Vec<usize> = more.map(|edge| edge.to).collect();
+        reached.extend(more);
+    }
+    reached.into_iter().map(|ix| &spec.elements[ix]).collect()
+}
+
+/// What a disk is called that keeps nothing, if one of those below an element is such a one.
+fn fleeting(spec: &Spec, element: &str) -> Option<&'static str> {
+    let types = reached(spec, element).into_iter().filter_map(|element| find(CATALOGUE, &element.ty));
+    let mut sinks = types.filter(|ty| ty.family == Family::Sink && ty.survives == Survives::Nothing);
+    Some(match sinks.next()?.name {
+        "null" => "null, which forgets everything at once",
+        _ => "memory",
+    })
+}
+
+/// The unix sockets that an element names by a parameter.
+fn sockets(element: &ElementSpec, parameter: &str) -> Vec<(u64, u64)> {
+    let values = element.params.get(parameter).into_iter().flatten();
+    let paths = values.filter_map(|value| {
+        let text = value.text();
+        let path = match text.parse::<Uri>().map(|uri| uri.address) {
+            Ok(Address::Unix(path)) => path,
+            Ok(Address::Tcp { .. }) => return None,
+            Err(_) => text.strip_prefix("unix:")?.into(),
+        };
+        let meta = value.folder().join(path).metadata().ok()?;
+        Some((meta.dev(), meta.ino()))
+    });
+    paths.collect()
+}
+
+/// # Errors
+/// The new side is an export of the graph itself: what is written there would come back here, and wait for itself.
+fn not_itself(running: &Spec, next: &Spec, new: &str) -> Result<(), Refusal> {
+    let there: Vec<_> = reached(next, new).into_iter().flat_map(|element| sockets(element, "uri")).collect();
+    let is_there = |own: &&ElementSpec| sockets(own, "listen").iter().any(|socket| there.contains(socket));
+    match running.elements.iter().find(is_there) {
+        None => Ok(()),
+        Some(own) => {
+            let message = format!("{new}: {} of this graph serves it: it would wait for itself", own.name);
+            Err(Refusal::invalid(message))
         }
     }
 }

@@ -49,6 +49,8 @@ struct Now {
     since: Instant,
     took: Option<Duration>,
     asked: Option<Asked>,
+    /// Somebody wants to go back to the mirror.
+    goes_back: bool,
     /// Why it is being given up, if nobody has asked for that.
     why: Option<String>,
     /// Since when the new side fails.
@@ -120,6 +122,7 @@ impl Job {
                 since: rt::now(),
                 took: None,
                 asked: None,
+                goes_back: false,
                 why: None,
                 failing: None,
                 again: None,
@@ -218,6 +221,7 @@ impl Job {
         if now.state == MoveState::Mirroring {
             now.since = rt::now();
         }
+        now.goes_back = now.record.options.is_mirror && what == Asked::Cutover;
         now.asked = Some(what);
         drop(now);
         self.wake.notify_one();
@@ -236,9 +240,9 @@ impl Job {
         }
     }
 
-    /// True if both sides are the same and stay so.
+    /// True if both sides are the same and stay so, before the cut-over.
     pub(crate) fn is_ready(&self) -> bool {
-        matches!(self.state(), MoveState::Ready | MoveState::Mirroring)
+        self.state() == MoveState::Ready
     }
 
     /// The cut-over is under way, which nobody else may begin.
@@ -450,7 +454,9 @@ impl Job {
         let (disk, other) = (&heads.old_called, &heads.new_called);
         let (state, message) = match record.options.is_mirror {
             true => {
-                (MoveState::Done, format!("the disk is {disk}, and {other} is its mirror no more: {why}"))
+                // Who has asked for the way back has not got it.
+                let state = if self.now().goes_back { MoveState::Aborted } else { MoveState::Done };
+                (state, format!("the disk is {disk}, and {other} is its mirror no more: {why}"))
             }
             false => (MoveState::Aborted, format!("the disk is {disk}, as before: {why}")),
         };

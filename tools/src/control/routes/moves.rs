@@ -4,7 +4,7 @@ use super::Json as Body;
 use crate::control::daemon::{Daemon, Served};
 use crate::control::moving::{Job, cut_over};
 use crate::control::refusal::{Refusal, RefusalBody};
-use crate::view::{CutoverRequest, MoveRequest, MoveView};
+use crate::view::{CutoverRequest, MoveRequest, MoveState, MoveView};
 use axum::Json;
 use axum::extract::{Path, State};
 use std::sync::Arc;
@@ -104,7 +104,7 @@ pub(super) async fn ask(
 
 /// Cut several disks over at one instant
 ///
-/// All must be ready. No request is admitted to any of their graphs before all new disks have taken over. If one
+/// All must be ready; a disk that has moved and kept its mirror has cut over already. No request is admitted to any of their graphs before all new disks have taken over. If one
 /// cannot, all stay where they are.
 #[utoipa::path(post, path = "/v1/cutover", tag = "moves", operation_id = "cut_over",
     request_body = CutoverRequest,
@@ -122,6 +122,13 @@ pub(super) async fn together(
     for name in &request.disks {
         let served = daemon.find(&name.graph)?;
         let job = served.move_of(&name.element)?;
+        if job.state() == MoveState::Mirroring {
+            let (disk, graph) = (&name.element, &name.graph);
+            let message = format!(
+                "{disk} of {graph} has cut over already: `mason migrate {graph} {disk} --back` goes back to the old disk"
+            );
+            return Err(Refusal::invalid(message));
+        }
         if !job.is_ready() {
             let message = format!("{} of {} is not ready: {}", name.element, name.graph, job.state().name());
             return Err(Refusal::busy(message));
