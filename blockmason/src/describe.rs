@@ -145,6 +145,8 @@ pub enum Family {
     Transform,
     /// Brings one disk up to date with another one.
     Migrate,
+    /// A volume of a pool.
+    Parallax,
     /// Breaks things on purpose.
     Fault,
 }
@@ -158,6 +160,7 @@ impl Family {
             Family::Route => "route",
             Family::Transform => "transform",
             Family::Migrate => "migrate",
+            Family::Parallax => "parallax",
             Family::Fault => "fault",
         }
     }

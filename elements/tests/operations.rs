@@ -11,6 +11,7 @@ use blockmason::{
     Request, Result,
 };
 use blockmason_elements::ALL;
+use blockmason_elements::parallax::tool::{self, Operation};
 use std::cell::RefCell;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -81,15 +82,17 @@ const FRAGMENTS: &[Fragment] = &[
         "wal",
         "element X (type wal) element S {odd} element L (type mem) (size 128k) (X, out) -> S (X, log) -> L",
     ),
+    disk("parallax", "element X (type parallax) (pool {folder}/x.pool) (volume v)"),
+    disk("radix", "element X (type radix) (volume v) (size 76k) element S (type mem) (size 40M) X -> S"),
     disk("delay", "element X (type delay) (all 1ms) (jitter 3ms) element S {odd} X -> S"),
     disk("error", "element X (type error) (probability 0%) element S {odd} X -> S"),
     disk("flip", "element X (type flip) (probability 0%) element S {odd} X -> S"),
     disk("log_writes", "element X (type log_writes) (log {folder}/log) element S {sink} X -> S"),
 ];
 
-/// Types that keep changes and hand on what they make of them later; flags and flushes end there. What
+/// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there. What
 /// reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["wal"];
+const KEEPERS: &[&str] = &["wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.
@@ -124,6 +127,12 @@ impl Fragment {
     }
 
     async fn serve(&self, host: &Arc<Host>, sink: &str, folder: &Path) -> TestDisk {
+        let pool = folder.join("x.pool");
+        if self.graph.contains("x.pool") && !pool.exists() {
+            tool::create(&pool, Some(64 << 20)).unwrap();
+            let made = Operation::CreateVolume { name: "v".to_owned(), size: 76 << 10, checksums: false };
+            tool::open(&pool).unwrap().carry_out(&made).unwrap();
+        }
         let made = TestDisk::new(host, *WITH_RECORDER, &self.text(sink, folder), "X").await;
         made.unwrap_or_else(|error| panic!("{}: {error}", self.ty))
     }

@@ -8,6 +8,7 @@ use blockmason::lang::{Defines, check, parse_str};
 use blockmason::sched::HostConfig;
 use blockmason::{Disk, Host, Request};
 use blockmason_elements::ALL;
+use blockmason_elements::parallax::tool::{self, Operation};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -88,12 +89,13 @@ fn source() -> PathBuf {
 /// The source of a type: one file of its name in the folder of its family, or a folder with several.
 fn source_of(ty: &ElementType) -> Option<String> {
     let place = source().join(ty.family.name()).join(ty.name);
-    if let Ok(text) = std::fs::read_to_string(place.with_extension("rs")) {
-        return Some(text);
-    }
-    let files: Vec<_> = std::fs::read_dir(place).ok()?.map(|entry| entry.unwrap().path()).collect();
-    let rust = files.iter().filter(|path| path.extension().is_some_and(|ext| ext == "rs"));
-    Some(rust.map(|path| std::fs::read_to_string(path).unwrap()).collect())
+    // A file, a folder, or a file whose tests are in a folder.
+    let own = place.with_extension("rs");
+    let entries = std::fs::read_dir(place).into_iter().flatten().map(|entry| entry.unwrap().path());
+    let files = entries.chain(own.exists().then_some(own));
+    let rust: Vec<_> = files.filter(|path| path.extension().is_some_and(|ext| ext == "rs")).collect();
+    let text: String = rust.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    (!text.is_empty()).then_some(text)
 }
 
 #[test]
@@ -118,8 +120,15 @@ fn every_type_has_tests_and_stands_where_its_name_says() {
 #[test]
 fn every_type_in_the_source_is_in_the_table() {
     let mut faults = Faults::default();
-    let families =
-        [Family::Export, Family::Sink, Family::Route, Family::Transform, Family::Migrate, Family::Fault];
+    let families = [
+        Family::Export,
+        Family::Sink,
+        Family::Route,
+        Family::Transform,
+        Family::Migrate,
+        Family::Parallax,
+        Family::Fault,
+    ];
     for folder in families.map(Family::name) {
         // A family may have no element yet.
         let Ok(entries) = std::fs::read_dir(source().join(folder)) else { continue };
@@ -127,7 +136,9 @@ fn every_type_in_the_source_is_in_the_table() {
             let path = entry.unwrap().path();
             let file = if path.is_dir() { path.join("mod.rs") } else { path.clone() };
             let name = path.file_stem().unwrap().to_str().unwrap();
-            let declares = std::fs::read_to_string(&file).unwrap().contains("pub const TYPE: ElementType");
+            // A folder of tests, or of what an element is made of.
+            let Ok(text) = std::fs::read_to_string(&file) else { continue };
+            let declares = text.contains("pub const TYPE: ElementType");
             let known = ALL.iter().any(|ty| ty.name == name && ty.family.name() == folder);
             faults.unless(!declares || known, || format!("{}: not in the table", file.display()));
         }
@@ -142,9 +153,19 @@ const FAR: &str = "
     Far -> Memory
 ";
 
+/// A pool with a volume.
+fn make_pool(path: &Path, volume: &str, size: u64) {
+    tool::create(path, Some(64 << 20)).unwrap();
+    let made = Operation::CreateVolume { name: volume.to_owned(), size, checksums: false };
+    tool::open(path).unwrap().carry_out(&made).unwrap();
+}
+
 /// Serves a graph in an empty folder; where it needs a server, there is one.
 async fn serve(name: &str, text: &str) -> blockmason::Result<()> {
     let folder = tempfile::tempdir().unwrap();
+    if text.contains("(pool vms.pool)") {
+        make_pool(&folder.path().join("vms.pool"), "vm1", 1 << 20);
+    }
     if !text.contains("far.sock") {
         return serve_in(&folder, name, text, async || Ok(())).await;
     }

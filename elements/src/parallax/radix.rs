@@ -46,7 +46,7 @@ pub const TYPE: ElementType = ElementType {
           death of this process loses nothing. A flush is one flush of the disk below. After a loss of power each block \
           that was written since the last flush has its new or its flushed contents. A failed flush, or a log that cannot be \
           written, ends all changes until the graph is started anew.",
-    family: Family::Transform,
+    family: Family::Parallax,
     params: Params::PARAMS,
     ports: Ports { input: true, out: Outs::Named(&["out"]) },
     handlers: &[
@@ -183,5 +183,45 @@ impl Element for Radix {
             "used" => Ok(((pool.space.all() - free) * BLOCK).to_string()),
             _ => Err(Error::no_handler(handler)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blockmason::testing::{TestDisk, run};
+    use blockmason::{Kind, Op};
+
+    #[test]
+    fn something_else_on_the_disk_is_refused_and_not_overwritten() {
+        run(1, async |host| {
+            let text = "element R (type radix) (volume v) (size 1M) element D (type mem) (size 64M) R -> D";
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("d.img");
+            std::fs::write(&path, [b"somebody's data".to_vec(), vec![0; 64 << 20]].concat()).unwrap();
+            let taken =
+                text.replace("(type mem) (size 64M)", &format!("(type file) (path {})", path.display()));
+            let disk = TestDisk::new(&host, crate::ALL, &taken, "R").await.unwrap();
+            assert_eq!(disk.read(0, 4096).await.unwrap_err().kind(), Kind::Denied);
+            assert!(std::fs::read(&path).unwrap().starts_with(b"somebody's data"));
+            let small = text.replace("64M", "1M");
+            let disk = TestDisk::new(&host, crate::ALL, &small, "R").await.unwrap();
+            assert_eq!(disk.read(0, 4096).await.unwrap_err().kind(), Kind::NoSpace);
+            let bad = text.replace("(volume v)", "(volume a/b)");
+            let error = TestDisk::new(&host, crate::ALL, &bad, "R").await.err().unwrap();
+            assert_eq!(error.kind(), Kind::Invalid, "{error}");
+        });
+    }
+
+    #[test]
+    fn what_is_discarded_is_room_again() {
+        run(1, async |host| {
+            let text = "element R (type radix) (volume v) (size 1G) element D (type mem) (size 40M) R -> D";
+            let disk = TestDisk::new(&host, crate::ALL, text, "R").await.unwrap();
+            for _ in 0..5 {
+                disk.write(0, &vec![1; 8 << 20]).await.unwrap();
+                disk.op(Op::Discard, 0, 8 << 20).await.unwrap();
+            }
+            assert_eq!(disk.read(0, 4096).await.unwrap(), [0; 4096]);
+        });
     }
 }

@@ -4,14 +4,15 @@ use super::below::Below;
 use super::format::{BLOCK, Id};
 use super::open::{Opening, create, open};
 use super::pool::Pool;
+use blockmason::heads::HeadPlace;
 use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
 use blockmason::{Cx, Error, Kind, Result};
 use futures::executor::block_on;
 use rustix::fs::{FileType, OFlags, SeekFrom};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Who holds the lock of an open pool, in the words of whoever is refused.
 const HOLDER: &str = "of its pool";
@@ -21,11 +22,29 @@ const FILE: &str = "blocks";
 
 /// A pool that is open.
 pub(super) struct Shared {
+    path: PathBuf,
     io: FileIo,
     pub(super) pool: Arc<Pool>,
 }
 
-static OPEN: Mutex<Option<HashMap<PathBuf, Weak<Shared>>>> = Mutex::new(None);
+/// Pools that are open. One that nobody has any more is among them until it is closed: what is in memory only goes to its
+/// device then, and it may not be opened anew before.
+static OPEN: Mutex<BTreeMap<PathBuf, Weak<Shared>>> = Mutex::new(BTreeMap::new());
+static CLOSED: Condvar = Condvar::new();
+
+type All = MutexGuard<'static, BTreeMap<PathBuf, Weak<Shared>>>;
+
+/// The pool at a path, if it is open. Whoever holds the lock may open it if not.
+fn find(path: &Path) -> (Option<Arc<Shared>>, All) {
+    let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    while let Some(shared) = all.get(path) {
+        if let Some(shared) = shared.upgrade() {
+            return (Some(shared), all);
+        }
+        all = CLOSED.wait(all).unwrap_or_else(PoisonError::into_inner);
+    }
+    (None, all)
+}
 
 impl Shared {
     /// The pool at a path, opened for writing if this process has not opened it yet. Blocks.
@@ -34,9 +53,8 @@ impl Shared {
     /// [`Kind::Busy`] if another process has it open.
     pub(super) fn open(path: &Path, memory: u64) -> Result<Arc<Shared>> {
         let path = file_of(path)?;
-        let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = all.get_or_insert_default();
-        if let Some(shared) = all.get(&path).and_then(Weak::upgrade) {
+        let (found, mut all) = find(&path);
+        if let Some(shared) = found {
             return Ok(shared);
         }
         let (image, size, device) = image(&path, true)?;
@@ -44,8 +62,7 @@ impl Shared {
         let pool = block_on(open(opening, size, Below::Plain(image.file().as_fd())));
         let pool = pool.map_err(|error| error.with_path(&path))?;
         let io = FileIo::new(image, FileOptions { size, direct: false, device });
-        let shared = Arc::new(Shared { io, pool: Arc::new(pool) });
-        all.retain(|_, shared| shared.strong_count() > 0);
+        let shared = Arc::new(Shared { path: path.clone(), io, pool: Arc::new(pool) });
         all.insert(path, Arc::downgrade(&shared));
         Ok(shared)
     }
@@ -56,11 +73,10 @@ impl Shared {
     /// As [`Shared::open`].
     pub(super) fn look<T>(path: &Path, look: impl FnOnce(&Pool, Below<'_>) -> Result<T>) -> Result<T> {
         let path = file_of(path)?;
-        let open_already = {
-            let all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-            all.as_ref().and_then(|all| all.get(&path).and_then(Weak::upgrade))
-        };
-        if let Some(shared) = open_already {
+        let (found, all) = find(&path);
+        if let Some(shared) = found {
+            // If it is the last one to have it, closing it needs the lock.
+            drop(all);
             return look(&shared.pool, shared.plain());
         }
         let (image, size, _) = image(&path, false)?;
@@ -75,6 +91,20 @@ impl Shared {
         Below::Image(&self.io, cx)
     }
 
+    /// The head of a volume that is gone goes with it, and is that of the volume's new name otherwise.
+    pub(super) fn move_head(&self, volume: &str, to: Option<&str>) {
+        let from = head_of(&self.path, volume, false).path;
+        let moved = match to {
+            Some(to) => std::fs::rename(&from, head_of(&self.path, to, false).path),
+            None => std::fs::remove_file(&from),
+        };
+        if let Err(error) = moved
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!("{}: the head is not where it should be: {error}", from.display());
+        }
+    }
+
     /// The way down where calls may block.
     pub(super) fn plain(&self) -> Below<'_> {
         Below::Plain(self.io.image().file().as_fd())
@@ -85,7 +115,17 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // Whatever it is that failed has been said; the log has everything.
         let _ = block_on(self.pool.checkpoint(self.plain()));
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.path);
+        CLOSED.notify_all();
     }
+}
+
+/// Where the head of a volume is: beside the pool, which it goes along with.
+pub(super) fn head_of(pool: &Path, volume: &str, read_only: bool) -> HeadPlace {
+    let pool = file_of(pool).unwrap_or_else(|_| pool.to_owned());
+    let (shown, mut path) = (pool.display().to_string(), pool.into_os_string());
+    path.push(format!(".{volume}.mason-head"));
+    HeadPlace { path: path.into(), called: format!("{shown} {volume}"), read_only, missing: None }
 }
 
 /// Makes a pool in a new file, or on a block device that reads as zeros where its label will be. Blocks.

@@ -141,7 +141,10 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         Operation::CreateVolume { name, size, checksums } => {
             block_on(pool.make_volume(name, *size, *checksums, below))?;
         }
-        Operation::DeleteVolume { name } => block_on(pool.delete_volume(name, below))?,
+        Operation::DeleteVolume { name } => {
+            block_on(pool.delete_volume(name, below))?;
+            shared.move_head(name, None);
+        }
         Operation::Snapshot { volumes, name } => {
             super::admin::check_name(name)?;
             let wanted = |volume: &String| Ok((number_of(pool, volume)?, name.clone()));
@@ -156,7 +159,10 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             block_on(pool.rollback(volume, snapshot, keep, below))?
         }
         Operation::Promote { name } => block_on(pool.promote(name, below))?,
-        Operation::Rename { name, to } => block_on(pool.rename(name, to, below))?,
+        Operation::Rename { name, to } => {
+            block_on(pool.rename(name, to, below))?;
+            shared.move_head(name, Some(to));
+        }
         Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
         Operation::Diff { volume, since } => {
             let number = number_of(pool, volume)?;

@@ -17,7 +17,8 @@ const MOST_STEPS: usize = 50_000_000;
 /// Edges of a path that are pointed at.
 const MOST_LABELS: usize = 10;
 
-const FAMILIES: [Family; 5] = [Family::Export, Family::Sink, Family::Route, Family::Transform, Family::Fault];
+const FAMILIES: [Family; 6] =
+    [Family::Export, Family::Sink, Family::Route, Family::Transform, Family::Parallax, Family::Fault];
 
 /// Reports every invariant that does not hold, or that could not fail to. The graph is right otherwise.
 pub(super) fn check(checker: &Checker<'_>, bag: &mut Bag) {

@@ -195,7 +195,7 @@ pub(super) fn forward<'a>(below: Cx<'a>, edge: &'a Edge, req: Request) -> Flow<'
 
 /// True for a sink, and for an element that may do something of its own with a request, or keep it.
 fn is_end(cx: Cx<'_>) -> bool {
-    cx.outs() == 0 || cx.instance().ty.family == Family::Transform
+    cx.outs() == 0 || matches!(cx.instance().ty.family, Family::Transform | Family::Parallax)
 }
 
 /// Goes on with a request that is tied to others when it need not wait on the edge to `below`.

@@ -2,9 +2,10 @@
 
 use super::format::{BLOCK, EntryKind};
 use super::pool::Core;
-use super::shared::Shared;
+use super::shared::{Shared, head_of};
 use super::volume::{Volume, unix_seconds};
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
+use blockmason::heads::HeadPlace;
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
@@ -45,7 +46,7 @@ pub const TYPE: ElementType = ElementType {
           changes to the pool until all graphs that use it are started anew.\n\n\
           Where the pool is full, writes that need room fail with ENOSPC; deleting a snapshot, or discarding, makes room. Format: \
           [formats/parallax.md](../formats/parallax.md).",
-    family: Family::Sink,
+    family: Family::Parallax,
     params: Params::PARAMS,
     ports: Ports::SINK,
     handlers: &[
@@ -147,6 +148,11 @@ impl Element for Disk {
             read_only: self.params.snapshot.is_some(),
             ..Geometry::new(self.size)
         }))
+    }
+
+    fn head(&self) -> Option<HeadPlace> {
+        let Params { pool, volume, snapshot, .. } = &self.params;
+        Some(head_of(&pool.0, volume, snapshot.is_some()))
     }
 
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
