@@ -308,24 +308,35 @@ impl FileIo {
     /// Makes everything that was written and answered durable. A failure latches until
     /// [`Image::reset`]: the kernel reports it once and then calls the lost pages clean.
     pub async fn sync(&self, cx: Cx<'_>) -> Reply {
+        let sync = async {
+            match cx.shard().ring() {
+                // Memory has nowhere to write to: the call returns at once.
+                _ if self.memory => rustix::fs::fdatasync(&*self.image.file).map_err(io::Error::from),
+                Some(ring) => ring.sync(self.file()).await,
+                None => {
+                    let file = self.file();
+                    let done = pool::run(move || rustix::fs::fdatasync(&*file)).await;
+                    done.and_then(|done| done.map_err(io::Error::from))
+                }
+            }
+        };
+        self.synced(sync).await
+    }
+
+    /// The same on this thread, which waits for the disk: not on a shard.
+    pub async fn sync_here(&self) -> Reply {
+        self.synced(async { rustix::fs::fdatasync(&*self.image.file).map_err(io::Error::from) }).await
+    }
+
+    /// One flush at a time: the kernel tells only one of several that something was lost.
+    async fn synced(&self, sync: impl Future<Output = io::Result<()>>) -> Reply {
         let _alone = self.image.syncing.lock().await;
         if self.image.has_failed() {
             let message = "an earlier flush failed and data may be lost; call the element's reset when it is dealt with";
             return Err(Error::new(Kind::Io, message));
         }
         let outcome = Unknown(&self.image);
-        let synced = match cx.shard().ring() {
-            // Memory has nowhere to write to: the call returns at once.
-            _ if self.memory => rustix::fs::fdatasync(&*self.image.file).map_err(io::Error::from),
-            Some(ring) => ring.sync(self.file()).await,
-            None => {
-                let file = self.file();
-                match pool::run(move || rustix::fs::fdatasync(&*file)).await {
-                    Ok(done) => done.map_err(io::Error::from),
-                    Err(error) => Err(error),
-                }
-            }
-        };
+        let synced = sync.await;
         std::mem::forget(outcome);
         synced.map_err(|error| {
             self.image.fail();

@@ -3,13 +3,13 @@
 
 use super::below::Below;
 use super::checkpoint::Frozen;
-use super::format::{BLOCK, Body, Dead, Entry, EntryKind, Features, NODE, Ptr, SLOTS};
+use super::format::{BLOCK, Body, Dead, Entry, EntryKind, Features, Ptr, SLOTS, damaged};
 use super::merge::{Merge, Who, height, span};
-use super::nodes::Missing;
+use super::nodes::{Place, Tree};
 use super::pool::{Core, Pool};
 use super::volume::unix_seconds;
 use blockmason::{Error, Kind, LocalBoxFuture, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::iter::once;
 use std::ops::Range;
 
@@ -56,15 +56,11 @@ impl Core {
         self.catalog.iter().find(|(_, entry)| entry.name == name && of(entry)).map(|(number, _)| *number)
     }
 
-    fn need_volume(&self, name: &str) -> Result<u32> {
-        self.volume(name).ok_or_else(|| gone("volume", name))
-    }
-
-    fn need_snapshot(&self, volume: &str, name: &str) -> Result<(u32, u32)> {
-        let number = self.need_volume(volume)?;
-        let snapshot =
-            self.snapshot(number, name).ok_or_else(|| gone("snapshot", &format!("{volume}@{name}")))?;
-        Ok((number, snapshot))
+    /// The number of a volume, or of a snapshot of it.
+    pub(super) fn find(&self, volume: &str, snapshot: Option<&str>) -> Result<u32> {
+        let number = self.volume(volume).ok_or_else(|| gone("volume", volume))?;
+        let Some(name) = snapshot else { return Ok(number) };
+        self.snapshot(number, name).ok_or_else(|| gone("snapshot", &format!("{volume}@{name}")))
     }
 
     fn need_free(&self, number: u32, what: &str) -> Result<()> {
@@ -433,7 +429,7 @@ impl Pool {
     /// Deletes a volume without snapshots.
     pub(super) async fn delete_volume(&self, name: &str, below: Below<'_>) -> Result<()> {
         let plan = |core: &mut Core| {
-            let number = core.need_volume(name)?;
+            let number = core.find(name, None)?;
             core.need_free(number, name)?;
             match core.ancestors(number).0.0 {
                 0 => Ok(Plan::DeleteVolume(number)),
@@ -446,7 +442,7 @@ impl Pool {
     /// Deletes a snapshot of which there is no clone.
     pub(super) async fn delete_snapshot(&self, volume: &str, name: &str, below: Below<'_>) -> Result<()> {
         let plan = |core: &mut Core| {
-            let (_, snapshot) = core.need_snapshot(volume, name)?;
+            let snapshot = core.find(volume, Some(name))?;
             core.need_free(snapshot, &format!("{volume}@{name}"))?;
             match core.clones(snapshot)[..] {
                 [] => Ok(Plan::DeleteSnapshot(snapshot)),
@@ -470,7 +466,7 @@ impl Pool {
     ) -> Result<u32> {
         let mut made = 0;
         let plan = |core: &mut Core| {
-            let (_, origin) = core.need_snapshot(volume, snapshot)?;
+            let origin = core.find(volume, Some(snapshot))?;
             core.need_no_volume(name)?;
             made = core.next_number();
             let Some(entry) = core.catalog.get(&origin).cloned() else {
@@ -497,7 +493,7 @@ impl Pool {
         below: Below<'_>,
     ) -> Result<()> {
         let plan = |core: &mut Core| {
-            let (volume_number, snapshot) = core.need_snapshot(volume, snapshot)?;
+            let (volume_number, snapshot) = (core.find(volume, None)?, core.find(volume, Some(snapshot))?);
             core.need_free(volume_number, volume)?;
             core.need_no_volume(old)?;
             let old = (core.next_number(), old.to_owned());
@@ -509,7 +505,7 @@ impl Pool {
     /// Gives a clone the snapshot that it was made of, and all older ones; the volume that had them becomes its clone.
     pub(super) async fn promote(&self, name: &str, below: Below<'_>) -> Result<()> {
         let plan = |core: &mut Core| {
-            let number = core.need_volume(name)?;
+            let number = core.find(name, None)?;
             match core.catalog.get(&number).map(|entry| &entry.kind) {
                 Some(EntryKind::Volume { origin: (1.., _), .. }) => Ok(Plan::Promote(number)),
                 _ => Err(Error::invalid(format!("{name} is no clone"))),
@@ -520,7 +516,7 @@ impl Pool {
 
     pub(super) async fn rename(&self, name: &str, new: &str, below: Below<'_>) -> Result<()> {
         let plan = |core: &mut Core| {
-            let number = core.need_volume(name)?;
+            let number = core.find(name, None)?;
             core.need_free(number, name)?;
             core.need_no_volume(new)?;
             Ok(Plan::Rename(number, new.to_owned()))
@@ -532,7 +528,7 @@ impl Pool {
     pub(super) async fn grow(&self, name: &str, size: u64, below: Below<'_>) -> Result<()> {
         check_size(size)?;
         let plan = |core: &mut Core| {
-            let number = core.need_volume(name)?;
+            let number = core.find(name, None)?;
             let has = core.catalog.get(&number).map_or(0, |entry| entry.size);
             match size < has {
                 true => Err(Error::invalid(format!("{name} has {has} bytes already: volumes only grow"))),
@@ -579,7 +575,8 @@ impl Pool {
                 add(index * span(level + 1)..(index + 1) * span(level + 1));
                 return Ok(());
             }
-            let node = self.nodes.get(&Missing { ptr, level, index }, below).await?;
+            let place = Place { tree: Tree::Volume, ptr, level, index };
+            let node = self.nodes.get(&place, below).await?;
             match &node.body {
                 Body::Leaf(slots) => {
                     let young = slots.iter().enumerate().filter(|(_, slot)| slot.birth > birth);
@@ -603,7 +600,7 @@ impl Merge<'_> {
     /// What of a tree that has grown is where it had its root before.
     async fn lower(&self, mut ptr: Ptr, mut level: u8, wanted: u8) -> Result<Ptr> {
         while level > wanted && !ptr.is_hole() {
-            let Body::Inner(children) = self.read(ptr, level, 0).await?.body else { break };
+            let Body::Inner(children) = self.read(ptr, level, 0).await? else { break };
             (ptr, level) = (children[0], level - 1);
         }
         Ok(ptr)
@@ -611,11 +608,14 @@ impl Merge<'_> {
 
     /// What a dead list has, and frees its parts.
     async fn take_dead(&mut self, snapshot: u32, mut list: Ptr) -> Result<Vec<Dead>> {
-        let mut all = Vec::new();
+        let (mut all, mut parts) = (Vec::new(), HashSet::new());
         while !list.is_hole() {
-            let Body::Dead(next, dead) = self.read(list, 0, u64::from(snapshot)).await?.body else { break };
+            let (next, dead) = self.dead_part(list, snapshot).await?;
             all.extend(dead);
-            list.at.into_iter().for_each(|at| self.free(at..at + NODE));
+            if !parts.insert(list.at) {
+                return Err(damaged("a dead list leads back to itself"));
+            }
+            self.free_node(list);
             list = next;
         }
         Ok(all)

@@ -3,7 +3,7 @@
 use blockmason::io::FileIo;
 use blockmason::{Answer, Cx, Data, Error, Flow, Kind, Op, Origin, Reply, Request, Result};
 use rustix::io::Errno;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// The way down. A copy is handed along with each request.
 #[derive(Clone, Copy)]
@@ -12,7 +12,9 @@ pub(super) enum Below<'a> {
     Port(Cx<'a>),
     /// A file or block device that this element has open.
     Image(&'a FileIo, Cx<'a>),
-    /// The same where there is no graph: calls block.
+    /// The same on a thread that may wait for the device, while graphs may use it.
+    Blocking(&'a FileIo),
+    /// A file that nobody else uses; calls block.
     Plain(BorrowedFd<'a>),
 }
 
@@ -29,6 +31,8 @@ impl<'a> Below<'a> {
                 Op::WriteZeroes => io.write_zeroes(req, cx),
                 Op::Cache | Op::Extents | Op::Control => Flow::done(),
             },
+            Below::Blocking(io) if req.op == Op::Flush => Flow::later(io.sync_here()),
+            Below::Blocking(io) => Flow::Now(plain(io.image().file().as_fd(), &req)),
             Below::Plain(file) => Flow::Now(plain(file, &req)),
         }
     }

@@ -4,18 +4,19 @@
 use super::below::Below;
 use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, NODE, Ptr, RECORDS, SLOTS};
 use super::merge::span;
-use super::nodes::Missing;
+use super::nodes::{Place, Tree};
 use super::open::crc_of;
 use super::pool::Pool;
 use blockmason::{LocalBoxFuture, Result};
 use std::collections::hash_map::Entry as Slot;
 use std::collections::{HashMap, HashSet};
+use std::mem::Discriminant;
 
 /// What a block of the pool is. In two trees it is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Meaning {
-    /// The copy of a node of that kind, level and index.
-    Node(u8, u8, u64),
+    /// A copy of a node of that kind, level and index.
+    Node(Discriminant<Body>, u8, u64),
     /// The block of a volume, born then.
     Data(u64, u64),
 }
@@ -44,8 +45,10 @@ struct Check<'a> {
     seen: HashSet<u64>,
 }
 
-/// Checks the trees of a pool as the newest root has them. Nothing may change meanwhile.
+/// Checks the trees of a pool as the newest root has them. Guests go on meanwhile, as long as the log has room; checkpoints
+/// wait.
 pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
+    let _as_it_is = pool.checkpointing.lock().await;
     let (root, catalog) = {
         let core = pool.core();
         (core.root.clone(), core.catalog.clone())
@@ -85,26 +88,22 @@ impl Check<'_> {
     }
 
     /// A node, if it can be read and everything below it has not been looked at.
-    async fn node(&mut self, ptr: Ptr, level: u8, index: u64, what: &str) -> Option<Body> {
+    async fn node(&mut self, place: Place, what: &str) -> Option<Body> {
+        let Place { ptr, level, index, .. } = place;
         if ptr.at[0] == ptr.at[1] || ptr.at.iter().any(|at| *at >= LIMIT) {
             self.problem(format!("{what} points to {ptr:?}"));
             return None;
         }
-        let node = match self.pool.nodes.get(&Missing { ptr, level, index }, self.below).await {
+        let node = match self.pool.nodes.get(&place, self.below).await {
             Ok(node) => node,
             Err(error) => {
                 self.problem(format!("{what}: {error}"));
                 return None;
             }
         };
-        let kind = match &node.body {
-            Body::Leaf(_) => 1,
-            Body::Inner(_) => 2,
-            Body::Catalog(_) => 3,
-            Body::Dead(..) => 4,
-        };
+        let kind = std::mem::discriminant(&node.body);
         ptr.at.into_iter().for_each(|at| self.claim(at, NODE, Meaning::Node(kind, level, index)));
-        if kind < 3 && node.body.birth() > ptr.birth {
+        if node.body.birth() > ptr.birth {
             self.problem(format!("{what}: the node at block {} has something younger than it is", ptr.at[0]));
         }
         self.seen.insert(ptr.at[0]).then(|| node.body.clone())
@@ -115,16 +114,11 @@ impl Check<'_> {
             if ptr.is_hole() || index * span(level) * RECORDS as u64 > u64::from(u32::MAX) {
                 return;
             }
-            match self.node(ptr, level, index, "the catalog").await {
-                Some(Body::Inner(children)) => {
-                    for (ix, child) in children.iter().enumerate() {
-                        self.pages(*child, level - 1, index * SLOTS as u64 + ix as u64).await;
-                    }
+            let place = Place { tree: Tree::Catalog, ptr, level, index };
+            if let Some(Body::Inner(children)) = self.node(place, "the catalog").await {
+                for (ix, child) in children.iter().enumerate() {
+                    self.pages(*child, level - 1, index * SLOTS as u64 + ix as u64).await;
                 }
-                Some(Body::Leaf(_) | Body::Dead(..)) => {
-                    self.problem("the catalog has a node that is no page")
-                }
-                Some(Body::Catalog(_)) | None => {}
             }
         })
     }
@@ -167,8 +161,9 @@ impl Check<'_> {
             if ptr.is_hole() {
                 return;
             }
-            match self.node(ptr, level, index, what).await {
-                Some(Body::Inner(children)) if level > 0 => {
+            let place = Place { tree: Tree::Volume, ptr, level, index };
+            match self.node(place, what).await {
+                Some(Body::Inner(children)) => {
                     for (ix, child) in children.iter().enumerate() {
                         self.tree(*child, level - 1, index * SLOTS as u64 + ix as u64, entry, what).await;
                     }
@@ -185,8 +180,7 @@ impl Check<'_> {
                         }
                     }
                 }
-                Some(_) => self.problem(format!("{what}: a node of its tree is none")),
-                None => {}
+                Some(Body::Catalog(_) | Body::Dead(..)) | None => {}
             }
         })
     }
@@ -202,10 +196,8 @@ impl Check<'_> {
     /// A dead list: its parts are nodes, and what it lists must be older than its snapshot.
     async fn dead(&mut self, mut list: Ptr, snapshot: u32, birth: u64, what: &str) {
         while !list.is_hole() {
-            let Some(body) = self.node(list, 0, u64::from(snapshot), what).await else { return };
-            let Body::Dead(next, dead) = body else {
-                return self.problem(format!("{what}: a part of its dead list is none"));
-            };
+            let place = Place { tree: Tree::DeadList, ptr: list, level: 0, index: u64::from(snapshot) };
+            let Some(Body::Dead(next, dead)) = self.node(place, what).await else { return };
             if let Some(Dead { at, birth: young, .. }) = dead.iter().find(|dead| dead.birth > birth) {
                 self.problem(format!("{what} lists block {at} as dead, which was born after it ({young})"));
             }

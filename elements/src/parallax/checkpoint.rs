@@ -104,10 +104,8 @@ impl Pool {
         root.journal = journal.first().copied().unwrap_or(0);
         below.flush().await?;
         self.write_root(&root, below).await?;
-        self.commit(&frozen, root, outcome, freed, journal);
-        if plan.is_some() {
-            self.core().replace_entries(frozen.entries);
-        }
+        let planned = plan.is_some().then(|| std::mem::take(&mut frozen.entries));
+        self.commit(&frozen, root, (outcome, planned), freed, journal);
         self.space.commit(&records, below).await
     }
 
@@ -165,7 +163,7 @@ impl Pool {
         &self,
         frozen: &Frozen,
         root: Root,
-        outcome: Outcome,
+        (outcome, planned): (Outcome, Option<BTreeMap<u32, Option<Entry>>>),
         mut freed: Vec<Range<u64>>,
         journal: Vec<u64>,
     ) {
@@ -181,6 +179,7 @@ impl Pool {
                 *dead = list;
             }
         }
+        core.replace_entries(planned.unwrap_or_default());
         core.root = root;
         core.promised -= frozen.promised;
         core.forget_runs(frozen.runs);

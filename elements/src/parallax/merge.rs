@@ -1,8 +1,8 @@
 //! Brings changes into trees: writes the nodes that change to new places, and finds out what nothing leads to any more.
 
 use super::below::Below;
-use super::format::{Body, DEAD, Dead, Entry, NODE, Node, Ptr, RECORDS, SLOTS, Slot};
-use super::nodes::{Missing, Nodes};
+use super::format::{Body, DEAD, Dead, Entry, NODE, Node, Ptr, RECORDS, SLOTS, Slot, damaged};
+use super::nodes::{Nodes, Place, Tree};
 use super::pool::Pool;
 use super::runs::{Run, Runs};
 use super::space::{Difference, Space, Want};
@@ -62,6 +62,13 @@ impl<'a> Merge<'a> {
         }
     }
 
+    /// Nothing leads to a node any more that no snapshot sees.
+    pub(super) fn free_node(&mut self, ptr: Ptr) {
+        if !ptr.is_hole() {
+            ptr.at.into_iter().for_each(|at| self.free(at..at + NODE));
+        }
+    }
+
     /// A line lets go of blocks with that birth.
     fn kill(&mut self, who: Who, at: u64, len: u64, birth: u64) {
         if birth <= who.origin {
@@ -104,9 +111,23 @@ impl<'a> Merge<'a> {
         Ok(ptr)
     }
 
-    pub(super) async fn read(&self, ptr: Ptr, level: u8, index: u64) -> Result<Node> {
-        let node = self.nodes.get(&Missing { ptr, level, index }, self.below).await?;
-        Ok((*node).clone())
+    /// The body of a node of a volume's tree.
+    pub(super) async fn read(&self, ptr: Ptr, level: u8, index: u64) -> Result<Body> {
+        self.body(Place { tree: Tree::Volume, ptr, level, index }).await
+    }
+
+    async fn body(&self, place: Place) -> Result<Body> {
+        let node = self.nodes.get(&place, self.below).await?;
+        Ok(node.body.clone())
+    }
+
+    /// A part of a snapshot's dead list: the next one, and what is in this one.
+    pub(super) async fn dead_part(&self, ptr: Ptr, snapshot: u32) -> Result<(Ptr, Vec<Dead>)> {
+        let place = Place { tree: Tree::DeadList, ptr, level: 0, index: u64::from(snapshot) };
+        match self.body(place).await? {
+            Body::Dead(next, dead) => Ok((next, dead)),
+            Body::Leaf(_) | Body::Inner(_) | Body::Catalog(_) => Err(damaged("a dead list was expected")),
+        }
     }
 
     /// Brings runs into the tree below a pointer. The new pointer.
@@ -149,9 +170,9 @@ impl<'a> Merge<'a> {
     async fn merge_leaf(&mut self, who: Who, ptr: Ptr, index: u64, pieces: &[(u64, Run)]) -> Result<Body> {
         let mut slots = match ptr.is_hole() {
             true => Box::new([Slot { birth: ptr.birth, ..Slot::default() }; SLOTS]),
-            false => match self.read(ptr, 0, index).await?.body {
+            false => match self.read(ptr, 0, index).await? {
                 Body::Leaf(slots) => slots,
-                _ => return Err(super::format::damaged("a leaf was expected")),
+                _ => return Err(damaged("a leaf was expected")),
             },
         };
         for (first, run) in pieces {
@@ -177,7 +198,7 @@ impl<'a> Merge<'a> {
         pieces: &[(u64, Run)],
         runs: &Runs,
     ) -> Result<Body> {
-        let mut children = self.children(ptr, level, index).await?;
+        let mut children = self.children(Place { tree: Tree::Volume, ptr, level, index }).await?;
         let each = span(level);
         let mut next = 0;
         for (first, run) in pieces {
@@ -191,13 +212,14 @@ impl<'a> Merge<'a> {
         Ok(Body::Inner(children))
     }
 
-    async fn children(&self, ptr: Ptr, level: u8, index: u64) -> Result<Box<[Ptr; SLOTS]>> {
-        if ptr.is_hole() {
-            return Ok(Box::new([ptr; SLOTS]));
+    /// What is below an inner node.
+    async fn children(&self, place: Place) -> Result<Box<[Ptr; SLOTS]>> {
+        if place.ptr.is_hole() {
+            return Ok(Box::new([place.ptr; SLOTS]));
         }
-        match self.read(ptr, level, index).await?.body {
+        match self.body(place).await? {
             Body::Inner(children) => Ok(children),
-            _ => Err(super::format::damaged("an inner node was expected")),
+            Body::Leaf(_) | Body::Catalog(_) | Body::Dead(..) => Err(damaged("an inner node was expected")),
         }
     }
 
@@ -213,7 +235,7 @@ impl<'a> Merge<'a> {
             if ptr.is_hole() || ptr.birth <= who.origin {
                 return Ok(());
             }
-            match self.read(ptr, level, index).await?.body {
+            match self.read(ptr, level, index).await? {
                 Body::Leaf(slots) => {
                     slots
                         .iter()
@@ -248,7 +270,7 @@ impl<'a> Merge<'a> {
             if new.is_hole() {
                 return self.drop_tree(who, old, level, index).await;
             }
-            match (self.read(old, level, index).await?.body, self.read(new, level, index).await?.body) {
+            match (self.read(old, level, index).await?, self.read(new, level, index).await?) {
                 (Body::Leaf(old), Body::Leaf(new)) => {
                     let gone =
                         old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
@@ -261,9 +283,7 @@ impl<'a> Merge<'a> {
                     }
                 }
                 _ => {
-                    return Err(super::format::damaged(
-                        "two trees of one line have nodes of two kinds in one place",
-                    ));
+                    return Err(damaged("two trees of one line have nodes of two kinds in one place"));
                 }
             }
             self.kill_node(who, old);
@@ -287,10 +307,10 @@ impl<'a> Merge<'a> {
         }
         let index = u64::from(snapshot);
         if !list.is_hole()
-            && let Body::Dead(next, part) = self.read(list, 0, index).await?.body
+            && let (next, part) = self.dead_part(list, snapshot).await?
             && part.len() < DEAD
         {
-            list.at.into_iter().for_each(|at| self.free(at..at + NODE));
+            self.free_node(list);
             dead.splice(..0, part);
             list = next;
         }
@@ -315,13 +335,14 @@ impl<'a> Merge<'a> {
             if entries.range(numbers.clone()).next().is_none() {
                 return Ok(ptr);
             }
+            let place = Place { tree: Tree::Catalog, ptr, level, index };
             let body = match level {
                 0 => {
                     let mut page = match ptr.is_hole() {
                         true => vec![None; RECORDS],
-                        false => match self.read(ptr, 0, index).await?.body {
+                        false => match self.body(place).await? {
                             Body::Catalog(page) => page,
-                            _ => return Err(super::format::damaged("a page of the catalog was expected")),
+                            _ => return Err(damaged("a page of the catalog was expected")),
                         },
                     };
                     for (number, entry) in entries.range(numbers) {
@@ -330,7 +351,7 @@ impl<'a> Merge<'a> {
                     Body::Catalog(page)
                 }
                 _ => {
-                    let mut children = self.children(ptr, level, index).await?;
+                    let mut children = self.children(place).await?;
                     for (ix, child) in children.iter_mut().enumerate() {
                         let place = (level - 1, index * SLOTS as u64 + ix as u64);
                         *child = self.catalog(*child, place, entries).await?;
@@ -338,9 +359,7 @@ impl<'a> Merge<'a> {
                     Body::Inner(children)
                 }
             };
-            if !ptr.is_hole() {
-                ptr.at.into_iter().for_each(|at| self.free(at..at + NODE));
-            }
+            self.free_node(ptr);
             self.write(Node { level, index, writer: 0, body }, 0).await
         })
     }

@@ -1,7 +1,7 @@
 //! Reads and writes nodes, each of which is kept twice, and keeps some in memory.
 
 use super::below::Below;
-use super::format::{BLOCK, Id, Node, Ptr, damaged};
+use super::format::{BLOCK, Body, Id, Node, Ptr, damaged};
 use blockmason::{Data, Result};
 use lru::LruCache;
 use std::num::NonZeroUsize;
@@ -15,12 +15,34 @@ pub(super) struct Nodes {
     cache: Mutex<LruCache<u64, Arc<Node>>>,
 }
 
-/// A node that is not in memory.
-#[derive(Debug)]
-pub(super) struct Missing {
+/// What a node belongs to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Tree {
+    Volume,
+    Catalog,
+    DeadList,
+}
+
+/// A node as it is pointed to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub(super) tree: Tree,
     pub(super) ptr: Ptr,
     pub(super) level: u8,
     pub(super) index: u64,
+}
+
+impl Place {
+    /// Whether a node is what is pointed to. A pointer that leads to another one is damage that no checksum finds.
+    fn is(&self, node: &Node) -> bool {
+        let fits = match (self.tree, &node.body) {
+            (Tree::Volume | Tree::Catalog, Body::Inner(_)) => self.level > 0,
+            (Tree::Volume, Body::Leaf(_)) | (Tree::Catalog, Body::Catalog(_)) => self.level == 0,
+            (Tree::DeadList, Body::Dead(..)) => self.level == 0,
+            _ => false,
+        };
+        fits && (node.level, node.index) == (self.level, self.index)
+    }
 }
 
 impl Nodes {
@@ -35,25 +57,23 @@ impl Nodes {
     }
 
     /// A node that is in memory.
-    pub(super) fn cached(&self, ptr: Ptr) -> Option<Arc<Node>> {
-        self.cache().get(&ptr.at[0]).cloned()
+    pub(super) fn cached(&self, place: &Place) -> Option<Arc<Node>> {
+        self.cache().get(&place.ptr.at[0]).filter(|node| place.is(node)).cloned()
     }
 
-    /// The node at a pointer, which must be that one.
-    pub(super) async fn get(&self, missing: &Missing, below: Below<'_>) -> Result<Arc<Node>> {
-        let Missing { ptr, level, index } = *missing;
-        let node = match self.cached(ptr) {
-            Some(node) => node,
-            None => self.read(ptr, below).await?,
-        };
-        if (node.level, node.index) != (level, index) {
-            let message = format!("the node at block {} is another one than was expected there", ptr.at[0]);
-            return Err(damaged(message));
+    /// The node at a place. Whoever asks keeps its blocks from being used for something else meanwhile.
+    ///
+    /// # Errors
+    /// Both copies are damaged, or it is another one.
+    pub(super) async fn get(&self, place: &Place, below: Below<'_>) -> Result<Arc<Node>> {
+        match self.cached(place) {
+            Some(node) => Ok(node),
+            None => self.read(place, below).await,
         }
-        Ok(node)
     }
 
-    async fn read(&self, ptr: Ptr, below: Below<'_>) -> Result<Arc<Node>> {
+    async fn read(&self, place: &Place, below: Below<'_>) -> Result<Arc<Node>> {
+        let ptr = place.ptr;
         let mut bad = Vec::new();
         for at in ptr.at {
             let bytes = below.read(at * BLOCK, Node::BYTES as u64).await.map(|data| data.to_vec());
@@ -62,6 +82,10 @@ impl Nodes {
                 bad.push(at);
                 continue;
             };
+            if !place.is(&node) {
+                let message = format!("the node at block {at} is another one than was expected there");
+                return Err(damaged(message));
+            }
             for at in bad {
                 tracing::warn!(block = at, "a copy of a node is damaged; it is written anew from the other");
                 // The other copy is good: nothing is lost if this fails.

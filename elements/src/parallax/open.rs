@@ -7,7 +7,7 @@ use super::format::{
 };
 use super::log::Log;
 use super::merge::span;
-use super::nodes::{Missing, Nodes};
+use super::nodes::{Nodes, Place, Tree};
 use super::pool::{Core, Pool};
 use super::space::{Space, read_table};
 use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
@@ -264,7 +264,7 @@ fn read_pages<'a>(
         if ptr.is_hole() || index * span(level) * RECORDS as u64 > u64::from(u32::MAX) {
             return Ok(());
         }
-        let node = nodes.get(&Missing { ptr, level, index }, below).await?;
+        let node = nodes.get(&Place { tree: Tree::Catalog, ptr, level, index }, below).await?;
         match &node.body {
             Body::Catalog(page) => {
                 let first = index as u32 * RECORDS as u32;
@@ -294,6 +294,7 @@ async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> 
     for Record { number, changes, .. } in records {
         let mut happened = Vec::new();
         for change in changes {
+            fits(core, &change)?;
             if has_happened(&change, number <= settled, below).await? {
                 if let Change::Map { at: at @ 1.., len, .. } = change {
                     space.mark(at..at + u64::from(len))?;
@@ -323,6 +324,20 @@ async fn next_record(core: &Core, id: &Id, below: Below<'_>) -> Result<Option<(R
         }
     }
     Ok(None)
+}
+
+/// # Errors
+/// It says something of blocks that a volume does not have.
+fn fits(core: &Core, change: &Change) -> Result<()> {
+    let (volume, end) = match change {
+        Change::Map { volume, first, len, .. } => (volume, first + u64::from(*len)),
+        Change::Snapshot { volume, .. } => (volume, 0),
+    };
+    let is_volume = core.lines.contains_key(volume);
+    match core.catalog.get(volume).filter(|entry| is_volume && end * BLOCK <= entry.size) {
+        Some(_) => Ok(()),
+        None => Err(damaged("the log speaks of what no volume has")),
+    }
 }
 
 /// Whether a change is to be believed.

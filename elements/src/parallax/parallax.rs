@@ -8,13 +8,10 @@ use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler,
 use blockmason::heads::HeadPlace;
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
-    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
+    Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
 };
 use futures::executor::block_on;
-use futures::future::{Either, select};
-use std::pin::pin;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 blockmason::params! {
     /// A volume of a pool.
@@ -73,46 +70,21 @@ pub const TYPE: ElementType = ElementType {
         _ => Carries::ALL,
     },
     check: Params::check,
-    build: |build: &Build<'_>| Ok(Arc::new(Disk::new(build.read(Params::from)?)?)),
+    build: |build: &Build<'_>| {
+        Ok(Arc::new(Disk { params: build.read(Params::from)?, open: OnceLock::new() }))
+    },
     ..ElementType::BASE
 };
 
-/// How often what was written goes into the trees, if nothing asks for it sooner.
-const CHECKPOINT: Duration = Duration::from_secs(5);
-
 struct Disk {
     params: Params,
-    size: u64,
     /// Set by `open`.
     open: OnceLock<(Volume, Arc<Shared>)>,
 }
 
 impl Disk {
-    fn new(params: Params) -> Result<Disk> {
-        let size = Shared::look(&params.pool.0, |pool, _| {
-            let core = pool.core();
-            let number = find(&core, &params)?;
-            Ok(core.catalog.get(&number).map_or(0, |entry| entry.size))
-        })?;
-        Ok(Disk { params, size, open: OnceLock::new() })
-    }
-
     fn opened(&self) -> Result<&(Volume, Arc<Shared>)> {
         self.open.get().ok_or_else(|| Error::internal("a request came before the pool was opened"))
-    }
-
-    /// Brings the log into the trees from time to time.
-    async fn work(&self, cx: Cx<'_>) {
-        let Ok((_, shared)) = self.opened() else { return };
-        let mut closing = pin!(cx.closing());
-        loop {
-            let due = blockmason::rt::timeout(CHECKPOINT, shared.pool.due.notified());
-            if let Either::Left(_) = select(closing.as_mut(), pin!(due)).await {
-                return;
-            }
-            // The reason has been logged, and whoever writes is told.
-            let _ = shared.pool.checkpoint(shared.below(cx)).await;
-        }
     }
 
     fn snapshots(&self) -> Result<Vec<String>> {
@@ -127,26 +99,27 @@ impl Disk {
 
 /// The number of what is to be served.
 fn find(core: &Core, params: &Params) -> Result<u32> {
-    let gone = |what: String| Error::new(Kind::Unavailable, what).with_path(&params.pool.0);
-    let volume = &params.volume;
-    let number = core.volume(volume).ok_or_else(|| gone(format!("the pool has no volume {volume}")))?;
-    match &params.snapshot {
-        None => Ok(number),
-        Some(name) => {
-            core.snapshot(number, name).ok_or_else(|| gone(format!("{volume} has no snapshot {name}")))
-        }
-    }
+    let found = core.find(&params.volume, params.snapshot.as_deref());
+    found.map_err(|error| error.with_path(&params.pool.0))
+}
+
+/// Its bytes.
+fn size(core: &Core, params: &Params) -> Result<u64> {
+    let number = find(core, params)?;
+    Ok(core.catalog.get(&number).map_or(0, |entry| entry.size))
 }
 
 impl Element for Disk {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
+        // As it is now: it may have grown since the graph before.
+        let size = Shared::look(&self.params.pool.0, |pool| size(&pool.core(), &self.params))?;
         Ok(Prepared::of(Geometry {
             min_block: BLOCK as u32,
             preferred_block: BLOCK as u32,
             ops: Ops::ALL,
             needs_flush: true,
             read_only: self.params.snapshot.is_some(),
-            ..Geometry::new(self.size)
+            ..Geometry::new(size)
         }))
     }
 
@@ -158,8 +131,8 @@ impl Element for Disk {
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
         if self.open.get().is_none() {
             let shared = Shared::open(&self.params.pool.0, self.params.memory.0)?;
-            let number = find(&shared.pool.core(), &self.params)?;
-            let _ = self.open.set((Volume::new(shared.pool.clone(), number), shared));
+            let volume = block_on(Volume::open(shared.pool.clone(), |core| find(core, &self.params)))?;
+            let _ = self.open.set((volume, shared));
         }
         Ok(None)
     }
@@ -172,7 +145,8 @@ impl Element for Disk {
     }
 
     fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
-        Some(Box::pin(self.work(cx)))
+        let (_, shared) = self.open.get()?;
+        Some(Box::pin(shared.pool.tend(shared.below(cx), cx)))
     }
 
     fn may_hand_over(&self) -> Result<()> {
@@ -183,22 +157,19 @@ impl Element for Disk {
 
     fn get(&self, handler: &str) -> Result<String> {
         let (_, shared) = self.opened()?;
-        let (free, _) = shared.pool.space.free();
         match handler {
-            "free" => Ok((free * BLOCK).to_string()),
-            "used" => Ok(((shared.pool.space.all() - free) * BLOCK).to_string()),
             "snapshots" => Ok(self.snapshots()?.join(" ")),
-            _ => Err(Error::no_handler(handler)),
+            _ => shared.pool.get(handler),
         }
     }
 
     fn call(&self, handler: &str, argument: &str) -> Result<String> {
         let (_, shared) = self.opened()?;
-        let (pool, below, volume) = (&shared.pool, shared.plain(), &self.params.volume);
+        let (pool, below, volume) = (&shared.pool, shared.blocking(), &self.params.volume);
         match handler {
             "snapshot" => {
                 super::admin::check_name(argument)?;
-                let number = find(&pool.core(), &Params { snapshot: None, ..self.params.clone() })?;
+                let number = pool.core().find(volume, None)?;
                 block_on(pool.snapshot(&[(number, argument.to_owned())], unix_seconds(), below))?;
                 Ok(format!("{volume}@{argument}"))
             }

@@ -1,17 +1,23 @@
 //! A pool that is open: what is known of its volumes, and how changes become findable.
 
 use super::below::Below;
-use super::format::{BLOCK, Change, Entry, EntryKind, Id, Root};
+use super::format::{BLOCK, Change, Entry, EntryKind, Id, NODE, Root};
 use super::log::{Fate, Log};
 use super::nodes::Nodes;
 use super::runs::{Run, Runs};
 use super::space::Space;
-use blockmason::{Data, Error, Kind, Result};
+use blockmason::{Cx, Data, Error, Kind, Result};
+use futures::future::{Either, select};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 use tokio::sync::Notify;
+
+/// How often what was written goes into the trees, if nothing asks for it sooner.
+pub(super) const CHECKPOINT: Duration = Duration::from_secs(5);
 
 /// Runs in memory after which they are brought into the trees.
 const MOST_RUNS: usize = 200_000;
@@ -209,18 +215,20 @@ impl Core {
         line.leaves.clear();
     }
 
-    /// Blocks that must be promised so that a change of these leaves can be brought into the tree.
-    pub(super) fn promise(&mut self, volume: u32, leaves: impl Iterator<Item = u64>) -> u64 {
+    /// Blocks that must be promised beside what is, so that a change of these leaves can be brought into the tree.
+    pub(super) fn nodes_for(&self, volume: u32, leaves: &[u64]) -> u64 {
         let height = self.catalog.get(&volume).map_or(0, |entry| u64::from(entry.height));
-        let Some(line) = self.lines.get_mut(&volume) else { return 0 };
-        let new = leaves.filter(|leaf| line.leaves.insert(*leaf)).count() as u64;
-        new * 4 * (height + 1)
+        let Some(line) = self.lines.get(&volume) else { return 0 };
+        let new = leaves.iter().filter(|leaf| !line.leaves.contains(leaf)).count() as u64;
+        // Each leaf may be all that is below the nodes above it; each node is kept twice.
+        new * 2 * NODE * (height + 1)
     }
 
-    /// Takes back that leaves are promised room.
-    pub(super) fn promise_less(&mut self, volume: u32, leaves: impl Iterator<Item = u64>) {
+    /// They are promised.
+    pub(super) fn promise(&mut self, volume: u32, leaves: &[u64], nodes: u64) {
+        self.promised += nodes;
         if let Some(line) = self.lines.get_mut(&volume) {
-            leaves.for_each(|leaf| _ = line.leaves.remove(&leaf));
+            line.leaves.extend(leaves);
         }
     }
 
@@ -418,6 +426,30 @@ impl Pool {
             changes.push(Change::Snapshot { number, volume: *volume, made, name: name.clone() });
         }
         Ok((counts, changes))
+    }
+
+    /// Brings the log into the trees when that is due, and before the graph closes.
+    pub(super) async fn tend(&self, below: Below<'_>, cx: Cx<'_>) {
+        let mut closing = pin!(cx.closing());
+        loop {
+            let due = blockmason::rt::timeout(CHECKPOINT, self.due.notified());
+            let ends = matches!(select(closing.as_mut(), pin!(due)).await, Either::Left(_));
+            // The reason has been logged, and whoever writes is told.
+            let _ = self.checkpoint(below).await;
+            if ends {
+                return;
+            }
+        }
+    }
+
+    /// The value of a handler that all elements over a pool have.
+    pub(super) fn get(&self, handler: &str) -> Result<String> {
+        let free = self.space.free();
+        match handler {
+            "free" => Ok((free * BLOCK).to_string()),
+            "used" => Ok(((self.space.all() - free) * BLOCK).to_string()),
+            _ => Err(Error::no_handler(handler)),
+        }
     }
 
     /// Blocks that nobody can see any more are free.

@@ -4,7 +4,7 @@ use super::admin::{check_name, check_size};
 use super::below::Below;
 use super::format::BLOCK;
 use super::open::{Opening, create, is_empty, open};
-use super::pool::Pool;
+use super::pool::{CHECKPOINT, Core};
 use super::volume::Volume;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
 use blockmason::lang::value::Size;
@@ -14,7 +14,6 @@ use blockmason::{
 use futures::future::{Either, select};
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 blockmason::params! {
     /// A volume of a pool.
@@ -63,9 +62,6 @@ pub const TYPE: ElementType = ElementType {
     ..ElementType::BASE
 };
 
-/// How often what was written goes into the trees, if nothing asks for it sooner.
-const CHECKPOINT: Duration = Duration::from_secs(5);
-
 struct Radix {
     params: Params,
     opening: tokio::sync::Mutex<()>,
@@ -92,49 +88,39 @@ impl Radix {
         }
         let opening = Opening { writable: true, memory: self.params.memory.0 };
         let pool = Arc::new(open(opening, size, below).await?);
-        let number = self.find(&pool, below).await?;
-        Ok(self.volume.get_or_init(|| Volume::new(pool, number)))
+        let Params { volume, size, checksums, .. } = &self.params;
+        let missing = pool.core().volume(volume).is_none();
+        if missing {
+            pool.make_volume(volume, size.0, *checksums, below).await?;
+        }
+        let volume = Volume::open(pool, |core| self.find(core)).await?;
+        Ok(self.volume.get_or_init(|| volume))
     }
 
-    /// The number of the volume, which is made if it is not there, or of the snapshot.
-    async fn find(&self, pool: &Pool, below: Below<'_>) -> Result<u32> {
-        let Params { volume, size, snapshot, checksums, .. } = &self.params;
-        let found = pool.core().volume(volume);
-        let number = match found {
-            Some(number) => number,
-            None => pool.make_volume(volume, size.0, *checksums, below).await?,
-        };
-        let core = pool.core();
-        let number = match snapshot {
-            Some(name) => core.snapshot(number, name).ok_or_else(|| {
-                Error::new(Kind::Unavailable, format!("the volume {volume} has no snapshot {name}"))
-            })?,
-            None => number,
-        };
+    /// The number of the volume, or of the snapshot.
+    fn find(&self, core: &Core) -> Result<u32> {
+        let Params { volume, size, snapshot, .. } = &self.params;
+        let number = core.find(volume, snapshot.as_deref())?;
         let has = core.catalog.get(&number).map_or(0, |entry| entry.size);
-        if has != size.0 {
-            let message = format!("the volume has {has} bytes, and the graph says {}", size.0);
-            return Err(Error::invalid(message));
+        match has == size.0 {
+            true => Ok(number),
+            false => {
+                let message = format!("the volume has {has} bytes, and the graph says {}", size.0);
+                Err(Error::invalid(message))
+            }
         }
-        Ok(number)
     }
 
     async fn work(&self, cx: Cx<'_>) {
         let mut closing = pin!(cx.closing());
         loop {
-            let Ok(volume) = self.open(cx).await.inspect_err(|error| {
-                tracing::error!(graph = cx.graph_name(), element = cx.name(), "no pool: {error}");
-            }) else {
-                match select(closing.as_mut(), pin!(cx.sleep(CHECKPOINT))).await {
-                    Either::Left(_) => return,
-                    Either::Right(_) => continue,
+            match self.open(cx).await {
+                Ok(volume) => return volume.pool.tend(Below::Port(cx), cx).await,
+                Err(error) => {
+                    tracing::error!(graph = cx.graph_name(), element = cx.name(), "no pool: {error}")
                 }
-            };
-            let due = blockmason::rt::timeout(CHECKPOINT, volume.pool.due.notified());
-            let ends = matches!(select(closing.as_mut(), pin!(due)).await, Either::Left(_));
-            // The reason has been logged, and whoever writes is told.
-            let _ = volume.pool.checkpoint(Below::Port(cx)).await;
-            if ends {
+            }
+            if let Either::Left(_) = select(closing.as_mut(), pin!(cx.sleep(CHECKPOINT))).await {
                 return;
             }
         }
@@ -153,9 +139,8 @@ impl Element for Radix {
             ops: Ops::ALL,
             needs_flush: true,
             read_only: self.params.snapshot.is_some(),
-            volatile: below.volatile,
-            rotational: below.rotational,
-            ..Geometry::new(self.params.size.0)
+            size: self.params.size.0,
+            ..below.above()
         };
         Ok(Prepared::with(geometry, below.size))
     }
@@ -177,12 +162,7 @@ impl Element for Radix {
     fn get(&self, handler: &str) -> Result<String> {
         let volume = self.volume.get();
         let pool = &volume.ok_or_else(|| Error::new(Kind::Unavailable, "the pool is not open yet"))?.pool;
-        let (free, _) = pool.space.free();
-        match handler {
-            "free" => Ok((free * BLOCK).to_string()),
-            "used" => Ok(((pool.space.all() - free) * BLOCK).to_string()),
-            _ => Err(Error::no_handler(handler)),
-        }
+        pool.get(handler)
     }
 }
 

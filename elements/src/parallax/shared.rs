@@ -71,19 +71,19 @@ impl Shared {
     ///
     /// # Errors
     /// As [`Shared::open`].
-    pub(super) fn look<T>(path: &Path, look: impl FnOnce(&Pool, Below<'_>) -> Result<T>) -> Result<T> {
+    pub(super) fn look<T>(path: &Path, look: impl FnOnce(&Pool) -> Result<T>) -> Result<T> {
         let path = file_of(path)?;
         let (found, all) = find(&path);
         if let Some(shared) = found {
             // If it is the last one to have it, closing it needs the lock.
             drop(all);
-            return look(&shared.pool, shared.plain());
+            return look(&shared.pool);
         }
         let (image, size, _) = image(&path, false)?;
         let below = Below::Plain(image.file().as_fd());
         let opening = Opening { writable: false, memory: 16 << 20 };
         let pool = block_on(open(opening, size, below)).map_err(|error| error.with_path(&path))?;
-        look(&pool, below)
+        look(&pool)
     }
 
     /// The way down of a request of a graph.
@@ -105,16 +105,16 @@ impl Shared {
         }
     }
 
-    /// The way down where calls may block.
-    pub(super) fn plain(&self) -> Below<'_> {
-        Below::Plain(self.io.image().file().as_fd())
+    /// The way down of whatever is no request of a graph, and on no shard.
+    pub(super) fn blocking(&self) -> Below<'_> {
+        Below::Blocking(&self.io)
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
         // Whatever it is that failed has been said; the log has everything.
-        let _ = block_on(self.pool.checkpoint(self.plain()));
+        let _ = block_on(self.pool.checkpoint(self.blocking()));
         OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.path);
         CLOSED.notify_all();
     }

@@ -148,10 +148,10 @@ impl Space {
         (self.label.extents * EXTENT / 64).max(LEAST_SLOP).min(self.label.extents * EXTENT / 8)
     }
 
-    /// Free blocks, and how many of them are promised.
-    pub(super) fn free(&self) -> (u64, u64) {
+    /// Free blocks, promised ones among them.
+    pub(super) fn free(&self) -> u64 {
         let state = self.state();
-        (state.free + state.unowned * EXTENT, state.reserved)
+        state.free + state.unowned * EXTENT
     }
 
     /// Blocks of the pool that can hold anything.
@@ -274,7 +274,7 @@ impl Space {
         let state = self.state();
         let (mut records, mut more) = (Vec::new(), 0);
         for (extent, (added, removed)) in &difference.extents {
-            let now = &state.extents[*extent as usize];
+            let Some(now) = state.extents.get(*extent as usize) else { continue };
             let Some(maps) = &now.maps else { continue };
             let used = std::array::from_fn(|ix| (maps.committed[ix] | added[ix]) & !removed[ix]);
             more += ones(&used) as i64 - ones(&maps.committed) as i64;

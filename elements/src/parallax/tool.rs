@@ -2,10 +2,10 @@
 
 use super::check::check;
 use super::format::{BLOCK, Entry, EntryKind};
-use super::pool::Pool;
+use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
 use super::volume::unix_seconds;
-use blockmason::{Error, Kind, Result};
+use blockmason::{Error, Result};
 use futures::executor::block_on;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ const MEMORY: u64 = 256 << 20;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "do", deny_unknown_fields)]
 pub enum Operation {
-    /// What is in the pool.
+    /// What is in the pool; see also [`list`].
     List,
     /// Looks at everything: whether what the pool says of itself is true.
     Check,
@@ -100,9 +100,17 @@ pub enum Operation {
 /// Makes a pool in a new file, or on an empty block device, whose own size counts if none is given. Blocks.
 ///
 /// # Errors
-/// [`Kind::Busy`] if there is something already.
+/// [`blockmason::Kind::Busy`] if there is something already.
 pub fn create(path: &Path, size: Option<u64>) -> Result<()> {
     shared::make(path, size, std::array::from_fn(|_| fastrand::u8(..)))
+}
+
+/// What is in a pool, which is not changed by that. Blocks.
+///
+/// # Errors
+/// As [`open`].
+pub fn list(path: &Path) -> Result<Value> {
+    Shared::look(path, |pool| Ok(listed(pool)))
 }
 
 /// A pool that this process has open.
@@ -111,7 +119,7 @@ pub struct Open(Arc<Shared>);
 /// Opens a pool, if this process has not done so yet. Blocks.
 ///
 /// # Errors
-/// [`Kind::Busy`] if another process has it open: that one can do whatever is to be done.
+/// [`blockmason::Kind::Busy`] if another process has it open: that one can do whatever is to be done.
 pub fn open(path: &Path) -> Result<Open> {
     Shared::open(path, MEMORY).map(Open)
 }
@@ -127,9 +135,9 @@ impl Open {
 }
 
 fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
-    let (pool, below) = (&shared.pool, shared.plain());
+    let (pool, below) = (&shared.pool, shared.blocking());
     match operation {
-        Operation::List => return Ok(list(pool)),
+        Operation::List => return Ok(listed(pool)),
         Operation::Check => {
             block_on(pool.checkpoint(below))?;
             let found = block_on(check(pool, below))?;
@@ -147,7 +155,7 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         }
         Operation::Snapshot { volumes, name } => {
             super::admin::check_name(name)?;
-            let wanted = |volume: &String| Ok((number_of(pool, volume)?, name.clone()));
+            let wanted = |volume: &String| Ok((pool.core().find(volume, None)?, name.clone()));
             let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
             block_on(pool.snapshot(&wanted, unix_seconds(), below))?;
         }
@@ -165,8 +173,8 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         }
         Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
         Operation::Diff { volume, since } => {
-            let number = number_of(pool, volume)?;
-            let birth = birth_of(pool, number, since)?;
+            let number = pool.core().find(volume, None)?;
+            let birth = birth_of(&pool.core(), volume, since)?;
             let changed = block_on(pool.changed_since(number, birth, below))?;
             let range = |range: &std::ops::Range<u64>| {
                 json!([range.start * BLOCK, (range.end - range.start) * BLOCK])
@@ -177,21 +185,15 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
     Ok(Value::Null)
 }
 
-fn number_of(pool: &Pool, volume: &str) -> Result<u32> {
-    let found = pool.core().volume(volume);
-    found.ok_or_else(|| Error::new(Kind::Unavailable, format!("there is no volume {volume}")))
-}
-
-fn birth_of(pool: &Pool, volume: u32, snapshot: &str) -> Result<u64> {
-    let core = pool.core();
-    let found = core.snapshot(volume, snapshot).and_then(|number| core.catalog.get(&number));
-    match found.map(|entry| &entry.kind) {
+fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {
+    let number = core.find(volume, Some(snapshot))?;
+    match core.catalog.get(&number).map(|entry| &entry.kind) {
         Some(EntryKind::Snapshot { birth, .. }) => Ok(*birth),
-        _ => Err(Error::new(Kind::Unavailable, format!("there is no snapshot {snapshot}"))),
+        _ => Err(Error::internal("a snapshot was expected")),
     }
 }
 
-fn list(pool: &Pool) -> Value {
+fn listed(pool: &Pool) -> Value {
     let core = pool.core();
     let name_of = |number: &u32| core.catalog.get(number).map(|entry| entry.name.clone());
     let origin = |snapshot: &u32| {
@@ -216,6 +218,5 @@ fn list(pool: &Pool) -> Value {
     };
     let volumes: Vec<Value> = core.catalog.iter().filter_map(volume).collect();
     drop(core);
-    let (free, _) = pool.space.free();
-    json!({ "size": pool.space.all() * BLOCK, "free": free * BLOCK, "volumes": volumes })
+    json!({ "size": pool.space.all() * BLOCK, "free": pool.space.free() * BLOCK, "volumes": volumes })
 }

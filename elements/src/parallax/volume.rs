@@ -3,7 +3,7 @@
 use super::below::Below;
 use super::format::{BLOCK, Body, Change, EntryKind, Ptr, SLOTS, Slot};
 use super::merge::span;
-use super::nodes::Missing;
+use super::nodes::{Place, Tree};
 use super::open::crc_of;
 use super::pool::{Core, Here, Pool};
 use super::runs::{Run, Runs};
@@ -56,7 +56,23 @@ struct Hold {
     _in_place: Option<Here>,
 }
 
+/// A node that is not in memory, and stays where it is until it has been read.
+struct Missing {
+    node: Place,
+    _hold: Hold,
+}
+
 impl Volume {
+    /// Serves what is found. It cannot be deleted from then on, nor is it just being deleted.
+    ///
+    /// # Errors
+    /// It is not found.
+    pub(super) async fn open(pool: Arc<Pool>, find: impl FnOnce(&Core) -> Result<u32>) -> Result<Volume> {
+        let _settled = pool.administering.read().await;
+        let number = find(&pool.core())?;
+        Ok(Volume::new(pool.clone(), number))
+    }
+
     /// Serves a volume, or a snapshot, for reading only.
     pub(super) fn new(pool: Arc<Pool>, number: u32) -> Volume {
         let mut core = pool.core();
@@ -96,7 +112,8 @@ impl Volume {
     ///
     /// # Errors
     /// The node that has to be read first.
-    fn resolve(&self, core: &Core, blocks: Range<u64>, most: usize) -> Result<Vec<Piece>, Missing> {
+    fn resolve(&self, core: &Core, blocks: Range<u64>, most: usize) -> Result<Vec<Piece>, Place> {
+        // As long as it is served it is there.
         let Some(entry) = core.catalog.get(&self.number) else { return Ok(Vec::new()) };
         let shared = match entry.kind {
             EntryKind::Snapshot { .. } => u64::MAX,
@@ -144,7 +161,7 @@ impl Volume {
         blocks: Range<u64>,
         shared: u64,
         found: &mut Found,
-    ) -> Result<u64, Missing> {
+    ) -> Result<u64, Place> {
         let at = blocks.start;
         loop {
             let index = at / span(level + 1);
@@ -153,7 +170,8 @@ impl Volume {
                 found.add(at, Slot { birth: ptr.birth, ..Slot::default() }, end - at, false);
                 return Ok(end);
             }
-            let node = self.pool.nodes.cached(ptr).ok_or(Missing { ptr, level, index })?;
+            let place = Place { tree: Tree::Volume, ptr, level, index };
+            let node = self.pool.nodes.cached(&place).ok_or(place)?;
             match &node.body {
                 Body::Leaf(slots) => {
                     let end = blocks.end.min((index + 1) * SLOTS as u64);
@@ -163,12 +181,11 @@ impl Volume {
                     }
                     return Ok(end);
                 }
-                Body::Inner(children) if level > 0 => {
+                Body::Inner(children) => {
                     ptr = children[(at / span(level)) as usize % SLOTS];
                     level -= 1;
                 }
-                // Found out when it is read again.
-                _ => return Err(Missing { ptr, level, index }),
+                Body::Catalog(_) | Body::Dead(..) => return Err(place),
             }
         }
     }
@@ -182,11 +199,11 @@ impl Volume {
         below: Below<'_>,
     ) -> Result<(Vec<Piece>, Hold)> {
         loop {
-            let missing = match self.find_now(blocks.clone(), most, in_place) {
+            let Missing { node, _hold } = match self.find_now(blocks.clone(), most, in_place) {
                 Ok(found) => return Ok(found),
                 Err(missing) => missing,
             };
-            self.pool.nodes.get(&missing, below).await?;
+            self.pool.nodes.get(&node, below).await?;
         }
     }
 
@@ -197,7 +214,9 @@ impl Volume {
         in_place: bool,
     ) -> Result<(Vec<Piece>, Hold), Missing> {
         let core = self.pool.core();
-        let mut pieces = self.resolve(&core, blocks, most)?;
+        let hold = |here| Hold { _era: core.era.clone(), _in_place: here };
+        let found = self.resolve(&core, blocks, most);
+        let mut pieces = found.map_err(|node| Missing { node, _hold: hold(None) })?;
         let mut here = None;
         if in_place && pieces.iter().any(|piece| piece.own) {
             here = core.enter_in_place(self.number);
@@ -205,7 +224,7 @@ impl Volume {
                 pieces.iter_mut().for_each(|piece| piece.own = false);
             }
         }
-        Ok((pieces, Hold { _era: core.era.clone(), _in_place: here }))
+        Ok((pieces, hold(here)))
     }
 
     fn read<'a>(&'a self, req: Request, below: Below<'a>, cx: Cx<'a>) -> Flow<'a> {
@@ -234,7 +253,11 @@ impl Volume {
                 parts.push(Data::zeros(len as usize));
                 continue;
             }
-            let part = req.part(piece.first * BLOCK - req.offset, len, piece.at * BLOCK);
+            let mut part = req.part(piece.first * BLOCK - req.offset, len, piece.at * BLOCK);
+            if !piece.crcs.is_empty() {
+                // A guest may change its own memory before it has been compared.
+                part.data = Data::empty();
+            }
             let data = below.submit(part).await?.into_data()?;
             for (ix, crc) in piece.crcs.iter().enumerate() {
                 let from = ix * BLOCK as usize;
@@ -319,35 +342,15 @@ impl Volume {
             let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
             let want = Want { least: 1, most: row.end - first };
             let taken = self.pool.space.take(near, want, below).await;
-            let written = match taken {
-                Ok(blocks) => {
-                    let len = blocks.end - blocks.start;
-                    self.pool.space.release(len);
-                    let part = part(first * BLOCK - req.offset, len, blocks.start);
-                    let change = self.map(first, &part.data, blocks.start);
-                    let written = below.submit(part).await;
-                    let mut core = self.pool.core();
-                    if let Some(line) = core.lines.get_mut(&self.number) {
-                        line.near = Some(blocks.end);
-                    }
-                    if written.is_err() {
-                        core.loose.push(blocks);
-                    }
-                    drop(core);
-                    written.map(|_| {
-                        changes.push(change);
-                        len
-                    })
-                }
-                Err(error) => Err(error),
-            };
-            match written {
-                Ok(len) => first += len,
-                Err(error) => {
-                    self.pool.space.release(row.end - first);
-                    return Err(error);
-                }
-            }
+            let blocks = taken.inspect_err(|_| self.pool.space.release(row.end - first))?;
+            let len = blocks.end - blocks.start;
+            self.pool.space.release(len);
+            let part = part(first * BLOCK - req.offset, len, blocks.start);
+            changes.push(self.map(first, &part.data, blocks.clone()));
+            first += len;
+            // What was taken for nothing is let go of with the changes.
+            let written = below.submit(part).await;
+            written.inspect_err(|_| self.pool.space.release(row.end - first))?;
         }
         Ok(())
     }
@@ -361,14 +364,21 @@ impl Volume {
         self.pool.core().loose.extend(blocks);
     }
 
-    fn map(&self, first: u64, data: &Data, at: u64) -> Change {
-        let len = (data.len() as u64 / BLOCK) as u32;
-        let checksums = self.pool.core().catalog.get(&self.number).is_some_and(|entry| entry.checksums);
+    /// What is said of data that goes to these blocks. What comes next goes behind them.
+    fn map(&self, first: u64, data: &Data, blocks: Range<u64>) -> Change {
+        let checksums = {
+            let mut core = self.pool.core();
+            if let Some(line) = core.lines.get_mut(&self.number) {
+                line.near = Some(blocks.end);
+            }
+            core.catalog.get(&self.number).is_some_and(|entry| entry.checksums)
+        };
         let crcs = match checksums {
             true => data.to_vec().chunks(BLOCK as usize).map(crc32fast::hash).collect(),
             false => Vec::new(),
         };
-        Change::Map { volume: self.number, first, len, at, crc: crc_of(data), crcs }
+        let len = (blocks.end - blocks.start) as u32;
+        Change::Map { volume: self.number, first, len, at: blocks.start, crc: crc_of(data), crcs }
     }
 
     /// Logs what has been done, and makes it durable if that was asked for.
@@ -384,23 +394,14 @@ impl Volume {
 
     /// Promises room for blocks and for the nodes that lead to them. What makes room may use what is kept for that.
     fn reserve(&self, blocks: u64, row: &Range<u64>, makes_room: bool) -> Result<()> {
-        let leaves = || row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
+        let leaves = row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
         let mut core = self.pool.core();
-        let nodes = match makes_room {
-            // All but the first and the last are dropped, not written.
-            true => core.promise(self.number, [leaves().start, leaves().end - 1].into_iter()),
-            false => core.promise(self.number, leaves()),
-        };
-        match self.pool.space.reserve(blocks + nodes, makes_room) {
-            Ok(()) => {
-                core.promised += nodes;
-                Ok(())
-            }
-            Err(error) => {
-                core.promise_less(self.number, leaves());
-                Err(error)
-            }
-        }
+        // Of what is punched, all leaves but the first and the last are dropped, not written.
+        let leaves = if makes_room { vec![leaves.start, leaves.end - 1] } else { leaves.collect() };
+        let nodes = core.nodes_for(self.number, &leaves);
+        self.pool.space.reserve(blocks + nodes, makes_room)?;
+        core.promise(self.number, &leaves, nodes);
+        Ok(())
     }
 
     pub(super) async fn punch(&self, req: Request, below: Below<'_>) -> Reply {

@@ -14,8 +14,12 @@ use std::path::Path;
 /// Does something with a pool: here if nobody has it open, else by the daemon that serves it.
 fn ask(pool: &Path, operation: &Operation, control: &ControlArgs) -> Outcome<Value> {
     let failed = |error| Failure::from_error(&error);
-    match tool::open(pool) {
-        Ok(open) => open.carry_out(operation).map_err(failed),
+    let here = match operation {
+        Operation::List => tool::list(pool).map(Ok),
+        _ => tool::open(pool).map(|open| open.carry_out(operation)),
+    };
+    match here {
+        Ok(done) => done.map_err(failed),
         Err(error) if error.kind() == Kind::Busy => {
             let Ok((client, _)) = control.connect() else { return Err(failed(error)) };
             let path = pool.canonicalize().map_err(Failure::new)?;
