@@ -1,7 +1,7 @@
 //! Serves a volume, or a snapshot of one.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, Change, EntryKind, Ptr, SLOTS, Slot};
+use super::format::{BLOCK, Body, Change, EntryKind, Node, Ptr, SLOTS, Slot};
 use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::crc_of;
@@ -11,12 +11,16 @@ use super::space::Want;
 use blockmason::{
     Answer, Cx, Data, Error, Extent, ExtentState, Flags, Flow, Kind, Op, Reply, Request, Result,
 };
+use std::collections::HashMap;
 use std::iter::once;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Pieces that are looked up at once for an answer that may be incomplete.
 const MOST_PIECES: usize = 4096;
+
+/// Nodes that are read for such an answer, at most, if there is anything to say without more.
+const MOST_READ: usize = 64;
 
 /// Blocks in a row of a volume that are in a row in the pool, or a hole.
 #[derive(Debug)]
@@ -59,7 +63,15 @@ struct Hold {
 /// A node that is not in memory, and stays where it is until it has been read.
 struct Missing {
     node: Place,
-    _hold: Hold,
+    hold: Hold,
+}
+
+/// Nodes that a search has had to read. It has them until it ends, so that it ends however few the cache keeps; and the
+/// oldest hold keeps their blocks from holding anything else meanwhile.
+#[derive(Default)]
+struct Search {
+    nodes: HashMap<u64, Arc<Node>>,
+    holds: Vec<Hold>,
 }
 
 impl Volume {
@@ -112,7 +124,13 @@ impl Volume {
     ///
     /// # Errors
     /// The node that has to be read first.
-    fn resolve(&self, core: &Core, blocks: Range<u64>, most: usize) -> Result<Vec<Piece>, Place> {
+    fn resolve(
+        &self,
+        core: &Core,
+        blocks: Range<u64>,
+        most: usize,
+        search: &Search,
+    ) -> Result<Vec<Piece>, Place> {
         // As long as it is served it is there.
         let Some(entry) = core.catalog.get(&self.number) else { return Ok(Vec::new()) };
         let shared = match entry.kind {
@@ -148,7 +166,15 @@ impl Volume {
             });
             at = match run {
                 Some(run) => found.add_run(at, &run, run.birth > shared && core.log.trusts(run.number)),
-                None => self.resolve_tree((entry.root, entry.height), at..end, shared, &mut found)?,
+                None => {
+                    let tree = (entry.root, entry.height);
+                    match self.resolve_tree(tree, at..end, shared, search, &mut found) {
+                        Ok(at) => at,
+                        // Enough of an answer that may be incomplete.
+                        Err(_) if most < usize::MAX && search.nodes.len() >= MOST_READ => break,
+                        Err(missing) => return Err(missing),
+                    }
+                }
             };
         }
         Ok(found.pieces)
@@ -160,6 +186,7 @@ impl Volume {
         (mut ptr, mut level): (Ptr, u8),
         blocks: Range<u64>,
         shared: u64,
+        search: &Search,
         found: &mut Found,
     ) -> Result<u64, Place> {
         let at = blocks.start;
@@ -171,7 +198,10 @@ impl Volume {
                 return Ok(end);
             }
             let place = Place { tree: Tree::Volume, ptr, level, index };
-            let node = self.pool.nodes.cached(&place).ok_or(place)?;
+            let node = match search.nodes.get(&ptr.at[0]) {
+                Some(node) => node.clone(),
+                None => self.pool.nodes.cached(&place).ok_or(place)?,
+            };
             match &node.body {
                 Body::Leaf(slots) => {
                     let end = blocks.end.min((index + 1) * SLOTS as u64);
@@ -198,12 +228,15 @@ impl Volume {
         in_place: bool,
         below: Below<'_>,
     ) -> Result<(Vec<Piece>, Hold)> {
+        let mut search = Search::default();
         loop {
-            let Missing { node, _hold } = match self.find_now(blocks.clone(), most, in_place) {
+            let Missing { node, hold } = match self.find_now(blocks.clone(), most, in_place, &search) {
                 Ok(found) => return Ok(found),
                 Err(missing) => missing,
             };
-            self.pool.nodes.get(&node, below).await?;
+            search.holds.push(hold);
+            let read = self.pool.nodes.get(&node, below).await?;
+            search.nodes.insert(node.ptr.at[0], read);
         }
     }
 
@@ -212,11 +245,12 @@ impl Volume {
         blocks: Range<u64>,
         most: usize,
         in_place: bool,
+        search: &Search,
     ) -> Result<(Vec<Piece>, Hold), Missing> {
         let core = self.pool.core();
         let hold = |here| Hold { _era: core.era.clone(), _in_place: here };
-        let found = self.resolve(&core, blocks, most);
-        let mut pieces = found.map_err(|node| Missing { node, _hold: hold(None) })?;
+        let found = self.resolve(&core, blocks, most, search);
+        let mut pieces = found.map_err(|node| Missing { node, hold: hold(None) })?;
         let mut here = None;
         if in_place && pieces.iter().any(|piece| piece.own) {
             here = core.enter_in_place(self.number);
@@ -228,7 +262,7 @@ impl Volume {
     }
 
     fn read<'a>(&'a self, req: Request, below: Below<'a>, cx: Cx<'a>) -> Flow<'a> {
-        if let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, false)
+        if let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, false, &Search::default())
             && let [piece] = &pieces[..]
             && piece.crcs.is_empty()
         {
@@ -278,7 +312,7 @@ impl Volume {
         req.stabilise();
         if !req.is_fua()
             && self.pool.check().is_ok()
-            && let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, true)
+            && let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default())
             && let [piece] = &pieces[..]
             && piece.own
         {

@@ -42,6 +42,12 @@ fn the_power_is_lost() {
     seeds().for_each(|seed| play(seed + 100_000, "", [true, true]));
 }
 
+/// Hardly a node is in memory when it is needed, and is read while checkpoints give blocks away.
+#[test]
+fn with_next_to_no_memory() {
+    seeds().for_each(|seed| play(seed + 300_001, "(memory 12k)", [false, true]));
+}
+
 #[test]
 fn both_in_turn_with_checksums() {
     seeds().for_each(|seed| play(seed + 200_000, "(checksums yes)", [false, true]));

@@ -88,6 +88,8 @@ pub(super) struct Story {
     blocks: Vec<Block>,
     next: u32,
     sent: Vec<Sent>,
+    /// Reads: the first block, and of each the first version that may be read.
+    reads: Vec<(usize, Vec<usize>, oneshot::Receiver<Reply>)>,
     /// Flushes, each with what was answered before it.
     flushes: Vec<(Vec<usize>, oneshot::Receiver<Reply>)>,
     snapshots: BTreeMap<String, Snapshot>,
@@ -132,6 +134,7 @@ impl Story {
             blocks: vec![block; BLOCKS],
             next: 1,
             sent: Vec::new(),
+            reads: Vec::new(),
             flushes: Vec::new(),
             snapshots: BTreeMap::new(),
         }
@@ -144,7 +147,8 @@ impl Story {
     /// Sends something at random, unless it would overlap what is under way.
     pub(super) fn send(&mut self) {
         match self.rng.u8(0..100) {
-            0..60 => self.change(Op::Write),
+            0..20 => self.read(),
+            20..60 => self.change(Op::Write),
             60..68 => self.change(Op::WriteZeroes),
             68..76 => self.change(Op::Discard),
             76..86 => self.flush(),
@@ -184,6 +188,15 @@ impl Story {
         self.sent.push(Sent { blocks, fua, reply });
     }
 
+    fn read(&mut self) {
+        let first = self.rng.usize(0..BLOCKS);
+        let range = first..(first + self.rng.usize(1..=40)).min(BLOCKS);
+        let lowest = self.blocks[range.clone()].iter().map(|block| block.answered).collect();
+        let read = Request::read(range.start as u64 * BLOCK, range.len() as u64 * BLOCK);
+        let reply = self.disk().send(read);
+        self.reads.push((first, lowest, reply));
+    }
+
     fn flush(&mut self) {
         let answered = self.blocks.iter().map(|block| block.answered).collect();
         let reply = self.disk().send(Request::flush());
@@ -210,7 +223,20 @@ impl Story {
 
     /// Takes notice of what has been answered.
     pub(super) fn look(&mut self) {
-        let Story { sent, blocks, flushes, snapshots, seed, .. } = self;
+        let Story { sent, blocks, reads, flushes, snapshots, seed, .. } = self;
+        reads.retain_mut(|(first, lowest, reply)| {
+            let Ok(reply) = reply.try_recv() else { return true };
+            let found = reply
+                .and_then(|answer| answer.into_data())
+                .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            for ((ix, from), found) in (*first..).zip(lowest).zip(found.to_vec().chunks(BLOCK as usize)) {
+                let allowed = &blocks[ix].versions[*from..];
+                if let Some(said) = misfit(ix, found, allowed) {
+                    panic!("seed {seed}: block {ix} is read as {said}, not one of {allowed:?}");
+                }
+            }
+            false
+        });
         sent.retain_mut(|sent| {
             let Ok(reply) = sent.reply.try_recv() else { return true };
             reply.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
@@ -245,6 +271,7 @@ impl Story {
     /// Waits for everything.
     pub(super) async fn settle(&mut self) {
         while !self.sent.is_empty()
+            || !self.reads.is_empty()
             || !self.flushes.is_empty()
             || self.snapshots.values().any(|s| s.reply.is_some())
         {
@@ -274,6 +301,7 @@ impl Story {
     /// Forgets what was under way: nobody knows what has become of it.
     fn forget(&mut self) {
         self.sent.clear();
+        self.reads.clear();
         self.flushes.clear();
         self.snapshots.retain(|_, snapshot| snapshot.reply.is_none());
     }
