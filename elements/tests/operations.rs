@@ -11,7 +11,7 @@ use blockmason::{
     Request, Result,
 };
 use blockmason_elements::ALL;
-use blockmason_elements::parallax::tool::{self, Operation};
+use blockmason_elements::parallax::tool::{self, Operation, Settings};
 use std::cell::RefCell;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -130,7 +130,11 @@ impl Fragment {
         let pool = folder.join("x.pool");
         if self.graph.contains("x.pool") && !pool.exists() {
             tool::create(&pool, Some(64 << 20)).unwrap();
-            let made = Operation::CreateVolume { name: "v".to_owned(), size: 76 << 10, checksums: false };
+            let made = Operation::CreateVolume {
+                name: "v".to_owned(),
+                size: 76 << 10,
+                settings: Settings::default(),
+            };
             tool::open(&pool).unwrap().carry_out(&made).unwrap();
         }
         let made = TestDisk::new(host, *WITH_RECORDER, &self.text(sink, folder), "X").await;

@@ -8,7 +8,7 @@ use blockmason::lang::{Defines, check, parse_str};
 use blockmason::sched::HostConfig;
 use blockmason::{Disk, Host, Request};
 use blockmason_elements::ALL;
-use blockmason_elements::parallax::tool::{self, Operation};
+use blockmason_elements::parallax::tool::{self, Operation, Settings};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -156,7 +156,7 @@ const FAR: &str = "
 /// A pool with a volume.
 fn make_pool(path: &Path, volume: &str, size: u64) {
     tool::create(path, Some(64 << 20)).unwrap();
-    let made = Operation::CreateVolume { name: volume.to_owned(), size, checksums: false };
+    let made = Operation::CreateVolume { name: volume.to_owned(), size, settings: Settings::default() };
     tool::open(path).unwrap().carry_out(&made).unwrap();
 }
 

@@ -3,15 +3,21 @@
 
 use super::below::Below;
 use super::checkpoint::Frozen;
-use super::format::{BLOCK, Body, Dead, Entry, EntryKind, Features, Ptr, SLOTS, damaged};
+use super::format::{BLOCK, Body, Dead, Entry, EntryKind, Features, Limits, Ptr, SLOTS, damaged};
 use super::merge::{Merge, Who, height, span};
 use super::nodes::{Place, Tree};
-use super::pool::{Core, Pool};
+use super::pool::{Core, Pool, with_nodes};
 use super::volume::unix_seconds;
 use blockmason::{Error, Kind, LocalBoxFuture, Result};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::iter::once;
 use std::ops::Range;
+
+/// Leaves that a volume which is deleted loses in one step.
+const LEAVES: usize = if cfg!(test) { 1 } else { 256 };
+/// Parts of its dead list that a snapshot does.
+const PARTS: usize = if cfg!(test) { 1 } else { 64 };
 
 fn busy(message: impl Into<String>) -> Error {
     Error::new(Kind::Busy, message.into())
@@ -46,14 +52,14 @@ pub(super) fn check_size(size: u64) -> Result<()> {
 impl Core {
     /// The number of a volume.
     pub(super) fn volume(&self, name: &str) -> Option<u32> {
-        let is = |entry: &Entry| entry.name == name && matches!(entry.kind, EntryKind::Volume { .. });
+        let is = |entry: &Entry| entry.is(name) && matches!(entry.kind, EntryKind::Volume { .. });
         self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
     }
 
     /// The number of a snapshot of a volume.
     pub(super) fn snapshot(&self, volume: u32, name: &str) -> Option<u32> {
         let of = |entry: &Entry| matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume);
-        self.catalog.iter().find(|(_, entry)| entry.name == name && of(entry)).map(|(number, _)| *number)
+        self.catalog.iter().find(|(_, entry)| entry.is(name) && of(entry)).map(|(number, _)| *number)
     }
 
     /// The number of a volume, or of a snapshot of it.
@@ -79,15 +85,37 @@ impl Core {
     }
 
     /// Volumes that are clones of a snapshot.
-    fn clones(&self, snapshot: u32) -> Vec<&str> {
+    fn clones(&self, snapshot: u32) -> Vec<&Entry> {
         let of =
             |entry: &&Entry| matches!(entry.kind, EntryKind::Volume { origin, .. } if origin.0 == snapshot);
-        self.catalog.values().filter(of).map(|entry| entry.name.as_str()).collect()
+        self.catalog.values().filter(of).collect()
+    }
+
+    /// Its oldest snapshot that is not being deleted.
+    fn any_snapshot(&self, volume: u32) -> Option<&Entry> {
+        let of = |entry: &&Entry| {
+            !entry.deleting && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume)
+        };
+        self.catalog.values().find(of)
+    }
+
+    /// What is being deleted, snapshots before the volumes that they are of.
+    pub(super) fn deleting(&self) -> Option<u32> {
+        let all = || self.catalog.iter().filter(|(_, entry)| entry.deleting);
+        let snapshot = all().find(|(_, entry)| matches!(entry.kind, EntryKind::Snapshot { .. }));
+        snapshot.or_else(|| all().next()).map(|(number, _)| *number)
     }
 
     fn next_number(&mut self) -> u32 {
         self.next += 1;
         self.next - 1
+    }
+}
+
+impl Entry {
+    /// It is called that, and is not being deleted: then nobody finds it any more.
+    pub(super) fn is(&self, name: &str) -> bool {
+        self.name == name && !self.deleting
     }
 }
 
@@ -173,8 +201,10 @@ pub(super) enum Plan {
         number: u32,
         entry: Box<Entry>,
     },
-    DeleteVolume(u32),
-    DeleteSnapshot(u32),
+    /// It is deleted, and its room comes back piece by piece.
+    Delete(u32),
+    /// The next piece.
+    DeleteSome(u32),
     /// The first becomes what the second is; what it was becomes the volume with that number and name.
     Rollback {
         volume: u32,
@@ -184,6 +214,35 @@ pub(super) enum Plan {
     Promote(u32),
     Rename(u32, String),
     Grow(u32, u64),
+    Set {
+        volume: u32,
+        limits: Limits,
+        ordered: bool,
+    },
+}
+
+/// How a volume is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Each block has a checksum.
+    pub checksums: bool,
+    /// After a loss of power it is what it was at some instant since the last flush.
+    pub ordered: bool,
+    /// Bytes of it that may hold data, 0 any.
+    pub quota: u64,
+    /// Bytes that can be written to it since its newest snapshot, whatever others do.
+    pub reserve: u64,
+}
+
+/// What changes of it; what is none stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "as in Settings")]
+pub struct NewSettings {
+    pub ordered: Option<bool>,
+    pub quota: Option<u64>,
+    pub reserve: Option<u64>,
 }
 
 impl Plan {
@@ -198,33 +257,53 @@ impl Plan {
         let mut catalog = Catalog { before, changed: &mut frozen.entries };
         match self {
             Plan::Make { number, entry } => catalog.set(*number, Some((**entry).clone())),
-            Plan::DeleteVolume(number) => delete_volume(merge, &mut catalog, *number).await?,
-            Plan::DeleteSnapshot(number) => delete_snapshot(merge, &mut catalog, *number).await?,
+            Plan::Delete(number) => catalog.change(*number, |entry| entry.deleting = true),
+            Plan::DeleteSome(number) => delete_some(merge, &mut catalog, *number).await?,
             Plan::Rollback { volume, snapshot, old } => {
                 rollback(merge, &mut catalog, (*volume, *snapshot), old).await?;
             }
             Plan::Promote(number) => promote(merge, &mut catalog, *number).await?,
             Plan::Rename(number, name) => catalog.change(*number, |entry| entry.name.clone_from(name)),
             Plan::Grow(number, size) => grow(merge, &mut catalog, (*number, *size), births).await?,
+            Plan::Set { volume, limits: new, ordered } => catalog.change(*volume, |entry| {
+                entry.ordered = *ordered;
+                if let EntryKind::Volume { limits, .. } = &mut entry.kind {
+                    *limits = *new;
+                }
+            }),
         }
         Ok(())
     }
 }
 
-async fn delete_volume(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
-    let Some((entry, _, origin)) = catalog.volume(number) else { return Ok(()) };
+async fn delete_some(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
+    match catalog.snapshot(number) {
+        Some(snapshot) => delete_of_snapshot(merge, catalog, number, snapshot).await,
+        None => delete_of_volume(merge, catalog, number).await,
+    }
+}
+
+async fn delete_of_volume(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
+    let Some((mut entry, _, origin)) = catalog.volume(number) else { return Ok(()) };
     let who = Who { volume: number, newest: 0, origin: origin.1 };
-    merge.drop_tree(who, entry.root, entry.height, 0).await?;
-    catalog.set(number, None);
+    let mut leaves = LEAVES;
+    entry.root = merge.drop_some(who, entry.root, (entry.height, 0), &mut leaves).await?;
+    let left = !entry.root.is_hole();
+    catalog.set(number, left.then_some(entry));
     Ok(())
 }
 
 /// What only the snapshot sees was born after the one before it, and has died since: it is in its dead list.
-async fn delete_snapshot(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) -> Result<()> {
-    let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
+async fn delete_of_snapshot(
+    merge: &mut Merge<'_>,
+    catalog: &mut Catalog<'_>,
+    number: u32,
+    snapshot: Snapshot,
+) -> Result<()> {
     let older = catalog.snapshot(snapshot.before);
     let birth = older.as_ref().map_or(0, |older| older.birth);
-    for dead in merge.take_dead(number, snapshot.dead).await? {
+    let (left, list) = merge.take_dead(number, snapshot.dead, PARTS).await?;
+    for dead in list {
         match dead.birth > birth {
             true => merge.free(dead.at..dead.at + u64::from(dead.len)),
             false => merge.dead.push(dead),
@@ -234,8 +313,12 @@ async fn delete_snapshot(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, numbe
         let list = merge.add_dead(snapshot.before, older.dead).await?;
         catalog.change(snapshot.before, |entry| set_dead(entry, list));
     }
-    catalog.relink_within(snapshot.volume, number, snapshot.before);
-    catalog.set(number, None);
+    if left.is_hole() {
+        catalog.relink_within(snapshot.volume, number, snapshot.before);
+        catalog.set(number, None);
+    } else {
+        catalog.change(number, |entry| set_dead(entry, left));
+    }
     Ok(())
 }
 
@@ -268,16 +351,17 @@ async fn rollback(
         });
     }
     let newest = if newer.is_empty() { 0 } else { newest };
-    let kind = EntryKind::Volume { newest, origin: (number, snapshot.birth), quota: 0, reserve: 0 };
+    let kind =
+        EntryKind::Volume { newest, origin: (number, snapshot.birth), limits: Limits::default(), own: 0 };
     catalog.set(old.0, Some(Entry { name: old.1.clone(), made: unix_seconds(), kind, ..entry }));
     // The line sees again what it had let go of.
-    merge.take_dead(number, snapshot.dead).await?;
+    merge.take_dead(number, snapshot.dead, usize::MAX).await?;
     catalog.change(number, |entry| set_dead(entry, Ptr::default()));
     catalog.change(volume, |entry| {
-        (entry.root, entry.height, entry.size) =
-            (snapshot.entry.root, snapshot.entry.height, snapshot.entry.size);
-        if let EntryKind::Volume { newest, .. } = &mut entry.kind {
-            *newest = number;
+        (entry.root, entry.height, entry.size, entry.mapped) =
+            (snapshot.entry.root, snapshot.entry.height, snapshot.entry.size, snapshot.entry.mapped);
+        if let EntryKind::Volume { newest, own, .. } = &mut entry.kind {
+            (*newest, *own) = (number, 0);
         }
     });
     Ok(())
@@ -291,7 +375,7 @@ async fn forget_older(
     birth: u64,
 ) -> Result<()> {
     let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
-    merge.dead = merge.take_dead(number, snapshot.dead).await?;
+    (_, merge.dead) = merge.take_dead(number, snapshot.dead, usize::MAX).await?;
     merge.dead.retain(|dead| dead.birth > birth);
     let list = merge.add_dead(number, Ptr::default()).await?;
     catalog.change(number, |entry| set_dead(entry, list));
@@ -327,7 +411,7 @@ async fn promote(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, number: u32) 
     for other in catalog.line(line).into_iter().take_while(|other| *other != origin) {
         forget_older(merge, catalog, other, birth).await?;
     }
-    merge.take_dead(origin, snapshot.dead).await?;
+    merge.take_dead(origin, snapshot.dead, usize::MAX).await?;
     catalog.change(origin, |entry| set_dead(entry, Ptr::default()));
     let mut next = clone;
     for other in own.into_iter().chain([origin]) {
@@ -401,10 +485,11 @@ impl Pool {
         &self,
         name: &str,
         size: u64,
-        checksums: bool,
+        settings: Settings,
         below: Below<'_>,
     ) -> Result<u32> {
         check_size(size)?;
+        let Settings { checksums, ordered, quota, reserve } = settings;
         let entry = Entry {
             name: name.to_owned(),
             size,
@@ -412,13 +497,16 @@ impl Pool {
             root: Ptr::default(),
             checksums,
             deleting: false,
+            ordered,
+            mapped: 0,
             made: unix_seconds(),
             features: Features::default(),
-            kind: EntryKind::Volume { newest: 0, origin: (0, 0), quota: 0, reserve: 0 },
+            kind: EntryKind::Volume { newest: 0, origin: (0, 0), limits: Limits { quota, reserve }, own: 0 },
         };
         let mut made = 0;
         let plan = |core: &mut Core| {
             core.need_no_volume(name)?;
+            self.need_room(core, reserve.div_ceil(BLOCK), name)?;
             made = core.next_number();
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
         };
@@ -426,14 +514,47 @@ impl Pool {
         Ok(made)
     }
 
+    /// Changes how much room a volume may take, and what is left of it after a loss of power.
+    pub(super) async fn set(&self, name: &str, new: NewSettings, below: Below<'_>) -> Result<()> {
+        let plan = |core: &mut Core| {
+            let volume = core.find(name, None)?;
+            let Some(Entry { kind: EntryKind::Volume { limits, .. }, ordered, .. }) =
+                core.catalog.get_mut(&volume)
+            else {
+                return Err(gone("volume", name));
+            };
+            let wanted = Limits {
+                quota: new.quota.unwrap_or(limits.quota),
+                reserve: new.reserve.unwrap_or(limits.reserve),
+            };
+            let more = wanted.reserve.saturating_sub(limits.reserve).div_ceil(BLOCK);
+            let ordered = new.ordered.unwrap_or(*ordered);
+            self.need_room(core, more, name)?;
+            Ok(Plan::Set { volume, limits: wanted, ordered })
+        };
+        self.administer(below, plan).await
+    }
+
+    /// # Errors
+    /// [`Kind::NoSpace`] if so many blocks cannot be kept for a volume beside what is kept for others.
+    fn need_room(&self, core: &Core, blocks: u64, name: &str) -> Result<()> {
+        if blocks == 0 || self.space.has_room(core.kept() + with_nodes(blocks)) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::NoSpace, format!("there is no room for what is to be reserved for {name}")))
+    }
+
     /// Deletes a volume without snapshots.
     pub(super) async fn delete_volume(&self, name: &str, below: Below<'_>) -> Result<()> {
         let plan = |core: &mut Core| {
             let number = core.find(name, None)?;
             core.need_free(number, name)?;
-            match core.ancestors(number).0.0 {
-                0 => Ok(Plan::DeleteVolume(number)),
-                _ => Err(busy(format!("{name} has snapshots: delete those first"))),
+            match core.any_snapshot(number) {
+                None => Ok(Plan::Delete(number)),
+                Some(snapshot) => {
+                    let snapshot = &snapshot.name;
+                    Err(busy(format!("{name} has snapshots, {name}@{snapshot} for one: delete those first")))
+                }
             }
         };
         self.administer(below, plan).await
@@ -445,8 +566,11 @@ impl Pool {
             let snapshot = core.find(volume, Some(name))?;
             core.need_free(snapshot, &format!("{volume}@{name}"))?;
             match core.clones(snapshot)[..] {
-                [] => Ok(Plan::DeleteSnapshot(snapshot)),
-                [clone, ..] => {
+                [] => Ok(Plan::Delete(snapshot)),
+                [Entry { name: clone, deleting: true, .. }, ..] => Err(busy(format!(
+                    "{clone}, a clone of {volume}@{name}, is still being deleted: try again when it is gone"
+                ))),
+                [Entry { name: clone, .. }, ..] => {
                     let message =
                         format!("{clone} is a clone of {volume}@{name}: delete or promote it first");
                     Err(busy(message))
@@ -454,6 +578,24 @@ impl Pool {
             }
         };
         self.administer(below, plan).await
+    }
+
+    /// Gets back some of the room of what is deleted. False if there is nothing left to do.
+    pub(super) async fn delete_some(&self, below: Below<'_>) -> Result<bool> {
+        if !self.writable || self.core().deleting().is_none() {
+            return Ok(false);
+        }
+        self.check()?;
+        let _alone = self.administering.write().await;
+        let Some(number) = self.core().deleting() else { return Ok(false) };
+        self.checkpoint_with(&Plan::DeleteSome(number), below).await?;
+        Ok(true)
+    }
+
+    /// Gets back all of it.
+    pub(super) async fn delete_all(&self, below: Below<'_>) -> Result<()> {
+        while self.delete_some(below).await? {}
+        Ok(())
     }
 
     /// Makes a volume that begins as a snapshot. Its number.
@@ -475,7 +617,8 @@ impl Pool {
             let EntryKind::Snapshot { birth, .. } = entry.kind else {
                 return Err(gone("snapshot", snapshot));
             };
-            let kind = EntryKind::Volume { newest: 0, origin: (origin, birth), quota: 0, reserve: 0 };
+            let (origin, limits) = ((origin, birth), Limits::default());
+            let kind = EntryKind::Volume { newest: 0, origin, limits, own: 0 };
             let entry = Entry { name: name.to_owned(), made: unix_seconds(), kind, ..entry };
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
         };
@@ -606,10 +749,10 @@ impl Merge<'_> {
         Ok(ptr)
     }
 
-    /// What a dead list has, and frees its parts.
-    async fn take_dead(&mut self, snapshot: u32, mut list: Ptr) -> Result<Vec<Dead>> {
+    /// What the first so many parts of a dead list have. Frees those parts; what is left.
+    async fn take_dead(&mut self, snapshot: u32, mut list: Ptr, most: usize) -> Result<(Ptr, Vec<Dead>)> {
         let (mut all, mut parts) = (Vec::new(), HashSet::new());
-        while !list.is_hole() {
+        while !list.is_hole() && parts.len() < most {
             let (next, dead) = self.dead_part(list, snapshot).await?;
             all.extend(dead);
             if !parts.insert(list.at) {
@@ -618,6 +761,6 @@ impl Merge<'_> {
             self.free_node(list);
             list = next;
         }
-        Ok(all)
+        Ok((list, all))
     }
 }

@@ -126,7 +126,7 @@ impl Check<'_> {
     async fn entry(&mut self, number: u32, entry: &Entry, catalog: &std::collections::BTreeMap<u32, Entry>) {
         let what = match &entry.kind {
             EntryKind::Volume { newest, origin, .. } => {
-                self.findings.volumes += 1;
+                self.findings.volumes += u64::from(!entry.deleting);
                 let lacks = |number: u32| number != 0 && !catalog.contains_key(&number);
                 if lacks(*newest) || lacks(origin.0) {
                     self.problem(format!("volume {} names a snapshot that is not there", entry.name));
@@ -134,7 +134,7 @@ impl Check<'_> {
                 format!("volume {}", entry.name)
             }
             EntryKind::Snapshot { volume, before, birth, dead } => {
-                self.findings.snapshots += 1;
+                self.findings.snapshots += u64::from(!entry.deleting);
                 if !catalog.contains_key(volume) || *before != 0 && !catalog.contains_key(before) {
                     self.problem(format!("snapshot {} names something that is not there", entry.name));
                 }

@@ -5,8 +5,8 @@
 use super::admin::Plan;
 use super::below::Below;
 use super::format::{BLOCK, EXTENT, Entry, EntryKind, ExtentRecord, Ptr, RECORDS, Root, put, seal, short};
-use super::merge::{Merge, Who, height};
-use super::pool::{Core, Layer, Pool};
+use super::merge::{Counted, Merge, Who, height};
+use super::pool::{Core, Fresh, Layer, Pool};
 use super::space::Want;
 use blockmason::{Data, Error, Kind, Result};
 use std::collections::BTreeMap;
@@ -27,15 +27,31 @@ pub(super) struct Frozen {
     loose: Vec<Range<u64>>,
     promised: u64,
     runs: usize,
+    /// What the lines had been given room for.
+    fresh: Vec<(u32, Fresh)>,
 }
 
 /// What has become of the trees.
 #[derive(Default)]
 struct Outcome {
-    /// Of each volume: its root after each layer.
-    roots: BTreeMap<u32, Vec<Ptr>>,
+    /// Of each volume: its tree after each layer.
+    trees: BTreeMap<u32, Vec<Grown>>,
     /// Dead lists of snapshots.
     dead: BTreeMap<u32, Ptr>,
+}
+
+/// A tree after a layer.
+#[derive(Clone, Copy)]
+struct Grown {
+    root: Ptr,
+    /// Blocks that it maps.
+    mapped: u64,
+}
+
+impl Grown {
+    fn enter(self, entry: &mut Entry) {
+        (entry.root, entry.mapped) = (self.root, self.mapped);
+    }
 }
 
 impl Pool {
@@ -78,16 +94,16 @@ impl Pool {
         let mut merge = Merge::new(self, below);
         let mut outcome = Outcome::default();
         for (volume, layers) in &frozen.lines {
-            let roots =
+            let trees =
                 merge_line(&mut merge, &mut frozen.entries, *volume, layers, &mut outcome.dead).await?;
-            outcome.roots.insert(*volume, roots);
+            outcome.trees.insert(*volume, trees);
         }
         for (number, layers) in &frozen.young {
             let Some(Some(entry)) = frozen.entries.get_mut(number) else { continue };
             let EntryKind::Snapshot { volume, .. } = entry.kind else { continue };
-            if let Some(root) = outcome.roots.get(&volume).and_then(|roots| roots.get(layers.wrapping_sub(1)))
-            {
-                entry.root = *root;
+            let trees = outcome.trees.get(&volume);
+            if let Some(tree) = trees.and_then(|trees| trees.get(layers.wrapping_sub(1))) {
+                tree.enter(entry);
             }
         }
         if let Some(plan) = plan {
@@ -169,8 +185,8 @@ impl Pool {
     ) {
         let mut core = self.core();
         core.log.cut(root.tail);
-        for (volume, roots) in &outcome.roots {
-            core.move_on(*volume, roots);
+        for (volume, trees) in &outcome.trees {
+            core.move_on(*volume, trees, frozen);
         }
         for (snapshot, list) in outcome.dead {
             if let Some(EntryKind::Snapshot { dead, .. }) =
@@ -182,6 +198,12 @@ impl Pool {
         core.replace_entries(planned.unwrap_or_default());
         core.root = root;
         core.promised -= frozen.promised;
+        for (volume, fresh) in &frozen.fresh {
+            if let Some(line) = core.lines.get_mut(volume) {
+                line.fresh.placed = line.fresh.placed.saturating_sub(fresh.placed);
+                line.fresh.filled -= fresh.filled.min(line.fresh.filled);
+            }
+        }
         core.forget_runs(frozen.runs);
         freed.extend(std::mem::replace(&mut core.journal, journal).into_iter().map(|at| at..at + 1));
         let era = std::mem::take(&mut core.era);
@@ -208,6 +230,7 @@ impl Core {
                 }
             }
         }
+        self.look_at_reserves();
     }
 
     /// What a checkpoint has to do, if there is anything, or if it is wanted all the same.
@@ -239,15 +262,20 @@ impl Core {
             ..self.root.clone()
         };
         let runs = lines.iter().flat_map(|(_, layers)| layers).map(|layer| layer.runs.len()).sum();
-        Some(Frozen { root, entries, lines, young, loose: std::mem::take(&mut self.loose), promised, runs })
+        let fresh = self.lines.iter().map(|(volume, line)| (*volume, line.fresh)).collect();
+        let loose = std::mem::take(&mut self.loose);
+        Some(Frozen { root, entries, lines, young, loose, promised, runs, fresh })
     }
 
     /// A volume's first layers are in its tree, with these roots after each of them.
-    fn move_on(&mut self, volume: u32, roots: &[Ptr]) {
-        let Some(newest) = roots.last() else { return };
+    fn move_on(&mut self, volume: u32, trees: &[Grown], frozen: &Frozen) {
+        let Some(newest) = trees.last() else { return };
         if let (Some(line), Some(entry)) = (self.lines.get_mut(&volume), self.catalog.get_mut(&volume)) {
-            line.layers.drain(..roots.len());
-            entry.root = *newest;
+            line.layers.drain(..trees.len());
+            newest.enter(entry);
+            if let Some(Some(then)) = frozen.entries.get(&volume) {
+                entry.take_own(then);
+            }
         }
         let catalog = &mut self.catalog;
         self.young.retain_mut(|young| {
@@ -255,41 +283,62 @@ impl Core {
             if !matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == volume) {
                 return true;
             }
-            let count = young.layers.len().min(roots.len());
-            entry.root = roots[count - 1];
+            let count = young.layers.len().min(trees.len());
+            trees[count - 1].enter(entry);
             young.layers.drain(..count);
             !young.layers.is_empty()
         });
     }
 }
 
-/// Brings the layers of a volume into its tree, the oldest first. The roots after each of them.
+impl Entry {
+    /// What only the volume sees is what was found out, unless a snapshot was taken meanwhile, which sees all of it.
+    fn take_own(&mut self, found: &Entry) {
+        if let (EntryKind::Volume { newest, own, .. }, EntryKind::Volume { newest: then, own: found, .. }) =
+            (&mut self.kind, &found.kind)
+            && newest == then
+        {
+            *own = *found;
+        }
+    }
+
+    fn count(&mut self, counted: Counted, is_newest: bool) {
+        self.mapped = self.mapped.saturating_add_signed(counted.mapped);
+        if let EntryKind::Volume { own, .. } = &mut self.kind
+            && is_newest
+        {
+            *own = own.saturating_add_signed(counted.own);
+        }
+    }
+}
+
+/// Brings the layers of a volume into its tree, the oldest first. The tree after each of them.
 async fn merge_line(
     merge: &mut Merge<'_>,
     entries: &mut BTreeMap<u32, Option<Entry>>,
     volume: u32,
     layers: &[Arc<Layer>],
     lists: &mut BTreeMap<u32, Ptr>,
-) -> Result<Vec<Ptr>> {
-    let Some(Some(entry)) = entries.get(&volume) else { return Ok(Vec::new()) };
-    let origin = match entry.kind {
-        EntryKind::Volume { origin, .. } => origin.1,
-        EntryKind::Snapshot { .. } => 0,
+) -> Result<Vec<Grown>> {
+    let Some(Some(mut entry)) = entries.get(&volume).cloned() else { return Ok(Vec::new()) };
+    let EntryKind::Volume { newest: latest, origin: (_, origin), .. } = entry.kind else {
+        return Ok(Vec::new());
     };
-    let (mut root, height, mut roots) = (entry.root, entry.height, Vec::new());
+    let mut trees = Vec::new();
     for layer in layers {
         let (snapshot, newest) = layer.newest;
-        root = merge.merge(Who { volume, newest, origin }, root, (height, 0), &layer.runs).await?;
-        roots.push(root);
+        merge.counted = Counted::default();
+        let who = Who { volume, newest, origin };
+        entry.root = merge.merge(who, entry.root, (entry.height, 0), &layer.runs).await?;
+        entry.count(merge.counted, snapshot == latest);
+        trees.push(Grown { root: entry.root, mapped: entry.mapped });
         if let Some(Some(Entry { kind: EntryKind::Snapshot { dead, .. }, .. })) = entries.get_mut(&snapshot) {
             *dead = merge.add_dead(snapshot, *dead).await?;
             lists.insert(snapshot, *dead);
         }
     }
-    if let Some(Some(entry)) = entries.get_mut(&volume) {
-        entry.root = root;
-    }
-    Ok(roots)
+    entries.insert(volume, Some(entry));
+    Ok(trees)
 }
 
 /// Writes what has changed of the catalog, which may grow by it.

@@ -7,7 +7,7 @@ use super::format::{Change, Record};
 use blockmason::{Error, Result};
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 /// What becomes of a batch of changes: whether its record is written and applied.
 #[derive(Default)]
@@ -40,9 +40,37 @@ fn copy(error: &Error) -> Error {
     Error::new(error.kind(), error.message().to_owned())
 }
 
-/// Changes that go into one record.
-pub(super) struct Batch {
+/// Changes of one request.
+pub(super) struct Part {
     pub(super) changes: Vec<Change>,
+    /// Comes when their data has been written, and never if it cannot be; none if it has been.
+    data: Option<oneshot::Receiver<()>>,
+}
+
+impl Part {
+    /// Their data, if they have any, has been written.
+    pub(super) fn after_data(changes: Vec<Change>) -> Part {
+        Part { changes, data: None }
+    }
+
+    /// Their data is being written; what is sent when it has been.
+    pub(super) fn beside_data(changes: Vec<Change>) -> (oneshot::Sender<()>, Part) {
+        let (written, data) = oneshot::channel();
+        (written, Part { changes, data: Some(data) })
+    }
+
+    /// Waits for the data. False if it has not been written.
+    pub(super) async fn has_data(&mut self) -> bool {
+        match self.data.take() {
+            Some(data) => data.await.is_ok(),
+            None => true,
+        }
+    }
+}
+
+/// What goes into one record.
+pub(super) struct Batch {
+    pub(super) parts: Vec<Part>,
     bytes: usize,
     pub(super) fate: Arc<Fate>,
 }
@@ -66,6 +94,9 @@ pub(super) struct Log {
     trusted: u64,
     /// Records that are not durable, and what they say is settled.
     marks: VecDeque<(u64, u64)>,
+    /// The first and the last record that speaks of data which could not be written. As long as a replay finds them, it
+    /// has to compare that data: neither they nor any behind them are called settled.
+    spoilt: Option<(u64, u64)>,
 }
 
 impl Log {
@@ -83,6 +114,7 @@ impl Log {
             durable,
             trusted: durable,
             marks: VecDeque::new(),
+            spoilt: None,
         }
     }
 
@@ -94,14 +126,14 @@ impl Log {
     }
 
     /// Adds changes, which go into one record. Their fate.
-    pub(super) fn add(&mut self, changes: Vec<Change>) -> Arc<Fate> {
-        let bytes: usize = changes.iter().map(Record::bytes_of).sum();
+    pub(super) fn add(&mut self, part: Part) -> Arc<Fate> {
+        let bytes: usize = part.changes.iter().map(Record::bytes_of).sum();
         if let Some(batch) = self.waiting.back_mut().filter(|last| last.bytes + bytes <= Record::MOST / 2) {
             batch.bytes += bytes;
-            batch.changes.extend(changes);
+            batch.parts.push(part);
             return batch.fate.clone();
         }
-        let batch = Batch { changes, bytes, fate: Arc::default() };
+        let batch = Batch { parts: vec![part], bytes, fate: Arc::default() };
         let fate = batch.fate.clone();
         self.waiting.push_back(batch);
         fate
@@ -124,7 +156,13 @@ impl Log {
 
     /// The record of these changes.
     pub(super) fn record(&self, changes: Vec<Change>) -> Record {
-        Record { epoch: self.epoch, number: self.head.1, settled: self.durable, changes }
+        let settled = self.spoilt.map_or(self.durable, |(first, _)| self.durable.min(first - 1));
+        Record { epoch: self.epoch, number: self.head.1, settled, changes }
+    }
+
+    /// The data of a change in that record could not be written.
+    pub(super) fn spoil(&mut self, number: u64) {
+        self.spoilt = Some((self.spoilt.map_or(number, |(first, _)| first), number));
     }
 
     /// Where a record of so many blocks goes: the block of the pool, and where the log goes on behind it. None if there is no room.
@@ -157,6 +195,7 @@ impl Log {
         self.live -= (tail.0 + size - self.tail.0) % size;
         self.tail = tail;
         self.trusted = self.trusted.max(tail.1.saturating_sub(1));
+        self.spoilt = self.spoilt.filter(|(_, last)| *last >= tail.1);
     }
 
     /// The last record there is: what a flush that begins now makes durable.
@@ -230,5 +269,20 @@ mod tests {
         assert!(log.trusts(1) && !log.trusts(2));
         log.cut(log.head());
         assert!(log.trusts(2));
+    }
+
+    #[test]
+    fn what_has_no_data_is_never_settled() {
+        let mut log = log();
+        write(&mut log, 1);
+        write(&mut log, 1);
+        log.spoil(2);
+        log.flushed(log.last());
+        write(&mut log, 1);
+        log.flushed(log.last());
+        assert!(log.trusts(1) && !log.trusts(2) && !log.trusts(3));
+        assert_eq!(log.record(Vec::new()).settled, 1);
+        log.cut(log.head());
+        assert_eq!(log.record(Vec::new()).settled, 3, "a replay does not see it any more");
     }
 }

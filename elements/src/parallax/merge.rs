@@ -30,6 +30,21 @@ pub(super) struct Who {
     pub(super) origin: u64,
 }
 
+/// How many blocks of a volume more there are than before, or fewer.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Counted {
+    pub(super) mapped: i64,
+    /// Those that only the volume sees.
+    pub(super) own: i64,
+}
+
+impl Counted {
+    fn add(&mut self, who: Who, birth: u64, blocks: i64) {
+        self.mapped += blocks;
+        self.own += if birth > who.newest.max(who.origin) { blocks } else { 0 };
+    }
+}
+
 /// What a checkpoint does.
 pub(super) struct Merge<'a> {
     space: &'a Space,
@@ -40,6 +55,7 @@ pub(super) struct Merge<'a> {
     pub(super) freed: Vec<Range<u64>>,
     /// What the line has let go of and the newest snapshot sees.
     pub(super) dead: Vec<Dead>,
+    pub(super) counted: Counted,
 }
 
 impl<'a> Merge<'a> {
@@ -51,6 +67,7 @@ impl<'a> Merge<'a> {
             difference: Difference::default(),
             freed: Vec::new(),
             dead: Vec::new(),
+            counted: Counted::default(),
         }
     }
 
@@ -180,10 +197,12 @@ impl<'a> Merge<'a> {
                 let slot = &mut slots[(first + ix - index * SLOTS as u64) as usize];
                 let old = std::mem::replace(slot, run.slot(ix));
                 if old.at != 0 {
+                    self.counted.add(who, old.birth, -1);
                     self.kill(who, old.at, 1, old.birth);
                 }
             }
             if run.at != 0 {
+                self.counted.add(who, run.birth, run.len as i64);
                 self.difference.add(run.at..run.at + run.len);
             }
         }
@@ -223,7 +242,7 @@ impl<'a> Merge<'a> {
         }
     }
 
-    /// A line lets go of a whole tree.
+    /// A line lets go of a whole tree, and of what it has in common with its origin, too.
     pub(super) fn drop_tree(
         &mut self,
         who: Who,
@@ -232,15 +251,15 @@ impl<'a> Merge<'a> {
         index: u64,
     ) -> LocalBoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            if ptr.is_hole() || ptr.birth <= who.origin {
+            if ptr.is_hole() {
                 return Ok(());
             }
             match self.read(ptr, level, index).await? {
                 Body::Leaf(slots) => {
-                    slots
-                        .iter()
-                        .filter(|slot| slot.at != 0)
-                        .for_each(|slot| self.kill(who, slot.at, 1, slot.birth));
+                    for slot in slots.iter().filter(|slot| slot.at != 0) {
+                        self.counted.add(who, slot.birth, -1);
+                        self.kill(who, slot.at, 1, slot.birth);
+                    }
                 }
                 Body::Inner(children) => {
                     for (ix, child) in children.iter().enumerate() {
@@ -251,6 +270,40 @@ impl<'a> Merge<'a> {
             }
             self.kill_node(who, ptr);
             Ok(())
+        })
+    }
+
+    /// A line lets go of the next so many leaves of a tree that are its own. What is left.
+    pub(super) fn drop_some<'m>(
+        &'m mut self,
+        who: Who,
+        ptr: Ptr,
+        (level, index): (u8, u64),
+        leaves: &'m mut usize,
+    ) -> LocalBoxFuture<'m, Result<Ptr>> {
+        Box::pin(async move {
+            if ptr.is_hole() || ptr.birth <= who.origin {
+                return Ok(Ptr::default());
+            }
+            if *leaves == 0 {
+                return Ok(ptr);
+            }
+            if level == 0 {
+                *leaves -= 1;
+                self.drop_tree(who, ptr, level, index).await?;
+                return Ok(Ptr::default());
+            }
+            let mut children = self.children(Place { tree: Tree::Volume, ptr, level, index }).await?;
+            for (ix, child) in children.iter_mut().enumerate() {
+                let place = (level - 1, index * SLOTS as u64 + ix as u64);
+                *child = self.drop_some(who, *child, place, leaves).await?;
+            }
+            self.kill_node(who, ptr);
+            if children.iter().all(Ptr::is_hole) {
+                return Ok(Ptr::default());
+            }
+            let body = Body::Inner(children);
+            self.write(Node { level, index, writer: who.volume, body }, ptr.birth).await
         })
     }
 

@@ -11,7 +11,7 @@ use super::nodes::{Nodes, Place, Tree};
 use super::pool::{Core, Pool};
 use super::space::{Space, read_table};
 use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 /// The number of the first owner of extents.
 const OWNER: u32 = 2;
@@ -291,11 +291,20 @@ async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> 
         records.push(record);
     }
     let settled = records.iter().map(|record| record.settled).max().unwrap_or(0);
+    // Ordered volumes of which something has not happened: nor has anything that came after it.
+    let mut ended = HashSet::new();
     for Record { number, changes, .. } in records {
         let mut happened = Vec::new();
         for change in changes {
-            fits(core, &change)?;
-            if has_happened(&change, number <= settled, below).await? {
+            let volume = fits(core, &change)?;
+            if ended.contains(&volume) {
+                continue;
+            }
+            let has_happened = has_happened(&change, number <= settled, below).await?;
+            if !has_happened && core.catalog.get(&volume).is_some_and(|entry| entry.ordered) {
+                ended.insert(volume);
+            }
+            if has_happened {
                 if let Change::Map { at: at @ 1.., len, .. } = change {
                     space.mark(at..at + u64::from(len))?;
                 }
@@ -326,16 +335,18 @@ async fn next_record(core: &Core, id: &Id, below: Below<'_>) -> Result<Option<(R
     Ok(None)
 }
 
+/// The volume that a change is of.
+///
 /// # Errors
 /// It says something of blocks that a volume does not have.
-fn fits(core: &Core, change: &Change) -> Result<()> {
+fn fits(core: &Core, change: &Change) -> Result<u32> {
     let (volume, end) = match change {
         Change::Map { volume, first, len, .. } => (volume, first + u64::from(*len)),
         Change::Snapshot { volume, .. } => (volume, 0),
     };
     let is_volume = core.lines.contains_key(volume);
     match core.catalog.get(volume).filter(|entry| is_volume && end * BLOCK <= entry.size) {
-        Some(_) => Ok(()),
+        Some(_) => Ok(*volume),
         None => Err(damaged("the log speaks of what no volume has")),
     }
 }

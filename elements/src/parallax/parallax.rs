@@ -3,10 +3,10 @@
 use super::format::{BLOCK, EntryKind};
 use super::pool::Core;
 use super::shared::{Shared, head_of};
-use super::volume::{Volume, unix_seconds};
+use super::volume::{Full, OnFull, Volume, unix_seconds};
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
-use blockmason::lang::value::{FilePath, Size};
+use blockmason::lang::value::{FilePath, Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
 };
@@ -22,8 +22,18 @@ blockmason::params! {
         volume: String,
         /// Serves this snapshot of the volume instead, for reading only.
         snapshot: Option<String>,
+        /// What a write does for which there is no room: it fails (`error`), or waits (`queue`).
+        on_full: OnFull = "error",
+        /// How long it waits, at most; then it fails.
+        full_timeout: Time = "60s",
         /// Memory that the pool's map may take. What the first graph says that opens the pool counts.
         memory: Size = "256M",
+    }
+}
+
+impl Params {
+    fn full(&self) -> Full {
+        Full { on_full: self.on_full, timeout: self.full_timeout.0 }
     }
 }
 
@@ -41,7 +51,8 @@ pub const TYPE: ElementType = ElementType {
           death of this process loses nothing. A flush is one fdatasync. After a loss of power each block that was written \
           since the last flush has its new or its flushed contents, never another block's. A failed flush ends all \
           changes to the pool until all graphs that use it are started anew.\n\n\
-          Where the pool is full, writes that need room fail with ENOSPC; deleting a snapshot, or discarding, makes room. Format: \
+          Where the pool is full, or the volume has reached its quota, writes that need room fail with ENOSPC, or wait with \
+          `(on_full queue)`; deleting a snapshot, or discarding, makes room. Events say when less than 20, 10 and 2 % are left. Format: \
           [formats/parallax.md](../formats/parallax.md).",
     family: Family::Parallax,
     params: Params::PARAMS,
@@ -131,7 +142,9 @@ impl Element for Disk {
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
         if self.open.get().is_none() {
             let shared = Shared::open(&self.params.pool.0, self.params.memory.0)?;
-            let volume = block_on(Volume::open(shared.pool.clone(), |core| find(core, &self.params)))?;
+            let volume = block_on(Volume::open(shared.pool.clone(), self.params.full(), |core| {
+                find(core, &self.params)
+            }))?;
             let _ = self.open.set((volume, shared));
         }
         Ok(None)
@@ -186,7 +199,7 @@ impl Element for Disk {
 #[cfg(test)]
 mod tests {
     use super::super::shared::make;
-    use super::super::tool::{self, Operation};
+    use super::super::tool::{self, Operation, Settings};
     use blockmason::testing::{TestDisk, play_against_model, run};
     use blockmason::{Kind, Op, Result};
     use serde_json::Value;
@@ -201,7 +214,7 @@ mod tests {
     fn pool(folder: &tempfile::TempDir, size: u64, volume: u64) -> PathBuf {
         let path = folder.path().join("a.pool");
         make(&path, Some(size), [7; 16]).unwrap();
-        let made = Operation::CreateVolume { name: "v".into(), size: volume, checksums: false };
+        let made = Operation::CreateVolume { name: "v".into(), size: volume, settings: Settings::default() };
         tool::open(&path).unwrap().carry_out(&made).unwrap();
         path
     }

@@ -2,7 +2,7 @@
 
 use super::below::Below;
 use super::format::{BLOCK, Change, Entry, EntryKind, Id, NODE, Root};
-use super::log::{Fate, Log};
+use super::log::{Fate, Log, Part};
 use super::nodes::Nodes;
 use super::runs::{Run, Runs};
 use super::space::Space;
@@ -18,6 +18,9 @@ use tokio::sync::Notify;
 
 /// How often what was written goes into the trees, if nothing asks for it sooner.
 pub(super) const CHECKPOINT: Duration = Duration::from_secs(5);
+
+/// Percent of a pool that are left when it says so.
+const LOW: [u64; 3] = [2, 10, 20];
 
 /// Runs in memory after which they are brought into the trees.
 const MOST_RUNS: usize = 200_000;
@@ -81,6 +84,22 @@ pub(super) struct Line {
     leaves: HashSet<u64>,
     /// Behind what was written last.
     pub(super) near: Option<u64>,
+    /// What its tree does not count yet.
+    pub(super) fresh: Fresh,
+}
+
+/// Blocks of a volume that have been given room and are in no tree yet.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Fresh {
+    /// All of them.
+    pub(super) placed: u64,
+    /// Those where there was a hole.
+    pub(super) filled: u64,
+}
+
+/// What so many blocks take together with the nodes that lead to them, at most.
+pub(super) fn with_nodes(blocks: u64) -> u64 {
+    blocks + blocks / 16
 }
 
 /// A snapshot that is not in the trees yet: it sees these layers over its root.
@@ -113,10 +132,14 @@ pub(super) struct Core {
     pub(super) leaving: Vec<(Weak<()>, Vec<Range<u64>>)>,
     /// How often each volume or snapshot is being served.
     pub(super) served: BTreeMap<u32, usize>,
+    /// Volumes for which room is kept.
+    reserving: Vec<u32>,
     /// Runs in lines.
     runs: usize,
     /// It has just been opened for writing: the next checkpoint says so, whatever else there is.
     pub(super) opened: bool,
+    /// Which of the levels of [`LOW`] the room that is left has fallen below.
+    low: usize,
 }
 
 impl Core {
@@ -124,7 +147,7 @@ impl Core {
         let (births, next) = (root.births, root.next);
         let lines = catalog.iter().filter(|(_, entry)| matches!(entry.kind, EntryKind::Volume { .. }));
         let lines = lines.map(|(number, _)| (*number, Line::default())).collect();
-        Core {
+        let mut core = Core {
             root,
             births,
             next,
@@ -139,9 +162,13 @@ impl Core {
             journal: Vec::new(),
             leaving: Vec::new(),
             served: BTreeMap::new(),
+            reserving: Vec::new(),
             runs: 0,
             opened: false,
-        }
+            low: LOW.len(),
+        };
+        core.look_at_reserves();
+        core
     }
 
     /// The newest snapshot of a volume and its birth, and the birth of its origin; 0 none.
@@ -194,9 +221,11 @@ impl Core {
         let dead = super::format::Ptr::default();
         let kind = EntryKind::Snapshot { before: newest.0, volume, birth, dead };
         let snapshot = Entry { name, made, kind, ..entry.clone() };
-        if let EntryKind::Volume { newest, .. } = &mut entry.kind {
-            *newest = number;
+        if let EntryKind::Volume { newest, own, .. } = &mut entry.kind {
+            (*newest, *own) = (number, 0);
         }
+        // The snapshot sees all of it.
+        line.fresh.placed = 0;
         if !line.layers.is_empty() {
             self.young.push(Young { number, layers: line.layers.clone() });
         }
@@ -215,6 +244,49 @@ impl Core {
         line.leaves.clear();
     }
 
+    /// Blocks that are reserved for a volume and that it has not taken yet.
+    fn unmet(&self, volume: u32) -> u64 {
+        let Some(EntryKind::Volume { limits, own, .. }) = self.catalog.get(&volume).map(|entry| &entry.kind)
+        else {
+            return 0;
+        };
+        let placed = self.lines.get(&volume).map_or(0, |line| line.fresh.placed);
+        with_nodes((limits.reserve / BLOCK).saturating_sub(own + placed))
+    }
+
+    /// Blocks that are kept for volumes with a reserve.
+    pub(super) fn kept(&self) -> u64 {
+        self.reserving.iter().map(|volume| self.unmet(*volume)).sum()
+    }
+
+    /// Blocks that are kept for others than this volume.
+    pub(super) fn kept_from(&self, volume: u32) -> u64 {
+        self.reserving.iter().filter(|other| **other != volume).map(|volume| self.unmet(*volume)).sum()
+    }
+
+    /// Notes which volumes have a reserve.
+    pub(super) fn look_at_reserves(&mut self) {
+        let reserves =
+            |entry: &Entry| matches!(&entry.kind, EntryKind::Volume { limits, .. } if limits.reserve > 0);
+        let reserving = self.catalog.iter().filter(|(_, entry)| reserves(entry));
+        self.reserving = reserving.map(|(number, _)| *number).collect();
+    }
+
+    /// # Errors
+    /// [`Kind::NoSpace`] if a volume may not have so many more blocks.
+    pub(super) fn check_quota(&self, volume: u32, more: u64) -> Result<()> {
+        let Some(Entry { kind: EntryKind::Volume { limits, .. }, mapped, name, .. }) =
+            self.catalog.get(&volume)
+        else {
+            return Ok(());
+        };
+        let filled = self.lines.get(&volume).map_or(0, |line| line.fresh.filled);
+        match limits.quota > 0 && (mapped + filled + more) * BLOCK > limits.quota && more > 0 {
+            true => Err(Error::new(Kind::NoSpace, format!("volume {name} has reached its quota"))),
+            false => Ok(()),
+        }
+    }
+
     /// Blocks that must be promised beside what is, so that a change of these leaves can be brought into the tree.
     pub(super) fn nodes_for(&self, volume: u32, leaves: &[u64]) -> u64 {
         let height = self.catalog.get(&volume).map_or(0, |entry| u64::from(entry.height));
@@ -230,6 +302,14 @@ impl Core {
         if let Some(line) = self.lines.get_mut(&volume) {
             line.leaves.extend(leaves);
         }
+    }
+
+    /// True if a checkpoint may make room: there is something that is not in the trees, or that nobody may see any more.
+    pub(super) fn may_get_room(&self) -> bool {
+        self.promised > 0
+            || !self.loose.is_empty()
+            || self.leaving.iter().any(|(era, _)| era.strong_count() == 0)
+            || self.lines.values().any(|line| !line.active.is_empty() || !line.layers.is_empty())
     }
 
     /// True if a checkpoint is due.
@@ -260,6 +340,8 @@ pub(super) struct Pool {
     pub(super) administering: tokio::sync::RwLock<()>,
     /// A checkpoint is due.
     pub(super) due: Notify,
+    /// There may be room where there was none.
+    pub(super) room: Notify,
     broken: OnceLock<String>,
 }
 
@@ -275,6 +357,7 @@ impl Pool {
             checkpointing: tokio::sync::Mutex::default(),
             administering: tokio::sync::RwLock::default(),
             due: Notify::new(),
+            room: Notify::new(),
             broken: OnceLock::new(),
         }
     }
@@ -304,9 +387,11 @@ impl Pool {
     }
 
     /// Writes changes to the log and applies them: from then on they outlive this process. All of them are in one record.
-    pub(super) async fn log(&self, changes: Vec<Change>, below: Below<'_>) -> Result<()> {
+    ///
+    /// What of it has no data has not happened.
+    pub(super) async fn log(&self, part: Part, below: Below<'_>) -> Result<()> {
         self.check()?;
-        let fate = self.core().log.add(changes);
+        let fate = self.core().log.add(part);
         loop {
             let mut woken = std::pin::pin!(fate.changed().notified());
             woken.as_mut().enable();
@@ -329,7 +414,7 @@ impl Pool {
         while until.outcome().is_none() {
             let Some(batch) = self.core().log.next_batch() else { break };
             leader.writes = Some(batch.fate.clone());
-            let done = self.write_record(batch.changes, below).await;
+            let done = self.write_record(batch.parts, below).await;
             if let Err(error) = &done {
                 self.break_down(error);
             }
@@ -338,8 +423,9 @@ impl Pool {
         }
     }
 
-    async fn write_record(&self, changes: Vec<Change>, below: Below<'_>) -> Result<()> {
+    async fn write_record(&self, mut parts: Vec<Part>, below: Below<'_>) -> Result<()> {
         self.check()?;
+        let changes = parts.iter().flat_map(|part| part.changes.iter().cloned()).collect();
         let record = self.core().log.record(changes);
         let bytes = record.encode(&self.id);
         let blocks = bytes.len() as u64 / BLOCK;
@@ -350,9 +436,20 @@ impl Pool {
             Box::pin(self.checkpoint(below)).await?;
         };
         below.write(at * BLOCK, Data::shared(bytes)).await?;
+        let mut happened = Vec::with_capacity(record.changes.len());
+        let mut spoilt = false;
+        for part in &mut parts {
+            match part.has_data().await {
+                true => happened.append(&mut part.changes),
+                false => spoilt = true,
+            }
+        }
         let mut core = self.core();
         core.log.written(&record, behind);
-        core.apply(record.number, record.changes);
+        if spoilt {
+            core.log.spoil(record.number);
+        }
+        core.apply(record.number, happened);
         if core.is_due() {
             self.due.notify_one();
         }
@@ -395,7 +492,7 @@ impl Pool {
             Change::Map { .. } => None,
         });
         let numbers: Vec<u32> = numbers.collect();
-        self.log(changes, below).await?;
+        self.log(Part::after_data(changes), below).await?;
         self.flush(below).await?;
         Ok(numbers)
     }
@@ -408,13 +505,14 @@ impl Pool {
                 return Err(Error::new(Kind::Busy, "a snapshot of that volume is just being taken"));
             }
             let taken = core.catalog.values().any(|entry| {
-                entry.name == *name
+                entry.is(name)
                     && matches!(entry.kind, EntryKind::Snapshot { volume: of, .. } if of == *volume)
             });
             if taken {
                 return Err(Error::new(Kind::Busy, format!("there is a snapshot {name} already")));
             }
         }
+        self.has_room_for_reserves(&core, wanted)?;
         let (mut counts, mut changes) = (Vec::new(), Vec::new());
         for (volume, name) in wanted {
             let number = core.next;
@@ -428,6 +526,27 @@ impl Pool {
         Ok((counts, changes))
     }
 
+    /// What a snapshot sees counts for no reserve any more: so much has to be kept anew.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`].
+    fn has_room_for_reserves(&self, core: &Core, wanted: &[(u32, String)]) -> Result<()> {
+        let reserved = |(volume, _): &(u32, String)| match core.catalog.get(volume).map(|entry| &entry.kind) {
+            Some(EntryKind::Volume { limits, .. }) => {
+                with_nodes(limits.reserve / BLOCK).saturating_sub(core.unmet(*volume))
+            }
+            _ => 0,
+        };
+        let more: u64 = wanted.iter().map(reserved).sum();
+        match more == 0 || self.space.has_room(core.kept() + more) {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::NoSpace,
+                "the pool has no room to keep what is reserved once a snapshot sees what has been written",
+            )),
+        }
+    }
+
     /// Brings the log into the trees when that is due, and before the graph closes.
     pub(super) async fn tend(&self, below: Below<'_>, cx: Cx<'_>) {
         let mut closing = pin!(cx.closing());
@@ -436,10 +555,31 @@ impl Pool {
             let ends = matches!(select(closing.as_mut(), pin!(due)).await, Either::Left(_));
             // The reason has been logged, and whoever writes is told.
             let _ = self.checkpoint(below).await;
+            self.warn(cx);
             if ends {
                 return;
             }
+            let begun = blockmason::rt::now();
+            // What fails has ended all changes of the pool, and has been logged.
+            if let Ok(true) = self.delete_some(below).await {
+                // As long again is for others.
+                let pause = cx.sleep(begun.elapsed());
+                select(closing.as_mut(), pin!(pause)).await;
+                self.due.notify_one();
+            }
         }
+    }
+
+    /// Says when there is little room left, once each time.
+    fn warn(&self, cx: Cx<'_>) {
+        let (free, all) = (self.space.free().saturating_sub(self.space.slop()), self.space.all());
+        let percent = free * 100 / all.max(1);
+        let mut core = self.core();
+        let level = LOW.into_iter().position(|low| percent < low).map_or(LOW.len(), |level| level);
+        if level < core.low {
+            cx.notice(format!("the pool has less than {} % of its room left", LOW[level]));
+        }
+        core.low = level;
     }
 
     /// The value of a handler that all elements over a pool have.
@@ -459,6 +599,7 @@ impl Pool {
         let free: Vec<_> = core.leaving.drain(..over).flat_map(|(_, blocks)| blocks).collect();
         drop(core);
         free.into_iter().for_each(|blocks| self.space.give(blocks));
+        self.room.notify_waiters();
     }
 }
 

@@ -1,13 +1,13 @@
 //! A volume of a pool on the disk below.
 
-use super::admin::{check_name, check_size};
+use super::admin::{Settings, check_name, check_size};
 use super::below::Below;
 use super::format::BLOCK;
 use super::open::{Opening, create, is_empty, open};
 use super::pool::{CHECKPOINT, Core};
-use super::volume::Volume;
+use super::volume::{Full, OnFull, Volume};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
-use blockmason::lang::value::Size;
+use blockmason::lang::value::{Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Ops, Prepared, Request, Result,
 };
@@ -27,8 +27,32 @@ blockmason::params! {
         /// Keeps a checksum of each block, and compares it when the block is read. Blocks are then never
         /// written in place.
         checksums: bool = "no",
+        /// What is left after a loss of power of a volume that the element makes: of each block its flushed or a later
+        /// version (`block`), or what the whole volume was at some instant since the last flush (`prefix`), for which
+        /// blocks are never written in place either.
+        order: Order = "block",
+        /// What a write does for which there is no room: it fails (`error`), or waits (`queue`).
+        on_full: OnFull = "error",
+        /// How long it waits, at most; then it fails.
+        full_timeout: Time = "60s",
         /// Memory that the pool's map may take.
         memory: Size = "256M",
+    }
+}
+
+blockmason::words! {
+    /// What is left of a volume after a loss of power.
+    enum Order {
+        /// Each block by itself.
+        Block = "block",
+        /// All of it as it was at one instant.
+        Prefix = "prefix",
+    }
+}
+
+impl Params {
+    fn full(&self) -> Full {
+        Full { on_full: self.on_full, timeout: self.full_timeout.0 }
     }
 }
 
@@ -88,12 +112,14 @@ impl Radix {
         }
         let opening = Opening { writable: true, memory: self.params.memory.0 };
         let pool = Arc::new(open(opening, size, below).await?);
-        let Params { volume, size, checksums, .. } = &self.params;
+        let Params { volume, size, checksums, order, .. } = &self.params;
         let missing = pool.core().volume(volume).is_none();
         if missing {
-            pool.make_volume(volume, size.0, *checksums, below).await?;
+            let ordered = *order == Order::Prefix;
+            let settings = Settings { checksums: *checksums, ordered, ..Settings::default() };
+            pool.make_volume(volume, size.0, settings, below).await?;
         }
-        let volume = Volume::open(pool, |core| self.find(core)).await?;
+        let volume = Volume::open(pool, self.params.full(), |core| self.find(core)).await?;
         Ok(self.volume.get_or_init(|| volume))
     }
 

@@ -22,10 +22,14 @@ const FILE: &str = "blocks";
 
 /// A pool that is open.
 pub(super) struct Shared {
-    path: PathBuf,
     io: FileIo,
     pub(super) pool: Arc<Pool>,
+    /// Goes last: by then the file is closed, and its lock with it.
+    listed: Listed,
 }
+
+/// That it is among those that are open.
+struct Listed(PathBuf);
 
 /// Pools that are open. One that nobody has any more is among them until it is closed: what is in memory only goes to its
 /// device then, and it may not be opened anew before.
@@ -62,7 +66,7 @@ impl Shared {
         let pool = block_on(open(opening, size, Below::Plain(image.file().as_fd())));
         let pool = pool.map_err(|error| error.with_path(&path))?;
         let io = FileIo::new(image, FileOptions { size, direct: false, device });
-        let shared = Arc::new(Shared { path: path.clone(), io, pool: Arc::new(pool) });
+        let shared = Arc::new(Shared { io, pool: Arc::new(pool), listed: Listed(path.clone()) });
         all.insert(path, Arc::downgrade(&shared));
         Ok(shared)
     }
@@ -93,9 +97,9 @@ impl Shared {
 
     /// The head of a volume that is gone goes with it, and is that of the volume's new name otherwise.
     pub(super) fn move_head(&self, volume: &str, to: Option<&str>) {
-        let from = head_of(&self.path, volume, false).path;
+        let from = head_of(&self.listed.0, volume, false).path;
         let moved = match to {
-            Some(to) => std::fs::rename(&from, head_of(&self.path, to, false).path),
+            Some(to) => std::fs::rename(&from, head_of(&self.listed.0, to, false).path),
             None => std::fs::remove_file(&from),
         };
         if let Err(error) = moved
@@ -115,7 +119,12 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // Whatever it is that failed has been said; the log has everything.
         let _ = block_on(self.pool.checkpoint(self.blocking()));
-        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.path);
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
         CLOSED.notify_all();
     }
 }

@@ -159,14 +159,20 @@ impl Space {
         (self.label.extents - self.label.first()) * EXTENT
     }
 
-    /// Promises blocks.
+    /// True if so many blocks could be promised.
+    pub(super) fn has_room(&self, blocks: u64) -> bool {
+        let slop = self.slop();
+        self.state().has(blocks + slop)
+    }
+
+    /// Promises blocks. So many others are kept for somebody else.
     ///
     /// # Errors
-    /// [`Kind::NoSpace`] if there are not so many beside the slop, which only what makes room may use.
-    pub(super) fn reserve(&self, blocks: u64, makes_room: bool) -> Result<()> {
-        let slop = if makes_room { self.slop() / 4 } else { self.slop() };
+    /// [`Kind::NoSpace`] if there are not so many beside those, and beside the slop, which only what makes room may use.
+    pub(super) fn reserve(&self, blocks: u64, kept: u64, makes_room: bool) -> Result<()> {
+        let apart = if makes_room { self.slop() / 4 } else { self.slop() + kept };
         let mut state = self.state();
-        if state.reserved + blocks + slop > state.free + state.unowned * EXTENT {
+        if !state.has(blocks + apart) {
             return Err(Error::new(Kind::NoSpace, "the pool is full"));
         }
         state.reserved += blocks;
@@ -339,6 +345,11 @@ impl Space {
 }
 
 impl State {
+    /// So many blocks are free and promised to nobody.
+    fn has(&self, blocks: u64) -> bool {
+        self.reserved + blocks <= self.free + self.unowned * EXTENT
+    }
+
     fn take(&mut self, near: Option<u64>, want: Want) -> Option<Range<u64>> {
         if self.free == 0 {
             return None;

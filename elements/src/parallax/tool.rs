@@ -1,5 +1,7 @@
 //! What administrators do with pools: the same in the process that serves a pool and where nobody does.
 
+pub use super::admin::{NewSettings, Settings};
+use super::below::Below;
 use super::check::check;
 use super::format::{BLOCK, Entry, EntryKind};
 use super::pool::{Core, Pool};
@@ -29,8 +31,16 @@ pub enum Operation {
         name: String,
         /// A multiple of 4096.
         size: u64,
-        /// Whether each block gets a checksum.
-        checksums: bool,
+        /// How it is made.
+        #[serde(default)]
+        settings: Settings,
+    },
+    /// Changes how much room a volume may take, and what is left of it after a loss of power.
+    Set {
+        /// The volume.
+        name: String,
+        /// What changes.
+        settings: NewSettings,
     },
     /// Deletes a volume without snapshots that nobody serves.
     DeleteVolume {
@@ -146,12 +156,14 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
                 "nodes": found.nodes, "bytes": found.blocks * BLOCK,
             }));
         }
-        Operation::CreateVolume { name, size, checksums } => {
-            block_on(pool.make_volume(name, *size, *checksums, below))?;
+        Operation::CreateVolume { name, size, settings } => {
+            block_on(pool.make_volume(name, *size, *settings, below))?;
         }
+        Operation::Set { name, settings } => block_on(pool.set(name, *settings, below))?,
         Operation::DeleteVolume { name } => {
             block_on(pool.delete_volume(name, below))?;
             shared.move_head(name, None);
+            end_deletion(pool, below)?;
         }
         Operation::Snapshot { volumes, name } => {
             super::admin::check_name(name)?;
@@ -159,7 +171,10 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
             block_on(pool.snapshot(&wanted, unix_seconds(), below))?;
         }
-        Operation::DeleteSnapshot { volume, name } => block_on(pool.delete_snapshot(volume, name, below))?,
+        Operation::DeleteSnapshot { volume, name } => {
+            block_on(pool.delete_snapshot(volume, name, below))?;
+            end_deletion(pool, below)?;
+        }
         Operation::Clone { volume, snapshot, name } => {
             block_on(pool.clone_volume(volume, snapshot, name, below))?;
         }
@@ -185,6 +200,12 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
     Ok(Value::Null)
 }
 
+/// Where a graph serves something of the pool, it gets the room back in the background.
+fn end_deletion(pool: &Pool, below: Below<'_>) -> Result<()> {
+    let served = !pool.core().served.is_empty();
+    if served { Ok(()) } else { block_on(pool.delete_all(below)) }
+}
+
 fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {
     let number = core.find(volume, Some(snapshot))?;
     match core.catalog.get(&number).map(|entry| &entry.kind) {
@@ -204,17 +225,20 @@ fn listed(pool: &Pool) -> Value {
         }
     };
     let snapshots = |number: u32| -> Vec<Value> {
-        let of =
-            |entry: &&Entry| matches!(entry.kind, EntryKind::Snapshot { volume, .. } if volume == number);
+        let of = |entry: &&Entry| {
+            !entry.deleting && matches!(entry.kind, EntryKind::Snapshot { volume, .. } if volume == number)
+        };
         let said = |entry: &Entry| json!({ "name": entry.name, "size": entry.size, "made": entry.made });
         core.catalog.values().filter(of).map(said).collect()
     };
     let volume = |(number, entry): (&u32, &Entry)| match &entry.kind {
-        EntryKind::Volume { origin: (from, _), .. } => Some(json!({
+        EntryKind::Volume { origin: (from, _), limits, .. } if !entry.deleting => Some(json!({
             "name": entry.name, "size": entry.size, "made": entry.made, "checksums": entry.checksums,
-            "origin": origin(from), "served": core.served.contains_key(number), "snapshots": snapshots(*number),
+            "ordered": entry.ordered, "quota": limits.quota, "reserve": limits.reserve,
+            "mapped": entry.mapped * BLOCK, "origin": origin(from),
+            "served": core.served.contains_key(number), "snapshots": snapshots(*number),
         })),
-        EntryKind::Snapshot { .. } => None,
+        EntryKind::Volume { .. } | EntryKind::Snapshot { .. } => None,
     };
     let volumes: Vec<Value> = core.catalog.iter().filter_map(volume).collect();
     drop(core);

@@ -2,25 +2,32 @@
 
 use super::below::Below;
 use super::format::{BLOCK, Body, Change, EntryKind, Node, Ptr, SLOTS, Slot};
+use super::log::Part;
 use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::crc_of;
-use super::pool::{Core, Here, Pool};
+use super::pool::{Core, Fresh, Here, Pool};
 use super::runs::{Run, Runs};
 use super::space::Want;
 use blockmason::{
     Answer, Cx, Data, Error, Extent, ExtentState, Flags, Flow, Kind, Op, Reply, Request, Result,
 };
+use futures::future::join;
 use std::collections::HashMap;
 use std::iter::once;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Pieces that are looked up at once for an answer that may be incomplete.
 const MOST_PIECES: usize = 4096;
 
 /// Nodes that are read for such an answer, at most, if there is anything to say without more.
 const MOST_READ: usize = 64;
+
+/// Bytes of a request that are written beside their record, at most.
+const MOST_BESIDE: u64 = 64 << 10;
 
 /// Blocks in a row of a volume that are in a row in the pool, or a hole.
 #[derive(Debug)]
@@ -40,6 +47,26 @@ pub(super) struct Volume {
     pub(super) pool: Arc<Pool>,
     number: u32,
     read_only: bool,
+    /// How long a write waits for room where there is none.
+    patience: Duration,
+}
+
+/// What writes that need room do where there is none.
+#[derive(Clone, Copy)]
+pub(super) struct Full {
+    pub(super) on_full: OnFull,
+    /// How long they wait, at most.
+    pub(super) timeout: Duration,
+}
+
+blockmason::words! {
+    /// What becomes of a write for which the pool has no room.
+    pub(super) enum OnFull {
+        /// It fails with ENOSPC.
+        Error = "error",
+        /// It waits.
+        Queue = "queue",
+    }
 }
 
 impl Drop for Volume {
@@ -79,10 +106,17 @@ impl Volume {
     ///
     /// # Errors
     /// It is not found.
-    pub(super) async fn open(pool: Arc<Pool>, find: impl FnOnce(&Core) -> Result<u32>) -> Result<Volume> {
+    pub(super) async fn open(
+        pool: Arc<Pool>,
+        full: Full,
+        find: impl FnOnce(&Core) -> Result<u32>,
+    ) -> Result<Volume> {
         let _settled = pool.administering.read().await;
         let number = find(&pool.core())?;
-        Ok(Volume::new(pool.clone(), number))
+        let patience = if full.on_full == OnFull::Queue { full.timeout } else { Duration::ZERO };
+        let mut volume = Volume::new(pool.clone(), number);
+        volume.patience = patience;
+        Ok(volume)
     }
 
     /// Serves a volume, or a snapshot, for reading only.
@@ -91,7 +125,7 @@ impl Volume {
         *core.served.entry(number).or_default() += 1;
         let read_only = !core.lines.contains_key(&number);
         drop(core);
-        Volume { pool, number, read_only }
+        Volume { pool, number, read_only, patience: Duration::ZERO }
     }
 
     fn name(&self) -> String {
@@ -137,7 +171,7 @@ impl Volume {
             EntryKind::Snapshot { .. } => u64::MAX,
             EntryKind::Volume { .. } => {
                 let ((_, newest), origin) = core.ancestors(self.number);
-                if entry.checksums { u64::MAX } else { newest.max(origin) }
+                if entry.checksums || entry.ordered { u64::MAX } else { newest.max(origin) }
             }
         };
         let sources: Vec<&Runs> = match core.lines.get(&self.number) {
@@ -312,7 +346,8 @@ impl Volume {
         req.stabilise();
         if !req.is_fua()
             && self.pool.check().is_ok()
-            && let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default())
+            && let Ok((pieces, hold)) =
+                self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default())
             && let [piece] = &pieces[..]
             && piece.own
         {
@@ -325,23 +360,34 @@ impl Volume {
     }
 
     pub(super) async fn write_pieces(&self, req: Request, below: Below<'_>) -> Reply {
+        let begun = blockmason::rt::now();
         let mut tries = 0;
         loop {
-            tries += 1;
-            match self.try_to_write(&req, below).await {
-                // What has been let go of is free after a checkpoint, once nobody sees it any more: nor this request.
-                Err(error) if error.kind() == Kind::NoSpace && tries < 3 => {
-                    self.pool.checkpoint(below).await?
-                }
+            let mut room = pin!(self.pool.room.notified());
+            room.as_mut().enable();
+            let error = match self.try_to_write(&req, below).await {
+                Err(error) if error.kind() == Kind::NoSpace => error,
                 done => return done,
+            };
+            // What has been let go of is free after a checkpoint, once nobody sees it any more: nor this request.
+            tries += 1;
+            if tries < 3 && self.pool.core().may_get_room() {
+                self.pool.checkpoint(below).await?;
+                continue;
             }
+            let left = self.patience.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Err(error);
+            }
+            let _ = blockmason::rt::timeout(left, room).await;
+            tries = 0;
         }
     }
 
     async fn try_to_write(&self, req: &Request, below: Below<'_>) -> Reply {
         self.pool.check()?;
         let (pieces, _hold) = self.find(Self::blocks(req), usize::MAX, true, below).await?;
-        let mut changes = Vec::new();
+        let (mut changes, mut parts) = (Vec::new(), Vec::new());
         for (own, row) in rows(&pieces) {
             let from = row.start * BLOCK - req.offset;
             let part = |from: u64, len: u64, at: u64| {
@@ -349,28 +395,33 @@ impl Volume {
                 part.flags = part.flags.without(Flags::FUA);
                 part
             };
-            let done = match own {
-                Some(at) => below.submit(part(from, row.end - row.start, at)).await.map(drop),
-                None => self.write_new(req, row, &part, &mut changes, below).await,
-            };
-            if let Err(error) = done {
-                self.let_go(&changes);
-                return Err(error);
+            match own {
+                Some(at) => parts.push(part(from, row.end - row.start, at)),
+                None => {
+                    let filled = filled(&pieces, &row);
+                    let placed = self.place(row.clone(), filled, below, |first, blocks| {
+                        let part = part(first * BLOCK - req.offset, blocks.end - blocks.start, blocks.start);
+                        changes.push(self.map(first, &part.data, blocks));
+                        parts.push(part);
+                    });
+                    // What was taken for nothing is let go of.
+                    let_go_unless(&self.pool, placed.await, &mut changes)?;
+                }
             }
         }
-        self.end(changes, req, below).await
+        self.write_parts(changes, parts, below).await?;
+        self.end(req, below).await
     }
 
-    /// Writes blocks to new places.
-    async fn write_new(
+    /// Takes room for blocks that go to new places, piece by piece.
+    async fn place(
         &self,
-        req: &Request,
         row: Range<u64>,
-        part: &impl Fn(u64, u64, u64) -> Request,
-        changes: &mut Vec<Change>,
+        filled: u64,
         below: Below<'_>,
+        mut placed: impl FnMut(u64, Range<u64>),
     ) -> Result<()> {
-        self.reserve(row.end - row.start, &row, false)?;
+        self.reserve(Fresh { placed: row.end - row.start, filled }, &row, false)?;
         let mut first = row.start;
         while first < row.end {
             let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
@@ -379,23 +430,41 @@ impl Volume {
             let blocks = taken.inspect_err(|_| self.pool.space.release(row.end - first))?;
             let len = blocks.end - blocks.start;
             self.pool.space.release(len);
-            let part = part(first * BLOCK - req.offset, len, blocks.start);
-            changes.push(self.map(first, &part.data, blocks.clone()));
+            placed(first, blocks);
             first += len;
-            // What was taken for nothing is let go of with the changes.
-            let written = below.submit(part).await;
-            written.inspect_err(|_| self.pool.space.release(row.end - first))?;
         }
         Ok(())
     }
 
-    /// Blocks that were written for nothing.
-    fn let_go(&self, changes: &[Change]) {
-        let blocks = changes.iter().filter_map(|change| match change {
-            Change::Map { at: at @ 1.., len, .. } => Some(*at..at + u64::from(*len)),
-            Change::Map { .. } | Change::Snapshot { .. } => None,
-        });
-        self.pool.core().loose.extend(blocks);
+    /// Writes data, and logs where it is. Little of it is written beside its record, so that both take the time of one;
+    /// nobody else has to wait for much of it.
+    async fn write_parts(&self, changes: Vec<Change>, parts: Vec<Request>, below: Below<'_>) -> Result<()> {
+        let bytes: u64 = parts.iter().map(|part| part.len).sum();
+        let data = async {
+            for part in parts {
+                below.submit(part).await?;
+            }
+            Ok(())
+        };
+        if changes.is_empty() {
+            return data.await;
+        }
+        if bytes > MOST_BESIDE {
+            let mut changes = changes;
+            let_go_unless(&self.pool, data.await, &mut changes)?;
+            return self.pool.log(Part::after_data(changes), below).await;
+        }
+        let mut blocks = changes.clone();
+        let (written, part) = Part::beside_data(changes);
+        let data = async {
+            data.await.inspect(|()| {
+                // If nobody waits for it the record could not be written: that is said to whoever has sent it.
+                let _ = written.send(());
+            })
+        };
+        let (data, logged) = join(data, self.pool.log(part, below)).await;
+        let_go_unless(&self.pool, data, &mut blocks)?;
+        logged
     }
 
     /// What is said of data that goes to these blocks. What comes next goes behind them.
@@ -415,11 +484,8 @@ impl Volume {
         Change::Map { volume: self.number, first, len, at: blocks.start, crc: crc_of(data), crcs }
     }
 
-    /// Logs what has been done, and makes it durable if that was asked for.
-    async fn end(&self, changes: Vec<Change>, req: &Request, below: Below<'_>) -> Reply {
-        if !changes.is_empty() {
-            self.pool.log(changes, below).await?;
-        }
+    /// What has been done is made durable if that was asked for.
+    async fn end(&self, req: &Request, below: Below<'_>) -> Reply {
         if req.is_fua() {
             self.pool.flush(below).await?;
         }
@@ -427,14 +493,19 @@ impl Volume {
     }
 
     /// Promises room for blocks and for the nodes that lead to them. What makes room may use what is kept for that.
-    fn reserve(&self, blocks: u64, row: &Range<u64>, makes_room: bool) -> Result<()> {
+    fn reserve(&self, fresh: Fresh, row: &Range<u64>, makes_room: bool) -> Result<()> {
         let leaves = row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
         let mut core = self.pool.core();
         // Of what is punched, all leaves but the first and the last are dropped, not written.
         let leaves = if makes_room { vec![leaves.start, leaves.end - 1] } else { leaves.collect() };
         let nodes = core.nodes_for(self.number, &leaves);
-        self.pool.space.reserve(blocks + nodes, makes_room)?;
+        core.check_quota(self.number, fresh.filled)?;
+        self.pool.space.reserve(fresh.placed + nodes, core.kept_from(self.number), makes_room)?;
         core.promise(self.number, &leaves, nodes);
+        if let Some(line) = core.lines.get_mut(&self.number) {
+            line.fresh.placed += fresh.placed;
+            line.fresh.filled += fresh.filled;
+        }
         Ok(())
     }
 
@@ -444,20 +515,22 @@ impl Volume {
         if row.end - row.start <= 4 * SLOTS as u64 {
             let (pieces, _hold) = self.find(row.clone(), usize::MAX, false, below).await?;
             if pieces.iter().all(|piece| piece.at == 0) {
-                return self.end(Vec::new(), &req, below).await;
+                return self.end(&req, below).await;
             }
         }
-        if self.reserve(0, &row, true).is_err() {
+        let none = Fresh::default();
+        if self.reserve(none, &row, true).is_err() {
             // What is promised to writes is free again, or theirs.
             self.pool.checkpoint(below).await?;
-            self.reserve(0, &row, true)?;
+            self.reserve(none, &row, true)?;
         }
         let starts = (row.start..row.end).step_by(u32::MAX as usize);
         let change = |first: u64| {
             let len = (row.end - first).min(u64::from(u32::MAX)) as u32;
             Change::Map { volume: self.number, first, len, at: 0, crc: 0, crcs: Vec::new() }
         };
-        self.end(starts.map(change).collect(), &req, below).await
+        self.pool.log(Part::after_data(starts.map(change).collect()), below).await?;
+        self.end(&req, below).await
     }
 
     async fn extents(&self, req: Request, below: Below<'_>) -> Reply {
@@ -521,6 +594,23 @@ impl Found {
         }
         self.pieces.push(Piece { first, len, at: slot.at, own, crcs: crc.into_iter().collect() });
     }
+}
+
+/// Blocks that were taken for changes which have not happened are let go of.
+fn let_go_unless(pool: &Pool, done: Result<()>, changes: &mut Vec<Change>) -> Result<()> {
+    done.inspect_err(|_| {
+        let blocks = changes.drain(..).filter_map(|change| match change {
+            Change::Map { at: at @ 1.., len, .. } => Some(at..at + u64::from(len)),
+            Change::Map { .. } | Change::Snapshot { .. } => None,
+        });
+        pool.core().loose.extend(blocks);
+    })
+}
+
+/// Blocks of a range where there is a hole.
+fn filled(pieces: &[Piece], row: &Range<u64>) -> u64 {
+    let within = |piece: &&Piece| piece.at == 0 && row.contains(&piece.first);
+    pieces.iter().filter(within).map(|piece| piece.len).sum()
 }
 
 /// Pieces that are written where they are, and what lies between them, in order.

@@ -3,7 +3,7 @@
 use blockmason::data::Data;
 use blockmason::describe::{ElementType, Family, Ports};
 use blockmason::sched::{Admit, Stream, serve};
-use blockmason::{Cx, Disk, Element, Error, Flow, Host, Reply, Request, Result};
+use blockmason::{Cx, Disk, Element, Error, Flags, Flow, Host, Reply, Request, Result};
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +29,9 @@ pub(super) struct Job {
     pub(super) depth: u32,
     pub(super) pattern: Pattern,
     pub(super) read_percent: u8,
+    pub(super) fua: bool,
+    /// Each block once, then the stream ends.
+    pub(super) once: bool,
     pub(super) seed: u64,
 }
 
@@ -109,7 +112,10 @@ struct Generator {
     job: Job,
     phase: Arc<Phase>,
     rng: RefCell<fastrand::Rng>,
-    next: Cell<u64>,
+    /// How many requests there have been.
+    sent: Cell<u64>,
+    /// From block to block where each is to be asked for once in no order: has no divisor in common with their number.
+    stride: u64,
     in_flight: Cell<u32>,
     /// What is written.
     data: Data,
@@ -123,7 +129,8 @@ impl Generator {
         Generator {
             phase,
             rng: RefCell::new(rng),
-            next: Cell::new(job.first),
+            sent: Cell::new(0),
+            stride: stride(job.blocks),
             in_flight: Cell::new(0),
             data: Data::shared(bytes),
             job,
@@ -132,21 +139,46 @@ impl Generator {
 
     fn request(&self) -> Request {
         let mut rng = self.rng.borrow_mut();
-        let block = match self.job.pattern {
-            Pattern::Random => rng.u64(0..self.job.blocks),
-            Pattern::Sequential => self.next.replace((self.next.get() + 1) % self.job.blocks),
-        };
-        let offset = block * self.job.block;
-        let reads = self.job.read_percent == 100 || rng.u8(0..100) < self.job.read_percent;
-        if reads { Request::read(offset, self.job.block) } else { Request::write(offset, self.data.clone()) }
+        let Job { block, blocks, first, pattern, read_percent, fua, once, .. } = self.job;
+        let sent = self.sent.replace(self.sent.get() + 1);
+        let offset = block
+            * match pattern {
+                Pattern::Random if once => {
+                    (u128::from(sent) * u128::from(self.stride) % u128::from(blocks)) as u64
+                }
+                Pattern::Random => rng.u64(0..blocks),
+                Pattern::Sequential => (first + sent) % blocks,
+            };
+        if read_percent == 100 || rng.u8(0..100) < read_percent {
+            return Request::read(offset, block);
+        }
+        let write = Request::write(offset, self.data.clone());
+        if fua { write.with(Flags::FUA) } else { write }
     }
+
+    fn is_over(&self) -> bool {
+        self.phase.stopped.load(Ordering::Relaxed) || self.job.once && self.sent.get() == self.job.blocks
+    }
+}
+
+/// A number, somewhat more than half as large, that has no divisor in common with this one.
+fn stride(blocks: u64) -> u64 {
+    let divisor = |mut a: u64, mut b: u64| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    // Golden section: what follows on each other lies far apart.
+    let from = (blocks as f64 * 0.618) as u64;
+    (from.max(1)..).find(|stride| divisor(*stride, blocks) == 1).unwrap_or(1)
 }
 
 impl Stream for Generator {
     type Tag = ();
 
     fn poll_next(&self, _task: &mut Context<'_>) -> Poll<Admit<()>> {
-        if self.phase.stopped.load(Ordering::Relaxed) {
+        if self.is_over() {
             return Poll::Ready(Admit::End);
         }
         // With the depth in flight the next reply polls this again.
@@ -164,5 +196,34 @@ impl Stream for Generator {
 
     fn poll_flush(&self, _task: &mut Context<'_>) -> Poll<()> {
         Poll::Ready(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn each_block_is_asked_for_once() {
+        for blocks in [1, 2, 7, 4096, 30_030] {
+            let job = Job {
+                block: 512,
+                blocks,
+                first: 0,
+                depth: 1,
+                pattern: Pattern::Random,
+                read_percent: 100,
+                fua: false,
+                once: true,
+                seed: 1,
+            };
+            let generator = Generator::new(job, Arc::default());
+            let mut seen = HashSet::new();
+            while !generator.is_over() {
+                assert!(seen.insert(generator.request().offset / 512));
+            }
+            assert_eq!(seen.len() as u64, blocks);
+        }
     }
 }

@@ -27,6 +27,7 @@ use std::time::Duration;
   mason bench vm1.mason
   mason bench vm1.mason --block 64k --depth 8 --pattern sequential --time 10s
   mason bench scratch.mason --read-percent 70 --write
+  mason bench scratch.mason --read-percent 0 --write --once    (fills the disk)
 
 The graph is built and opened as by `mason run`, but its exports listen to nobody: requests enter where
 theirs would. So files must not be in use, and CPU time includes the generator's own.")]
@@ -57,8 +58,16 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value = "random")]
     pattern: Pattern,
 
-    /// How long
-    #[arg(long, value_name = "DURATION", default_value = "5s")]
+    /// Each write is durable when it is answered
+    #[arg(long, requires = "write")]
+    fua: bool,
+
+    /// Asks for each block once, in this pattern, and ends then
+    #[arg(long, conflicts_with = "streams")]
+    once: bool,
+
+    /// How long, at most
+    #[arg(long, value_name = "DURATION", default_value = "5s", default_value_if("once", "true", "1h"))]
     time: Time,
 
     /// Streams that enter at each export, as clients with a connection each would
@@ -222,6 +231,8 @@ fn jobs(args: &Args, graph: &Graph) -> Outcome<Vec<(String, Job)>> {
                     depth: args.depth,
                     pattern: args.pattern,
                     read_percent: args.read_percent,
+                    fua: args.fua,
+                    once: args.once,
                     seed: jobs.len() as u64,
                 },
             ));

@@ -6,7 +6,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::units::Exact;
 use blockmason::lang::value::Size;
-use blockmason_elements::parallax::tool::Operation;
+use blockmason_elements::parallax::tool::{NewSettings, Operation, Settings};
 use std::path::{Path, PathBuf};
 
 /// Make thin volumes of a pool, their snapshots and clones.
@@ -37,6 +37,17 @@ enum Command {
         /// Keeps a checksum of each block; blocks are then never written in place
         #[arg(long)]
         checksums: bool,
+        #[command(flatten)]
+        limits: Limits,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Change how much room a volume may take, and what a loss of power may do to it
+    Set {
+        pool: PathBuf,
+        name: String,
+        #[command(flatten)]
+        limits: Limits,
         #[command(flatten)]
         control: ControlArgs,
     },
@@ -125,13 +136,48 @@ enum Command {
     },
 }
 
+#[derive(clap::Args)]
+struct Limits {
+    /// Bytes of it that may hold data; 0: any
+    #[arg(long)]
+    quota: Option<Size>,
+    /// Bytes that can be written since its newest snapshot, however full the pool is
+    #[arg(long)]
+    reserve: Option<Size>,
+    /// What is left after a loss of power
+    #[arg(long)]
+    order: Option<Order>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Order {
+    /// Of each block what was flushed, or what was written later
+    Block,
+    /// What the whole volume was at some instant since the last flush; blocks are then never written in place
+    Prefix,
+}
+
 pub(crate) fn main(args: &Args) -> Outcome {
     let done =
         |pool: &Path, operation: Operation, control: &ControlArgs| ask(pool, &operation, control).map(drop);
     match &args.command {
-        Command::Create { pool, name, size, checksums, control } => {
-            let (name, size) = (name.clone(), size.0);
-            done(pool, Operation::CreateVolume { name, size, checksums: *checksums }, control)
+        Command::Create { pool, name, size, checksums, limits, control } => {
+            let bytes = |size: Option<Size>| size.map_or(0, |size| size.0);
+            let settings = Settings {
+                checksums: *checksums,
+                ordered: limits.order == Some(Order::Prefix),
+                quota: bytes(limits.quota),
+                reserve: bytes(limits.reserve),
+            };
+            done(pool, Operation::CreateVolume { name: name.clone(), size: size.0, settings }, control)
+        }
+        Command::Set { pool, name, limits, control } => {
+            let settings = NewSettings {
+                ordered: limits.order.map(|order| order == Order::Prefix),
+                quota: limits.quota.map(|size| size.0),
+                reserve: limits.reserve.map(|size| size.0),
+            };
+            done(pool, Operation::Set { name: name.clone(), settings }, control)
         }
         Command::List { pool, json, control } => {
             let found = ask(pool, &Operation::List, control)?;

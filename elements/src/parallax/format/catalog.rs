@@ -7,6 +7,15 @@ use blockmason::Result;
 /// Records of one page of the catalog.
 pub(in super::super) const RECORDS: usize = 31;
 
+/// How much room a volume may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct Limits {
+    /// Bytes of it that may hold data, 0 any.
+    pub(in super::super) quota: u64,
+    /// Bytes that can be written since its newest snapshot, whatever others do.
+    pub(in super::super) reserve: u64,
+}
+
 /// What differs between volumes and snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) enum Kind {
@@ -15,10 +24,9 @@ pub(in super::super) enum Kind {
         newest: u32,
         /// The snapshot it is a clone of, 0 none, and that one's birth.
         origin: (u32, u64),
-        /// Bytes that it may take, 0 any.
-        quota: u64,
-        /// Bytes that are kept for it.
-        reserve: u64,
+        limits: Limits,
+        /// Blocks that only it sees, at least: those born since its newest snapshot.
+        own: u64,
     },
     Snapshot {
         /// The one before it in the same line, 0 none.
@@ -38,6 +46,10 @@ pub(in super::super) struct Entry {
     pub(in super::super) root: Ptr,
     pub(in super::super) checksums: bool,
     pub(in super::super) deleting: bool,
+    /// After a loss of power it is what it was at some instant since the last flush.
+    pub(in super::super) ordered: bool,
+    /// Blocks that hold data.
+    pub(in super::super) mapped: u64,
     /// Seconds since 1970.
     pub(in super::super) made: u64,
     pub(in super::super) features: Features,
@@ -52,17 +64,19 @@ impl Entry {
     /// Into zeros.
     pub(super) fn encode(&self, bytes: &mut [u8]) {
         bytes[1] = self.height;
-        bytes[2] = u8::from(self.checksums) | u8::from(self.deleting) << 1;
+        bytes[2] = u8::from(self.checksums) | u8::from(self.deleting) << 1 | u8::from(self.ordered) << 2;
         bytes[3] = self.name.len() as u8;
         self.root.put(bytes, 16);
         put(bytes, 32, 8, self.size);
         put(bytes, 64, 8, self.made);
         self.features.put(bytes, 72);
         bytes[128..128 + self.name.len()].copy_from_slice(self.name.as_bytes());
+        put(bytes, 112, 8, self.mapped);
         let (number, links, birth) = match &self.kind {
-            Kind::Volume { newest, origin, quota, reserve } => {
-                put(bytes, 96, 8, *quota);
-                put(bytes, 104, 8, *reserve);
+            Kind::Volume { newest, origin, limits, own } => {
+                put(bytes, 96, 8, limits.quota);
+                put(bytes, 104, 8, limits.reserve);
+                put(bytes, 120, 8, *own);
                 (1, [*newest, origin.0], origin.1)
             }
             Kind::Snapshot { before, volume, birth, dead } => {
@@ -87,17 +101,18 @@ impl Entry {
                 Kind::Volume {
                     newest: links[0],
                     origin: (links[1], birth),
-                    quota: u64_at(bytes, 96),
-                    reserve: u64_at(bytes, 104),
+                    limits: Limits { quota: u64_at(bytes, 96), reserve: u64_at(bytes, 104) },
+                    own: u64_at(bytes, 120),
                 }
             }
             2 => {
                 expect_zeros(&bytes[96..112], "a snapshot's record")?;
+                expect_zeros(&bytes[120..128], "a snapshot's record")?;
                 Kind::Snapshot { before: links[0], volume: links[1], birth, dead: Ptr::at(bytes, 48) }
             }
             _ => return Err(damaged("the catalog has a record of no known kind")),
         };
-        for gap in [12..16, 31..32, 45..48, 63..64, 112..128] {
+        for gap in [12..16, 31..32, 45..48, 63..64] {
             expect_zeros(&bytes[gap], "a record of the catalog")?;
         }
         let len = bytes[3] as usize;
@@ -112,12 +127,14 @@ impl Entry {
             root: Ptr::at(bytes, 16),
             checksums: bytes[2] & 1 != 0,
             deleting: bytes[2] & 2 != 0,
+            ordered: bytes[2] & 4 != 0,
+            mapped: u64_at(bytes, 112),
             made: u64_at(bytes, 64),
             features: Features::at(bytes, 72),
             kind,
         };
         let sane =
-            bytes[2] < 4 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
+            bytes[2] < 8 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
         sane.then_some(Some(entry)).ok_or_else(|| damaged("the catalog has numbers that cannot be"))
     }
 }
@@ -128,7 +145,8 @@ mod tests {
 
     #[test]
     fn a_record_says_what_was_written() {
-        let volume = Kind::Volume { newest: 3, origin: (4, 99), quota: 1 << 40, reserve: 12345 };
+        let limits = Limits { quota: 1 << 40, reserve: 12345 };
+        let volume = Kind::Volume { newest: 3, origin: (4, 99), limits, own: 77 };
         let dead = Ptr { at: [5, 6], birth: 7 };
         let snapshot = Kind::Snapshot { before: 1, volume: 2, birth: 1 << 39, dead };
         for kind in [volume, snapshot] {
@@ -139,6 +157,8 @@ mod tests {
                 root: Ptr { at: [8, 9], birth: 10 },
                 checksums: true,
                 deleting: false,
+                ordered: true,
+                mapped: 999,
                 made: 1_700_000_000,
                 features: Features { compatible: 1, read_only: 2, incompatible: 4 },
                 kind,

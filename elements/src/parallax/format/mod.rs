@@ -6,7 +6,7 @@ mod node;
 mod root;
 mod store;
 
-pub(super) use catalog::{Entry, Kind as EntryKind, RECORDS};
+pub(super) use catalog::{Entry, Kind as EntryKind, Limits, RECORDS};
 pub(super) use log::{Change, Record};
 pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot};
 pub(super) use root::{Ptr, Root};

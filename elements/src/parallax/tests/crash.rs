@@ -42,6 +42,11 @@ fn the_power_is_lost() {
     seeds().for_each(|seed| play(seed + 100_000, "", [true, true]));
 }
 
+#[test]
+fn what_is_left_of_an_ordered_volume_it_was_at_one_instant() {
+    seeds().for_each(|seed| play(seed + 400_000, "(order prefix)", [true, true]));
+}
+
 /// Hardly a node is in memory when it is needed, and is read while checkpoints give blocks away.
 #[test]
 fn with_next_to_no_memory() {

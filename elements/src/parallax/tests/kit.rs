@@ -57,6 +57,8 @@ const SECTORS: usize = 8;
 #[derive(Clone, Default)]
 struct Block {
     versions: Vec<u32>,
+    /// When each of them was sent, and when it was seen to be answered.
+    times: Vec<(u64, u64)>,
     /// The first of them that may still be there after a loss of power; after the death of the process.
     flushed: usize,
     answered: usize,
@@ -85,6 +87,10 @@ pub(super) struct Story {
     seed: u64,
     graph: Arc<Graph>,
     disk: Option<TestDisk>,
+    /// The volume is ordered.
+    ordered: bool,
+    /// One more with each request.
+    now: u64,
     blocks: Vec<Block>,
     next: u32,
     sent: Vec<Sent>,
@@ -123,7 +129,7 @@ impl Story {
         let graph = graph(host, *TYPES, &text, "R").unwrap();
         let disk = TestDisk::serve(host, graph.clone()).await;
         disk.read(0, 4096).await.unwrap();
-        let block = Block { versions: vec![0], ..Block::default() };
+        let block = Block { versions: vec![0], times: vec![(0, 0)], ..Block::default() };
         Story {
             host: host.clone(),
             text,
@@ -131,6 +137,8 @@ impl Story {
             seed,
             graph,
             disk: Some(disk),
+            ordered: more.contains("prefix"),
+            now: 0,
             blocks: vec![block; BLOCKS],
             next: 1,
             sent: Vec::new(),
@@ -168,11 +176,13 @@ impl Story {
         }
         let version = if op == Op::Write { self.next } else { 0 };
         self.next += 1;
+        self.now += 1;
         let mut data = Vec::new();
         let mut blocks = Vec::new();
         for block in range.clone() {
             data.extend(bytes(block, version));
             self.blocks[block].versions.push(version);
+            self.blocks[block].times.push((self.now, u64::MAX));
             blocks.push((block, self.blocks[block].versions.len() - 1));
         }
         let (offset, len) = (range.start as u64 * BLOCK, range.len() as u64 * BLOCK);
@@ -223,7 +233,7 @@ impl Story {
 
     /// Takes notice of what has been answered.
     pub(super) fn look(&mut self) {
-        let Story { sent, blocks, reads, flushes, snapshots, seed, .. } = self;
+        let Story { sent, blocks, reads, flushes, snapshots, seed, now, .. } = self;
         reads.retain_mut(|(first, lowest, reply)| {
             let Ok(reply) = reply.try_recv() else { return true };
             let found = reply
@@ -243,6 +253,7 @@ impl Story {
             for (block, version) in &sent.blocks {
                 let block = &mut blocks[*block];
                 block.answered = *version;
+                block.times[*version].1 = *now;
                 if sent.fua {
                     block.flushed = *version;
                 }
@@ -384,6 +395,9 @@ impl Story {
                 panic!("seed {}: block {ix} has {said}, not one of {allowed:?}; power {power}", self.seed);
             }
         }
+        if self.ordered && power {
+            self.hold_order(found);
+        }
         // A block that is torn now may be found as it is for ever: only one that is whole narrows what may be.
         for (ix, (block, found)) in self.blocks.iter_mut().zip(found.chunks(BLOCK as usize)).enumerate() {
             let from = if power { block.flushed } else { block.answered };
@@ -391,11 +405,36 @@ impl Story {
                 (from..block.versions.len()).rev().find(|place| bytes(ix, block.versions[*place]) == found)
             {
                 block.versions = vec![block.versions[place]];
+                block.times = vec![block.times[place]];
                 (block.flushed, block.answered) = (0, 0);
             } else {
                 block.versions.drain(..from);
+                block.times.drain(..from);
                 (block.flushed, block.answered) = (0, 0);
             }
+        }
+    }
+
+    /// What is there is what there was at one instant: nothing is missing that was answered before anything that is there
+    /// was sent.
+    fn hold_order(&self, found: &[u8]) {
+        let places =
+            self.blocks.iter().zip(found.chunks(BLOCK as usize)).enumerate().map(|(ix, (block, found))| {
+                let is = |place: &usize| bytes(ix, block.versions[*place]) == found;
+                let mut all = (block.flushed..block.versions.len()).filter(is);
+                let first = all.next().unwrap_or_else(|| panic!("seed {}: block {ix} is torn", self.seed));
+                (ix, block, first, all.last().unwrap_or(first))
+            });
+        let places: Vec<_> = places.collect();
+        let there = places.iter().map(|(ix, block, first, _)| (block.times[*first].0, *ix)).max();
+        let (sent, newest) = there.unwrap_or_default();
+        for (ix, block, _, last) in places {
+            let missing = block.times[last + 1..].iter().find(|(_, answered)| *answered < sent);
+            assert_eq!(
+                missing, None,
+                "seed {}: block {ix} lacks it, and block {newest} has {sent}",
+                self.seed
+            );
         }
     }
 

@@ -2,6 +2,7 @@
 //! anew from a copy, as after the death of its process, and everything is looked at: contents, and that exactly what is
 //! reachable is marked as used.
 
+use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, EntryKind};
@@ -80,7 +81,8 @@ impl Model {
             80..84 => self.rollback(),
             84..89 => self.promote(),
             89..92 => self.grow(),
-            92..95 => self.rename(),
+            92..94 => self.rename(),
+            94..97 => drop(block_on(self.pool.delete_some(Below::Plain(self.file.as_fd()))).unwrap()),
             _ => block_on(self.pool.checkpoint(Below::Plain(self.file.as_fd()))).unwrap(),
         }
     }
@@ -89,7 +91,8 @@ impl Model {
         let (name, blocks) = (self.name("v"), self.rng.usize(1..1300));
         let checksums = self.rng.u8(0..4) == 0;
         let below = Below::Plain(self.file.as_fd());
-        block_on(self.pool.make_volume(&name, blocks as u64 * BLOCK, checksums, below)).unwrap();
+        let settings = Settings { checksums, ordered: self.rng.bool(), ..Settings::default() };
+        block_on(self.pool.make_volume(&name, blocks as u64 * BLOCK, settings, below)).unwrap();
         self.volumes.insert(name, vec![0; blocks]);
     }
 
@@ -153,7 +156,7 @@ impl Model {
             Ok(()) => drop(self.snapshots.remove(&(volume, name))),
             Err(error) => {
                 assert_eq!(error.kind(), Kind::Busy, "{error}");
-                assert!(error.to_string().contains("is a clone of"), "{error}");
+                assert!(error.to_string().contains("a clone of"), "{error}");
             }
         }
     }
@@ -188,7 +191,7 @@ impl Model {
     fn resort(&mut self) {
         let mut found = BTreeMap::new();
         let core = self.pool.core();
-        for entry in core.catalog.values() {
+        for entry in core.catalog.values().filter(|entry| !entry.deleting) {
             let EntryKind::Snapshot { volume, .. } = entry.kind else { continue };
             let owner = core.catalog[&volume].name.clone();
             // A name may be that of several volumes' snapshots, taken at one instant: the contents tell.
@@ -256,6 +259,11 @@ impl Model {
             let number = self.pool.core().volume(name).unwrap();
             let found = read_all(&self.pool, number, contents.len(), below);
             assert!(found == bytes(0..contents.len(), contents), "seed {}: volume {name}", self.seed);
+            let entry = &self.pool.core().catalog[&number];
+            let mapped = contents.iter().filter(|version| **version != 0).count() as u64;
+            assert_eq!(entry.mapped, mapped, "seed {}: volume {name}", self.seed);
+            let EntryKind::Volume { own, .. } = entry.kind else { panic!("{name} is a volume") };
+            assert!(own <= mapped, "seed {}: {name} has {own} of {mapped} for itself", self.seed);
         }
         for ((volume, name), contents) in &self.snapshots {
             let number = self.pool.core().volume(volume).unwrap();
@@ -311,6 +319,7 @@ fn volumes_snapshots_and_clones_are_like_vectors() {
         while !model.volumes.is_empty() {
             (0..20).for_each(|_| model.delete_snapshot());
             (0..10).for_each(|_| model.delete_volume());
+            block_on(model.pool.delete_all(Below::Plain(model.file.as_fd()))).unwrap();
         }
         model.reopen();
         let used = model.pool.core().root.used;
