@@ -18,6 +18,9 @@ class Bench:
         self.daemons.append(Daemon(home, graph))
         return self.daemons[-1]
 
+    def path(self, name):
+        return os.path.join(self.home, name)
+
     def boot(self, do, options):
         machine = Machine(self.home, self.initrd, do, options)
         self.machines.append(machine)

@@ -8,6 +8,7 @@ use crate::nbd::meta::MAX_CONTEXTS;
 use crate::nbd::server::TlsPolicy;
 use crate::nbd::uri;
 use crate::nbd::wire::MAX_STRING;
+use crate::parallax::Snapshots;
 use blockmason::describe::{Build, ElementType, Family, Ports};
 use blockmason::element::BoxFuture;
 use blockmason::lang::value::{FilePath, Ref, Uri};
@@ -66,6 +67,9 @@ blockmason::params! {
         /// Elements whose maps of changes clients may ask for, by `qemu:dirty-bitmap:` and the element's name; the
         /// first one also by `x-mason:dirty`. A map must be that of a disk of the same size.
         dirty_map: Vec<Ref<DirtyMap>>,
+        /// The volume that this serves, if clients may ask what has changed since one of its snapshots, by
+        /// `x-mason:changed-since:` and the snapshot's name.
+        snapshots: Option<Ref<Snapshots>>,
     }
 }
 
@@ -82,6 +86,9 @@ pub const TYPE: ElementType = ElementType {
           a context of `log_dirty`. It is answered from the map, and offsets are those of the disk that the map is \
           of: what shifts addresses must not lie between, which the sizes tell only in part. A client that \
           has begun to ask goes on after a change of the graph; of a map that is gone then it hears that all has changed.\n\n\
+          With `snapshots`, they may also ask what has changed since a snapshot: that is answered by the volume, so \
+          whatever lies between may shift addresses. A client chooses among the snapshots that there are when it \
+          connects; asking for one that has been deleted since is an error.\n\n\
           A socket in the file system appears only when it accepts; one that a dead process has left \
           behind is replaced, that of a living one is not.",
     family: Family::Export,
@@ -225,6 +232,7 @@ impl Element for Nbd {
             description: self.params.description.clone(),
             disk: open.disk.clone(),
             source: open.name.to_owned(),
+            snapshots: self.params.snapshots.as_ref().map(|volume| volume.name().to_owned()),
             dirty_maps: self.params.dirty_map.iter().map(|map| map.name().to_owned()).collect(),
             clients: Arc::default(),
         };

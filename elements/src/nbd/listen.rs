@@ -1,7 +1,7 @@
 //! Listeners: sockets that several exports of several disks may share.
 
 use super::attend::{Peer, serve_client};
-use super::meta::{ALLOCATION, BITMAP, DIRTY};
+use super::meta::{ALLOCATION, BITMAP, CHANGED_SINCE, DIRTY};
 use super::serve::dirty::Maps;
 use super::serve::flags_of;
 use super::server::{Export, ExportInfo, Exports, Listed, TlsPolicy};
@@ -10,7 +10,7 @@ use crate::export::socket::{self, Bound, SocketRights, nonblocking, open_unix};
 use crate::migrate::map::DirtyMap;
 use blockmason::lang::value::Service;
 use blockmason::sched::{Disk, Host};
-use blockmason::{Error, Kind, Result};
+use blockmason::{Error, Graph, Kind, Result};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -75,6 +75,8 @@ pub struct Entry {
     pub source: String,
     /// The elements whose maps of changes it offers.
     pub dirty_maps: Vec<String>,
+    /// The volume that says what has changed since each of its snapshots.
+    pub snapshots: Option<String>,
     /// Who is connected. An export that takes the place of another of the same disk and element
     /// shares it.
     pub clients: Arc<Clients>,
@@ -100,12 +102,25 @@ impl Entry {
         })
     }
 
+    /// The newest snapshots that a client may choose among.
+    fn names_of_snapshots(&self, graph: &Graph) -> Vec<String> {
+        let volume =
+            self.snapshots.as_ref().and_then(|name| graph.instances().find(|found| found.name == *name));
+        // It has just been opened, or is just being closed: without any snapshots, if at all.
+        let names = volume.and_then(|volume| volume.element.get("snapshots").ok()).unwrap_or_default();
+        let others = self.dirty_maps.len() + 2;
+        let mut names: Vec<_> = names.split_whitespace().rev().map(str::to_owned).collect();
+        names.truncate(super::meta::MAX_CONTEXTS.saturating_sub(others));
+        names
+    }
+
     fn info(&self) -> Option<ExportInfo> {
         let graph = self.disk.graph();
         let below = graph.below(graph.node(&self.source)?).ok()?;
         let first = self.dirty_maps.first().map(|_| DIRTY.to_owned());
         let named = self.dirty_maps.iter().map(|name| format!("{BITMAP}{name}"));
-        let contexts = [ALLOCATION.to_owned()].into_iter().chain(first).chain(named).collect();
+        let since = self.names_of_snapshots(&graph).into_iter().map(|name| format!("{CHANGED_SINCE}{name}"));
+        let contexts = [ALLOCATION.to_owned()].into_iter().chain(first).chain(named).chain(since).collect();
         let blocks = super::handshake::BlockSizes {
             minimum: 1,
             preferred: below.preferred_block.clamp(512, 1 << 16),

@@ -15,7 +15,9 @@ pub const STATE_ZERO: u32 = 1 << 1;
 pub const DIRTY: &str = "x-mason:dirty";
 /// What the contexts of all its maps begin with, before their names.
 pub const BITMAP: &str = "qemu:dirty-bitmap:";
-/// Both: the range has changed.
+/// What the contexts begin with that say what has changed since a snapshot, before its name.
+pub use crate::parallax::CHANGED_SINCE;
+/// All of them: the range has changed.
 pub const STATE_DIRTY: u64 = 1;
 
 /// The most contexts that an export may offer or a client may have selected.

@@ -69,7 +69,7 @@ impl Core {
         self.snapshot(number, name).ok_or_else(|| gone("snapshot", &format!("{volume}@{name}")))
     }
 
-    fn need_free(&self, number: u32, what: &str) -> Result<()> {
+    pub(super) fn need_free(&self, number: u32, what: &str) -> Result<()> {
         match self.served.contains_key(&number) {
             true => Err(busy(format!("{what} is in use: a graph serves it"))),
             false => Ok(()),

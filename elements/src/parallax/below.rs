@@ -2,6 +2,7 @@
 
 use blockmason::io::FileIo;
 use blockmason::{Answer, Cx, Data, Error, Flow, Kind, Op, Origin, Reply, Request, Result};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -88,7 +89,17 @@ fn plain(file: BorrowedFd<'_>, req: &Request) -> Reply {
             Ok(Answer::Done)
         }
         Op::Flush => rustix::fs::fdatasync(file).map(|()| Answer::Done).map_err(failed),
-        Op::Discard | Op::WriteZeroes | Op::Cache | Op::Extents | Op::Control => {
+        Op::Discard => {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            match rustix::fs::fallocate(file, flags, req.offset, req.len) {
+                Ok(()) => Ok(Answer::Done),
+                Err(Errno::OPNOTSUPP) => {
+                    Err(Error::new(Kind::Unsupported, "what the pool is on takes no room back"))
+                }
+                Err(errno) => Err(failed(errno)),
+            }
+        }
+        Op::WriteZeroes | Op::Cache | Op::Extents | Op::Control => {
             Err(Error::new(Kind::Unsupported, "a pool asks for no such thing"))
         }
     }

@@ -5,6 +5,7 @@
 //! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests;
 //! `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
 
+mod account;
 mod admin;
 mod below;
 mod check;
@@ -25,3 +26,6 @@ mod space;
 mod tests;
 pub mod tool;
 mod volume;
+
+pub use parallax::Snapshots;
+pub use volume::CHANGED_SINCE;

@@ -133,7 +133,7 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     }
     let epoch = root.epoch + u64::from(opening.writable);
     let space = Space::new(label, owner.number, epoch, table);
-    let nodes = Nodes::new(space.label.id, opening.memory);
+    let nodes = Nodes::new(space.label().id, opening.memory);
     let catalog = read_catalog(&nodes, &root, below).await?;
     let log = Log::new(root.log, root.epoch, root.tail);
     let mut core = Core::new(root, log, catalog);
@@ -286,7 +286,7 @@ fn read_pages<'a>(
 /// Brings back what the log says.
 async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> {
     let mut records = Vec::new();
-    while let Some((record, behind)) = next_record(core, &space.label.id, below).await? {
+    while let Some((record, behind)) = next_record(core, &space.label().id, below).await? {
         core.log.written(&record, behind);
         records.push(record);
     }

@@ -6,7 +6,7 @@ use super::shared::{Shared, head_of};
 use super::volume::{Full, OnFull, Volume, unix_seconds};
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
-use blockmason::lang::value::{FilePath, Size, Time};
+use blockmason::lang::value::{FilePath, Service, Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
 };
@@ -80,12 +80,20 @@ pub const TYPE: ElementType = ElementType {
         Ok(params) if params.snapshot.is_some() => Carries::NO_WRITES,
         _ => Carries::ALL,
     },
+    provides: &[Snapshots::NAME],
     check: Params::check,
     build: |build: &Build<'_>| {
         Ok(Arc::new(Disk { params: build.read(Params::from)?, open: OnceLock::new() }))
     },
     ..ElementType::BASE
 };
+
+/// What an element provides whose handler `snapshots` has the names of snapshots since which it knows what has changed.
+pub enum Snapshots {}
+
+impl Service for Snapshots {
+    const NAME: &'static str = "snapshots";
+}
 
 struct Disk {
     params: Params,

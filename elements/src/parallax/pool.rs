@@ -178,11 +178,15 @@ impl Core {
         else {
             return ((0, 0), 0);
         };
-        let birth = match self.catalog.get(newest).map(|entry| &entry.kind) {
-            Some(EntryKind::Snapshot { birth, .. }) => *birth,
-            _ => 0,
-        };
-        ((*newest, birth), origin.1)
+        ((*newest, self.birth(*newest).unwrap_or(0)), origin.1)
+    }
+
+    /// The birth of a snapshot.
+    pub(super) fn birth(&self, snapshot: u32) -> Option<u64> {
+        match self.catalog.get(&snapshot).map(|entry| &entry.kind) {
+            Some(EntryKind::Snapshot { birth, .. }) => Some(*birth),
+            _ => None,
+        }
     }
 
     /// Applies a record that has been written.
@@ -348,7 +352,7 @@ pub(super) struct Pool {
 impl Pool {
     pub(super) fn new(space: Space, nodes: Nodes, root_extent: u64, core: Core, writable: bool) -> Pool {
         Pool {
-            id: space.label.id,
+            id: space.label().id,
             writable,
             space,
             nodes,

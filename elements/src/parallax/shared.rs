@@ -1,7 +1,7 @@
 //! The pools that this process has open: each once, whoever uses it.
 
 use super::below::Below;
-use super::format::{BLOCK, Id};
+use super::format::{BLOCK, EXTENT, Id};
 use super::open::{Opening, create, open};
 use super::pool::Pool;
 use blockmason::heads::HeadPlace;
@@ -93,6 +93,34 @@ impl Shared {
     /// The way down of a request of a graph.
     pub(super) fn below<'a>(&'a self, cx: Cx<'a>) -> Below<'a> {
         Below::Image(&self.io, cx)
+    }
+
+    /// Makes the pool as large as its device, or its file so large, and the pool with it. Its new size.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if it would be smaller, or larger than it can be; [`Kind::NoSpace`] if the device is smaller.
+    pub(super) fn grow(&self, size: Option<u64>) -> Result<u64> {
+        let failed = |errno| Error::os(errno, "it cannot be made larger").with_path(&self.listed.0);
+        let file = self.io.image().file();
+        let is_device = FileType::from_raw_mode(rustix::fs::fstat(file).map_err(failed)?.st_mode)
+            == FileType::BlockDevice;
+        let has = rustix::fs::seek(file, SeekFrom::End(0)).map_err(failed)?;
+        let wanted = match (size, is_device) {
+            (None, false) => return Err(Error::invalid("how large? a pool in a file needs a size")),
+            (Some(size), true) if size > has => {
+                let message = format!("the device has {has} bytes only");
+                return Err(Error::new(Kind::NoSpace, message));
+            }
+            (size, _) => size.unwrap_or(has),
+        };
+        let extents = wanted / (EXTENT * BLOCK);
+        let label = self.pool.space.label();
+        if !is_device && wanted > has && (label.extents..=label.capacity).contains(&extents) {
+            rustix::fs::ftruncate(file, wanted).map_err(failed)?;
+        }
+        block_on(self.pool.space.grow(extents, self.blocking()))?;
+        self.pool.room.notify_waiters();
+        Ok(extents * EXTENT * BLOCK)
     }
 
     /// The head of a volume that is gone goes with it, and is that of the volume's new name otherwise.

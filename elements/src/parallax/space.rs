@@ -69,6 +69,7 @@ fn each_word(blocks: Range<u64>, mut each: impl FnMut(u64, usize, u64)) {
 }
 
 struct State {
+    label: Label,
     extents: Vec<Extent>,
     /// Free blocks in extents of ours.
     free: u64,
@@ -81,7 +82,6 @@ struct State {
 }
 
 pub(super) struct Space {
-    pub(super) label: Label,
     owner: u32,
     epoch: u64,
     state: Mutex<State>,
@@ -121,7 +121,8 @@ impl Space {
     /// Of a pool with this table. An extent whose record is damaged counts as full, as ours.
     pub(super) fn new(label: Label, owner: u32, epoch: u64, table: Vec<Option<ExtentRecord>>) -> Space {
         let first = label.first();
-        let mut state = State { extents: Vec::new(), free: 0, unowned: 0, reserved: 0, last: first };
+        let (extents, last) = (Vec::new(), first);
+        let mut state = State { label, extents, free: 0, unowned: 0, reserved: 0, last };
         for (ix, record) in table.into_iter().enumerate() {
             let record = record.unwrap_or(ExtentRecord { owner, epoch: 0, used: [u64::MAX; 8] });
             let mut extent = Extent { record, maps: None, free: 0 };
@@ -136,16 +137,21 @@ impl Space {
             }
             state.extents.push(extent);
         }
-        Space { label, owner, epoch, state: Mutex::new(state), granting: tokio::sync::Mutex::default() }
+        Space { owner, epoch, state: Mutex::new(state), granting: tokio::sync::Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn label(&self) -> Label {
+        self.state().label.clone()
+    }
+
     /// Blocks that nobody but the pool itself may use.
     pub(super) fn slop(&self) -> u64 {
-        (self.label.extents * EXTENT / 64).max(LEAST_SLOP).min(self.label.extents * EXTENT / 8)
+        let blocks = self.state().extents.len() as u64 * EXTENT;
+        (blocks / 64).max(LEAST_SLOP).min(blocks / 8)
     }
 
     /// Free blocks, promised ones among them.
@@ -156,7 +162,8 @@ impl Space {
 
     /// Blocks of the pool that can hold anything.
     pub(super) fn all(&self) -> u64 {
-        (self.label.extents - self.label.first()) * EXTENT
+        let label = self.label();
+        (label.extents - label.first()) * EXTENT
     }
 
     /// True if so many blocks could be promised.
@@ -203,6 +210,56 @@ impl Space {
         self.state().take(near, want)
     }
 
+    /// Takes everything that is free in the first extent of ours at or behind this one that has anything. That extent, and the
+    /// blocks, used from now on.
+    pub(super) fn take_free(&self, from: u64) -> Option<(u64, Vec<Range<u64>>)> {
+        let mut state = self.state();
+        let has = |extent: &Extent| extent.maps.is_some() && extent.free > 0;
+        let at = (from..state.extents.len() as u64).find(|at| has(&state.extents[*at as usize]))?;
+        let (mut runs, mut next) = (Vec::new(), 0);
+        let extent = &mut state.extents[at as usize];
+        let maps = extent.maps.as_mut()?;
+        while let Some(run) = free_run(&maps.used, next, Want { least: 1, most: EXTENT }) {
+            if run.start < next {
+                break;
+            }
+            next = run.end;
+            let run = at * EXTENT + run.start..at * EXTENT + run.end;
+            each_word(run.clone(), |_, word, mask| maps.used[word] |= mask);
+            runs.push(run);
+        }
+        let taken = u64::from(std::mem::take(&mut extent.free));
+        state.free -= taken;
+        Some((at, runs))
+    }
+
+    /// Makes the pool larger, durably.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if it would be smaller, or larger than it can be.
+    pub(super) async fn grow(&self, extents: u64, below: Below<'_>) -> Result<()> {
+        let _alone = self.granting.lock().await;
+        let mut label = self.label();
+        if extents < label.extents || extents > label.capacity {
+            let size = |extents: u64| extents * EXTENT * BLOCK;
+            let (now, most) = (size(label.extents), size(label.capacity));
+            let message = format!("the pool has {now} bytes, and can have {most} at most: it was made so");
+            return Err(Error::invalid(message));
+        }
+        (label.extents, label.sequence) = (extents, label.sequence + 1);
+        for place in Label::PLACES {
+            below.write(place * BLOCK, Data::shared(label.encode())).await?;
+            below.flush().await?;
+        }
+        let mut state = self.state();
+        while (state.extents.len() as u64) < extents {
+            state.extents.push(Extent { record: ExtentRecord::default(), maps: None, free: 0 });
+            state.unowned += 1;
+        }
+        state.label = label;
+        Ok(())
+    }
+
     /// Marks blocks as used that a log or a tree knows of.
     pub(super) fn mark(&self, blocks: Range<u64>) -> Result<()> {
         let mut state = self.state();
@@ -246,12 +303,13 @@ impl Space {
     async fn grant(&self, below: Below<'_>) -> Result<()> {
         let had = self.state().free;
         let _alone = self.granting.lock().await;
+        let label = self.label();
         let chosen = {
             let state = self.state();
             if state.free > had {
                 return Ok(());
             }
-            let want = (self.label.extents / 64).clamp(1, MOST_GRANT);
+            let want = (label.extents / 64).clamp(1, MOST_GRANT);
             state.unowned_near(want)
         };
         if chosen.is_empty() {
@@ -259,7 +317,7 @@ impl Space {
         }
         let record = ExtentRecord { owner: self.owner, epoch: self.epoch, used: [0; 8] };
         let bytes = record.encode().repeat((chosen.end - chosen.start) as usize);
-        for place in self.label.record(chosen.start) {
+        for place in label.record(chosen.start) {
             below.write(place, Data::copy_of(&bytes)).await?;
         }
         below.flush().await?;
@@ -310,10 +368,11 @@ impl Space {
         records: &[(u64, ExtentRecord)],
         below: Below<'_>,
     ) -> Result<()> {
+        let label = self.label();
         for row in records.chunk_by(|one, other| one.0 + 1 == other.0) {
             let bytes: Vec<u8> = row.iter().flat_map(|(_, record)| record.encode()).collect();
             let data = Data::shared(bytes);
-            for place in self.label.record(row[0].0) {
+            for place in label.record(row[0].0) {
                 below.write(place, data.clone()).await?;
             }
         }

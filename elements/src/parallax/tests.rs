@@ -3,6 +3,7 @@
 mod crash;
 mod kit;
 mod lines;
+mod room;
 
 use blockmason::testing::{TestDisk, play_against_model, run};
 

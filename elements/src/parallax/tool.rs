@@ -1,21 +1,27 @@
 //! What administrators do with pools: the same in the process that serves a pool and where nobody does.
 
+use super::account::Account;
 pub use super::admin::{NewSettings, Settings};
 use super::below::Below;
 use super::check::check;
 use super::format::{BLOCK, Entry, EntryKind};
 use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
-use super::volume::unix_seconds;
-use blockmason::{Error, Result};
+use super::volume::{Full, Volume, unix_seconds};
+use base64::prelude::{BASE64_STANDARD, Engine};
+use blockmason::{Data, Error, Op, Request, Result};
 use futures::executor::block_on;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Memory for the map where nobody says anything else, in bytes.
 const MEMORY: u64 = 256 << 20;
+
+/// Bytes that are read or written at once, at most.
+pub const MOST_BYTES: u64 = 1 << 20;
 
 /// Something to do with a pool that is there. Sizes are in bytes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -98,13 +104,62 @@ pub enum Operation {
         /// Its new size.
         size: u64,
     },
-    /// What has changed in a volume since one of its snapshots.
+    /// What has changed in a volume, or up to one of its snapshots, since another one; or what it has.
     Diff {
         /// The volume.
         volume: String,
+        /// Up to this snapshot; none: until now.
+        #[serde(default)]
+        until: Option<String>,
         /// The snapshot.
-        since: String,
+        since: Option<String>,
     },
+    /// The room that a volume or snapshot takes; or the pool.
+    Stat {
+        /// The volume; none: the pool.
+        #[serde(default)]
+        volume: Option<String>,
+        /// A snapshot of it.
+        #[serde(default)]
+        snapshot: Option<String>,
+    },
+    /// Bytes of a volume or snapshot, in base64; null if all are zero.
+    Read {
+        /// The volume.
+        volume: String,
+        /// A snapshot of it.
+        #[serde(default)]
+        snapshot: Option<String>,
+        /// The first, a multiple of 4096.
+        offset: u64,
+        /// How many, a multiple of 4096, at most [`MOST_BYTES`].
+        len: u64,
+    },
+    /// Writes to a volume that nobody serves.
+    Write {
+        /// The volume.
+        volume: String,
+        /// The first byte, a multiple of 4096.
+        offset: u64,
+        /// The bytes, in base64: a multiple of 4096, at most [`MOST_BYTES`].
+        data: String,
+    },
+    /// Makes a range of a volume zero that nobody serves; it takes no room then.
+    Punch {
+        /// The volume.
+        volume: String,
+        /// The first byte, a multiple of 4096.
+        offset: u64,
+        /// How many, a multiple of 4096.
+        len: u64,
+    },
+    /// Makes the pool larger.
+    Grow {
+        /// Its new size; a device is used as it is without one.
+        size: Option<u64>,
+    },
+    /// Ends what is being deleted, and gives free room back to the file system that the pool is on.
+    Gc,
 }
 
 /// Makes a pool in a new file, or on an empty block device, whose own size counts if none is given. Blocks.
@@ -187,9 +242,30 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             shared.move_head(name, Some(to));
         }
         Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
-        Operation::Diff { volume, since } => {
-            let number = pool.core().find(volume, None)?;
-            let birth = birth_of(&pool.core(), volume, since)?;
+        Operation::Stat { volume: None, .. } => return Ok(stat(pool)),
+        Operation::Stat { volume: Some(volume), snapshot } => {
+            let number = pool.core().find(volume, snapshot.as_deref())?;
+            let account = block_on(pool.account(number, below))?;
+            let Account { mapped, shared, freed } = account;
+            return Ok(json!({
+                "mapped": mapped * BLOCK, "shared": shared * BLOCK, "freed_if_deleted": freed * BLOCK,
+            }));
+        }
+        Operation::Read { volume, snapshot, offset, len } => {
+            return read(pool, (volume, snapshot.as_deref()), *offset..offset.saturating_add(*len), below);
+        }
+        Operation::Write { volume, offset, data } => {
+            let bytes = BASE64_STANDARD.decode(data).map_err(|_| Error::invalid("the data is not base64"))?;
+            change(pool, volume, Request::write(*offset, Data::shared(bytes)), below)?;
+        }
+        Operation::Punch { volume, offset, len } => {
+            change(pool, volume, Request::new(Op::Discard, *offset, *len), below)?;
+        }
+        Operation::Grow { size } => return shared.grow(*size).map(|size| json!({ "size": size })),
+        Operation::Gc => return block_on(pool.collect(below)).map(|bytes| json!({ "given_back": bytes })),
+        Operation::Diff { volume, until, since } => {
+            let number = pool.core().find(volume, until.as_deref())?;
+            let birth = since.as_ref().map_or(Ok(0), |since| birth_of(&pool.core(), volume, since))?;
             let changed = block_on(pool.changed_since(number, birth, below))?;
             let range = |range: &std::ops::Range<u64>| {
                 json!([range.start * BLOCK, (range.end - range.start) * BLOCK])
@@ -206,12 +282,67 @@ fn end_deletion(pool: &Pool, below: Below<'_>) -> Result<()> {
     if served { Ok(()) } else { block_on(pool.delete_all(below)) }
 }
 
+/// How much room there is, and what for.
+fn stat(pool: &Pool) -> Value {
+    let core = pool.core();
+    let (space, kept) = (&pool.space, core.kept());
+    let deleting: Vec<&str> =
+        core.catalog.values().filter(|entry| entry.deleting).map(|entry| entry.name.as_str()).collect();
+    let (all, free, slop) = (space.all(), space.free(), space.slop());
+    json!({
+        "size": all * BLOCK, "used": (all - free) * BLOCK, "free": free * BLOCK,
+        "reserved": kept * BLOCK, "kept_back": slop * BLOCK,
+        "available": free.saturating_sub(kept + slop) * BLOCK, "deleting": deleting,
+    })
+}
+
+/// # Errors
+/// A range that is none of that volume, or too long.
+fn check_range(core: &Core, number: u32, range: &Range<u64>, most: u64) -> Result<()> {
+    let size = core.catalog.get(&number).map_or(0, |entry| entry.size);
+    let whole = range.start.is_multiple_of(BLOCK) && range.end.is_multiple_of(BLOCK);
+    let fits = range.start < range.end && range.end <= size && range.end - range.start <= most;
+    match whole && fits {
+        true => Ok(()),
+        false => Err(Error::invalid(format!(
+            "expected blocks of 4096 bytes inside the {size} bytes there are, {most} bytes at most"
+        ))),
+    }
+}
+
+fn read(
+    pool: &Arc<Pool>,
+    (volume, snapshot): (&str, Option<&str>),
+    range: Range<u64>,
+    below: Below<'_>,
+) -> Result<Value> {
+    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, |core| core.find(volume, snapshot)))?;
+    check_range(&pool.core(), volume.number(), &range, MOST_BYTES)?;
+    let request = Request::read(range.start, range.end - range.start);
+    let data = block_on(volume.read_pieces(request, below))?.into_data()?;
+    Ok(if data.is_zero() { Value::Null } else { BASE64_STANDARD.encode(data.to_vec()).into() })
+}
+
+/// Changes a volume that nobody serves.
+fn change(pool: &Arc<Pool>, volume: &str, request: Request, below: Below<'_>) -> Result<()> {
+    let unserved = |core: &Core| {
+        let number = core.find(volume, None)?;
+        core.need_free(number, volume).map(|()| number)
+    };
+    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, unserved))?;
+    let range = request.offset..request.offset.saturating_add(request.len);
+    let is_write = request.op == Op::Write;
+    check_range(&pool.core(), volume.number(), &range, if is_write { MOST_BYTES } else { u64::MAX })?;
+    let done = match is_write {
+        true => block_on(volume.write_pieces(request, below)),
+        false => block_on(volume.punch(request, below)),
+    };
+    done.map(drop)
+}
+
 fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {
     let number = core.find(volume, Some(snapshot))?;
-    match core.catalog.get(&number).map(|entry| &entry.kind) {
-        Some(EntryKind::Snapshot { birth, .. }) => Ok(*birth),
-        _ => Err(Error::internal("a snapshot was expected")),
-    }
+    core.birth(number).ok_or_else(|| Error::internal("a snapshot was expected"))
 }
 
 fn listed(pool: &Pool) -> Value {

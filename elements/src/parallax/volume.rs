@@ -20,6 +20,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// What the maps begin with that a volume has: the name of a snapshot follows.
+pub const CHANGED_SINCE: &str = "x-mason:changed-since:";
+
 /// Pieces that are looked up at once for an answer that may be incomplete.
 const MOST_PIECES: usize = 4096;
 
@@ -57,6 +60,11 @@ pub(super) struct Full {
     pub(super) on_full: OnFull,
     /// How long they wait, at most.
     pub(super) timeout: Duration,
+}
+
+impl Full {
+    /// They fail.
+    pub(super) const ERROR: Full = Full { on_full: OnFull::Error, timeout: Duration::ZERO };
 }
 
 blockmason::words! {
@@ -97,6 +105,8 @@ struct Missing {
 /// oldest hold keeps their blocks from holding anything else meanwhile.
 #[derive(Default)]
 struct Search {
+    /// It is not asked where blocks are, but whether they are younger than this: the block that is found is 1 or 0.
+    since: Option<u64>,
     nodes: HashMap<u64, Arc<Node>>,
     holds: Vec<Hold>,
 }
@@ -128,6 +138,10 @@ impl Volume {
         Volume { pool, number, read_only, patience: Duration::ZERO }
     }
 
+    pub(super) fn number(&self) -> u32 {
+        self.number
+    }
+
     fn name(&self) -> String {
         self.pool.core().catalog.get(&self.number).map(|entry| entry.name.clone()).unwrap_or_default()
     }
@@ -146,9 +160,6 @@ impl Volume {
             Op::Discard | Op::WriteZeroes => cx.later(&req.clone(), self.punch(req, below)),
             Op::Flush => cx.later(&req, async move { self.pool.flush(below).await.map(|()| Answer::Done) }),
             Op::Cache => Flow::done(),
-            Op::Extents if req.extra.as_ref().is_some_and(|extra| extra.map.is_some()) => {
-                cx.fail(&req, Error::unsupported("a volume knows of no such map"))
-            }
             Op::Extents => cx.later(&req.clone(), self.extents(req, below)),
             Op::Control => cx.later(&req.clone(), self.control(req, below, cx)),
         }
@@ -187,7 +198,8 @@ impl Volume {
                     .collect()
             }
         };
-        let mut found = Found { pieces: Vec::new(), checksums: entry.checksums };
+        let checksums = entry.checksums && search.since.is_none();
+        let mut found = Found { pieces: Vec::new(), checksums, since: search.since };
         let mut at = blocks.start;
         while at < blocks.end && found.pieces.len() < most {
             let mut end = blocks.end;
@@ -226,7 +238,7 @@ impl Volume {
         let at = blocks.start;
         loop {
             let index = at / span(level + 1);
-            if ptr.is_hole() {
+            if ptr.is_hole() || search.since.is_some_and(|since| ptr.birth <= since) {
                 let end = blocks.end.min((index + 1) * span(level + 1));
                 found.add(at, Slot { birth: ptr.birth, ..Slot::default() }, end - at, false);
                 return Ok(end);
@@ -262,7 +274,17 @@ impl Volume {
         in_place: bool,
         below: Below<'_>,
     ) -> Result<(Vec<Piece>, Hold)> {
-        let mut search = Search::default();
+        self.search(blocks, most, in_place, Search::default(), below).await
+    }
+
+    async fn search(
+        &self,
+        blocks: Range<u64>,
+        most: usize,
+        in_place: bool,
+        mut search: Search,
+        below: Below<'_>,
+    ) -> Result<(Vec<Piece>, Hold)> {
         loop {
             let Missing { node, hold } = match self.find_now(blocks.clone(), most, in_place, &search) {
                 Ok(found) => return Ok(found),
@@ -533,14 +555,38 @@ impl Volume {
         self.end(&req, below).await
     }
 
-    async fn extents(&self, req: Request, below: Below<'_>) -> Reply {
+    pub(super) async fn extents(&self, req: Request, below: Below<'_>) -> Reply {
         let most = if req.flags.has(Flags::ONE) { 1 } else { MOST_PIECES };
-        let (pieces, _hold) = self.find(Self::blocks(&req), most, false, below).await?;
+        let map = req.extra.as_ref().and_then(|extra| extra.map.as_deref());
+        let since = map.map(|map| self.birth_in(map)).transpose()?;
+        let search = Search { since, ..Search::default() };
+        let (pieces, _hold) = self.search(Self::blocks(&req), most, false, search, below).await?;
         let extent = |piece: &Piece| {
-            let state = if piece.at == 0 { ExtentState::HOLE } else { ExtentState::DATA };
+            let state = match (since, piece.at) {
+                (None, 0) => ExtentState::HOLE,
+                (None, _) => ExtentState::DATA,
+                (Some(_), at) => ExtentState { dirty: at != 0, ..ExtentState::default() },
+            };
             Extent { len: piece.len * BLOCK, state }
         };
         Ok(Answer::Extents(pieces.iter().map(extent).collect()))
+    }
+
+    /// What was born after that has changed, as a map says it.
+    ///
+    /// # Errors
+    /// It is no map of changes since a snapshot of this line.
+    fn birth_in(&self, map: &str) -> Result<u64> {
+        let name = map
+            .strip_prefix(CHANGED_SINCE)
+            .ok_or_else(|| Error::unsupported("a volume knows of no such map"))?;
+        let core = self.pool.core();
+        let line = match core.catalog.get(&self.number).map(|entry| &entry.kind) {
+            Some(EntryKind::Snapshot { volume, .. }) => *volume,
+            _ => self.number,
+        };
+        let birth = core.snapshot(line, name).and_then(|number| core.birth(number));
+        birth.ok_or_else(|| Error::new(Kind::Unavailable, format!("there is no snapshot {name}")))
     }
 
     async fn control(&self, req: Request, below: Below<'_>, cx: Cx<'_>) -> Reply {
@@ -568,6 +614,8 @@ impl Volume {
 struct Found {
     pieces: Vec<Piece>,
     checksums: bool,
+    /// As in [`Search`].
+    since: Option<u64>,
 }
 
 impl Found {
@@ -581,11 +629,18 @@ impl Found {
         first + run.len
     }
 
-    fn add(&mut self, first: u64, slot: Slot, len: u64, own: bool) {
+    fn add(&mut self, first: u64, mut slot: Slot, len: u64, own: bool) {
+        if let Some(since) = self.since {
+            slot.at = u64::from(slot.birth > since);
+        }
         let own = own && slot.at != 0;
         let crc = (self.checksums && slot.at != 0).then_some(slot.crc);
         if let Some(last) = self.pieces.last_mut() {
-            let joins = if last.at == 0 { slot.at == 0 } else { slot.at == last.at + last.len };
+            let joins = match self.since {
+                Some(_) => last.at == slot.at,
+                None if last.at == 0 => slot.at == 0,
+                None => slot.at == last.at + last.len,
+            };
             if joins && last.own == own {
                 last.len += len;
                 last.crcs.extend(crc);

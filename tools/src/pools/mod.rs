@@ -1,5 +1,6 @@
 //! `mason pool` and `mason volume`: pools of thin volumes, served or not.
 
+mod dump;
 pub(crate) mod pool;
 pub(crate) mod volume;
 

@@ -16,6 +16,7 @@ use std::path::PathBuf;
   mason pool create vms.pool --size 100G
   mason pool list vms.pool
   mason pool check vms.pool && echo sound
+  mason pool grow vms.pool --size 200G
 
 A pool is a file, a block device, or a folder that holds the file. Whatever is asked of a pool that a daemon
 serves is done by that daemon.")]
@@ -37,6 +38,20 @@ enum Command {
     },
     /// Show what is in a pool
     List(Pool),
+    /// Show how much room a pool has, and what for
+    Stat(Pool),
+    /// Make a pool larger
+    Grow {
+        /// The pool
+        pool: PathBuf,
+        /// Its new size; without one, that of its device
+        #[arg(long)]
+        size: Option<Size>,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// End what is being deleted, and give free room back to the file system that the pool is on
+    Gc(Pool),
     /// Look at everything in a pool: exits with 1 if anything is not as it should be
     Check(Pool),
 }
@@ -63,11 +78,27 @@ pub(crate) fn main(args: &Args) -> Outcome {
             let found = ask(&pool.pool, &Operation::List, &pool.control)?;
             if pool.json { output::json(&found) } else { output::text(&list(&found)) }
         }
+        Command::Stat(pool) => {
+            let found = ask(&pool.pool, &Operation::Stat { volume: None, snapshot: None }, &pool.control)?;
+            if pool.json { output::json(&found) } else { output::text(&stat(&found)) }
+        }
+        Command::Grow { pool, size, control } => {
+            let found = ask(pool, &Operation::Grow { size: size.map(|size| size.0) }, control)?;
+            output::text(&format!("{}: {}\n", pool.display(), Exact(number(&found["size"]))))
+        }
+        Command::Gc(pool) => {
+            let found = ask(&pool.pool, &Operation::Gc, &pool.control)?;
+            match (pool.json, found["given_back"].as_u64()) {
+                (true, _) => output::json(&found),
+                (false, Some(bytes)) => output::text(&format!("{} are free, and given back\n", Bytes(bytes))),
+                (false, None) => output::text("what the pool is on takes no room back\n"),
+            }
+        }
         Command::Check(pool) => check(pool),
     }
 }
 
-fn number(value: &Value) -> u64 {
+pub(super) fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or(0)
 }
 
@@ -95,6 +126,18 @@ pub(super) fn list(found: &Value) -> String {
     }
     let said = format!("{} of {} in use\n", Bytes(size - free), Bytes(size));
     if rows.is_empty() { said } else { said + &table(&["volume", "size", "clone of", ""], rows, 1..2) }
+}
+
+fn stat(found: &Value) -> String {
+    let line = |what: &str, key: &str| format!("{what:<22}{:>10}\n", Bytes(number(&found[key])).to_string());
+    let mut said = line("size", "size") + &line("in use", "used");
+    said += &line("free for data", "available");
+    said += &line("reserved for volumes", "reserved");
+    said += &line("kept for deletion", "kept_back");
+    for name in found["deleting"].as_array().into_iter().flatten() {
+        said += &format!("{} is being deleted\n", word(name));
+    }
+    said
 }
 
 fn check(pool: &Pool) -> Outcome {

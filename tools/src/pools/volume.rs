@@ -1,10 +1,10 @@
 //! `mason volume`: makes volumes, snapshots and clones, and undoes them.
 
-use super::{Named, ask, named, pool};
+use super::{Named, ask, dump, named, pool};
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output;
-use crate::units::Exact;
+use crate::units::{Bytes, Exact};
 use blockmason::lang::value::Size;
 use blockmason_elements::parallax::tool::{NewSettings, Operation, Settings};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
   mason volume diff vms.pool vm1@monday
   mason volume rollback vms.pool vm1@monday --keep vm1-tuesday
   mason volume delete vms.pool vm1@monday
+  mason volume set vms.pool vm1 --quota 30G --reserve 10G
+  mason volume dump vms.pool vm1 | ssh far mason volume restore other.pool vm1
 
 All of it is durable when the command returns. What a daemon serves is changed by that daemon, while guests go on.")]
 pub(crate) struct Args {
@@ -122,12 +124,41 @@ enum Command {
         #[command(flatten)]
         control: ControlArgs,
     },
+    /// Show the room that a volume or snapshot takes
+    Stat {
+        pool: PathBuf,
+        /// VOLUME or VOLUME@SNAPSHOT
+        name: String,
+        /// Writes one JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Write a volume with its snapshots, or one snapshot, to stdout as text
+    Dump {
+        pool: PathBuf,
+        /// VOLUME or VOLUME@SNAPSHOT
+        name: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Make a volume of what `dump` has written, from stdin
+    Restore {
+        pool: PathBuf,
+        name: String,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
     /// Show what has changed in a volume since a snapshot: offset and length of each range
     Diff {
         pool: PathBuf,
         /// VOLUME@SNAPSHOT
         #[arg(value_parser = named)]
         since: Named,
+        /// Up to this later snapshot, not until now
+        #[arg(long, value_name = "SNAPSHOT")]
+        until: Option<String>,
         /// Writes pairs of bytes as JSON
         #[arg(long)]
         json: bool,
@@ -215,12 +246,47 @@ pub(crate) fn main(args: &Args) -> Outcome {
         Command::Resize { pool, name, size, control } => {
             done(pool, Operation::Resize { name: name.clone(), size: size.0 }, control)
         }
-        Command::Diff { pool, since, json, control } => diff(pool, since, *json, control),
+        Command::Stat { pool, name, json, control } => {
+            let (volume, snapshot) = volume_of(name);
+            let found = ask(pool, &Operation::Stat { volume: Some(volume), snapshot }, control)?;
+            if *json { output::json(&found) } else { output::text(&stat(&found)) }
+        }
+        Command::Dump { pool, name, control } => {
+            let (volume, snapshot) = volume_of(name);
+            let from = dump::Pool { path: pool, control };
+            dump::dump(&from, &volume, snapshot.as_deref(), std::io::BufWriter::new(std::io::stdout().lock()))
+        }
+        Command::Restore { pool, name, control } => {
+            dump::restore(&dump::Pool { path: pool, control }, name, std::io::stdin().lock())
+        }
+        Command::Diff { pool, since, until, json, control } => {
+            diff(pool, since, until.as_deref(), *json, control)
+        }
     }
 }
 
-fn diff(pool: &Path, since: &Named, json: bool, control: &ControlArgs) -> Outcome {
-    let operation = Operation::Diff { volume: since.volume.clone(), since: since.snapshot.clone() };
+/// A volume, or one of its snapshots.
+fn volume_of(name: &str) -> (String, Option<String>) {
+    match named(name) {
+        Ok(Named { volume, snapshot }) => (volume, Some(snapshot)),
+        Err(_) => (name.to_owned(), None),
+    }
+}
+
+fn stat(found: &serde_json::Value) -> String {
+    let line =
+        |what: &str, key: &str| format!("{what:<22}{:>10}\n", Bytes(pool::number(&found[key])).to_string());
+    line("data", "mapped")
+        + &line("shared with others", "shared")
+        + &line("freed if deleted", "freed_if_deleted")
+}
+
+fn diff(pool: &Path, since: &Named, until: Option<&str>, json: bool, control: &ControlArgs) -> Outcome {
+    let operation = Operation::Diff {
+        volume: since.volume.clone(),
+        until: until.map(str::to_owned),
+        since: Some(since.snapshot.clone()),
+    };
     let found = ask(pool, &operation, control)?;
     if json {
         return output::json(&found);

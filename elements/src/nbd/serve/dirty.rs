@@ -9,8 +9,8 @@ use std::sync::Arc;
 /// Finds the map of a context, as the graph is now; none where it has none any more.
 pub(crate) type Maps = Rc<dyn Fn(&str) -> Option<Arc<DirtyMap>>>;
 
-/// True of a context that says what has changed.
-pub(super) fn is_of_changes(context: &str) -> bool {
+/// True of a context that is answered from a map in memory.
+pub(super) fn is_in_memory(context: &str) -> bool {
     context == DIRTY || context.starts_with(BITMAP)
 }
 

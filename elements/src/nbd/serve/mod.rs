@@ -5,18 +5,19 @@ pub(crate) mod dirty;
 mod receive;
 mod send;
 
-use super::meta::{Selected, Status, StatusQuery};
+use super::meta::{ALLOCATION, Selected, Status, StatusQuery};
 use super::server::Negotiated;
 use super::stream::Stream as Socket;
 use super::wire::{Command, CommandFlags, ErrorCode, ReplyStyle, ReplyTo, RequestHeader, Rules};
 use blockmason::geometry::Geometry;
 use blockmason::rt::Timer;
 use blockmason::sched::{Admit, Budget, Permit, Stream};
-use blockmason::{Answer, Data, Errno, Error, ExtentState, Flags, Op, Reply, Request};
+use blockmason::{Answer, Data, Errno, Error, Extent, ExtentState, Extra, Flags, Op, Reply, Request};
 use dirty::Maps;
 use receive::{Received, Receiver};
 use send::Sender;
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -57,6 +58,8 @@ pub struct Connection<S> {
     /// Nothing can be sent any more.
     broken: Cell<bool>,
     stalled: RefCell<Option<Stalled>>,
+    /// Block status of which the graph has to be asked again, for the next context.
+    again: RefCell<VecDeque<(Tag, Request)>>,
 }
 
 /// Watches a client that we wait for.
@@ -70,6 +73,8 @@ pub struct Tag {
     header: RequestHeader,
     permit: Permit,
     query: Option<StatusQuery>,
+    /// Block status: what the graph has said of the contexts that it knows of, in their order.
+    found: Vec<Vec<Extent>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -110,6 +115,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             ended: Cell::new(false),
             broken: Cell::new(false),
             stalled: RefCell::default(),
+            again: RefCell::default(),
         }
     }
 
@@ -211,14 +217,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.answer_empty(&header);
             return None;
         }
-        if header.command == Command::BLOCK_STATUS && self.asks_only_for_changes(query.as_ref()) {
-            self.answer_status(&Tag { header, permit, query }, &[]);
-            return None;
+        let mut request = request(&header, len, data);
+        let tag = Tag { header, permit, query, found: Vec::new() };
+        if tag.header.command == Command::BLOCK_STATUS {
+            let Some(place) = self.next_of_graph(&tag) else {
+                self.answer_status(&tag);
+                return None;
+            };
+            self.ask_for(&mut request, place);
         }
-        let request = request(&header, len, data);
+        self.count(&tag);
+        Some(Admit::Request(tag, request))
+    }
+
+    fn count(&self, tag: &Tag) {
         self.requests.set(self.requests.get() + 1);
-        self.bytes.set(self.bytes.get() + permit.bytes());
-        Some(Admit::Request(Tag { header, permit, query }, request))
+        self.bytes.set(self.bytes.get() + tag.permit.bytes());
     }
 
     fn status_query(&self, header: &RequestHeader, payload: &Data) -> Result<StatusQuery, ErrorCode> {
@@ -227,11 +241,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(query)
     }
 
-    /// True if no context is wanted that the graph knows of.
-    fn asks_only_for_changes(&self, query: Option<&StatusQuery>) -> bool {
-        let wanted = |place: &usize| query.is_none_or(|query| query.wants(*place));
-        let mut wanted = (0..self.contexts.len()).filter(wanted);
-        wanted.all(|place| dirty::is_of_changes(&self.contexts[place].name))
+    /// The contexts that are wanted, by their places.
+    fn wanted<'a>(&'a self, tag: &'a Tag) -> impl Iterator<Item = usize> + use<'a, S> {
+        (0..self.contexts.len()).filter(|place| tag.query.as_ref().is_none_or(|query| query.wants(*place)))
+    }
+
+    /// The next context that is wanted, that the graph knows of, and of which it has not been asked yet.
+    fn next_of_graph(&self, tag: &Tag) -> Option<usize> {
+        self.wanted(tag)
+            .filter(|place| !dirty::is_in_memory(&self.contexts[*place].name))
+            .nth(tag.found.len())
+    }
+
+    /// Makes a request for block status one for that context.
+    fn ask_for(&self, request: &mut Request, place: usize) {
+        let name = &self.contexts[place].name;
+        let map = (name != ALLOCATION).then(|| name.clone());
+        request.extra = map.map(|map| Box::new(Extra { map: Some(map), ..Extra::default() }));
+    }
+
+    /// The graph has said something of one context. Asks it of the next one, or answers.
+    fn collect(&self, mut tag: Tag, extents: Vec<Extent>) {
+        tag.found.push(extents);
+        match self.next_of_graph(&tag) {
+            // After the end nothing is asked any more: of the rest it is said that anything may have changed.
+            Some(place) if !self.ended.get() => {
+                let len = tag.query.as_ref().map_or(tag.header.len, |query| query.len);
+                let mut request = request(&tag.header, len, Data::empty());
+                self.ask_for(&mut request, place);
+                self.count(&tag);
+                self.again.borrow_mut().push_back((tag, request));
+            }
+            _ => self.answer_status(&tag),
+        }
     }
 
     fn reply_to(&self, header: &RequestHeader) -> ReplyTo {
@@ -299,23 +341,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         sender.keep(tag.permit);
     }
 
-    fn answer_status(&self, tag: &Tag, extents: &[blockmason::Extent]) {
+    fn answer_status(&self, tag: &Tag) {
         let header = &tag.header;
         let len = tag.query.as_ref().map_or(header.len, |query| query.len);
         let one = header.flags.contains(CommandFlags::REQ_ONE);
         let extended = self.style == ReplyStyle::Extended;
-        let wanted: Vec<_> = (0..self.contexts.len())
-            .filter(|place| tag.query.as_ref().is_none_or(|query| query.wants(*place)))
-            .collect();
+        let wanted: Vec<_> = self.wanted(tag).collect();
+        let mut found = tag.found.iter();
         let mut sender = self.sender.borrow_mut();
         for place in &wanted {
             let (mut status, context) = (Status::new(len, one, extended), &self.contexts[*place]);
-            if dirty::is_of_changes(&context.name) {
+            let range = header.offset..header.offset + len;
+            if dirty::is_in_memory(&context.name) {
                 let map = (self.maps)(&context.name);
-                dirty::collect(&mut status, map.as_deref(), header.offset..header.offset + len);
-            } else {
+                dirty::collect(&mut status, map.as_deref(), range);
+            } else if let Some(extents) = found.next() {
                 // All that are pushed, up to the first that is of no use.
                 let _ = extents.iter().all(|extent| status.push(extent.len, status_of(extent.state)));
+            } else {
+                dirty::collect(&mut status, None, range);
             }
             let done = Some(place) == wanted.last();
             status.put(sender.head(), &self.reply_to(header), done, context.id);
@@ -323,11 +367,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 }
 
-/// The bits of `base:allocation`.
+/// The bits of `base:allocation`, or that of a map of changes.
 fn status_of(state: ExtentState) -> u64 {
     let hole = if state.hole { super::meta::STATE_HOLE } else { 0 };
     let zero = if state.zero { super::meta::STATE_ZERO } else { 0 };
-    u64::from(hole | zero)
+    u64::from(hole | zero) | if state.dirty { super::meta::STATE_DIRTY } else { 0 }
 }
 
 /// Start, end and kind of the pieces in which a read is answered: runs of known zeros are holes.
@@ -382,6 +426,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Connection<S> {
 
     fn poll_next(&self, task: &mut Context<'_>) -> Poll<Admit<Tag>> {
         loop {
+            if let Some((tag, request)) = self.again.borrow_mut().pop_front() {
+                return Poll::Ready(Admit::Request(tag, request));
+            }
             if self.ended.get() {
                 return Poll::Ready(Admit::End);
             }
@@ -421,7 +468,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Connection<S> {
         }
         match reply {
             Ok(Answer::Data(data)) if tag.header.command == Command::READ => self.answer_read(tag, data),
-            Ok(Answer::Extents(extents)) if !extents.is_empty() => self.answer_status(&tag, &extents),
+            Ok(Answer::Extents(extents)) if !extents.is_empty() => self.collect(tag, extents),
             Ok(Answer::Done | Answer::Text(_))
                 if !matches!(tag.header.command, Command::READ | Command::BLOCK_STATUS) =>
             {

@@ -8,8 +8,8 @@ use super::super::check::check;
 use super::super::format::{BLOCK, EntryKind};
 use super::super::open::{Opening, create, open};
 use super::super::pool::Pool;
-use super::super::volume::Volume;
-use blockmason::{Data, Kind, Op, Request};
+use super::super::volume::{CHANGED_SINCE, Volume};
+use blockmason::{Answer, Data, Extra, Kind, Op, Request};
 use futures::executor::block_on;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -292,12 +292,38 @@ impl Model {
         };
         let changed =
             block_on(self.pool.changed_since(number, birth, Below::Plain(self.file.as_fd()))).unwrap();
-        let (now, then) = (&self.volumes[&volume], &self.snapshots[&(volume.clone(), name)]);
+        let (now, then) = (&self.volumes[&volume], &self.snapshots[&(volume.clone(), name.clone())]);
         for (block, version) in now.iter().enumerate() {
             let same = then.get(block).copied().unwrap_or(0) == *version;
             let said = changed.iter().any(|range| range.contains(&(block as u64)));
             assert!(same || said, "seed {}: block {block} has changed, and nobody says so", self.seed);
         }
+        let said: Vec<bool> =
+            (0..now.len() as u64).map(|block| changed.iter().any(|range| range.contains(&block))).collect();
+        assert_eq!(
+            self.map_of_changes(number, &name, now.len()),
+            said,
+            "seed {}: {volume}@{name}",
+            self.seed
+        );
+    }
+
+    /// The same as clients are told it, piece by piece.
+    fn map_of_changes(&self, number: u32, since: &str, blocks: usize) -> Vec<bool> {
+        let volume = Volume::new(self.pool.clone(), number);
+        let mut map = Vec::new();
+        while map.len() < blocks {
+            let (offset, left) = (map.len() as u64 * BLOCK, (blocks - map.len()) as u64 * BLOCK);
+            let mut req = Request::new(Op::Extents, offset, left);
+            req.extra =
+                Some(Box::new(Extra { map: Some(format!("{CHANGED_SINCE}{since}")), ..Extra::default() }));
+            let answer = block_on(volume.extents(req, Below::Plain(self.file.as_fd()))).unwrap();
+            let Answer::Extents(extents) = answer else { panic!("{answer:?}") };
+            for extent in extents {
+                map.extend(vec![extent.state.dirty; (extent.len / BLOCK) as usize]);
+            }
+        }
+        map
     }
 }
 

@@ -1,0 +1,171 @@
+//! Whose the room of a pool is, and how it is given back to the file system that the pool is on.
+
+use super::below::Below;
+use super::format::{BLOCK, Body, EntryKind, NODE, Ptr, SLOTS, damaged};
+use super::nodes::{Place, Tree};
+use super::pool::Pool;
+use blockmason::{Error, Kind, LocalBoxFuture, Request, Result};
+use blockmason::{Op, Origin};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Room of a volume or a snapshot, in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Account {
+    /// Blocks of it that hold data.
+    pub(super) mapped: u64,
+    /// Of those, what something else sees as well.
+    pub(super) shared: u64,
+    /// Comes back if it is deleted, with the nodes that lead to it; of a volume: together with its snapshots.
+    pub(super) freed: u64,
+}
+
+/// Blocks of a tree.
+#[derive(Clone, Copy, Default)]
+struct Counted {
+    data: u64,
+    nodes: u64,
+}
+
+/// A tree as it was at one instant, whose blocks stay what they are as long as this is held.
+struct Held {
+    root: Ptr,
+    height: u8,
+    _era: Arc<()>,
+}
+
+impl Pool {
+    /// What a volume or snapshot takes.
+    ///
+    /// # Errors
+    /// A node cannot be read.
+    pub(super) async fn account(&self, number: u32, below: Below<'_>) -> Result<Account> {
+        self.checkpoint(below).await?;
+        let (entry, tree) = {
+            let core = self.core();
+            let gone = || Error::new(Kind::Unavailable, "it has just been deleted");
+            let entry = core.catalog.get(&number).cloned().ok_or_else(gone)?;
+            let tree = Held { root: entry.root, height: entry.height, _era: core.era.clone() };
+            (entry, tree)
+        };
+        let mapped = entry.mapped;
+        match entry.kind {
+            EntryKind::Volume { origin, .. } => {
+                let newest = self.core().ancestors(number).0.1;
+                let alone = self.younger(&tree, newest.max(origin.1), below).await?;
+                let line = self.younger(&tree, origin.1, below).await?;
+                let mut freed = line.data + line.nodes;
+                for (snapshot, dead) in self.dead_lists(number) {
+                    freed += self.dead(snapshot, dead, origin.1, below).await?;
+                }
+                Ok(Account { mapped, shared: mapped.saturating_sub(alone.data), freed })
+            }
+            EntryKind::Snapshot { before, dead, .. } => {
+                let before = self.core().birth(before).unwrap_or(0);
+                let freed = self.dead(number, dead, before, below).await?;
+                // A dead list does not tell data from nodes.
+                Ok(Account { mapped, shared: mapped.saturating_sub(freed), freed })
+            }
+        }
+    }
+
+    fn dead_lists(&self, volume: u32) -> Vec<(u32, Ptr)> {
+        let core = self.core();
+        let list = |(number, entry): (&u32, &super::format::Entry)| match entry.kind {
+            EntryKind::Snapshot { volume: of, dead, .. } if of == volume => Some((*number, dead)),
+            _ => None,
+        };
+        core.catalog.iter().filter_map(list).collect()
+    }
+
+    /// Blocks of a tree that are younger than that.
+    async fn younger(&self, tree: &Held, birth: u64, below: Below<'_>) -> Result<Counted> {
+        let mut counted = Counted::default();
+        self.count_younger((tree.root, tree.height, 0), birth, &mut counted, below).await?;
+        Ok(counted)
+    }
+
+    fn count_younger<'a>(
+        &'a self,
+        (ptr, level, index): (Ptr, u8, u64),
+        birth: u64,
+        counted: &'a mut Counted,
+        below: Below<'a>,
+    ) -> LocalBoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            if ptr.is_hole() || ptr.birth <= birth {
+                return Ok(());
+            }
+            counted.nodes += 2 * NODE;
+            let node = self.nodes.get(&Place { tree: Tree::Volume, ptr, level, index }, below).await?;
+            match &node.body {
+                Body::Leaf(slots) => {
+                    let young = slots.iter().filter(|slot| slot.at != 0 && slot.birth > birth);
+                    counted.data += young.count() as u64;
+                }
+                Body::Inner(children) => {
+                    for (ix, child) in children.iter().enumerate() {
+                        let place = (*child, level - 1, index * SLOTS as u64 + ix as u64);
+                        self.count_younger(place, birth, counted, below).await?;
+                    }
+                }
+                Body::Catalog(_) | Body::Dead(..) => {}
+            }
+            Ok(())
+        })
+    }
+
+    /// Blocks of a dead list that are younger than that, and those of the list itself.
+    async fn dead(&self, snapshot: u32, mut list: Ptr, birth: u64, below: Below<'_>) -> Result<u64> {
+        let (mut blocks, mut parts) = (0, 0);
+        while !list.is_hole() {
+            parts += 1;
+            if parts > self.space.all() / NODE {
+                return Err(damaged("a dead list leads back to itself"));
+            }
+            let place = Place { tree: Tree::DeadList, ptr: list, level: 0, index: u64::from(snapshot) };
+            let node = self.nodes.get(&place, below).await?;
+            let Body::Dead(next, dead) = &node.body else { return Err(damaged("a dead list was expected")) };
+            let young = dead.iter().filter(|dead| dead.birth > birth);
+            blocks += 2 * NODE + young.map(|dead| u64::from(dead.len)).sum::<u64>();
+            list = *next;
+        }
+        Ok(blocks)
+    }
+
+    /// Ends what is being deleted, and gives the room that is free back to the file system or device that the pool is on. The
+    /// bytes given back, or none if it takes none.
+    ///
+    /// # Errors
+    /// As those of a checkpoint.
+    pub(super) async fn collect(&self, below: Below<'_>) -> Result<Option<u64>> {
+        self.check()?;
+        self.delete_all(below).await?;
+        // What has just been let go of is free once a later checkpoint has been made.
+        self.checkpoint(below).await?;
+        let (mut extent, mut given) = (0, 0);
+        while let Some((at, free)) = self.space.take_free(extent) {
+            let done = punch(&free, below).await;
+            free.iter().cloned().for_each(|run| self.space.give(run));
+            match done {
+                Ok(blocks) => given += blocks * BLOCK,
+                Err(error) if error.kind() == Kind::Unsupported => return Ok(None),
+                Err(error) => return Err(error),
+            }
+            extent = at + 1;
+        }
+        Ok(Some(given))
+    }
+}
+
+async fn punch(free: &[Range<u64>], below: Below<'_>) -> Result<u64> {
+    let mut blocks = 0;
+    for run in free {
+        let len = run.end - run.start;
+        let mut req = Request::new(Op::Discard, run.start * BLOCK, len * BLOCK);
+        req.origin = Origin::Internal;
+        below.submit(req).await?;
+        blocks += len;
+    }
+    Ok(blocks)
+}

@@ -1,0 +1,208 @@
+//! `mason volume dump` and `restore`: a volume with its snapshots as text.
+//!
+//! The first line names the form, the second the volume. Then come changes, one a line, and between them the snapshots
+//! that were taken, the oldest first. The last line has the CRC-32 of all before it: what is cut short is noticed.
+
+use super::{ask, pool::number};
+use crate::control::find::ControlArgs;
+use crate::failure::{Failure, Outcome};
+use blockmason_elements::parallax::tool::{Operation, Settings};
+use crc32fast::Hasher;
+use serde_json::Value;
+use std::io::{BufRead, Write};
+use std::path::Path;
+
+const FORM: &str = "mason-volume 1";
+
+/// Bytes of a line of data, at most.
+const PIECE: u64 = 64 << 10;
+
+/// Longest line that is read.
+const LONGEST: u64 = 2 * PIECE;
+
+/// A pool, and how the daemon is reached that serves it.
+pub(super) struct Pool<'a> {
+    pub(super) path: &'a Path,
+    pub(super) control: &'a ControlArgs,
+}
+
+impl Pool<'_> {
+    fn ask(&self, operation: &Operation) -> Outcome<Value> {
+        ask(self.path, operation, self.control)
+    }
+
+    /// What `mason pool list` knows of a volume.
+    fn volume(&self, name: &str) -> Outcome<Value> {
+        let found = self.ask(&Operation::List)?;
+        let mut volumes = found["volumes"].as_array().into_iter().flatten();
+        let volume = volumes.find(|volume| volume["name"] == name).cloned();
+        volume.ok_or_else(|| Failure::new(format!("there is no volume {name}")))
+    }
+}
+
+/// Writes lines and remembers their checksum.
+struct Lines<W> {
+    to: W,
+    sum: Hasher,
+}
+
+impl<W: Write> Lines<W> {
+    fn put(&mut self, line: &str) -> Outcome {
+        let line = format!("{line}\n");
+        self.sum.update(line.as_bytes());
+        self.to.write_all(line.as_bytes()).map_err(Failure::new)
+    }
+}
+
+/// Writes a volume with its snapshots, or one snapshot as a volume.
+pub(super) fn dump(pool: &Pool<'_>, name: &str, snapshot: Option<&str>, to: impl Write) -> Outcome {
+    let volume = pool.volume(name)?;
+    let all = volume["snapshots"].as_array().into_iter().flatten();
+    let mut snapshots: Vec<&Value> = all.collect();
+    let (mut size, mut states) = (number(&volume["size"]), Vec::new());
+    match snapshot {
+        Some(wanted) => {
+            snapshots.retain(|snapshot| snapshot["name"] == wanted);
+            let Some(found) = snapshots.first() else {
+                return Err(Failure::new(format!("there is no snapshot {name}@{wanted}")));
+            };
+            size = number(&found["size"]);
+            states.push(Some(wanted));
+        }
+        None if volume["served"] == true => {
+            return Err(Failure::new(format!(
+                "{name} is served and changes: take a snapshot, and dump {name}@SNAPSHOT"
+            )));
+        }
+        None => {
+            states.extend(snapshots.iter().map(|snapshot| snapshot["name"].as_str()));
+            states.push(None);
+        }
+    }
+    let mut lines = Lines { to, sum: Hasher::new() };
+    lines.put(FORM)?;
+    let (checksums, ordered) = (volume["checksums"] == true, volume["ordered"] == true);
+    lines.put(&format!("volume {size} checksums {checksums} ordered {ordered}"))?;
+    let mut since = None;
+    for state in states {
+        put_changes(pool, (name, state, since), &mut lines)?;
+        if let (Some(taken), None) = (state, snapshot) {
+            lines.put(&format!("snapshot {taken}"))?;
+        }
+        since = state;
+    }
+    let sum = lines.sum.clone().finalize();
+    lines.put(&format!("end {sum:08x}"))?;
+    lines.to.flush().map_err(Failure::new)
+}
+
+fn put_changes<W: Write>(
+    pool: &Pool<'_>,
+    (volume, until, since): (&str, Option<&str>, Option<&str>),
+    lines: &mut Lines<W>,
+) -> Outcome {
+    let (volume, until) = (volume.to_owned(), until.map(str::to_owned));
+    let since = since.map(str::to_owned);
+    let changed = pool.ask(&Operation::Diff { volume: volume.clone(), until: until.clone(), since })?;
+    for range in changed.as_array().into_iter().flatten() {
+        let (start, len) = (number(&range[0]), number(&range[1]));
+        for offset in (start..start + len).step_by(PIECE as usize) {
+            let len = PIECE.min(start + len - offset);
+            let read = Operation::Read { volume: volume.clone(), snapshot: until.clone(), offset, len };
+            match pool.ask(&read)?.as_str() {
+                Some(data) => lines.put(&format!("data {offset} {data}"))?,
+                None => lines.put(&format!("zero {offset} {len}"))?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes a volume of what [`dump`] has written. What has been made of it is deleted if the text is not whole.
+pub(super) fn restore(pool: &Pool<'_>, name: &str, from: impl BufRead) -> Outcome {
+    let mut reader = Reader { from, sum: Hasher::new(), number: 0 };
+    if reader.line()?.as_deref() != Some(FORM) {
+        return Err(Failure::new("this is no dump of a volume"));
+    }
+    let header = reader.line()?.unwrap_or_default();
+    let words: Vec<&str> = header.split(' ').collect();
+    let (Ok(size), ["volume", _, "checksums", checksums, "ordered", ordered]) =
+        (words.get(1).unwrap_or(&"").parse(), &words[..])
+    else {
+        return Err(reader.bad());
+    };
+    let settings =
+        Settings { checksums: *checksums == "true", ordered: *ordered == "true", ..Settings::default() };
+    pool.ask(&Operation::CreateVolume { name: name.to_owned(), size, settings })?;
+    let mut snapshots = Vec::new();
+    let done = fill(pool, name, &mut reader, &mut snapshots);
+    if done.is_err() {
+        for taken in snapshots {
+            let _ = pool.ask(&Operation::DeleteSnapshot { volume: name.to_owned(), name: taken });
+        }
+        let _ = pool.ask(&Operation::DeleteVolume { name: name.to_owned() });
+    }
+    done
+}
+
+fn fill<R: BufRead>(
+    pool: &Pool<'_>,
+    name: &str,
+    reader: &mut Reader<R>,
+    snapshots: &mut Vec<String>,
+) -> Outcome {
+    loop {
+        let sum = reader.sum.clone().finalize();
+        let Some(line) = reader.line()? else {
+            return Err(Failure::new("the dump is cut short: its end is missing"));
+        };
+        let words: Vec<&str> = line.split(' ').collect();
+        let volume = name.to_owned();
+        match (words[0], words.get(1).and_then(|word| word.parse::<u64>().ok()), &words[1..]) {
+            ("data", Some(offset), [_, data]) => {
+                pool.ask(&Operation::Write { volume, offset, data: (*data).to_owned() })?;
+            }
+            ("zero", Some(offset), [_, len]) => {
+                let len = len.parse().map_err(|_| reader.bad())?;
+                pool.ask(&Operation::Punch { volume, offset, len })?;
+            }
+            ("snapshot", _, [taken]) => {
+                let name = (*taken).to_owned();
+                pool.ask(&Operation::Snapshot { volumes: vec![volume], name: name.clone() })?;
+                snapshots.push(name);
+            }
+            ("end", _, [said]) if *said == format!("{sum:08x}") => return Ok(()),
+            ("end", _, [_]) => {
+                return Err(Failure::new("the dump has been changed: its checksum is another one"));
+            }
+            _ => return Err(reader.bad()),
+        }
+    }
+}
+
+/// Reads lines and remembers their checksum.
+struct Reader<R> {
+    from: R,
+    sum: Hasher,
+    number: u64,
+}
+
+impl<R: BufRead> Reader<R> {
+    /// None at the end.
+    fn line(&mut self) -> Outcome<Option<String>> {
+        let mut line = Vec::new();
+        let mut limited = std::io::Read::take(&mut self.from, LONGEST);
+        limited.read_until(b'\n', &mut line).map_err(Failure::new)?;
+        self.number += 1;
+        if line.is_empty() {
+            return Ok(None);
+        }
+        self.sum.update(&line);
+        let line = String::from_utf8(line).ok().and_then(|line| line.strip_suffix('\n').map(str::to_owned));
+        line.map(Some).ok_or_else(|| self.bad())
+    }
+
+    fn bad(&self) -> Failure {
+        Failure::new(format!("line {} of the dump says nothing that is known", self.number))
+    }
+}
