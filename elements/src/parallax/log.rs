@@ -3,7 +3,7 @@
 //! One record is written at a time; what comes meanwhile goes into the next one together. Whoever finds nobody writing
 //! does it for all.
 
-use super::format::{Change, Record};
+use super::format::{Change, Record, Stamp};
 use blockmason::{Error, Result};
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
@@ -154,10 +154,10 @@ impl Log {
         self.waiting.pop_front()
     }
 
-    /// The record of these changes.
-    pub(super) fn record(&self, changes: Vec<Change>) -> Record {
+    /// What the next record says of itself.
+    pub(super) fn stamp(&self) -> Stamp {
         let settled = self.spoilt.map_or(self.durable, |(first, _)| self.durable.min(first - 1));
-        Record { epoch: self.epoch, number: self.head.1, settled, changes }
+        Stamp { epoch: self.epoch, number: self.head.1, settled }
     }
 
     /// The data of a change in that record could not be written.
@@ -177,11 +177,11 @@ impl Log {
     }
 
     /// A record has been written, behind which the log goes on there.
-    pub(super) fn written(&mut self, record: &Record, behind: u64) {
-        self.marks.push_back((record.number, record.settled));
+    pub(super) fn written(&mut self, number: u64, settled: u64, behind: u64) {
+        self.marks.push_back((number, settled));
         let size = self.place[1];
         self.live += (behind + size - self.head.0) % size;
-        self.head = (behind, record.number + 1);
+        self.head = (behind, number + 1);
     }
 
     /// Where it ends, for a checkpoint; and the last record.
@@ -238,8 +238,8 @@ mod tests {
 
     fn write(log: &mut Log, blocks: u64) -> Option<u64> {
         let (at, behind) = log.room(blocks)?;
-        let record = log.record(Vec::new());
-        log.written(&record, behind);
+        let stamp = log.stamp();
+        log.written(stamp.number, stamp.settled, behind);
         Some(at)
     }
 
@@ -281,8 +281,8 @@ mod tests {
         write(&mut log, 1);
         log.flushed(log.last());
         assert!(log.trusts(1) && !log.trusts(2) && !log.trusts(3));
-        assert_eq!(log.record(Vec::new()).settled, 1);
+        assert_eq!(log.stamp().settled, 1);
         log.cut(log.head());
-        assert_eq!(log.record(Vec::new()).settled, 3, "a replay does not see it any more");
+        assert_eq!(log.stamp().settled, 3, "a replay does not see it any more");
     }
 }

@@ -287,7 +287,7 @@ fn read_pages<'a>(
 async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> {
     let mut records = Vec::new();
     while let Some((record, behind)) = next_record(core, &space.label().id, below).await? {
-        core.log.written(&record, behind);
+        core.log.written(record.number, record.settled, behind);
         records.push(record);
     }
     let settled = records.iter().map(|record| record.settled).max().unwrap_or(0);

@@ -189,6 +189,15 @@ impl Core {
         }
     }
 
+    /// Blocks were taken for changes which have not happened.
+    pub(super) fn let_go(&mut self, changes: Vec<Change>) {
+        let blocks = changes.into_iter().filter_map(|change| match change {
+            Change::Map { at: at @ 1.., len, .. } => Some(at..at + u64::from(len)),
+            Change::Map { .. } | Change::Snapshot { .. } => None,
+        });
+        self.loose.extend(blocks);
+    }
+
     /// Applies a record that has been written.
     pub(super) fn apply(&mut self, number: u64, changes: Vec<Change>) {
         for change in changes {
@@ -403,7 +412,8 @@ impl Pool {
                 return outcome;
             }
             if self.core().log.lead() {
-                self.write_log(&fate, below).await;
+                // Few do that, and it takes more memory than waiting.
+                Box::pin(self.write_log(&fate, below)).await;
             } else {
                 woken.await;
             }
@@ -429,9 +439,8 @@ impl Pool {
 
     async fn write_record(&self, mut parts: Vec<Part>, below: Below<'_>) -> Result<()> {
         self.check()?;
-        let changes = parts.iter().flat_map(|part| part.changes.iter().cloned()).collect();
-        let record = self.core().log.record(changes);
-        let bytes = record.encode(&self.id);
+        let stamp = self.core().log.stamp();
+        let bytes = stamp.encode(&self.id, parts.iter().flat_map(|part| &part.changes));
         let blocks = bytes.len() as u64 / BLOCK;
         let (at, behind) = loop {
             if let Some(room) = self.core().log.room(blocks) {
@@ -440,20 +449,19 @@ impl Pool {
             Box::pin(self.checkpoint(below)).await?;
         };
         below.write(at * BLOCK, Data::shared(bytes)).await?;
-        let mut happened = Vec::with_capacity(record.changes.len());
-        let mut spoilt = false;
+        let mut spoilt = Vec::new();
         for part in &mut parts {
-            match part.has_data().await {
-                true => happened.append(&mut part.changes),
-                false => spoilt = true,
+            if !part.has_data().await {
+                spoilt.append(&mut part.changes);
             }
         }
         let mut core = self.core();
-        core.log.written(&record, behind);
-        if spoilt {
-            core.log.spoil(record.number);
+        core.log.written(stamp.number, stamp.settled, behind);
+        if !spoilt.is_empty() {
+            core.log.spoil(stamp.number);
+            core.let_go(spoilt);
         }
-        core.apply(record.number, happened);
+        parts.into_iter().for_each(|part| core.apply(stamp.number, part.changes));
         if core.is_due() {
             self.due.notify_one();
         }

@@ -274,7 +274,11 @@ impl Volume {
         in_place: bool,
         below: Below<'_>,
     ) -> Result<(Vec<Piece>, Hold)> {
-        self.search(blocks, most, in_place, Search::default(), below).await
+        match self.find_now(blocks.clone(), most, in_place, &Search::default()) {
+            Ok(found) => Ok(found),
+            // Seldom, and it takes more memory.
+            Err(_) => Box::pin(self.search(blocks, most, in_place, Search::default(), below)).await,
+        }
     }
 
     async fn search(
@@ -366,21 +370,32 @@ impl Volume {
 
     fn write<'a>(&'a self, mut req: Request, below: Below<'a>, cx: Cx<'a>) -> Flow<'a> {
         req.stabilise();
-        if !req.is_fua()
-            && self.pool.check().is_ok()
-            && let Ok((pieces, hold)) =
-                self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default())
-            && let [piece] = &pieces[..]
-            && piece.own
-        {
-            return below.submit(Request { offset: piece.at * BLOCK, ..req }).then(move |reply| {
-                drop(hold);
-                reply
-            });
+        if let Err(error) = self.pool.check() {
+            return cx.fail(&req, error);
         }
-        cx.later(&req.clone(), self.write_pieces(req, below))
+        let found = self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default()).ok();
+        let found = match found {
+            Some((pieces, hold)) if !req.is_fua() && matches!(&pieces[..], [piece] if piece.own) => {
+                return below.submit(Request { offset: pieces[0].at * BLOCK, ..req }).then(move |reply| {
+                    drop(hold);
+                    reply
+                });
+            }
+            found => found,
+        };
+        cx.later(&req.clone(), async move {
+            let done = match found {
+                Some(found) => self.write_found(&req, found, below).await,
+                None => self.try_to_write(&req, below).await,
+            };
+            match done {
+                Err(error) if error.kind() == Kind::NoSpace => Box::pin(self.write_pieces(req, below)).await,
+                done => done,
+            }
+        })
     }
 
+    /// Writes when there is room.
     pub(super) async fn write_pieces(&self, req: Request, below: Below<'_>) -> Reply {
         let begun = blockmason::rt::now();
         let mut tries = 0;
@@ -408,7 +423,13 @@ impl Volume {
 
     async fn try_to_write(&self, req: &Request, below: Below<'_>) -> Reply {
         self.pool.check()?;
-        let (pieces, _hold) = self.find(Self::blocks(req), usize::MAX, true, below).await?;
+        let found = self.find(Self::blocks(req), usize::MAX, true, below).await?;
+        self.write_found(req, found, below).await
+    }
+
+    /// Writes what is there in place where that may be, and the rest to new places.
+    async fn write_found(&self, req: &Request, found: (Vec<Piece>, Hold), below: Below<'_>) -> Reply {
+        let (pieces, _hold) = found;
         let (mut changes, mut parts) = (Vec::new(), Vec::new());
         for (own, row) in rows(&pieces) {
             let from = row.start * BLOCK - req.offset;
@@ -426,8 +447,11 @@ impl Volume {
                         changes.push(self.map(first, &part.data, blocks));
                         parts.push(part);
                     });
-                    // What was taken for nothing is let go of.
-                    let_go_unless(&self.pool, placed.await, &mut changes)?;
+                    if let Err(error) = placed.await {
+                        // What was taken for nothing.
+                        self.pool.core().let_go(changes);
+                        return Err(error);
+                    }
                 }
             }
         }
@@ -448,8 +472,13 @@ impl Volume {
         while first < row.end {
             let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
             let want = Want { least: 1, most: row.end - first };
-            let taken = self.pool.space.take(near, want, below).await;
-            let blocks = taken.inspect_err(|_| self.pool.space.release(row.end - first))?;
+            let blocks = match self.pool.space.take_now(near, want) {
+                Some(blocks) => blocks,
+                None => {
+                    let taken = Box::pin(self.pool.space.take(near, want, below)).await;
+                    taken.inspect_err(|_| self.pool.space.release(row.end - first))?
+                }
+            };
             let len = blocks.end - blocks.start;
             self.pool.space.release(len);
             placed(first, blocks);
@@ -472,11 +501,12 @@ impl Volume {
             return data.await;
         }
         if bytes > MOST_BESIDE {
-            let mut changes = changes;
-            let_go_unless(&self.pool, data.await, &mut changes)?;
+            if let Err(error) = data.await {
+                self.pool.core().let_go(changes);
+                return Err(error);
+            }
             return self.pool.log(Part::after_data(changes), below).await;
         }
-        let mut blocks = changes.clone();
         let (written, part) = Part::beside_data(changes);
         let data = async {
             data.await.inspect(|()| {
@@ -484,9 +514,9 @@ impl Volume {
                 let _ = written.send(());
             })
         };
+        // Whoever writes the record lets go of blocks without their data.
         let (data, logged) = join(data, self.pool.log(part, below)).await;
-        let_go_unless(&self.pool, data, &mut blocks)?;
-        logged
+        data.and(logged)
     }
 
     /// What is said of data that goes to these blocks. What comes next goes behind them.
@@ -649,17 +679,6 @@ impl Found {
         }
         self.pieces.push(Piece { first, len, at: slot.at, own, crcs: crc.into_iter().collect() });
     }
-}
-
-/// Blocks that were taken for changes which have not happened are let go of.
-fn let_go_unless(pool: &Pool, done: Result<()>, changes: &mut Vec<Change>) -> Result<()> {
-    done.inspect_err(|_| {
-        let blocks = changes.drain(..).filter_map(|change| match change {
-            Change::Map { at: at @ 1.., len, .. } => Some(at..at + u64::from(len)),
-            Change::Map { .. } | Change::Snapshot { .. } => None,
-        });
-        pool.core().loose.extend(blocks);
-    })
 }
 
 /// Blocks of a range where there is a hole.

@@ -100,6 +100,37 @@ pub(in super::super) struct Record {
     pub(in super::super) changes: Vec<Change>,
 }
 
+/// What a record says of itself.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct Stamp {
+    pub(in super::super) epoch: u64,
+    pub(in super::super) number: u64,
+    /// As in [`Record`].
+    pub(in super::super) settled: u64,
+}
+
+impl Stamp {
+    /// The record of these changes, in whole blocks.
+    pub(in super::super) fn encode<'a>(&self, id: &Id, changes: impl Iterator<Item = &'a Change>) -> Vec<u8> {
+        let (mut bytes, mut count) = (vec![0; HEADER], 0);
+        for change in changes {
+            change.encode(&mut bytes);
+            count += 1;
+        }
+        let len = bytes.len();
+        bytes.resize(len.next_multiple_of(BLOCK as usize), 0);
+        bytes[..4].copy_from_slice(MAGIC);
+        let words = [short(id), self.epoch, self.number, self.settled];
+        for (word, at) in words.into_iter().zip((8..).step_by(8)) {
+            put(&mut bytes, at, 8, word);
+        }
+        put(&mut bytes, 40, 4, count);
+        put(&mut bytes, 44, 4, len as u64);
+        seal(&mut bytes, 4);
+        bytes
+    }
+}
+
 impl Record {
     /// The longest, in bytes: what one request may change, and more.
     pub(in super::super) const MOST: usize = 1 << 20;
@@ -109,21 +140,10 @@ impl Record {
         change.len()
     }
 
-    /// Whole blocks.
-    pub(in super::super) fn encode(&self, id: &Id) -> Vec<u8> {
-        let mut bytes = vec![0; HEADER];
-        self.changes.iter().for_each(|change| change.encode(&mut bytes));
-        let len = bytes.len();
-        bytes.resize(len.next_multiple_of(BLOCK as usize), 0);
-        bytes[..4].copy_from_slice(MAGIC);
-        let words = [short(id), self.epoch, self.number, self.settled];
-        for (word, at) in words.into_iter().zip((8..).step_by(8)) {
-            put(&mut bytes, at, 8, word);
-        }
-        put(&mut bytes, 40, 4, self.changes.len() as u64);
-        put(&mut bytes, 44, 4, len as u64);
-        seal(&mut bytes, 4);
-        bytes
+    #[cfg(test)]
+    fn encode(&self, id: &Id) -> Vec<u8> {
+        let Record { epoch, number, settled, .. } = *self;
+        Stamp { epoch, number, settled }.encode(id, self.changes.iter())
     }
 
     /// How many bytes the record has that begins with this block, whole blocks; None if none does.

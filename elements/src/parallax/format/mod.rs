@@ -7,7 +7,7 @@ mod root;
 mod store;
 
 pub(super) use catalog::{Entry, Kind as EntryKind, Limits, RECORDS};
-pub(super) use log::{Change, Record};
+pub(super) use log::{Change, Record, Stamp};
 pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot};
 pub(super) use root::{Ptr, Root};
 pub(super) use store::{EXTENT_RECORD, ExtentRecord, Features, Label, Owner, Owners};
