@@ -1,8 +1,10 @@
 //! What a later process must know of a move, below STATE/moving/GRAPH/DISK: `move.json`, and the map of what
 //! differs.
 
+use super::files::Files;
 use super::graph::Names;
 use crate::control::daemon::Daemon;
+use crate::control::graph_file::Sum;
 use crate::control::refusal::Refusal;
 use crate::record;
 use blockmason::Error;
@@ -24,6 +26,9 @@ pub(super) struct Record {
     pub(super) heads: Heads,
     pub(super) phase: Phase,
     pub(super) options: Options,
+    /// What the graph file is known to say.
+    #[serde(default)]
+    pub(super) graph_file: Option<Sum>,
 }
 
 /// The heads of the volumes on both sides: what decides which of them is the disk.
@@ -37,6 +42,9 @@ pub(super) struct Heads {
     /// What the two sides are called by people.
     pub(super) old_called: String,
     pub(super) new_called: String,
+    /// The images; None until that is noted.
+    #[serde(default)]
+    pub(super) files: Option<Files>,
 }
 
 impl Heads {
@@ -48,6 +56,7 @@ impl Heads {
             new: self.old.clone(),
             old_called: self.new_called.clone(),
             new_called: self.old_called.clone(),
+            files: self.files.as_ref().map(Files::reversed),
         }
     }
 
@@ -68,11 +77,13 @@ impl Heads {
         !self.new.is_empty() && self.new.iter().all(is_disk)
     }
 
-    /// An image of the new side that is not there. It would be made anew, empty, while the map knows of what the lost
-    /// one had.
-    pub(super) fn lost(&self) -> Option<PathBuf> {
+    /// What has become of an image that is not there, or another one. A new one would be made anew, empty, while the
+    /// map knows of what the lost one had.
+    pub(super) fn lost(&self) -> Option<String> {
         let image = |head: &PathBuf| head.to_str()?.strip_suffix(".mason-head").map(PathBuf::from);
-        self.new.iter().filter_map(image).find(|image| !image.exists())
+        let gone = self.new.iter().filter_map(image).find(|image| !image.exists());
+        let gone = gone.map(|image| format!("{} is not there any more", image.display()));
+        gone.or_else(|| self.files.as_ref()?.lost().map(|error| error.to_string()))
     }
 
     /// The move has been given up: the old side is the disk.
@@ -165,7 +176,8 @@ pub(super) struct Options {
 
 impl Record {
     pub(super) fn new(names: Names, to: String, heads: Heads, options: Options) -> Record {
-        Record { version: VERSION, names, to, heads, phase: Phase::Copying, options }
+        let (phase, graph_file) = (Phase::Copying, None);
+        Record { version: VERSION, names, to, heads, phase, options, graph_file }
     }
 
     /// By the path of the graph file, and by the disk: several of one graph may move.
