@@ -275,3 +275,22 @@ fn a_graph_file_that_is_not_replaced_after_all() {
     world.mason(&["save", "vm"]).done();
     world.starts_anew();
 }
+
+/// The file says what a start without any move would serve.
+#[test]
+fn a_graph_file_names_nothing_of_a_disk_that_is_still_on_its_way() {
+    let other = "element Two (type nbd) (listen unix:two.nbd)
+element B (type file) (path two.img) (size 16M)
+Two -> B
+";
+    let world = World::of(&format!("{GRAPH}{other}"));
+    let to =
+        ["migrate", "vm", "B", "--to", "file (path other.img)", "--cutover", "manual", "--until", "ready"];
+    world.mason(&to).done();
+    world.migrate(TO, &[]).done();
+    let text = fs::read_to_string(world.site.path("vm.mason")).unwrap();
+    assert!(text.contains("b.img") && text.contains("two.img") && !text.contains("B_"), "{text}");
+    world.mason(&["migrate", "abort", "vm", "B"]).done();
+    world.site.has_no_move();
+    world.starts_anew();
+}

@@ -53,9 +53,8 @@ impl Served {
             return Err(Refusal::busy(message));
         }
         Replacement::prepare(&self.path, &[]).map(drop).map_err(|error| {
-            let message =
-                format!("{}: the graph file could not be written anew: {error}", self.path.display());
-            Refusal::new("unavailable", message)
+            let what = "the graph file could not be written anew, try again once that is mended";
+            Refusal::new("unavailable", format!("{}: {what}: {error}", self.path.display()))
         })
     }
 }

@@ -8,7 +8,6 @@ use crate::control::daemon::{Daemon, Served};
 use crate::control::graph_file::{Sum, is_edited};
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
-use crate::left::Left;
 use blockmason::io::Replacement;
 use blockmason::lang::{Spec, print};
 use blockmason::live::Options;
@@ -16,7 +15,7 @@ use blockmason::sched::Commit;
 use blockmason::{Error, Kind, rt};
 use futures::future::join_all;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -101,7 +100,10 @@ async fn cut(
         record.write(daemon, &served.path)?;
     }
     let after = After::of(daemon, &served.path, &running, &records)?;
-    let commit = Committing::new(served, daemon, &records, &after, how.force);
+    let others = served.moves.active().map(|job| job.record());
+    let others: Vec<_> = others.filter(|other| records.iter().all(|it| it.names != other.names)).collect();
+    let saved = Record::as_saved(&after.spec, &others, &served.path)?;
+    let commit = Committing::new(served, &records, &saved, how.force);
     let options = Options {
         deadline: how.deadline.map_or(Options::default().deadline, Duration::from_secs_f64),
         renames: after.renames,
@@ -218,7 +220,6 @@ impl After {
 struct Committing {
     served: Arc<Served>,
     records: Arc<Vec<Record>>,
-    state: PathBuf,
     /// The graph file may be overwritten whoever has edited it.
     force: bool,
     /// What the graph file says from now on.
@@ -230,20 +231,13 @@ struct Committing {
 }
 
 impl Committing {
-    fn new(
-        served: &Arc<Served>,
-        daemon: &Daemon,
-        records: &[Record],
-        after: &After,
-        force: bool,
-    ) -> Committing {
+    fn new(served: &Arc<Served>, records: &[Record], saved: &Spec, force: bool) -> Committing {
         let folder = served.path.parent().unwrap_or(Path::new("/"));
         Committing {
             served: served.clone(),
             records: Arc::new(records.to_vec()),
-            state: daemon.host.state_dir().to_owned(),
             force,
-            text: print(&after.spec, CATALOGUE, folder).into(),
+            text: print(saved, CATALOGUE, folder).into(),
             file: Arc::default(),
             trouble: Arc::default(),
         }
@@ -359,9 +353,6 @@ impl Committing {
             return;
         }
         self.served.set_known(Some(Sum::of(self.text.as_bytes())));
-        if let Err(error) = Left::of(&self.state, path).forget() {
-            tracing::warn!("{}: what the graph left behind cannot be forgotten: {error}", path.display());
-        }
     }
 }
 

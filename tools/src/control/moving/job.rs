@@ -350,7 +350,7 @@ impl Job {
         if let Some(trouble) = &trouble {
             now.message += &format!("; {trouble}");
         }
-        (now.trouble, now.off) = (trouble, None);
+        (now.trouble, now.off, now.lost) = (trouble, None, None);
         if let Some(mirror) = mirror {
             now.moved = Some(now.progress.clone());
             now.record = mirror;

@@ -2,13 +2,14 @@
 //! differs.
 
 use super::files::Files;
-use super::graph::Names;
+use super::graph::{Names, Side};
 use crate::control::daemon::Daemon;
 use crate::control::graph_file::Sum;
 use crate::control::refusal::Refusal;
 use crate::record;
 use blockmason::Error;
 use blockmason::heads::{self, Standing};
+use blockmason::lang::Spec;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -178,6 +179,16 @@ impl Record {
     pub(super) fn new(names: Names, to: String, heads: Heads, options: Options) -> Record {
         let (phase, graph_file) = (Phase::Copying, None);
         Record { version: VERSION, names, to, heads, phase, options, graph_file }
+    }
+
+    /// What the graph file is to say of a graph in which these moves go on: a mirror stands there since its cut-over,
+    /// and a disk on its way is where it was.
+    ///
+    /// # Errors
+    /// That is no graph.
+    pub(super) fn as_saved(spec: &Spec, moves: &[Record], file: &Path) -> Result<Spec, Refusal> {
+        let mut going = moves.iter().filter(|it| !it.options.is_mirror && it.names.are_in(spec));
+        going.try_fold(spec.clone(), |spec, it| Ok(it.names.without_mirror(&spec, Side::Old, file)?.0))
     }
 
     /// By the path of the graph file, and by the disk: several of one graph may move.

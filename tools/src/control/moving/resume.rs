@@ -59,12 +59,17 @@ impl Resumed {
             .partition(|record| matches!(record.phase, Phase::Cutting { .. }) && record.heads.have_cut());
         if !cut.is_empty() {
             let after = After::of(daemon, path, &spec, &cut)?;
-            if Diff::between(&file.spec, &after.spec, CATALOGUE).is_empty() {
+            let saved = Record::as_saved(&after.spec, &others, path)?;
+            match is_edited(path, resumed.known) {
                 // The cut-over has written it.
-                resumed.known = Sum::read(path);
+                _ if Diff::between(&file.spec, &saved, CATALOGUE).is_empty() => {
+                    resumed.known = Sum::read(path)
+                }
+                // What serves is left beside it for the next start, which asks.
+                Some(edited) => resumed.said.push(format!("{edited}, and does not say where the disk is")),
+                None => resumed.write(path, &saved)?,
             }
-            spec = after.spec.clone();
-            resumed.finish(daemon, path, after, cut)?;
+            spec = resumed.finish(daemon, path, after, cut)?;
         }
         for record in others {
             if !record.names.are_in(&spec) {
@@ -96,12 +101,7 @@ impl Resumed {
         path: &Path,
         after: After,
         cut: Vec<Record>,
-    ) -> Result<(), Refusal> {
-        match is_edited(path, self.known) {
-            // What serves is left beside it for the next start, which asks.
-            Some(edited) => self.said.push(format!("{edited}, and does not say where the disk is")),
-            None => self.write(path, &after.spec)?,
-        }
+    ) -> Result<Spec, Refusal> {
         for (record, mirror) in cut.into_iter().zip(after.mirrors) {
             let heads = &record.heads;
             heads.finish_cut(record.options.keep_mirror).map_err(|error| Refusal::of(&error))?;
@@ -112,7 +112,7 @@ impl Resumed {
                 None => record.forget(daemon, path),
             }
         }
-        Ok(())
+        Ok(after.spec)
     }
 
     fn go_on(&mut self, daemon: &Daemon, path: &Path, mut record: Record) -> Result<(), Refusal> {
