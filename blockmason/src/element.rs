@@ -131,6 +131,15 @@ pub trait Element: Any + Send + Sync {
         None
     }
 
+    /// It has another name from now on: for what it says of itself outside of requests.
+    fn renamed(&self, _name: &str) {}
+
+    /// The file that its requests go to, for whoever must know that its name leads to nothing else; none where
+    /// there is no such file, or it is not open.
+    fn opened(&self) -> Option<crate::io::Opened> {
+        None
+    }
+
     /// The value of a handler that its type declares as readable.
     fn get(&self, handler: &str) -> Result<String> {
         Err(Error::no_handler(handler))

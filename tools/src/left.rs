@@ -180,12 +180,11 @@ pub(crate) fn parse_printed(name: &Path, file: &Path, text: String) -> Result<Sp
 /// What state of a graph file is kept under: by its path, since names may be the same.
 pub(crate) fn key(file: &Path) -> String {
     let short: String = crate::graphs::name_of(file).chars().take(40).collect();
-    format!("{short}-{:016x}", fingerprint(file))
+    format!("{short}-{:016x}", fingerprint(file.as_os_str().as_encoded_bytes()))
 }
 
-/// FNV-1a, 64 bits: for names, no defence against anybody. The record says whose it is.
-fn fingerprint(path: &Path) -> u64 {
-    let bytes = path.as_os_str().as_encoded_bytes();
+/// FNV-1a, 64 bits: no defence against anybody. Of a name, the record says whose it is.
+pub(crate) fn fingerprint(bytes: &[u8]) -> u64 {
     bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))

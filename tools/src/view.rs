@@ -689,6 +689,9 @@ pub(crate) struct CutoverRequest {
     /// How long requests in flight may take to end. Default: 5.
     #[serde(default)]
     pub(crate) deadline_seconds: Option<f64>,
+    /// Overwrite graph files that somebody has edited since they were loaded.
+    #[serde(default)]
+    pub(crate) force: bool,
 }
 
 /// A disk of a graph.
@@ -709,6 +712,9 @@ pub(crate) struct MoveView {
     pub(crate) state: MoveState,
     /// One sentence for people: what it waits for, or what it came to.
     pub(crate) message: String,
+    /// What is wrong with the graph file, so that the disk cannot cut over, or has and the file does not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) trouble: Option<String>,
     /// Bytes of the disk.
     pub(crate) total: u64,
     /// Bytes that may differ still.

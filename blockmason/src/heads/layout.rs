@@ -64,7 +64,8 @@ impl<'a> Layout<'a> {
 
     /// The ways to each element that has a label; with `from` only those from there.
     pub(super) fn ways(&mut self, from: Option<usize>) -> Result<Vec<(usize, BTreeSet<Rc<Way>>)>> {
-        let counted = from.map_or_else(|| vec![true; self.outs.len()], |from| self.reached(from));
+        let mut counted = vec![from.is_none(); self.outs.len()];
+        from.into_iter().flat_map(|from| self.spec.reached(from)).for_each(|ix| counted[ix] = true);
         let mut waiting = vec![0; self.outs.len()];
         let edges =
             self.outs.iter().zip(&counted).filter(|(_, counted)| **counted).flat_map(|(outs, _)| outs);
@@ -110,18 +111,6 @@ impl<'a> Layout<'a> {
             }
         }
         Ok(ended)
-    }
-
-    /// The elements below one, itself included.
-    fn reached(&self, from: usize) -> Vec<bool> {
-        let mut reached = vec![false; self.outs.len()];
-        let mut work = vec![from];
-        while let Some(ix) = work.pop() {
-            if !std::mem::replace(&mut reached[ix], true) {
-                work.extend(self.outs[ix].iter().map(|(_, to)| *to));
-            }
-        }
-        reached
     }
 
     /// The volumes below each part of a layout element; None for an element that is none.

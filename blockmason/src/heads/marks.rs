@@ -159,15 +159,8 @@ pub(super) fn only_below(
     graph: &Graph,
     element: &str,
 ) -> Result<Vec<Volume>> {
-    let mut reached: Vec<usize> = spec.find(element).into_iter().collect();
-    let mut next = 0;
-    while let Some(&ix) = reached.get(next) {
-        next += 1;
-        let more = spec.edges.iter().filter(|edge| edge.from == ix && !reached.contains(&edge.to));
-        let more: Vec<usize> = more.map(|edge| edge.to).collect();
-        reached.extend(more);
-    }
-    let names: HashSet<&str> = reached.iter().map(|ix| spec.elements[*ix].name.as_str()).collect();
+    let reached = spec.find(element).into_iter().flat_map(|ix| spec.reached(ix));
+    let names: HashSet<&str> = reached.map(|ix| spec.elements[ix].name.as_str()).collect();
     // By their places: a volume that several elements store is called by the first of them.
     let sinks = graph.instances().filter(|instance| names.contains(instance.name.as_str()));
     let places: HashSet<PathBuf> =

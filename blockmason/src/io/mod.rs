@@ -2,12 +2,14 @@
 
 mod fence;
 mod file;
+mod opened;
 mod pool;
 mod registry;
 mod replace;
 mod ring;
 
 pub use file::{FileIo, FileOptions};
+pub use opened::Opened;
 pub use registry::{Access, Carried, Claims, Image, Registry};
-pub use replace::{remove_file, replace_file};
+pub use replace::{Replacement, remove_file, replace_file};
 pub use ring::Ring;

@@ -124,6 +124,20 @@ impl Spec {
         self.edges.iter().filter(move |edge| edge.from == element).map(|edge| edge.from_port.as_str())
     }
 
+    /// The element with that index and all that it leads to, itself first.
+    pub fn reached(&self, from: usize) -> Vec<usize> {
+        let outs = self.edges_by_element();
+        let (mut reached, mut next) = (vec![from], 0);
+        let mut seen = vec![false; self.elements.len()];
+        seen[from] = true;
+        while let Some(&ix) = reached.get(next) {
+            next += 1;
+            let more = outs[ix].iter().map(|edge| edge.to);
+            reached.extend(more.filter(|to| !std::mem::replace(&mut seen[*to], true)));
+        }
+        reached
+    }
+
     /// The edges that leave each element, in their order.
     pub fn edges_by_element(&self) -> Vec<Vec<&EdgeSpec>> {
         let mut outs = vec![Vec::new(); self.elements.len()];

@@ -20,7 +20,7 @@ use crate::graph::tally::Histogram;
 use crate::graph::{Graph, Instance};
 use crate::heads::{self, Finding, Names, Volume};
 use crate::lang::Spec;
-use crate::sched::{Change, Changed, Commit, Disk, Host, Setting, contained};
+use crate::sched::{CalledOff, Change, Changed, Commit, Disk, Host, Setting, contained};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -61,6 +61,8 @@ pub struct Options {
     pub flush_by: Option<Vec<(String, String)>>,
     /// See [`Change::leave_behind`].
     pub leave_behind: Vec<String>,
+    /// See [`Change::called_off`].
+    pub called_off: Option<CalledOff>,
     /// See [`Change::unasked`].
     pub unasked: Vec<String>,
 }
@@ -91,6 +93,7 @@ impl Default for Options {
             commit: None,
             flush_by: None,
             leave_behind: Vec::new(),
+            called_off: None,
             unasked: Vec::new(),
         }
     }
@@ -258,12 +261,25 @@ impl Live {
         let Options { deadline, disconnect, alone, .. } = *options;
         let (commit, flush_by) = (options.commit.clone(), options.flush_by.clone());
         let unasked = options.unasked.clone();
-        let leave_behind = options.leave_behind.clone();
-        let change =
-            Change { deadline, disconnect, alone, settings, commit, flush_by, leave_behind, unasked };
+        let (leave_behind, called_off) = (options.leave_behind.clone(), options.called_off.clone());
+        let change = Change {
+            deadline,
+            disconnect,
+            alone,
+            settings,
+            commit,
+            flush_by,
+            leave_behind,
+            called_off,
+            unasked,
+        };
         let changed = self.disk.replace(Arc::new(graph), &change).await;
         let changed = changed.inspect_err(|_| signed.plan.withdraw())?;
         signed.complete();
+        let now = self.disk.graph();
+        for instance in now.instances().filter(|it| options.renames.iter().any(|(_, to)| *to == it.name)) {
+            instance.element.renamed(&instance.name);
+        }
         self.adopt(next, &changed);
         Ok(Report {
             diff,

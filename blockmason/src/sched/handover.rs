@@ -23,8 +23,10 @@ use crate::error::{Error, Kind, Result};
 use crate::geometry::Geometry;
 use crate::graph::{Graph, Instance};
 use crate::request::{Origin, Request};
+use futures::future::{Either, select};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -52,9 +54,15 @@ pub struct Change {
     /// Elements whose [detached](crate::Cx::detach_with) work need not have ended: it goes on in the graph before,
     /// whose elements stay open as long. For a disk that leaves and may not answer.
     pub leave_behind: Vec<String>,
+    /// Called off by true here: nothing that may take long is waited for any more. Once the commit has begun it is
+    /// too late.
+    pub called_off: Option<CalledOff>,
     /// Elements that are not asked whether they may leave: what only they know how to read is to stay as it is.
     pub unasked: Vec<String>,
 }
+
+/// See [`Change::called_off`].
+pub type CalledOff = tokio::sync::watch::Receiver<bool>;
 
 /// See [`Change::commit`].
 pub type Commit = Arc<dyn Fn() -> BoxFuture<'static, Result<()>> + Send + Sync>;
@@ -69,6 +77,7 @@ impl Default for Change {
             commit: None,
             flush_by: None,
             leave_behind: Vec::new(),
+            called_off: None,
             unasked: Vec::new(),
         }
     }
@@ -255,7 +264,7 @@ impl Step<'_> {
         let flush = change.flush_by.is_some() || self.leaving().any(|instance| holds(instance.ty));
         if flush {
             // Most of what has to be flushed is flushed while requests go on.
-            self.flush_or_fail(crate::rt::timeout(change.deadline, self.flush()).await)?;
+            self.flush_or_fail(self.in_time(change.deadline, self.flush()).await)?;
         }
         let since = crate::rt::now();
         if self.before.sources().next().is_some() {
@@ -303,9 +312,10 @@ impl Step<'_> {
             if flush && !self.before.is_failed() { Some(self.flush().await) } else { None }
         };
         let left = self.change.deadline.saturating_sub(crate::rt::now() - since);
-        match crate::rt::timeout(left, body).await {
+        match self.in_time(left, body).await {
             Some(Some(flushed)) => self.flush_or_fail(Some(flushed))?,
             Some(None) => {}
+            None if self.is_called_off() => return Err(called_off()),
             None => {
                 let waited = self.change.deadline;
                 return Err(stuck(self.disk, waited, "the graph has not been changed").await);
@@ -320,10 +330,30 @@ impl Step<'_> {
         self.undo_if_failed(committed, undo)
     }
 
+    /// None if it takes longer, or the change is called off.
+    async fn in_time<T>(&self, time: Duration, body: impl Future<Output = T>) -> Option<T> {
+        let body = pin!(crate::rt::timeout(time, body));
+        let Some(mut watch) = self.change.called_off.clone() else { return body.await };
+        let off = pin!(async move { watch.wait_for(|off| *off).await.is_ok() });
+        match select(body, off).await {
+            Either::Left((done, _)) => done,
+            Either::Right((true, _)) => None,
+            // Whoever could call it off is gone.
+            Either::Right((false, body)) => body.await,
+        }
+    }
+
+    fn is_called_off(&self) -> bool {
+        self.change.called_off.as_ref().is_some_and(|off| *off.borrow())
+    }
+
     /// What could not be flushed is a reason to keep the graph, unless it has failed: only another graph
     /// heals that.
     fn flush_or_fail(&self, flushed: Option<Result<()>>) -> Result<()> {
         let late = || {
+            if self.is_called_off() {
+                return Err(called_off());
+            }
             let waited = self.change.deadline;
             let message = format!(
                 "what leaves the graph was not flushed in {waited:?}; the graph has not been changed"
@@ -455,6 +485,10 @@ impl Step<'_> {
         }
         close(instance);
     }
+}
+
+fn called_off() -> Error {
+    Error::new(Kind::Busy, "it was called off; the graph has not been changed")
 }
 
 /// The error that says what did not end in time, and what follows from it.

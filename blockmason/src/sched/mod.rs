@@ -40,7 +40,7 @@ pub use depends::{Ties, Until};
 pub use detach::Detached;
 pub use disk::{Disk, InFlight, Slot};
 pub(crate) use handover::contained;
-pub use handover::{Change, Changed, Commit, Entering, Leaving, Setting, way};
+pub use handover::{CalledOff, Change, Changed, Commit, Entering, Leaving, Setting, way};
 pub use host::{Host, HostConfig};
 pub use order::Held;
 pub(crate) use order::Order;

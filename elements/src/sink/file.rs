@@ -4,7 +4,7 @@ use super::control;
 use blockmason::data::ALIGN;
 use blockmason::describe::{Access as HandlerAccess, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
-use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
+use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::lang::value::{FilePath, Size};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Open, Ops, Prepared, Request, Result,
@@ -200,6 +200,11 @@ impl Element for FileDisk {
     fn head(&self) -> Option<HeadPlace> {
         let place = HeadPlace::of_image(&self.params.path.0, &self.state_dir).read_only(self.params.readonly);
         Some(place.kept_at(self.params.head.as_ref().map(|path| path.0.as_path())))
+    }
+
+    fn opened(&self) -> Option<Opened> {
+        // Of an open file something is always known.
+        Opened::of(&self.params.path.0, self.io.get()?.image().file(), self.geometry.size).ok()
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {

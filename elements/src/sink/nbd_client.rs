@@ -236,6 +236,10 @@ impl Element for NbdClient {
         Some(self.head.clone())
     }
 
+    fn renamed(&self, name: &str) {
+        self.client.renamed(name);
+    }
+
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "connections" => Ok(self.client.connections().to_string()),

@@ -1,6 +1,7 @@
 //! Backups under a client that writes one block after the other: what is in a backup is all that it had written up to
 //! one of them, and nothing of what came after.
 
+use crate::server::Server;
 use crate::{BLOCKS, Site, plain};
 use blockmason_tests::client;
 use blockmason_tests::control::{Ended, command, insert, mason, reload};
@@ -8,7 +9,7 @@ use blockmason_tests::mason::{Mason, Start, now, pause, until};
 use blockmason_tests::raw::Raw;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -298,11 +299,8 @@ fn a_target_that_dies_harms_no_guest_and_the_next_incremental_backup_has_all() {
     writer.go_on(200);
     backup(&site, &[]).done();
     writer.go_on(200);
-    let socket = site.path("far.sock");
-    let mut far =
-        Command::new("nbdkit").args(["-f", "-U", socket.to_str().unwrap(), "memory", "64M"]).spawn().unwrap();
-    until("the target is there", || socket.exists());
-    let to = format!("nbd_client (uri nbd+unix:///?socket={}) (reconnect 1s)", socket.display());
+    let mut far = Server::memory(site.folder(), "64M");
+    let to = far.disk();
     // That it has none of the last backup does not matter here.
     let args = [
         "backup",
@@ -322,8 +320,7 @@ fn a_target_that_dies_harms_no_guest_and_the_next_incremental_backup_has_all() {
         let view = status(&site);
         view["state"] == "copying" && view["copied"].as_u64() > Some(0)
     });
-    far.kill().unwrap();
-    far.wait().unwrap();
+    far.die();
     writer.go_on(50);
     assert_eq!(child.wait().unwrap().code(), Some(1));
     let view = status(&site);

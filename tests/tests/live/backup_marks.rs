@@ -3,13 +3,11 @@
 
 use crate::backup::{backup, begin_slowly, elements, start, status, view};
 use crate::{Site, graph, plain};
-use blockmason_tests::client;
 use blockmason_tests::control::{Ended, command, mason};
 use blockmason_tests::mason::{Mason, until};
-use blockmason_tests::mounts::skipped;
+use blockmason_tests::mounts::{Tmpfs, skipped};
 use blockmason_tests::raw::Raw;
 use std::io::Write;
-use std::path::Path;
 
 /// A head, as text; empty if there is none.
 fn head(site: &Site, image: &str) -> String {
@@ -300,24 +298,6 @@ fn a_restore_that_ends_half_way_leaves_no_disk() {
     site.run(&["vm.mason"]).stop_well();
 }
 
-/// A file system of 16 MiB in memory, as long as this lives.
-struct Small(String);
-
-impl Small {
-    fn new(folder: &Path) -> Small {
-        std::fs::create_dir(folder).unwrap();
-        let folder = folder.to_str().unwrap().to_owned();
-        client("mount", &["-t", "tmpfs", "-o", "size=16m", "none", &folder]);
-        Small(folder)
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").args(["-l", &self.0]).status();
-    }
-}
-
 #[test]
 fn an_overlay_goes_also_where_the_folder_for_state_is_full() {
     let root = rustix::process::geteuid().is_root();
@@ -326,7 +306,8 @@ fn an_overlay_goes_also_where_the_folder_for_state_is_full() {
     }
     let site = Site::new();
     let state = site.path("state");
-    let small = Small::new(&state);
+    std::fs::create_dir(&state).unwrap();
+    let small = Tmpfs::mount(&state, 16 << 20);
     let daemon = start(&site);
     Raw::ready(daemon.socket()).write(0, &vec![1; 8 << 20]);
     let mut child = begin_slowly(&site);

@@ -13,10 +13,12 @@ mod manners;
 mod migrate;
 mod migrate_commands;
 mod migrate_crash;
+mod migrate_files;
 mod migrate_refused;
 mod migrate_soak;
 mod migrate_targets;
 mod refused;
+mod server;
 mod soak;
 
 use blockmason_tests::control::{Control, Ended, mason};

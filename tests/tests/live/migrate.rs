@@ -3,13 +3,14 @@
 
 use crate::crashes::refused;
 use crate::{Site, read_log, run_logged};
-use blockmason_tests::control::Ended;
+use blockmason_tests::control::{Ended, command};
 use blockmason_tests::ledger::{Guests, Ledger};
 use blockmason_tests::mason::{Mason, until};
 use serde_json::Value;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 /// Bytes of the disks.
 pub(crate) const SIZE: u64 = 16 << 20;
@@ -60,6 +61,13 @@ impl World {
         self.site.mason(args)
     }
 
+    /// One that is not waited for.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = command(self.site.folder(), &[args, &["--control", "c.sock"]].concat());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
     /// Guests get on.
     pub(crate) fn go_on(&self) {
         self.guests.as_ref().unwrap().go_on(50);
@@ -94,10 +102,16 @@ impl World {
     }
 
     /// The daemon is killed and started again, and guests that know this go on.
-    pub(crate) fn killed_and_started(self, mut ledgers: Vec<Ledger>) -> World {
+    pub(crate) fn killed_and_started(self, ledgers: Vec<Ledger>) -> World {
+        self.harmed_while_dead(ledgers, |_| {})
+    }
+
+    /// The same, and meanwhile something is done to its files.
+    pub(crate) fn harmed_while_dead(self, mut ledgers: Vec<Ledger>, harm: impl FnOnce(&Site)) -> World {
         let World { guests, daemon, site } = self;
         daemon.kill();
         drop(guests);
+        harm(&site);
         let daemon = run_logged(&site, &["vm.mason"]);
         ledgers.iter_mut().for_each(|ledger| ledger.verify(daemon.socket()));
         let guests = Some(Guests::start(daemon.socket(), ledgers));

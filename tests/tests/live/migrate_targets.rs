@@ -3,69 +3,19 @@
 
 use crate::migrate::{TO, World};
 use crate::migrate_crash::Tracer;
+use crate::server::Server;
 use blockmason_tests::control::command;
 use blockmason_tests::mason::until;
-use rustix::process::{Pid, Signal, kill_process};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use rustix::process::Signal;
+use std::path::Path;
 use std::time::Duration;
-
-/// An NBD server.
-struct Server {
-    child: Child,
-    socket: PathBuf,
-}
-
-impl Server {
-    fn start(folder: &Path, args: &[&str]) -> Server {
-        let socket = folder.join("target.nbd");
-        // That of one that was killed.
-        let _ = std::fs::remove_file(&socket);
-        let mut command = Command::new("nbdkit");
-        command.arg("--foreground").arg("--unix").arg(&socket).args(args).current_dir(folder);
-        command.stdin(Stdio::null()).stderr(Stdio::null());
-        let child = command.spawn().unwrap_or_else(|error| panic!("nbdkit: {error}: tests/run installs it"));
-        until("nbdkit serves", || socket.exists());
-        Server { child, socket }
-    }
-
-    fn memory(world: &World) -> Server {
-        Server::start(world.site.folder(), &["memory", "16M"])
-    }
-
-    /// As the target of a move. It fails soon once the server is gone; a connection without a reply yet would wait
-    /// for longer, so there is only one.
-    fn disk(&self) -> String {
-        format!(
-            "nbd_client (uri nbd+unix:///?socket={}) (reconnect 200ms) (connections 1)",
-            self.socket.display()
-        )
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    fn die(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended long ago.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 const PATIENCE: [&str; 2] = ["--patience", "1s"];
 
 /// A move to a server that may die.
 fn begun(options: &[&str]) -> (World, Server) {
     let world = World::new();
-    let server = Server::memory(&world);
+    let server = Server::memory(world.site.folder(), "16M");
     world.migrate(&server.disk(), &[options, &PATIENCE].concat()).done();
     (world, server)
 }
@@ -134,10 +84,39 @@ fn a_server_that_does_not_answer_any_more() {
     }
 }
 
+/// Whatever it is asked to do, and however long others have said that it may take.
+#[test]
+fn a_move_to_a_server_that_does_not_answer_is_aborted_soon() {
+    let ready = ["--cutover", "manual", "--until", "ready"];
+    for (stage, cuts) in
+        [(&["--rate", "4M/s", "--until", "begun"][..], false), (&ready, false), (&ready, true)]
+    {
+        let mut world = World::new();
+        let server = Server::memory(world.site.folder(), "16M");
+        world.migrate(&server.disk(), stage).done();
+        server.signal(Signal::STOP);
+        world.go_on();
+        let cutover = cuts.then(|| {
+            let cutover = world.command(&["migrate", "cutover", "--deadline", "100s"]).spawn().unwrap();
+            until("it cuts over", || world.status()["state"] == "cutting");
+            cutover
+        });
+        let since = blockmason_tests::mason::now();
+        let said = world.mason(&["migrate", "abort"]).done();
+        let took = since.elapsed();
+        assert!(said.contains("aborted") && took < Duration::from_secs(8), "{took:?}: {said}");
+        if let Some(cutover) = cutover {
+            assert_eq!(cutover.wait_with_output().unwrap().status.code(), Some(1));
+        }
+        world.is_as_before();
+        world.starts_anew();
+    }
+}
+
 #[test]
 fn a_server_that_answers_again_in_time() {
     let world = World::new();
-    let server = Server::memory(&world);
+    let server = Server::memory(world.site.folder(), "16M");
     world.migrate(&server.disk(), &["--cutover", "manual", "--until", "ready"]).done();
     server.signal(Signal::STOP);
     until("it is noticed", || world.status()["message"].as_str().unwrap().contains("has not answered"));
@@ -166,6 +145,9 @@ fn a_server_that_dies_after_the_cut_over_and_comes_back() {
     world.go_on();
     world.verify();
     assert_eq!(world.site.head("a.img"), "moved");
+    // It has the name of the disk that it is.
+    let events = world.mason(&["events", "--last", "20"]).done();
+    assert!(events.contains("notice A: nbd+unix") && !events.contains("notice A_new: nbd+unix"), "{events}");
     world.daemon.stop_well();
     drop(server);
 }
@@ -220,7 +202,7 @@ fn a_server_that_forgets_what_was_not_flushed() {
 #[test]
 fn a_way_back_that_is_gone_is_no_success() {
     let folder = tempfile::tempdir().unwrap();
-    let mut server = Server::start(folder.path(), &["memory", "16M"]);
+    let mut server = Server::memory(folder.path(), "16M");
     let disk = server.disk();
     let (ty, parameters) = disk.split_once(' ').unwrap();
     let graph = format!(

@@ -2,6 +2,7 @@
 
 use super::backing::forget_maps;
 use super::daemon::{Daemon, Served};
+use super::graph_file::Sum;
 use super::refusal::Refusal;
 use crate::graphs::CATALOGUE;
 use crate::view::{ChangeOptions, ChangeView};
@@ -67,7 +68,17 @@ impl Served {
         if self.trial().is_some() {
             return Err(self.on_trial());
         }
-        self.change(&saving, daemon, |_| Ok(next), How::asked(options)).await
+        let source = next
+            .sources
+            .get(0)
+            .filter(|source| source.opened().canonicalize().is_ok_and(|it| it == self.path));
+        let read = source.map(|source| Sum::of(source.text().as_bytes()));
+        let view = self.change(&saving, daemon, |_| Ok(next), How::asked(options)).await?;
+        // What is written anew with --save is known already.
+        if let Some(read) = read.filter(|_| view.done && !options.save && self.known().is_some()) {
+            self.set_known(Some(read));
+        }
+        Ok(view)
     }
 
     /// Replaces the graph as a step of a move or a backup.
@@ -208,6 +219,7 @@ impl Served {
             Refusal::new("unavailable", format!("{}: {what}: {error}", self.path.display()))
         };
         replace_file(&self.path, text.as_bytes()).map_err(cannot)?;
+        self.set_known(Some(Sum::of(text.as_bytes())));
         self.left.forget().map_err(cannot)
     }
 

@@ -1,6 +1,7 @@
 //! What a daemon serves: graphs, which come and go while it runs.
 
 use super::backing::{Backups, Interrupted, forget_maps};
+use super::graph_file::Sum;
 use super::moving::{Moves, Resumed};
 use super::refusal::Refusal;
 use super::server::Ended;
@@ -62,6 +63,8 @@ pub(crate) struct Served {
     pub(crate) path: PathBuf,
     /// What the next start must know.
     pub(crate) left: Left,
+    /// What the file is known to say; none where there is no file, but a pipe.
+    known: Mutex<Option<Sum>>,
     /// Held while that and the file are brought up to date.
     pub(crate) saving: tokio::sync::Mutex<()>,
     /// Set while a graph is being tried.
@@ -193,6 +196,7 @@ impl Daemon {
         let path = source.map_or_else(|| file.path.clone(), |source| source.opened().to_owned());
         // By the file itself, whatever links lead to it.
         let path = path.canonicalize().unwrap_or(path);
+        let known = source.filter(|_| path.is_file()).map(|source| Sum::of(source.text().as_bytes()));
         let left = Left::of(self.host.state_dir(), &path);
         let trial = Trial::read(self, &path)?;
         let (file, interrupted) = Interrupted::of(self, &path, file, &left, choice)?;
@@ -224,9 +228,9 @@ impl Daemon {
         if choice == Choice::File {
             Trial::forget(self, &path);
         }
-        let (trial, saving) = (Mutex::new(trial), Default::default());
+        let (trial, known, saving) = (Mutex::new(trial), Mutex::new(known), Default::default());
         let (moves, backups) = Default::default();
-        let served = Arc::new(Served { live, file: shown, path, left, saving, trial, moves, backups });
+        let served = Arc::new(Served { live, file: shown, path, left, known, saving, trial, moves, backups });
         if let Some(resumed) = resumed {
             // What was left of the graph before is not what serves now.
             if let Err(refusal) = served.remember_anew(self).await {
@@ -378,15 +382,19 @@ impl Daemon {
     pub(crate) fn arrived(
         &self,
         live: Arc<Live>,
-        file: String,
-        path: PathBuf,
+        file: &str,
+        path: &Path,
+        known: Option<Sum>,
     ) -> Result<Arc<Served>, Refusal> {
+        let (file, path) = (file.to_owned(), path.to_owned());
         let left = Left::of(self.host.state_dir(), &path);
+        // Older programs do not say.
+        let known = known.or_else(|| Sum::read(&path));
         let trial =
             Trial::read(self, &path)?.filter(|trial| trial.is_in(&live.spec()) || trial.is_committing());
-        let (trial, saving) = (Mutex::new(trial), Default::default());
+        let (trial, known, saving) = (Mutex::new(trial), Mutex::new(known), Default::default());
         let (moves, backups) = Default::default();
-        Ok(Arc::new(Served { live, file, path, left, saving, trial, moves, backups }))
+        Ok(Arc::new(Served { live, file, path, left, known, saving, trial, moves, backups }))
     }
 
     /// It serves.
@@ -423,6 +431,15 @@ impl Served {
 
     pub(super) fn set_trial(&self, trial: Option<Trial>) {
         *self.trial.lock().unwrap_or_else(PoisonError::into_inner) = trial;
+    }
+
+    /// What the graph file is known to say.
+    pub(crate) fn known(&self) -> Option<Sum> {
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_known(&self, known: Option<Sum>) {
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = known;
     }
 
     /// The value of a handler.

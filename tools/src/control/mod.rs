@@ -8,6 +8,7 @@ mod change;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod find;
+pub(crate) mod graph_file;
 mod metrics;
 pub(crate) mod moving;
 mod patient;

@@ -123,6 +123,7 @@ fn offer(daemon: &Daemon, graphs: &Graphs<'_>, version: u32) -> Result<(Offer, V
         file: served.file.clone(),
         path: served.path.clone(),
         text: print(&departing.spec(), CATALOGUE, Path::new("/")),
+        known: served.known(),
     };
     let images = Registry::of_process().carry().map_err(|error| Refusal::of(&error))?;
     let images = images.into_iter().map(|image| ImageOffer {

@@ -1,5 +1,6 @@
 //! What two processes say to each other: docs/formats/handover.md.
 
+use crate::control::graph_file::Sum;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -89,6 +90,9 @@ pub(super) struct GraphOffer {
     pub(super) path: PathBuf,
     /// The graph as it runs, as a graph file in `/`.
     pub(super) text: String,
+    /// What its file is known to say.
+    #[serde(default)]
+    pub(super) known: Option<Sum>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -142,7 +142,7 @@ async fn build(
     for Piece { element, luggage, .. } in luggage {
         arriving.take_over(&element, luggage).await.map_err(|error| named(&sentence(&error)))?;
     }
-    let served = daemon.arrived(arriving.live().clone(), offer.file.clone(), offer.path.clone());
+    let served = daemon.arrived(arriving.live().clone(), &offer.file, &offer.path, offer.known);
     Ok((served.map_err(|refusal| named(&refusal.message))?, arriving))
 }
 

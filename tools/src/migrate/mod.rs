@@ -182,6 +182,10 @@ struct CutArgs {
     #[arg(long, value_name = "TIME", default_value = "5s")]
     deadline: Time,
 
+    /// Overwrites a graph file that was edited since it was loaded
+    #[arg(long)]
+    force: bool,
+
     #[command(flatten)]
     shared: JobArgs,
 }
@@ -246,7 +250,8 @@ fn over(state: MoveState) -> bool {
     state.is_over() || state == MoveState::Mirroring
 }
 
-/// Says how far it has come. A move that was given up is a failure.
+/// Says how far it has come. A move that was given up is a failure, and one that cannot cut over, or whose graph file
+/// does not say so.
 fn say(last: &MoveView, shared: &JobArgs) -> Outcome {
     if shared.json {
         output::json(last)?;
@@ -255,6 +260,7 @@ fn say(last: &MoveView, shared: &JobArgs) -> Outcome {
     }
     match last.state {
         MoveState::Aborted => Err(Failure::Said),
+        _ if last.trouble.is_some() => Err(Failure::Said),
         _ => Ok(()),
     }
 }
@@ -293,11 +299,13 @@ fn status(args: &SomeArgs) -> Outcome {
 /// The move that is meant.
 fn only(client: &Client, graph: Option<&str>, element: Option<&str>) -> Outcome<MoveView> {
     let mut all = moves(client, graph)?;
+    let given_up = all.iter().filter(|view| view.state == MoveState::Aborted);
+    let given_up: String = given_up.map(|view| format!("\n{}", sentence(view))).collect();
     all.retain(|view| element.map_or(!view.state.is_over(), |element| view.element == element));
     match (all.len(), element) {
         (1, _) => Ok(all.swap_remove(0)),
         (0, Some(element)) => Err(Failure::new(format!("{} is not being moved", printable(element)))),
-        (0, None) => Err(Failure::new("no disk is being moved")),
+        (0, None) => Err(Failure::new(format!("no disk is being moved{given_up}"))),
         (..) => {
             let names: Vec<_> = all.iter().map(|view| format!("{} {}", view.graph, view.element)).collect();
             Err(Failure::new(printable(&format!("several disks move, name one: {}", names.join(", ")))))
@@ -339,12 +347,15 @@ fn cutover(args: &CutArgs) -> Outcome {
             .collect::<Outcome<_>>()?,
         _ => return Err(Failure::Usage("each disk is named by its graph and its element".to_owned())),
     };
-    let request = CutoverRequest { disks, deadline_seconds: Some(args.deadline.0.as_secs_f64()) };
+    let deadline_seconds = Some(args.deadline.0.as_secs_f64());
+    let request = CutoverRequest { disks, deadline_seconds, force: args.force };
     let views: Vec<MoveView> = client.post("/v1/cutover", &request)?;
     if args.shared.json {
-        return output::json(&views);
+        output::json(&views)?;
+    } else {
+        output::text(&views.iter().map(|view| sentence(view) + "\n").collect::<String>())?;
     }
-    output::text(&views.iter().map(|view| sentence(view) + "\n").collect::<String>())
+    if views.iter().any(|view| view.trouble.is_some()) { Err(Failure::Said) } else { Ok(()) }
 }
 
 /// How far a move is, in a line.

@@ -23,7 +23,7 @@ pub(super) fn follow_until(
 ) -> Outcome<MoveView> {
     let at = path(&["v1", "graphs", &begun.graph, "moves", &begun.element]);
     let over = || end.is_some_and(|end| rt::now() >= end);
-    watch(begun, || client.get(&at), |view| enough(view.state) || over(), line)
+    watch(begun, || client.get(&at), |view| enough(view.state) || view.trouble.is_some() || over(), line)
 }
 
 /// Bytes that are likely to be written yet: where a part of what is done were holes, so is one of what is left.
@@ -68,6 +68,7 @@ mod tests {
             to: "null".to_owned(),
             state,
             message: String::new(),
+            trouble: None,
             total: 100 << 20,
             remaining: 25 << 20,
             copied: 75 << 20,

@@ -70,7 +70,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Where a server is and how to talk to it.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Whose client it is, for events: the graph and the element.
+    /// Whose client it is, for events: the graph, and the element as it is called at first.
     pub owner: (String, String),
     /// The export.
     pub uri: Uri,
@@ -121,6 +121,8 @@ struct Orders {
 pub struct Client {
     id: u64,
     target: Target,
+    /// What its element is called.
+    name: Mutex<String>,
     offer: Offer,
     /// The connection that told us the offer, until a link takes it.
     first: Mutex<Option<Server<Socket>>>,
@@ -187,6 +189,7 @@ impl Client {
         })?;
         Ok(Arc::new(Client {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
+            name: Mutex::new(target.owner.1.clone()),
             target,
             offer: Offer::of(&first),
             first: Mutex::new(Some(first)),
@@ -204,10 +207,15 @@ impl Client {
 
     /// Tells the operator. Called on a shard.
     fn notice(&self, message: impl std::fmt::Display) {
-        let (graph, element) = &self.target.owner;
         if let Some(shard) = Shard::current() {
-            shard.events().publish(Event::new(EventKind::Notice, graph, message).of(element));
+            let event = Event::new(EventKind::Notice, &self.target.owner.0, message);
+            shard.events().publish(event.of(&lock(&self.name)));
         }
+    }
+
+    /// Its element has another name from now on.
+    pub fn renamed(&self, name: &str) {
+        name.clone_into(&mut lock(&self.name));
     }
 
     /// Of all links that lose the server, the first says so.

@@ -85,7 +85,8 @@ impl Served {
             Err(error) => Err(Refusal::in_graph(&error, &next)),
         };
         let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
-        let record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
+        let mut record = Record::new(names, request.to.trim().to_owned(), sides.heads(), options(request));
+        record.graph_file = self.known();
         let moving = [self.moves.heads(), record.heads.all()].concat();
         let stand = || sides.stand(&record.heads).map_err(|error| Refusal::of(&error));
         let begun = match record.write(daemon, &self.path).and_then(|()| stand()) {
@@ -223,6 +224,7 @@ impl Sides {
             new: paths(&self.new),
             old_called: called(&self.old, "memory"),
             new_called: called(&self.new, self.fleeting.unwrap_or("memory")),
+            files: None,
         }
     }
 
@@ -254,21 +256,13 @@ impl Sides {
 }
 
 /// An element and all that it leads to.
-fn reached<'a>(spec: &'a Spec, element: &str) -> Vec<&'a ElementSpec> {
-    let mut reached: Vec<usize> = spec.find(element).into_iter().collect();
-    let mut next = 0;
-    while let Some(&ix) = reached.get(next) {
-        next += 1;
-        let more = spec.edges.iter().filter(|edge| edge.from == ix && !reached.contains(&edge.to));
-        let more: Vec<usize> = more.map(|edge| edge.to).collect();
-        reached.extend(more);
-    }
-    reached.into_iter().map(|ix| &spec.elements[ix]).collect()
+fn reached<'a>(spec: &'a Spec, element: &str) -> impl Iterator<Item = &'a ElementSpec> {
+    spec.find(element).into_iter().flat_map(|ix| spec.reached(ix)).map(|ix| &spec.elements[ix])
 }
 
 /// What a disk is called that keeps nothing, if one of those below an element is such a one.
 fn fleeting(spec: &Spec, element: &str) -> Option<&'static str> {
-    let types = reached(spec, element).into_iter().filter_map(|element| find(CATALOGUE, &element.ty));
+    let types = reached(spec, element).filter_map(|element| find(CATALOGUE, &element.ty));
     let mut sinks = types.filter(|ty| ty.family == Family::Sink && ty.survives == Survives::Nothing);
     Some(match sinks.next()?.name {
         "null" => "null, which forgets everything at once",
@@ -295,7 +289,7 @@ fn sockets(element: &ElementSpec, parameter: &str) -> Vec<(u64, u64)> {
 /// # Errors
 /// The new side is an export of the graph itself: what is written there would come back here, and wait for itself.
 fn not_itself(running: &Spec, next: &Spec, new: &str) -> Result<(), Refusal> {
-    let there: Vec<_> = reached(next, new).into_iter().flat_map(|element| sockets(element, "uri")).collect();
+    let there: Vec<_> = reached(next, new).flat_map(|element| sockets(element, "uri")).collect();
     let is_there = |own: &&ElementSpec| sockets(own, "listen").iter().any(|socket| there.contains(socket));
     match running.elements.iter().find(is_there) {
         None => Ok(()),

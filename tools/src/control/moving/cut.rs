@@ -5,22 +5,23 @@ use super::job::Job;
 use super::record::{Options as Asked, Phase, Record};
 use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
+use crate::control::graph_file::{Sum, is_edited};
 use crate::control::refusal::Refusal;
 use crate::graphs::CATALOGUE;
-use crate::left::Left;
+use blockmason::io::Replacement;
 use blockmason::lang::{Spec, print};
 use blockmason::live::Options;
 use blockmason::sched::Commit;
 use blockmason::{Error, Kind, rt};
 use futures::future::join_all;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 
 /// Lets new disks take over. Those of all graphs do so at one instant: no request is admitted to any of them before
-/// all have.
+/// all have. `force` for graph files that somebody has edited.
 ///
 /// # Errors
 /// The first graph that could not be changed; disks of it are where they were, and may be tried again.
@@ -28,6 +29,7 @@ pub(crate) async fn cut_over(
     daemon: &Arc<Daemon>,
     disks: &[(Arc<Served>, Arc<Job>)],
     deadline: Option<f64>,
+    force: bool,
 ) -> Result<(), Refusal> {
     let mut graphs: BTreeMap<String, (Arc<Served>, Vec<Wanted>)> = BTreeMap::new();
     for (served, job) in disks {
@@ -35,12 +37,19 @@ pub(crate) async fn cut_over(
         let wanted = Wanted { job: job.clone(), is_mirror: job.record().options.is_mirror };
         graphs.entry(name).or_insert_with(|| (served.clone(), Vec::new())).1.push(wanted);
     }
-    let meeting = Arc::new(Meeting::of(graphs.len()));
-    let cuts = graphs.values().map(|(served, jobs)| cut_graph(served, daemon, jobs, &meeting, deadline));
+    let how = Asking { meeting: Arc::new(Meeting::of(graphs.len())), deadline, force };
+    let cuts = graphs.values().map(|(served, jobs)| cut_graph(served, daemon, jobs, &how));
     join_all(cuts).await.into_iter().collect()
 }
 
-/// A cut-over as it was asked for.
+/// How a cut-over was asked for.
+struct Asking {
+    meeting: Arc<Meeting>,
+    deadline: Option<f64>,
+    force: bool,
+}
+
+/// A disk that is to cut over.
 struct Wanted {
     job: Arc<Job>,
     /// It is the way back.
@@ -51,12 +60,17 @@ async fn cut_graph(
     served: &Arc<Served>,
     daemon: &Arc<Daemon>,
     wanted: &[Wanted],
-    meeting: &Arc<Meeting>,
-    deadline: Option<f64>,
+    how: &Asking,
 ) -> Result<(), Refusal> {
-    let cut = cut(served, daemon, wanted, meeting, deadline).await;
+    let file = served.file_is_ready(how.force);
+    if let Err(refusal) = &file {
+        how.meeting.fail();
+        wanted.iter().for_each(|wanted| wanted.job.held_up(refusal));
+        return file;
+    }
+    let cut = cut(served, daemon, wanted, how).await;
     if let Err(refusal) = &cut {
-        meeting.fail();
+        how.meeting.fail();
         wanted.iter().for_each(|wanted| wanted.job.not_cut(refusal));
     }
     cut
@@ -66,8 +80,7 @@ async fn cut(
     served: &Arc<Served>,
     daemon: &Arc<Daemon>,
     wanted: &[Wanted],
-    meeting: &Arc<Meeting>,
-    deadline: Option<f64>,
+    how: &Asking,
 ) -> Result<(), Refusal> {
     let saving = served.saving.lock().await;
     for Wanted { job, is_mirror } in wanted {
@@ -77,7 +90,8 @@ async fn cut(
         }
     }
     let jobs: Vec<&Arc<Job>> = wanted.iter().map(|wanted| &wanted.job).collect();
-    jobs.iter().for_each(|job| job.cutting());
+    let (off, called_off) = watch::channel(false);
+    jobs.iter().for_each(|job| job.cutting(&off));
     let running = served.live.spec();
     let graph = print(&running, CATALOGUE, Path::new("/"));
     let mut records: Vec<Record> = jobs.iter().map(|job| job.record()).collect();
@@ -86,23 +100,23 @@ async fn cut(
         record.write(daemon, &served.path)?;
     }
     let after = After::of(daemon, &served.path, &running, &records)?;
-    let commit = Committing {
-        served: served.clone(),
-        copiers: records.iter().map(|record| record.names.copy.clone()).collect(),
-        heads: records.iter().map(|record| (record.heads.clone(), record.options.keep_mirror)).collect(),
-        file: served.path.clone(),
-        state: daemon.host.state_dir().to_owned(),
-        text: print(&after.spec, CATALOGUE, served.path.parent().unwrap_or(Path::new("/"))),
-    };
+    let others = served.moves.active().map(|job| job.record());
+    let others: Vec<_> = others.filter(|other| records.iter().all(|it| it.names != other.names)).collect();
+    let saved = Record::as_saved(&after.spec, &others, &served.path)?;
+    let commit = Committing::new(served, &records, &saved, how.force);
     let options = Options {
-        deadline: deadline.map_or(Options::default().deadline, Duration::from_secs_f64),
-        renames: after.renames.clone(),
-        commit: Some(commit.behind(meeting)),
+        deadline: how.deadline.map_or(Options::default().deadline, Duration::from_secs_f64),
+        renames: after.renames,
+        commit: Some(commit.clone().behind(&how.meeting)),
         flush_by: Some(records.iter().flat_map(flushed).collect()),
+        called_off: Some(called_off),
         ..Options::default()
     };
     let how = How { options, dry_run: false, save: false, moves: true };
-    let changed = served.change(&saving, daemon, |_| Ok(after.spec), how).await;
+    let changed = match commit.blocking(Committing::make_ready).await {
+        Ok(()) => served.change(&saving, daemon, |_| Ok(after.spec), how).await,
+        Err(error) => Err(Refusal::of(&error)),
+    };
     let view = match changed {
         Ok(view) => view,
         Err(refusal) => {
@@ -115,20 +129,30 @@ async fn cut(
     };
     let pause = Duration::from_secs_f64(view.pause_seconds.unwrap_or(0.0));
     for ((job, record), mirror) in jobs.iter().zip(&records).zip(after.mirrors) {
-        match &mirror {
-            Some(mirror) => {
-                // The disk has moved, and no error may say otherwise. The record that is there finds it so at the next
-                // start, and makes this one.
-                if let Err(refusal) = mirror.write(daemon, &served.path) {
-                    tracing::warn!("{}", refusal.message);
-                }
-            }
-            None => record.forget(daemon, &served.path),
+        if mirror.is_none() {
+            record.forget(daemon, &served.path);
         }
-        job.has_cut(pause, mirror);
-        job.say(served, format!("{} is {} now", job.disk(), record.heads.new_called));
+        let trouble = commit.trouble();
+        let also = trouble.as_ref().map(|trouble| format!("; {trouble}")).unwrap_or_default();
+        job.has_cut(pause, mirror, trouble);
+        job.say(served, format!("{} is {} now{also}", job.disk(), record.heads.new_called));
     }
+    served.note_file(daemon);
     Ok(())
+}
+
+impl Served {
+    /// Notes in the records of all moves that go on what the graph file is known to say.
+    fn note_file(&self, daemon: &Daemon) {
+        for job in self.moves.active() {
+            let record = job.revise(|record| record.graph_file = self.known());
+            // The disk has moved, and no error may say otherwise. Of a mirror, the record that is there finds it so at
+            // the next start, and makes this one.
+            if let Err(refusal) = record.write(daemon, &self.path) {
+                tracing::warn!("{}", refusal.message);
+            }
+        }
+    }
 }
 
 /// By which ports of the copier everything is flushed that has to be durable: the old disk need not be any more,
@@ -195,16 +219,69 @@ impl After {
 #[derive(Clone)]
 struct Committing {
     served: Arc<Served>,
-    /// The elements that say what the new disks lack.
-    copiers: Vec<String>,
-    heads: Vec<(super::record::Heads, bool)>,
-    file: PathBuf,
-    state: PathBuf,
+    records: Arc<Vec<Record>>,
+    /// The graph file may be overwritten whoever has edited it.
+    force: bool,
     /// What the graph file says from now on.
-    text: String,
+    text: Arc<str>,
+    /// The same, ready to be put into place; none where there is no graph file.
+    file: Arc<Mutex<Option<Replacement>>>,
+    /// Why it is not in place.
+    trouble: Arc<Mutex<Option<String>>>,
 }
 
 impl Committing {
+    fn new(served: &Arc<Served>, records: &[Record], saved: &Spec, force: bool) -> Committing {
+        let folder = served.path.parent().unwrap_or(Path::new("/"));
+        Committing {
+            served: served.clone(),
+            records: Arc::new(records.to_vec()),
+            force,
+            text: print(saved, CATALOGUE, folder).into(),
+            file: Arc::default(),
+            trouble: Arc::default(),
+        }
+    }
+
+    /// Does what asks file systems, where waiting harms nobody.
+    async fn blocking(
+        &self,
+        what: impl FnOnce(&Committing) -> Result<(), Error> + Send + 'static,
+    ) -> Result<(), Error> {
+        let own = self.clone();
+        let done = rt::blocking(move || what(&own)).await;
+        done.unwrap_or_else(|| Err(Error::internal("the cut-over panicked")))
+    }
+
+    /// Does what can be done while guests go on.
+    fn make_ready(&self) -> Result<(), Error> {
+        self.is_in_place()?;
+        if self.served.known().is_some() {
+            let file = Replacement::prepare(&self.served.path, self.text.as_bytes()).map_err(|error| {
+                Error::io(error, "the graph file could not be written anew").with_path(&self.served.path)
+            })?;
+            *self.file.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        }
+        Ok(())
+    }
+
+    /// Whether names lead to the images, and the graph file is the one that is known.
+    fn is_in_place(&self) -> Result<(), Error> {
+        for record in self.records.iter() {
+            self.served.are_in_place(record).map_err(|error| {
+                Error::new(Kind::Unavailable, format!("{} stays where it is: {error}", record.names.disk))
+            })?;
+        }
+        match is_edited(&self.served.path, self.served.known()).filter(|_| !self.force) {
+            Some(edited) => Err(Error::new(Kind::Busy, edited)),
+            None => Ok(()),
+        }
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Done once the gates of all graphs are closed and nothing is in flight in any; returns when all have done it.
     fn behind(self, meeting: &Arc<Meeting>) -> Commit {
         let (all, meeting) = (Arc::new(self), meeting.clone());
@@ -212,9 +289,9 @@ impl Committing {
             let (all, meeting) = (all.clone(), meeting.clone());
             Box::pin(async move {
                 all.are_same()?;
+                all.blocking(Committing::is_in_place).await?;
                 meeting.arrive(0).await?;
-                let done = rt::blocking(move || all.commit()).await;
-                done.unwrap_or_else(|| Err(Error::internal("the cut-over panicked")))?;
+                all.blocking(Committing::commit).await?;
                 // It is done here, whatever comes of the others.
                 let _ = meeting.arrive(1).await;
                 Ok(())
@@ -224,8 +301,8 @@ impl Committing {
 
     /// What was on its way when the gate closed may have failed on the new disk.
     fn are_same(&self) -> Result<(), Error> {
-        for copier in &self.copiers {
-            let remaining = self.served.live.get(copier, "remaining")?;
+        for record in self.records.iter() {
+            let remaining = self.served.live.get(&record.names.copy, "remaining")?;
             if remaining != "0" {
                 let message = format!(
                     "the new disk still lacks {remaining} bytes: something has failed there just now"
@@ -237,20 +314,20 @@ impl Committing {
     }
 
     fn commit(&self) -> Result<(), Error> {
-        for (ix, (heads, keep_mirror)) in self.heads.iter().enumerate() {
-            let Err(error) = heads.cut(*keep_mirror) else { continue };
-            if self.heads[..ix].iter().all(|(heads, _)| heads.take_back().is_ok()) {
+        for (ix, record) in self.records.iter().enumerate() {
+            let Err(error) = record.heads.cut(record.options.keep_mirror) else { continue };
+            if self.records[..ix].iter().all(|record| record.heads.take_back().is_ok()) {
                 return Err(error);
             }
             // Some are the disk and say so. This one is, too, and its head says no such thing: whoever starts
             // it anew is refused either side and has to say which one is meant.
-            tracing::error!("{}: its head cannot say that it is the disk: {error}", heads.new_called);
+            tracing::error!("{}: its head cannot say that it is the disk: {error}", record.heads.new_called);
         }
         // The new disks are the disks, durably. What else says so is written at once, since guests wait.
         std::thread::scope(|scope| {
-            for (heads, keep_mirror) in &self.heads {
+            for record in self.records.iter() {
                 scope.spawn(|| {
-                    if let Err(error) = heads.finish_cut(*keep_mirror) {
+                    if let Err(error) = record.heads.finish_cut(record.options.keep_mirror) {
                         tracing::warn!("the old disk's head cannot say yet that it has moved: {error}");
                     }
                 });
@@ -262,10 +339,20 @@ impl Committing {
 
     /// Makes the graph file say what is served.
     fn save(&self) {
-        let saved = blockmason::io::replace_file(&self.file, self.text.as_bytes());
-        if let Err(error) = saved.and_then(|()| Left::of(&self.state, &self.file).forget()) {
-            tracing::warn!("{}: the graph file cannot be written: {error}", self.file.display());
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(file) = file else { return };
+        let path = &self.served.path;
+        if let Err(error) = file.put() {
+            let graph = self.served.live.name();
+            let trouble = format!(
+                "{} could not be written anew and names the old disk: {error}: once that is mended, `mason save {graph}`",
+                path.display()
+            );
+            tracing::error!("{trouble}");
+            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(trouble);
+            return;
         }
+        self.served.set_known(Some(Sum::of(self.text.as_bytes())));
     }
 }
 

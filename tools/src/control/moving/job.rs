@@ -1,19 +1,21 @@
 //! A move that goes on: looks at the copier, decides what comes next, and does what an operator asks for.
 
 use super::cut::cut_over;
+use super::files;
 use super::graph::{Names, Side};
 use super::record::{Options as Wanted, Phase, Record};
 use crate::control::change::How;
 use crate::control::daemon::{Daemon, Served};
+use crate::control::graph_file::is_edited;
 use crate::control::refusal::Refusal;
 use crate::view::{MoveState, MoveView};
 use blockmason::events::{Event, EventKind};
 use blockmason::live::Options as Change;
-use blockmason::rt;
+use blockmason::{Error, rt};
 use blockmason_elements::migrate::copy::Progress;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 /// How often the copier is looked at, and how often where nobody waits for it.
@@ -57,6 +59,12 @@ struct Now {
     failing: Option<Instant>,
     /// When what could not be done may be tried again.
     again: Option<Instant>,
+    /// What has become of an image that is not what its name leads to.
+    lost: Option<String>,
+    /// What is wrong with the graph file.
+    trouble: Option<String>,
+    /// Calls off the cut-over that is under way.
+    off: Option<watch::Sender<bool>>,
     comparing: Comparing,
     /// Comparisons that have ended early, by an error.
     ended_early: u32,
@@ -126,6 +134,9 @@ impl Job {
                 why: None,
                 failing: None,
                 again: None,
+                lost: None,
+                trouble: None,
+                off: None,
                 comparing: Comparing::No,
                 ended_early: 0,
             }),
@@ -133,6 +144,8 @@ impl Job {
         });
         let attended = attend(job.clone(), Arc::downgrade(served), Arc::downgrade(daemon));
         drop(crate::control::server::spawn(attended));
+        let watched = files::watch(job.clone(), Arc::downgrade(served), Arc::downgrade(daemon));
+        drop(crate::control::server::spawn(watched));
         job
     }
 
@@ -158,6 +171,32 @@ impl Job {
         self.now().record.clone()
     }
 
+    /// Changes the record. Whoever does that holds `saving` of the graph.
+    pub(super) fn revise(&self, change: impl FnOnce(&mut Record)) -> Record {
+        let mut now = self.now();
+        change(&mut now.record);
+        now.record.clone()
+    }
+
+    /// An image of the move is not what its name leads to: the move is given up.
+    pub(super) fn lost(&self, names: &Names, error: &Error) {
+        let mut now = self.now();
+        // It may have cut over meanwhile, or lost it before.
+        if now.record.names == *names && now.lost.is_none() {
+            now.lost = Some(error.to_string());
+            drop(now);
+            self.wake.notify_one();
+        }
+    }
+
+    /// How often it is looked at.
+    pub(super) fn every(&self) -> Duration {
+        match self.state() {
+            MoveState::Mirroring | MoveState::Paused => AT_LEISURE,
+            _ => EVERY,
+        }
+    }
+
     pub(crate) fn state(&self) -> MoveState {
         self.now().state
     }
@@ -178,6 +217,7 @@ impl Job {
             to: now.record.to.clone(),
             state: now.state,
             message: now.message.clone(),
+            trouble: now.trouble.clone(),
             total: progress.total,
             remaining: progress.remaining,
             copied: progress.copied,
@@ -222,7 +262,12 @@ impl Job {
             now.since = rt::now();
         }
         now.goes_back = now.record.options.is_mirror && what == Asked::Cutover;
-        now.asked = Some(what);
+        (now.asked, now.trouble) = (Some(what), None);
+        if what == Asked::Abort
+            && let Some(off) = &now.off
+        {
+            off.send_replace(true);
+        }
         drop(now);
         self.wake.notify_one();
         Ok(())
@@ -230,7 +275,7 @@ impl Job {
 
     /// # Errors
     /// It is over.
-    pub(super) fn goes_on(&self) -> Result<(), Refusal> {
+    pub(crate) fn goes_on(&self) -> Result<(), Refusal> {
         let now = self.now();
         match now.state.is_over() {
             true => {
@@ -245,9 +290,10 @@ impl Job {
         self.state() == MoveState::Ready
     }
 
-    /// The cut-over is under way, which nobody else may begin.
-    pub(super) fn cutting(&self) {
+    /// The cut-over is under way, which nobody else may begin. `off` calls it off.
+    pub(super) fn cutting(&self, off: &watch::Sender<bool>) {
         let mut now = self.now();
+        (now.off, now.trouble) = (Some(off.clone()), None);
         if now.state == MoveState::Mirroring && now.asked.is_none() {
             now.since = rt::now();
         }
@@ -261,7 +307,7 @@ impl Job {
         if now.state != MoveState::Cutting {
             return;
         }
-        (now.state, now.message) = (MoveState::Copying, refusal.message.clone());
+        (now.state, now.message, now.off) = (MoveState::Copying, refusal.message.clone(), None);
         let Wanted { manual, is_mirror, .. } = now.record.options;
         // Who has said when it is to be has been told, and says so again.
         if (manual || is_mirror) && now.asked != Some(Asked::Cutover) {
@@ -271,8 +317,24 @@ impl Job {
         now.failing.get_or_insert_with(rt::now);
     }
 
-    /// The new disk is the disk; with a record of its mirror, if the old one is that now.
-    pub(super) fn has_cut(&self, pause: Duration, mirror: Option<Record>) {
+    /// The cut-over has to wait for somebody who sees to the graph file. It is not tried again before they say so.
+    pub(super) fn held_up(&self, refusal: &Refusal) {
+        let mut now = self.now();
+        if now.state.is_over() {
+            return;
+        }
+        (now.trouble, now.message) = (Some(refusal.message.clone()), refusal.message.clone());
+        if !now.record.options.is_mirror {
+            now.state = MoveState::Ready;
+        }
+        if now.asked == Some(Asked::Cutover) {
+            now.asked = None;
+        }
+    }
+
+    /// The new disk is the disk; with a record of its mirror, if the old one is that now. `trouble` with the graph file
+    /// that does not say so.
+    pub(super) fn has_cut(&self, pause: Duration, mirror: Option<Record>, trouble: Option<String>) {
         let mut now = self.now();
         now.pause = Some(pause);
         now.took = Some(now.took());
@@ -285,6 +347,10 @@ impl Job {
                 (MoveState::Mirroring, format!("the disk is {to} now, and {old} is kept as its mirror"))
             }
         };
+        if let Some(trouble) = &trouble {
+            now.message += &format!("; {trouble}");
+        }
+        (now.trouble, now.off, now.lost) = (trouble, None, None);
         if let Some(mirror) = mirror {
             now.moved = Some(now.progress.clone());
             now.record = mirror;
@@ -305,6 +371,9 @@ impl Job {
                 Some(again) if rt::now() < again => Next::Look,
                 _ => Next::Abort(now.why.clone().unwrap_or_else(|| "it was given up".to_owned())),
             };
+        }
+        if let Some(lost) = &now.lost {
+            return Next::Abort(lost.clone());
         }
         if now.progress.state == "differs" {
             return Next::Abort(format!("the two sides differ: {}", now.progress.error));
@@ -361,9 +430,11 @@ impl Job {
             now.again = None;
             return Next::Cut;
         }
-        if (manual || is_mirror) && now.asked != Some(Asked::Cutover) {
+        if (manual || is_mirror || now.trouble.is_some()) && now.asked != Some(Asked::Cutover) {
             now.state = if is_mirror { MoveState::Mirroring } else { MoveState::Ready };
-            if !is_mirror {
+            if let Some(trouble) = now.trouble.clone() {
+                now.message = trouble;
+            } else if !is_mirror {
                 now.message = "both disks are the same: `mason migrate cutover` goes on".to_owned();
             }
             return Next::Look;
@@ -391,7 +462,7 @@ impl Job {
             Next::Cut => {
                 let disks = [(served.clone(), self.clone())];
                 // Why it could not be is its message.
-                let _ = cut_over(daemon, &disks, None).await;
+                let _ = cut_over(daemon, &disks, None, false).await;
             }
             Next::Abort(why) => self.give_up(served, daemon, &why).await,
             Next::Over => return false,
@@ -446,10 +517,7 @@ impl Job {
             );
         }
         // The file has had the mirror since the cut-over.
-        let written = if record.options.is_mirror { served.write_file(&served.live.spec()) } else { Ok(()) };
-        if let Err(refusal) = written {
-            tracing::warn!("{}", refusal.message);
-        }
+        let trouble = if record.options.is_mirror { served.save_without_mirror().err() } else { None };
         record.forget(daemon, &served.path);
         let (disk, other) = (&heads.old_called, &heads.new_called);
         let (state, message) = match record.options.is_mirror {
@@ -460,12 +528,28 @@ impl Job {
             }
             false => (MoveState::Aborted, format!("the disk is {disk}, as before: {why}")),
         };
+        let message = match &trouble {
+            Some(refusal) => format!("{message}; {}", refusal.message),
+            None => message,
+        };
         let mut now = self.now();
         now.took = Some(now.took());
+        now.trouble = trouble.map(|refusal| refusal.message);
         drop(now);
         self.set(state, message.clone());
         drop(saving);
         self.say(served, message);
+    }
+}
+
+impl Served {
+    /// Makes the graph file say what is served, unless somebody has edited it: then the next start asks.
+    fn save_without_mirror(&self) -> Result<(), Refusal> {
+        match is_edited(&self.path, self.known()) {
+            _ if self.known().is_none() => Ok(()),
+            Some(edited) => Err(Refusal::busy(format!("{edited}, and still has the mirror in it"))),
+            None => self.write_file(&self.live.spec()),
+        }
     }
 }
 
@@ -477,7 +561,6 @@ async fn attend(job: Arc<Job>, served: Weak<Served>, daemon: Weak<Daemon>) {
             return;
         }
         drop((served, daemon));
-        let leisure = matches!(job.state(), MoveState::Mirroring | MoveState::Paused);
-        let _ = rt::timeout(if leisure { AT_LEISURE } else { EVERY }, job.wake.notified()).await;
+        let _ = rt::timeout(job.every(), job.wake.notified()).await;
     }
 }

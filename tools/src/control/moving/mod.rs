@@ -1,13 +1,14 @@
 //! Moving a disk to another store while it is in use (Block Mason, section 3.1).
 //!
 //! `graph` makes the graphs of a move, `record` is what a later process must know, `begin` starts one, `job` attends to
-//! it until it is over, `cut` is the cut-over, `resume` goes on after a restart.
+//! it until it is over, `files` looks at its images, `cut` is the cut-over, `resume` goes on after a restart.
 //!
 //! Which of the two stores is the disk is said by the heads of their volumes, and by nothing else. See
 //! docs/decisions/0008-migration.md.
 
 mod begin;
 mod cut;
+mod files;
 mod graph;
 mod job;
 mod record;

@@ -1,12 +1,15 @@
 //! What a later process must know of a move, below STATE/moving/GRAPH/DISK: `move.json`, and the map of what
 //! differs.
 
-use super::graph::Names;
+use super::files::Files;
+use super::graph::{Names, Side};
 use crate::control::daemon::Daemon;
+use crate::control::graph_file::Sum;
 use crate::control::refusal::Refusal;
 use crate::record;
 use blockmason::Error;
 use blockmason::heads::{self, Standing};
+use blockmason::lang::Spec;
 use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -24,6 +27,9 @@ pub(super) struct Record {
     pub(super) heads: Heads,
     pub(super) phase: Phase,
     pub(super) options: Options,
+    /// What the graph file is known to say.
+    #[serde(default)]
+    pub(super) graph_file: Option<Sum>,
 }
 
 /// The heads of the volumes on both sides: what decides which of them is the disk.
@@ -37,6 +43,9 @@ pub(super) struct Heads {
     /// What the two sides are called by people.
     pub(super) old_called: String,
     pub(super) new_called: String,
+    /// The images; None until that is noted.
+    #[serde(default)]
+    pub(super) files: Option<Files>,
 }
 
 impl Heads {
@@ -48,6 +57,7 @@ impl Heads {
             new: self.old.clone(),
             old_called: self.new_called.clone(),
             new_called: self.old_called.clone(),
+            files: self.files.as_ref().map(Files::reversed),
         }
     }
 
@@ -68,11 +78,13 @@ impl Heads {
         !self.new.is_empty() && self.new.iter().all(is_disk)
     }
 
-    /// An image of the new side that is not there. It would be made anew, empty, while the map knows of what the lost
-    /// one had.
-    pub(super) fn lost(&self) -> Option<PathBuf> {
+    /// What has become of an image that is not there, or another one. A new one would be made anew, empty, while the
+    /// map knows of what the lost one had.
+    pub(super) fn lost(&self) -> Option<String> {
         let image = |head: &PathBuf| head.to_str()?.strip_suffix(".mason-head").map(PathBuf::from);
-        self.new.iter().filter_map(image).find(|image| !image.exists())
+        let gone = self.new.iter().filter_map(image).find(|image| !image.exists());
+        let gone = gone.map(|image| format!("{} is not there any more", image.display()));
+        gone.or_else(|| self.files.as_ref()?.lost().map(|error| error.to_string()))
     }
 
     /// The move has been given up: the old side is the disk.
@@ -165,7 +177,18 @@ pub(super) struct Options {
 
 impl Record {
     pub(super) fn new(names: Names, to: String, heads: Heads, options: Options) -> Record {
-        Record { version: VERSION, names, to, heads, phase: Phase::Copying, options }
+        let (phase, graph_file) = (Phase::Copying, None);
+        Record { version: VERSION, names, to, heads, phase, options, graph_file }
+    }
+
+    /// What the graph file is to say of a graph in which these moves go on: a mirror stands there since its cut-over,
+    /// and a disk on its way is where it was.
+    ///
+    /// # Errors
+    /// That is no graph.
+    pub(super) fn as_saved(spec: &Spec, moves: &[Record], file: &Path) -> Result<Spec, Refusal> {
+        let mut going = moves.iter().filter(|it| !it.options.is_mirror && it.names.are_in(spec));
+        going.try_fold(spec.clone(), |spec, it| Ok(it.names.without_mirror(&spec, Side::Old, file)?.0))
     }
 
     /// By the path of the graph file, and by the disk: several of one graph may move.

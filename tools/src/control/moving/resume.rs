@@ -5,12 +5,13 @@ use super::graph::Side;
 use super::job::Job;
 use super::record::{Phase, Record};
 use crate::control::daemon::{Daemon, Served};
+use crate::control::graph_file::{Sum, is_edited};
 use crate::control::refusal::Refusal;
 use crate::graphs::{CATALOGUE, GraphFile};
 use crate::left::{Choice, Left, parse_printed};
-use blockmason::io::replace_file;
+use blockmason::io::{remove_file, replace_file};
 use blockmason::lang::{Spec, print};
-use blockmason::live::Heads;
+use blockmason::live::{Diff, Heads};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ pub(crate) struct Resumed {
     records: Vec<Record>,
     /// What has become of the others, in sentences.
     said: Vec<String>,
+    /// What the graph file is known to say: it may have been edited since a move began.
+    known: Option<Sum>,
 }
 
 impl Resumed {
@@ -40,7 +43,8 @@ impl Resumed {
         if records.is_empty() {
             return Ok((left.choose(file, choice)?, None));
         }
-        let mut resumed = Resumed { records: Vec::new(), said: Vec::new() };
+        let known = records.iter().find_map(|record| record.graph_file).or_else(|| Sum::read(path));
+        let mut resumed = Resumed { records: Vec::new(), said: Vec::new(), known };
         let cutting = records.iter().find_map(|record| match &record.phase {
             Phase::Cutting { graph } => Some(graph.clone()),
             Phase::Copying | Phase::GivingUp => None,
@@ -54,13 +58,23 @@ impl Resumed {
             .into_iter()
             .partition(|record| matches!(record.phase, Phase::Cutting { .. }) && record.heads.have_cut());
         if !cut.is_empty() {
-            spec = resumed.finish(daemon, path, &spec, cut)?;
-            write(path, &spec)?;
+            let after = After::of(daemon, path, &spec, &cut)?;
+            let saved = Record::as_saved(&after.spec, &others, path)?;
+            match is_edited(path, resumed.known) {
+                // The cut-over has written it.
+                _ if Diff::between(&file.spec, &saved, CATALOGUE).is_empty() => {
+                    resumed.known = Sum::read(path)
+                }
+                // What serves is left beside it for the next start, which asks.
+                Some(edited) => resumed.said.push(format!("{edited}, and does not say where the disk is")),
+                None => resumed.write(path, &saved)?,
+            }
+            spec = resumed.finish(daemon, path, after, cut)?;
         }
         for record in others {
             if !record.names.are_in(&spec) {
                 if record.options.is_mirror {
-                    write_without(daemon, path, &spec)?;
+                    resumed.write_without(daemon, path, &spec)?;
                 }
                 resumed.give_up(daemon, path, &record, "its graph was left without it")?;
                 continue;
@@ -70,7 +84,7 @@ impl Resumed {
             let why = match record.heads.lost() {
                 _ if record.phase == Phase::GivingUp => Some("that was under way".to_owned()),
                 _ if unwanted => Some("its graph file is served".to_owned()),
-                lost => lost.map(|image| format!("{} is not there any more", image.display())),
+                lost => lost,
             };
             match why {
                 Some(why) => spec = resumed.take_out(daemon, path, &record, &spec, &why)?,
@@ -85,10 +99,9 @@ impl Resumed {
         &mut self,
         daemon: &Daemon,
         path: &Path,
-        spec: &Spec,
+        after: After,
         cut: Vec<Record>,
     ) -> Result<Spec, Refusal> {
-        let after = After::of(daemon, path, spec, &cut)?;
         for (record, mirror) in cut.into_iter().zip(after.mirrors) {
             let heads = &record.heads;
             heads.finish_cut(record.options.keep_mirror).map_err(|error| Refusal::of(&error))?;
@@ -104,6 +117,11 @@ impl Resumed {
 
     fn go_on(&mut self, daemon: &Daemon, path: &Path, mut record: Record) -> Result<(), Refusal> {
         record.phase = Phase::Copying;
+        record.graph_file = self.known;
+        // Which file the map is about was not noted.
+        if record.heads.files.is_none() && !record.options.is_mirror {
+            noted(remove_file(&Record::map(daemon, path, &record.names)))?;
+        }
         record.write(daemon, path)?;
         let (disk, heads) = (&record.names.disk, &record.heads);
         self.said.push(match record.options.is_mirror {
@@ -168,7 +186,7 @@ impl Resumed {
         for record in std::mem::take(&mut self.records) {
             self.said.retain(|said| !said.starts_with(&format!("{} is ", record.names.disk)));
             // The graph file has had a mirror since its cut-over.
-            let written = if record.options.is_mirror { write(path, spec) } else { Ok(()) };
+            let written = if record.options.is_mirror { self.write(path, spec) } else { Ok(()) };
             if let Err(refusal) = written.and_then(|()| self.give_up(daemon, path, &record, why)) {
                 tracing::warn!("{}", refusal.message);
             }
@@ -187,11 +205,33 @@ impl Resumed {
     ) -> Result<Spec, Refusal> {
         let spec = record.names.without_mirror(spec, Side::Old, path)?.0;
         match record.options.is_mirror {
-            true => write_without(daemon, path, &spec)?,
+            true => self.write_without(daemon, path, &spec)?,
             false => noted(Left::of(daemon.host.state_dir(), path).remember(&spec))?,
         }
         self.give_up(daemon, path, record, why)?;
         Ok(spec)
+    }
+
+    /// The graph file has had a mirror since its cut-over. Now it says what is served.
+    fn write_without(&mut self, daemon: &Daemon, path: &Path, spec: &Spec) -> Result<(), Refusal> {
+        let left = Left::of(daemon.host.state_dir(), path);
+        if let Some(edited) = is_edited(path, self.known) {
+            self.said.push(format!("{edited}, and still has the mirror in it"));
+            return noted(left.remember(spec));
+        }
+        self.write(path, spec)?;
+        noted(left.forget())
+    }
+
+    /// Makes the graph file say what is served: a cut-over does that, too.
+    fn write(&mut self, path: &Path, spec: &Spec) -> Result<(), Refusal> {
+        let text = print(spec, CATALOGUE, path.parent().unwrap_or(Path::new("/")));
+        replace_file(path, text.as_bytes()).map_err(|error| {
+            let message = format!("{}: the graph file cannot be written: {error}", path.display());
+            Refusal::new("unavailable", message)
+        })?;
+        self.known = Some(Sum::of(text.as_bytes()));
+        Ok(())
     }
 
     /// What heads have to say of the graph: volumes of moves that go on may be on the move.
@@ -210,12 +250,16 @@ impl Resumed {
     /// Of a graph that has come from another process, with all its moves.
     pub(crate) fn arrived(daemon: &Daemon, path: &Path, spec: &Spec) -> Result<Resumed, Refusal> {
         let records = Record::read_all(daemon, path)?;
-        let records = records.into_iter().filter(|record| record.names.are_in(spec)).collect();
-        Ok(Resumed { records, said: Vec::new() })
+        let records: Vec<_> = records.into_iter().filter(|record| record.names.are_in(spec)).collect();
+        let known = records.iter().find_map(|record| record.graph_file);
+        Ok(Resumed { records, said: Vec::new(), known })
     }
 
     /// The graph serves: attends to what goes on, and says what has become of all.
     pub(crate) fn attend(self, served: &Arc<Served>, daemon: &Arc<Daemon>) {
+        if self.known.is_some() && served.known().is_some() {
+            served.set_known(self.known);
+        }
         for record in self.records {
             served.moves.add(Job::start(record, served, daemon));
         }
@@ -228,12 +272,6 @@ impl Resumed {
     }
 }
 
-/// The graph file has had a mirror since its cut-over. Now it says what is served.
-fn write_without(daemon: &Daemon, path: &Path, spec: &Spec) -> Result<(), Refusal> {
-    write(path, spec)?;
-    noted(Left::of(daemon.host.state_dir(), path).forget())
-}
-
 fn noted(left: std::io::Result<()>) -> Result<(), Refusal> {
     left.map_err(|error| Refusal::new("unavailable", format!("what is left cannot be noted: {error}")))
 }
@@ -241,12 +279,4 @@ fn noted(left: std::io::Result<()>) -> Result<(), Refusal> {
 fn parse(path: &Path, text: String) -> Result<Spec, Refusal> {
     let name = PathBuf::from(format!("{} (amid a move)", path.display()));
     parse_printed(&name, path, text).map_err(|diagnostics| Refusal::graph(&diagnostics))
-}
-
-/// Makes the graph file say what is served: a cut-over does that, too.
-fn write(path: &Path, spec: &Spec) -> Result<(), Refusal> {
-    let text = print(spec, CATALOGUE, path.parent().unwrap_or(Path::new("/")));
-    replace_file(path, text.as_bytes()).map_err(|error| {
-        Refusal::new("unavailable", format!("{}: the graph file cannot be written: {error}", path.display()))
-    })
 }

@@ -129,6 +129,7 @@ pub(super) async fn together(
             );
             return Err(Refusal::invalid(message));
         }
+        job.goes_on()?;
         if !job.is_ready() {
             let message = format!("{} of {} is not ready: {}", name.element, name.graph, job.state().name());
             return Err(Refusal::busy(message));
@@ -139,6 +140,6 @@ pub(super) async fn together(
         disks.push((served, job));
     }
     let deadline = request.deadline_seconds.filter(|seconds| seconds.is_finite() && *seconds >= 0.0);
-    cut_over(&daemon, &disks, deadline).await?;
+    cut_over(&daemon, &disks, deadline, request.force).await?;
     Ok(Json(disks.iter().map(|(served, job)| job.view(served)).collect()))
 }
