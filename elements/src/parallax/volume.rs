@@ -312,7 +312,8 @@ impl Volume {
         req.stabilise();
         if !req.is_fua()
             && self.pool.check().is_ok()
-            && let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default())
+            && let Ok((pieces, hold)) =
+                self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default())
             && let [piece] = &pieces[..]
             && piece.own
         {
@@ -376,7 +377,13 @@ impl Volume {
             let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
             let want = Want { least: 1, most: row.end - first };
             let taken = self.pool.space.take(near, want, below).await;
-            let blocks = taken.inspect_err(|_| self.pool.space.release(row.end - first))?;
+            let blocks = taken.inspect_err(|error| {
+                self.pool.space.release(row.end - first);
+                // A flush that fails may have lost what others were told is written.
+                if error.kind() != Kind::NoSpace {
+                    self.pool.break_down(error);
+                }
+            })?;
             let len = blocks.end - blocks.start;
             self.pool.space.release(len);
             let part = part(first * BLOCK - req.offset, len, blocks.start);
