@@ -144,8 +144,10 @@ impl Pool {
     pub(super) async fn write_root(&self, root: &Root, below: Below<'_>) -> Result<()> {
         let first = self.root_extent * EXTENT;
         for place in Root::places(root.sequence).into_iter().chain(Root::places(root.sequence + 1)) {
-            let found = below.read((first + place) * BLOCK, BLOCK).await?.to_vec();
-            if Root::decode(&found, &self.id, root.owner).is_ok_and(|other| {
+            // A copy that cannot be read says nothing, and is written anew.
+            let found = below.read((first + place) * BLOCK, BLOCK).await;
+            let found = found.and_then(|data| Root::decode(&data.to_vec(), &self.id, root.owner));
+            if found.is_ok_and(|other| {
                 other.epoch > root.epoch || other.epoch == root.epoch && other.sequence >= root.sequence
             }) {
                 return Err(Error::new(Kind::Busy, "somebody else has opened the pool and changed it"));
