@@ -1,8 +1,13 @@
 //! A pool as a whole: like a vector, and after crashes of both kinds.
 
 mod crash;
+mod damage;
+mod faults;
 mod kit;
 mod lines;
+mod races;
+mod rig;
+mod sweep;
 
 use blockmason::testing::{TestDisk, play_against_model, run};
 
