@@ -18,6 +18,7 @@ mod migrate_soak;
 mod migrate_targets;
 mod refused;
 mod soak;
+mod volumes_crash;
 
 use blockmason_tests::control::{Control, Ended, mason};
 use blockmason_tests::mason::{Mason, Start};

@@ -23,16 +23,35 @@ struct Damage {
     of_data: bool,
 }
 
-/// Does something to one block or two that hold something.
+/// A block, or the whole node that begins there.
+fn whole(base: &[(u64, Vec<u8>)], at: u64) -> Vec<u8> {
+    let block = |at: u64| match base.binary_search_by_key(&at, |(at, _)| *at) {
+        Ok(ix) => base[ix].1.clone(),
+        Err(_) => vec![0; BLOCK as usize],
+    };
+    let first = block(at);
+    if first.starts_with(b"PXND") { [first, block(at + 1)].concat() } else { first }
+}
+
+/// Does something to one block or two that hold something; nodes take the place of others as a whole.
 fn damage(rng: &mut fastrand::Rng, file: &File, base: &[(u64, Vec<u8>)], data_from: u64) -> Damage {
+    let is_data = |at: u64| {
+        let block = whole(base, at);
+        // The second block of a node looks like data, and hardly any other block does not.
+        at >= data_from && sealed(&block).is_none() && !whole(base, at - 1).starts_with(b"PXND")
+    };
     // Half of the time something that says something of others.
-    let told: Vec<&(u64, Vec<u8>)> =
-        base.iter().filter(|(at, block)| *at < data_from || sealed(block).is_some()).collect();
+    let told: Vec<u64> = base
+        .iter()
+        .map(|(at, block)| (*at, sealed(block)))
+        .filter_map(|(at, seal)| seal.map(|_| at))
+        .collect();
     let mut any =
-        || if rng.bool() { told[rng.usize(0..told.len())] } else { &base[rng.usize(0..base.len())] };
-    let ((at, block), (other, there)) = (any(), any());
-    let is_data = |at: u64, block: &[u8]| at >= data_from && sealed(block).is_none();
-    let mut of_data = is_data(*at, block);
+        || if rng.bool() { told[rng.usize(0..told.len())] } else { base[rng.usize(0..base.len())].0 };
+    let (at, other) = (any(), any());
+    let (block, there) = (whole(base, at), whole(base, other));
+    let mut of_data = is_data(at) || there.len() > block.len() && is_data(at + 1);
+    let put = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at * BLOCK).unwrap();
     let what = match rng.u8(0..5) {
         0 => {
             let bit = rng.usize(0..BLOCK as usize * 8);
@@ -40,22 +59,22 @@ fn damage(rng: &mut fastrand::Rng, file: &File, base: &[(u64, Vec<u8>)], data_fr
             format!("bit {bit} of block {at}")
         }
         1 => {
-            file.write_all_at(&[0; BLOCK as usize], at * BLOCK).unwrap();
+            put(at, &[0; BLOCK as usize]);
             format!("block {at} is zeros")
         }
         2 => {
-            file.write_all_at(there, at * BLOCK).unwrap();
+            put(at, &there);
             format!("block {other} over block {at}")
         }
         3 => {
-            file.write_all_at(there, at * BLOCK).unwrap();
-            file.write_all_at(block, other * BLOCK).unwrap();
-            of_data |= is_data(*other, there);
+            put(at, &there);
+            put(other, &block);
+            of_data |= is_data(other) || block.len() > there.len() && is_data(other + 1);
             format!("blocks {at} and {other} swapped")
         }
         _ => {
             let noise: Vec<u8> = (0..BLOCK).map(|_| rng.u8(..)).collect();
-            file.write_all_at(&noise, at * BLOCK).unwrap();
+            put(at, &noise);
             format!("block {at} is noise")
         }
     };
@@ -72,7 +91,7 @@ fn a_damaged_pool_never_has_other_contents() {
         let base = contents(&model.file);
         let (size, file) = (model.file.metadata().unwrap().len(), blank());
         let data_from = model.pool.space.label.first() * EXTENT;
-        for _ in 0..12 {
+        for _ in 0..25 {
             restore(&file, size, &base);
             let Damage { what, of_data } = damage(&mut model.rng, &file, &base, data_from);
             survives(&file, |pool, number, found| {

@@ -1,4 +1,5 @@
-//! Orders of events that chance would hardly find, by holding one request of the pool until the others are done.
+//! Orders of events that chance would hardly find: one request of the pool is held until the others are done, or the
+//! power is lost at one instant.
 
 use super::super::format::{BLOCK, Body};
 use super::super::nodes::{Place, Tree};
@@ -102,4 +103,27 @@ fn a_snapshot_is_not_taken_before_what_is_written_in_place_is() {
         assert!(rig.snapshot("s", 512).await.unwrap() == second, "the snapshot has changed");
         assert_eq!(rig.filled(0).await.unwrap(), 4);
     });
+}
+
+/// The power is lost at the instant at which something has been answered.
+#[test]
+fn what_is_answered_as_durable_is() {
+    for seed in 0..6 {
+        run(seed, async |host| {
+            let disk = format!("(type volatile) (size 36M) (seed {seed})");
+            let mut rig = Rig::new(&host, "(size 2M)", &[], &disk).await;
+            rig.fill(0, 300, 1).await.unwrap();
+            rig.control("snapshot", "s").await.unwrap().unwrap();
+            rig.lose_power();
+            let found = rig.snapshot("s", 512).await.unwrap_or_else(|| panic!("seed {seed}: it is gone"));
+            assert!(found[..300 << 12].iter().all(|byte| *byte == 1), "seed {seed}: it has something else");
+            rig.reopen().await;
+            rig.fill(0, 300, 2).await.unwrap();
+            rig.checkpoint().await.unwrap();
+            rig.lose_power();
+            rig.reopen().await;
+            assert_eq!([rig.filled(0).await.unwrap(), rig.filled(299).await.unwrap()], [2, 2], "seed {seed}");
+            assert!(rig.snapshot("s", 512).await.unwrap() == found, "seed {seed}: the snapshot has changed");
+        });
+    }
 }
