@@ -252,7 +252,11 @@ async fn read_journal(label: &Label, root: &Root, below: Below<'_>) -> Result<Jo
         for ix in 0..count {
             let place = 64 + 136 * ix;
             let record = ExtentRecord::decode(&bytes[place + 8..place + 136]);
-            let record = record.ok_or_else(|| damaged("the space journal has a record that is none"))?;
+            // Records are written to where their extents say.
+            let inside = (label.first()..label.extents).contains(&u64_at(&bytes, place));
+            let record = record
+                .filter(|_| inside)
+                .ok_or_else(|| damaged("the space journal has a record that is none"))?;
             journal.records.push((u64_at(&bytes, place), record));
         }
         journal.blocks.push(at);

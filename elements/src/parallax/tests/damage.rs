@@ -133,11 +133,13 @@ fn whatever_a_structure_says_ends() {
 
 #[test]
 fn inputs_at_random_end() {
-    let mut rng = fastrand::Rng::with_seed(1);
-    for _ in 0..300 {
-        let input: Vec<u8> = (0..rng.usize(0..64)).map(|_| rng.u8(..)).collect();
-        structures(&input);
-        pool(&input);
+    for seed in super::crash::seeds() {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..40 {
+            let input: Vec<u8> = (0..rng.usize(0..64)).map(|_| rng.u8(..)).collect();
+            structures(&input);
+            pool(&input);
+        }
     }
 }
 
