@@ -354,11 +354,9 @@ fn fits(core: &Core, space: &Space, change: &Change) -> Result<()> {
             let inside = at + u64::from(*len) <= space.label.extents * EXTENT;
             (volume, first + u64::from(*len), *len > 0 && (*at == 0 || inside))
         }
-        Change::Snapshot { number, volume, .. } => (
-            volume,
-            0,
-            *number < u32::MAX / 2 && *number >= core.root.next && !core.catalog.contains_key(number),
-        ),
+        Change::Snapshot { number, volume, .. } => {
+            (volume, 0, *number < u32::MAX / 2 && !core.catalog.contains_key(number))
+        }
     };
     let is_volume = core.lines.contains_key(volume);
     match core.catalog.get(volume).filter(|entry| is_volume && is_new && end * BLOCK <= entry.size) {
