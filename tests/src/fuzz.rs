@@ -14,6 +14,7 @@ pub use vhost_messages::vhost_messages;
 
 use blockmason::lang::{Defines, Files, Spec, check, parse_checked, parse_with, print};
 use blockmason_elements::nbd::uri::Uri;
+use blockmason_elements::parallax::fuzzing as parallax;
 use std::path::{Path, PathBuf};
 
 /// An entrance: its name and its function.
@@ -28,6 +29,8 @@ pub const TARGETS: &[Target] = &[
     ("uri", uri),
     ("chain", chain),
     ("vhost_messages", vhost_messages),
+    ("parallax_structures", parallax::structures),
+    ("parallax_pool", parallax::pool),
 ];
 
 /// The longest input that is worth a try, in bytes; what comes after is not looked at. It bounds the

@@ -129,6 +129,16 @@ fn vhost_messages() {
     replay("vhost_messages");
 }
 
+#[test]
+fn parallax_structures() {
+    replay("parallax_structures");
+}
+
+#[test]
+fn parallax_pool() {
+    replay("parallax_pool");
+}
+
 /// The examples of all elements are valid, and so print as themselves.
 #[test]
 fn examples_of_elements() {

@@ -134,7 +134,7 @@ impl Pool {
     ) -> Result<Vec<u64>> {
         let mut places = Vec::new();
         for _ in 0..records.len().div_ceil(JOURNAL) {
-            places.push(self.space.take(None, Want { least: 1, most: 1 }, below).await?.start);
+            places.push(self.space.take(None, Want { least: 2, most: 2 }, below).await?.start);
         }
         for (ix, part) in records.chunks(JOURNAL).enumerate() {
             let mut bytes = vec![0; BLOCK as usize];
@@ -148,9 +148,10 @@ impl Pool {
                 bytes[at + 8..at + 136].copy_from_slice(&record.encode());
             }
             seal(&mut bytes, 4);
+            bytes.extend_from_within(..);
             below.write(places[ix] * BLOCK, Data::shared(bytes)).await?;
         }
-        Ok(places)
+        Ok(places.into_iter().flat_map(|at| [at, at + 1]).collect())
     }
 
     /// Makes the root the one that counts.
@@ -160,8 +161,10 @@ impl Pool {
     pub(super) async fn write_root(&self, root: &Root, below: Below<'_>) -> Result<()> {
         let first = self.root_extent * EXTENT;
         for place in Root::places(root.sequence).into_iter().chain(Root::places(root.sequence + 1)) {
-            let found = below.read((first + place) * BLOCK, BLOCK).await?.to_vec();
-            if Root::decode(&found, &self.id, root.owner).is_ok_and(|other| {
+            // A copy that cannot be read says nothing, and is written anew.
+            let found = below.read((first + place) * BLOCK, BLOCK).await;
+            let found = found.and_then(|data| Root::decode(&data.to_vec(), &self.id, root.owner));
+            if found.is_ok_and(|other| {
                 other.epoch > root.epoch || other.epoch == root.epoch && other.sequence >= root.sequence
             }) {
                 return Err(Error::new(Kind::Busy, "somebody else has opened the pool and changed it"));

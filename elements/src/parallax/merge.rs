@@ -254,7 +254,12 @@ impl<'a> Merge<'a> {
             if ptr.is_hole() {
                 return Ok(());
             }
-            match self.read(ptr, level, index).await? {
+            let body = self.read(ptr, level, index).await.unwrap_or_else(|error| {
+                // Nobody wants what it leads to any more: that is lost room, and no reason to refuse everything else.
+                tracing::warn!("what a node has led to stays marked as used: {error}");
+                Body::Dead(Ptr::default(), Vec::new())
+            });
+            match body {
                 Body::Leaf(slots) => {
                     for slot in slots.iter().filter(|slot| slot.at != 0) {
                         self.counted.add(who, slot.birth, -1);

@@ -11,6 +11,8 @@ mod below;
 mod check;
 mod checkpoint;
 mod format;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod log;
 mod merge;
 mod nodes;

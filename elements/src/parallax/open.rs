@@ -102,12 +102,15 @@ pub(super) async fn clear(size: u64, below: Below<'_>) -> Result<()> {
 
 /// True if the device has no pool and reads as zeros where its label would be.
 pub(super) async fn is_empty(below: Below<'_>) -> Result<bool> {
+    let mut unread = None;
     for place in Label::PLACES {
-        if !below.read(place * BLOCK, BLOCK).await?.is_zero() {
-            return Ok(false);
+        match below.read(place * BLOCK, BLOCK).await {
+            Ok(data) if data.is_zero() => {}
+            Ok(_) => return Ok(false),
+            Err(error) => unread = Some(error),
         }
     }
-    Ok(true)
+    unread.map_or(Ok(true), Err)
 }
 
 /// Opens the pool on a device of that size.
@@ -163,14 +166,14 @@ async fn read_label(below: Below<'_>) -> Result<Label> {
     let mut best: Option<Label> = None;
     let mut refused = None;
     for place in Label::PLACES {
-        let bytes = below.read(place * BLOCK, BLOCK).await?.to_vec();
-        match Label::decode(&bytes) {
+        let read = below.read(place * BLOCK, BLOCK).await;
+        match read.and_then(|data| Label::decode(&data.to_vec())) {
             Ok(label) if best.as_ref().is_none_or(|best| best.sequence < label.sequence) => {
                 best = Some(label)
             }
             Ok(_) => {}
             // What is damaged says more than what is not there.
-            Err(error) if refused.is_none() || Label::is_one(&bytes) => refused = Some(error),
+            Err(error) if refused.is_none() || error.kind() != Kind::Denied => refused = Some(error),
             Err(_) => {}
         }
     }
@@ -180,8 +183,8 @@ async fn read_label(below: Below<'_>) -> Result<Label> {
 async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owner> {
     let mut best: Option<Owners> = None;
     for place in Owners::PLACES {
-        let bytes = below.read(place * BLOCK, BLOCK).await?.to_vec();
-        if let Ok(owners) = Owners::decode(&bytes, label)
+        let read = below.read(place * BLOCK, BLOCK).await;
+        if let Ok(owners) = read.and_then(|data| Owners::decode(&data.to_vec(), label))
             && best.as_ref().is_none_or(|best| best.sequence < owners.sequence)
         {
             best = Some(owners);
@@ -197,12 +200,23 @@ async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owne
 
 async fn read_root(label: &Label, owner: &Owner, below: Below<'_>) -> Result<Root> {
     let mut best: Option<Root> = None;
-    for place in Root::places(0).into_iter().chain(Root::places(1)) {
-        let bytes = below.read((owner.root * EXTENT + place) * BLOCK, BLOCK).await?.to_vec();
-        if let Ok(root) = Root::decode(&bytes, &label.id, owner.number)
-            && best.as_ref().is_none_or(|best| best.sequence < root.sequence)
-        {
-            best = Some(root);
+    for slot in [0, 1] {
+        let (mut unread, mut good) = (None, false);
+        for place in Root::places(slot) {
+            match below.read((owner.root * EXTENT + place) * BLOCK, BLOCK).await {
+                Ok(data) => {
+                    let Ok(root) = Root::decode(&data.to_vec(), &label.id, owner.number) else { continue };
+                    good = true;
+                    if best.as_ref().is_none_or(|best| best.sequence < root.sequence) {
+                        best = Some(root);
+                    }
+                }
+                Err(error) => unread = Some(error),
+            }
+        }
+        // It may be the newest one: an older one must not take its place.
+        if let Some(error) = unread.filter(|_| !good) {
+            return Err(error);
         }
     }
     let root = best.ok_or_else(|| damaged("all copies of the root are damaged"))?;
@@ -224,27 +238,41 @@ async fn read_journal(label: &Label, root: &Root, below: Below<'_>) -> Result<Jo
     let mut journal = Journal::default();
     let mut at = root.journal;
     while at != 0 {
-        let most = label.extents / 29 + 1;
-        let inside = at < label.extents * EXTENT && journal.blocks.len() as u64 <= most;
-        let bytes = if inside { below.read(at * BLOCK, BLOCK).await?.to_vec() } else { Vec::new() };
-        let own = inside
-            && bytes.starts_with(b"PXSJ")
-            && is_sound(&bytes, 4)
-            && [u64_at(&bytes, 8), u64_at(&bytes, 16)] == [short(&label.id), root.sequence];
-        let count = if own { u32_at(&bytes, 32) as usize } else { usize::MAX };
-        if count > 29 {
-            return Err(damaged("the space journal is damaged"));
+        let most = 2 * (label.extents / 29 + 1);
+        if at + 1 >= label.extents * EXTENT || journal.blocks.len() as u64 > most {
+            return Err(damaged("the space journal leads out of the pool, or back to itself"));
         }
-        for ix in 0..count {
-            let place = 64 + 136 * ix;
-            let record = ExtentRecord::decode(&bytes[place + 8..place + 136]);
-            let record = record.ok_or_else(|| damaged("the space journal has a record that is none"))?;
-            journal.records.push((u64_at(&bytes, place), record));
+        let mut part = None;
+        for copy in [at, at + 1] {
+            // One copy is enough.
+            if let (None, Ok(bytes)) = (&part, below.read(copy * BLOCK, BLOCK).await) {
+                part = journal_part(&bytes.to_vec(), label, root);
+            }
         }
-        journal.blocks.push(at);
-        at = u64_at(&bytes, 24);
+        let (next, mut records) =
+            part.ok_or_else(|| damaged("both copies of the space journal are damaged"))?;
+        journal.records.append(&mut records);
+        journal.blocks.extend([at, at + 1]);
+        at = next;
     }
     Ok(journal)
+}
+
+/// One block of it: the next one, and its records.
+fn journal_part(bytes: &[u8], label: &Label, root: &Root) -> Option<(u64, Vec<(u64, ExtentRecord)>)> {
+    let own = bytes.starts_with(b"PXSJ")
+        && is_sound(bytes, 4)
+        && [u64_at(bytes, 8), u64_at(bytes, 16)] == [short(&label.id), root.sequence];
+    let count = own.then(|| u32_at(bytes, 32) as usize).filter(|count| *count <= 29)?;
+    let record = |ix: usize| {
+        let place = 64 + 136 * ix;
+        let record = ExtentRecord::decode(&bytes[place + 8..place + 136])?;
+        // Records are written to where their extents say.
+        let inside = (label.first()..label.extents).contains(&u64_at(bytes, place));
+        inside.then(|| (u64_at(bytes, place), record))
+    };
+    let records = (0..count).map(record).collect::<Option<_>>()?;
+    Some((u64_at(bytes, 24), records))
 }
 
 async fn read_catalog(nodes: &Nodes, root: &Root, below: Below<'_>) -> Result<BTreeMap<u32, Entry>> {
@@ -267,9 +295,11 @@ fn read_pages<'a>(
         let node = nodes.get(&Place { tree: Tree::Catalog, ptr, level, index }, below).await?;
         match &node.body {
             Body::Catalog(page) => {
-                let first = index as u32 * RECORDS as u32;
-                let entries = page.iter().enumerate();
-                catalog.extend(entries.filter_map(|(ix, entry)| Some((first + ix as u32, entry.clone()?))));
+                let numbered = (index * RECORDS as u64..).zip(page);
+                catalog.extend(
+                    numbered
+                        .filter_map(|(number, entry)| Some((u32::try_from(number).ok()?, entry.clone()?))),
+                );
             }
             Body::Inner(children) => {
                 for (ix, child) in children.iter().enumerate() {
@@ -296,7 +326,7 @@ async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> 
     for Record { number, changes, .. } in records {
         let mut happened = Vec::new();
         for change in changes {
-            let volume = fits(core, &change)?;
+            let volume = fits(core, space, &change)?;
             if ended.contains(&volume) {
                 continue;
             }
@@ -338,26 +368,39 @@ async fn next_record(core: &Core, id: &Id, below: Below<'_>) -> Result<Option<(R
 /// The volume that a change is of.
 ///
 /// # Errors
-/// It says something of blocks that a volume does not have.
-fn fits(core: &Core, change: &Change) -> Result<u32> {
-    let (volume, end) = match change {
-        Change::Map { volume, first, len, .. } => (volume, first + u64::from(*len)),
-        Change::Snapshot { volume, .. } => (volume, 0),
+/// It says something of blocks that a volume or the pool does not have, or of a snapshot that is there already.
+fn fits(core: &Core, space: &Space, change: &Change) -> Result<u32> {
+    let (volume, end, is_new) = match change {
+        Change::Map { volume, first, len, at, .. } => {
+            let inside = at + u64::from(*len) <= space.label().extents * EXTENT;
+            (volume, first + u64::from(*len), *len > 0 && (*at == 0 || inside))
+        }
+        Change::Snapshot { number, volume, .. } => {
+            (volume, 0, *number < u32::MAX / 2 && !core.catalog.contains_key(number))
+        }
     };
     let is_volume = core.lines.contains_key(volume);
-    match core.catalog.get(volume).filter(|entry| is_volume && end * BLOCK <= entry.size) {
+    match core.catalog.get(volume).filter(|entry| is_volume && is_new && end * BLOCK <= entry.size) {
         Some(_) => Ok(*volume),
         None => Err(damaged("the log speaks of what no volume has")),
     }
 }
+
+/// Blocks that are read at once to compare them.
+const PIECE: u64 = 256;
 
 /// Whether a change is to be believed.
 async fn has_happened(change: &Change, settled: bool, below: Below<'_>) -> Result<bool> {
     match change {
         Change::Map { at: 1.., .. } if settled => Ok(true),
         Change::Map { at: at @ 1.., len, crc, .. } => {
-            let data = below.read(at * BLOCK, u64::from(*len) * BLOCK).await?;
-            Ok(crc_of(&data) == *crc)
+            let mut hasher = crc32fast::Hasher::new();
+            // A damaged record may speak of the whole pool.
+            for first in (*at..at + u64::from(*len)).step_by(PIECE as usize) {
+                let blocks = PIECE.min(at + u64::from(*len) - first);
+                hasher.update(&below.read(first * BLOCK, blocks * BLOCK).await?.to_vec());
+            }
+            Ok(hasher.finalize() == *crc)
         }
         Change::Map { .. } | Change::Snapshot { .. } => Ok(true),
     }

@@ -97,14 +97,17 @@ pub(super) async fn read_table(label: &Label, below: Below<'_>) -> Result<Vec<Op
     let mut at = 0;
     while at < bytes {
         let len = PIECE.min(bytes - at);
-        let piece = below.read(first + at, len).await?;
-        let mut copy = None;
-        let piece = piece.to_vec();
+        let (piece, mut copy) = match below.read(first + at, len).await {
+            Ok(piece) => (piece.to_vec(), None),
+            // There is no other copy left to compare with.
+            Err(_) => (below.read(second + at, len).await?.to_vec(), Some(Vec::new())),
+        };
         for (ix, record) in piece.chunks(EXTENT_RECORD as usize).enumerate() {
             let mut found = ExtentRecord::decode(record);
             if found.is_none() {
                 if copy.is_none() {
-                    copy = Some(below.read(second + at, len).await?.to_vec());
+                    let other = below.read(second + at, len).await;
+                    copy = Some(other.map(|other| other.to_vec()).unwrap_or_default());
                 }
                 let place = ix * EXTENT_RECORD as usize;
                 let other = copy.as_ref().and_then(|copy| copy.get(place..place + EXTENT_RECORD as usize));

@@ -1,9 +1,14 @@
 //! A pool as a whole: like a vector, and after crashes of both kinds.
 
 mod crash;
+mod damage;
+mod faults;
 mod kit;
 mod lines;
+mod races;
+mod rig;
 mod room;
+mod sweep;
 
 use blockmason::testing::{TestDisk, play_against_model, run};
 

@@ -476,7 +476,13 @@ impl Volume {
                 Some(blocks) => blocks,
                 None => {
                     let taken = Box::pin(self.pool.space.take(near, want, below)).await;
-                    taken.inspect_err(|_| self.pool.space.release(row.end - first))?
+                    taken.inspect_err(|error| {
+                        self.pool.space.release(row.end - first);
+                        // A flush that fails may have lost what others were told is written.
+                        if error.kind() != Kind::NoSpace {
+                            self.pool.break_down(error);
+                        }
+                    })?
                 }
             };
             let len = blocks.end - blocks.start;

@@ -20,6 +20,7 @@ mod migrate_targets;
 mod refused;
 mod server;
 mod soak;
+mod volumes_crash;
 
 use blockmason_tests::control::{Control, Ended, mason};
 use blockmason_tests::mason::{Mason, Start};

@@ -67,6 +67,9 @@ impl Change {
             1 if bytes.len() >= 24 && bytes[23] < 2 => {
                 let len = u32_at(bytes, 10);
                 let sums = if bytes[23] == 1 { len as usize } else { 0 };
+                if len == 0 {
+                    return None;
+                }
                 let rest = &bytes[24..];
                 if rest.len() / 4 < sums {
                     return None;
@@ -140,8 +143,8 @@ impl Record {
         change.len()
     }
 
-    #[cfg(test)]
-    fn encode(&self, id: &Id) -> Vec<u8> {
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(in super::super) fn encode(&self, id: &Id) -> Vec<u8> {
         let Record { epoch, number, settled, .. } = *self;
         Stamp { epoch, number, settled }.encode(id, self.changes.iter())
     }
@@ -164,6 +167,9 @@ impl Record {
             return None;
         }
         let (count, len) = (u32_at(bytes, 40) as usize, u32_at(bytes, 44) as usize);
+        if bytes[48..HEADER].iter().chain(&bytes[len..]).any(|byte| *byte != 0) {
+            return None;
+        }
         let (mut rest, mut changes) = (&bytes[HEADER..len], Vec::new());
         while !rest.is_empty() {
             let (change, behind) = Change::decode(rest)?;

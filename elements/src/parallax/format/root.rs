@@ -83,6 +83,7 @@ impl Root {
             return Err(damaged("it is no root of this pool's trees"));
         }
         expect_zeros(&bytes[93..96], "the root")?;
+        expect_zeros(&bytes[111..112], "the root")?;
         expect_zeros(&bytes[128..], "the root")?;
         let root = Root {
             owner,
@@ -98,7 +99,15 @@ impl Root {
             journal: u64_at(bytes, 112),
             used: u64_at(bytes, 120),
         };
-        let sane = root.births < LIMIT && root.height <= 4 && root.tail.0 < root.log[1];
+        // Each of them is counted on.
+        let counts =
+            root.sequence.max(root.epoch).max(root.tail.1) < u64::MAX / 2 && root.next < u32::MAX / 2;
+        let sane = counts
+            && root.births < LIMIT
+            && root.height <= 4
+            && root.tail.0 < root.log[1]
+            && root.tail.1 > 0
+            && root.next > 0;
         sane.then_some(root).ok_or_else(|| damaged("the root has numbers that cannot be"))
     }
 }

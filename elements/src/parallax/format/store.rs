@@ -171,6 +171,9 @@ impl Owners {
         }
         expect_zeros(&bytes[40..64], "the list of owners")?;
         expect_zeros(&bytes[64 + count * Owners::EACH..], "the list of owners")?;
+        for at in (64..64 + count * Owners::EACH).step_by(Owners::EACH) {
+            expect_zeros(&bytes[at + 40..at + Owners::EACH], "an owner")?;
+        }
         let one = |ix: usize| {
             let at = 64 + ix * Owners::EACH;
             Owner {
@@ -218,11 +221,13 @@ impl ExtentRecord {
             return Some(ExtentRecord::default());
         }
         let sound = is_sound(bytes, 4) && expect_zeros(&bytes[80..], "an extent's record").is_ok();
-        sound.then(|| ExtentRecord {
+        let record = sound.then(|| ExtentRecord {
             owner: u32_at(bytes, 0),
             epoch: u64_at(bytes, 8),
             used: std::array::from_fn(|ix| u64_at(bytes, 16 + 8 * ix)),
-        })
+        });
+        // Nobody's has no checksum either.
+        record.filter(|record| *record != ExtentRecord::default())
     }
 }
 

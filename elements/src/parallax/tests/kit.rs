@@ -38,7 +38,7 @@ impl Element for Plug {
     }
 }
 
-static PLUG: ElementType = ElementType {
+pub(super) static PLUG: ElementType = ElementType {
     name: "plug",
     family: Family::Fault,
     passes_through: true,
@@ -101,12 +101,12 @@ pub(super) struct Story {
     snapshots: BTreeMap<String, Snapshot>,
 }
 
-fn find(graph: &Graph, name: &str) -> Arc<Instance> {
+pub(super) fn find(graph: &Graph, name: &str) -> Arc<Instance> {
     graph.instances().find(|instance| instance.name == name).unwrap().clone()
 }
 
 /// A block's bytes in a version.
-fn bytes(block: usize, version: u32) -> Vec<u8> {
+pub(super) fn bytes(block: usize, version: u32) -> Vec<u8> {
     let mut bytes = vec![0; BLOCK as usize];
     if version > 0 {
         for word in bytes.chunks_mut(8) {
@@ -354,7 +354,7 @@ impl Story {
         assert_eq!(unused, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
         self.hold_snapshots(&pool, below);
         let number = pool.core().volume("v").unwrap();
-        self.hold(&read_all(&pool, number, below), power);
+        self.hold(&read_all(&pool, number, BLOCKS, below), power);
     }
 
     /// Each snapshot holds what it may, and is always what it was when it was read first.
@@ -363,7 +363,7 @@ impl Story {
         for (name, snapshot) in &mut self.snapshots {
             let taken = pool.core().snapshot(number, name);
             let taken = taken.unwrap_or_else(|| panic!("seed {}: snapshot {name} is gone", self.seed));
-            let found = read_all(pool, taken, below);
+            let found = read_all(pool, taken, BLOCKS, below);
             match (&snapshot.contents, &snapshot.highest) {
                 (Some(contents), _) => {
                     let differs =
@@ -451,7 +451,7 @@ impl Story {
 }
 
 /// What of a block is none of these versions, each sector by itself.
-fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
+pub(super) fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
     let sectors = found.chunks(BLOCK as usize / SECTORS).enumerate();
     let mut bad = sectors
         .filter(|(_, found)| !allowed.iter().any(|version| bytes(block, *version)[..found.len()] == **found));
@@ -462,9 +462,9 @@ fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
 }
 
 /// Everything that a volume or snapshot has.
-fn read_all(pool: &Arc<Pool>, number: u32, below: Below<'_>) -> Vec<u8> {
+pub(super) fn read_all(pool: &Arc<Pool>, number: u32, blocks: usize, below: Below<'_>) -> Vec<u8> {
     let volume = Volume::new(pool.clone(), number);
-    block_on(volume.read_pieces(Request::read(0, BLOCKS as u64 * BLOCK), below))
+    block_on(volume.read_pieces(Request::read(0, blocks as u64 * BLOCK), below))
         .unwrap()
         .into_data()
         .unwrap()

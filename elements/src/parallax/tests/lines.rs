@@ -22,10 +22,10 @@ const SIZE: u64 = 96 << 20;
 /// What a volume or a snapshot holds: a number for each block, 0 is zeros.
 type Contents = Vec<u32>;
 
-struct Model {
-    file: File,
-    pool: Arc<Pool>,
-    rng: fastrand::Rng,
+pub(super) struct Model {
+    pub(super) file: File,
+    pub(super) pool: Arc<Pool>,
+    pub(super) rng: fastrand::Rng,
     seed: u64,
     next: u32,
     volumes: BTreeMap<String, Contents>,
@@ -47,7 +47,7 @@ fn opened(file: &File) -> Arc<Pool> {
 }
 
 impl Model {
-    fn new(seed: u64) -> Model {
+    pub(super) fn new(seed: u64) -> Model {
         let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
         file.set_len(SIZE).unwrap();
         block_on(create([seed as u8; 16], SIZE, Below::Plain(file.as_fd()))).unwrap();
@@ -70,7 +70,7 @@ impl Model {
         self.rng.choice(all)
     }
 
-    fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         match self.rng.u8(0..100) {
             0..5 => self.make(),
             5..50 => self.change(),
@@ -245,8 +245,21 @@ impl Model {
         self.snapshots = snapshots.into_iter().map(renamed).collect();
     }
 
+    /// What a volume or snapshot holds, by the names that a pool has for it.
+    pub(super) fn bytes_of(&self, pool: &Pool, number: u32) -> Vec<u8> {
+        let core = pool.core();
+        let entry = &core.catalog[&number];
+        let contents = match entry.kind {
+            EntryKind::Volume { .. } => &self.volumes[&entry.name],
+            EntryKind::Snapshot { volume, .. } => {
+                &self.snapshots[&(core.catalog[&volume].name.clone(), entry.name.clone())]
+            }
+        };
+        bytes(0..contents.len(), contents)
+    }
+
     /// The process dies; another one opens the pool.
-    fn reopen(&mut self) {
+    pub(super) fn reopen(&mut self) {
         self.pool = opened(&self.file);
         let below = Below::Plain(self.file.as_fd());
         let findings = block_on(check(&self.pool, below)).unwrap();

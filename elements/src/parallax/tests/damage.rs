@@ -1,0 +1,247 @@
+//! Pools that are damaged: they end in an error, in findings, or in what was there, and never in other contents.
+
+use super::super::admin::Settings;
+use super::super::below::Below;
+use super::super::format::{BLOCK, EXTENT, EntryKind, Label, Owners, seal};
+use super::super::fuzzing::{contents, pool, restore, seal_at, sealed, structures, survives};
+use super::super::open::{Opening, create, open};
+use super::super::shared::{Shared, make};
+use super::lines::Model;
+use blockmason::{Error, Kind};
+use futures::executor::block_on;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+fn blank() -> File {
+    tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap()
+}
+
+/// What has been done to a pool.
+struct Damage {
+    what: String,
+    /// Data has been overwritten, of which nobody has a checksum.
+    of_data: bool,
+}
+
+/// A block, or the whole node that begins there.
+fn whole(base: &[(u64, Vec<u8>)], at: u64) -> Vec<u8> {
+    let block = |at: u64| match base.binary_search_by_key(&at, |(at, _)| *at) {
+        Ok(ix) => base[ix].1.clone(),
+        Err(_) => vec![0; BLOCK as usize],
+    };
+    let first = block(at);
+    if first.starts_with(b"PXND") { [first, block(at + 1)].concat() } else { first }
+}
+
+/// Does something to one block or two that hold something; nodes take the place of others as a whole.
+fn damage(rng: &mut fastrand::Rng, file: &File, base: &[(u64, Vec<u8>)], data_from: u64) -> Damage {
+    let is_data = |at: u64| {
+        let block = whole(base, at);
+        // The second block of a node looks like data, and hardly any other block does not.
+        at >= data_from && sealed(&block).is_none() && !whole(base, at - 1).starts_with(b"PXND")
+    };
+    // Half of the time something that says something of others.
+    let told: Vec<u64> = base
+        .iter()
+        .map(|(at, block)| (*at, sealed(block)))
+        .filter_map(|(at, seal)| seal.map(|_| at))
+        .collect();
+    let mut any =
+        || if rng.bool() { told[rng.usize(0..told.len())] } else { base[rng.usize(0..base.len())].0 };
+    let (at, other) = (any(), any());
+    let (block, there) = (whole(base, at), whole(base, other));
+    let mut of_data = is_data(at) || there.len() > block.len() && is_data(at + 1);
+    let put = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at * BLOCK).unwrap();
+    let what = match rng.u8(0..5) {
+        0 => {
+            let bit = rng.usize(0..BLOCK as usize * 8);
+            file.write_all_at(&[block[bit / 8] ^ 1 << (bit % 8)], at * BLOCK + bit as u64 / 8).unwrap();
+            format!("bit {bit} of block {at}")
+        }
+        1 => {
+            put(at, &[0; BLOCK as usize]);
+            format!("block {at} is zeros")
+        }
+        2 => {
+            put(at, &there);
+            format!("block {other} over block {at}")
+        }
+        3 => {
+            put(at, &there);
+            put(other, &block);
+            of_data |= is_data(other) || block.len() > there.len() && is_data(other + 1);
+            format!("blocks {at} and {other} swapped")
+        }
+        _ => {
+            let noise: Vec<u8> = (0..BLOCK).map(|_| rng.u8(..)).collect();
+            put(at, &noise);
+            format!("block {at} is noise")
+        }
+    };
+    Damage { what, of_data }
+}
+
+#[test]
+fn a_damaged_pool_never_has_other_contents() {
+    let mut whole = 0;
+    for seed in super::crash::seeds().step_by(4) {
+        let mut model = Model::new(seed);
+        (0..60).for_each(|_| model.step());
+        model.reopen();
+        let base = contents(&model.file);
+        let (size, file) = (model.file.metadata().unwrap().len(), blank());
+        let data_from = model.pool.space.label().first() * EXTENT;
+        for _ in 0..40 {
+            restore(&file, size, &base);
+            let Damage { what, of_data } = damage(&mut model.rng, &file, &base, data_from);
+            survives(&file, |pool, number, found| {
+                let Ok(found) = found.map(|data| data.to_vec()) else { return };
+                whole += 1;
+                let wanted = model.bytes_of(pool, number);
+                assert!(of_data || found == wanted, "seed {seed}: {what}: {number} has other contents");
+            });
+        }
+    }
+    assert!(whole > 100, "only {whole} have been read");
+}
+
+/// Fields that are what they should not be under checksums that are right: nothing panics, nothing goes on for ever.
+#[test]
+fn whatever_a_structure_says_ends() {
+    for seed in super::crash::seeds().step_by(4) {
+        let mut model = Model::new(seed);
+        (0..40).for_each(|_| model.step());
+        let base = contents(&model.file);
+        let (size, file) = (model.file.metadata().unwrap().len(), blank());
+        let told: Vec<u64> =
+            base.iter().filter(|(_, block)| sealed(block).is_some()).map(|(at, _)| *at).collect();
+        for _ in 0..30 {
+            restore(&file, size, &base);
+            for _ in 0..model.rng.usize(1..4) {
+                let at = told[model.rng.usize(0..told.len())];
+                let most = [128, BLOCK as usize - 8][model.rng.usize(0..2)];
+                let word = [0, 1, u64::MAX, 1 << 39, u64::from(u32::MAX), 2049][model.rng.usize(0..6)];
+                let len = model.rng.usize(1..=8);
+                let place = at * BLOCK + model.rng.u64(8..most as u64);
+                file.write_all_at(&word.to_le_bytes()[..len], place).unwrap();
+                seal_at(&file, at);
+            }
+            survives(&file, |_, _, _| {});
+        }
+    }
+}
+
+#[test]
+fn inputs_at_random_end() {
+    for seed in super::crash::seeds() {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..40 {
+            let input: Vec<u8> = (0..rng.usize(0..64)).map(|_| rng.u8(..)).collect();
+            structures(&input);
+            pool(&input);
+        }
+    }
+}
+
+fn try_open(file: &File, writable: bool) -> Result<(), Error> {
+    let opening = Opening { writable, memory: 1 << 20 };
+    let size = file.metadata().unwrap().len();
+    block_on(open(opening, size, Below::Plain(file.as_fd()))).map(drop)
+}
+
+#[test]
+fn a_pool_that_is_cut_off_is_refused() {
+    let mut model = Model::new(3);
+    (0..60).for_each(|_| model.step());
+    model.reopen();
+    let base = contents(&model.file);
+    let (size, file) = (model.file.metadata().unwrap().len(), blank());
+    for _ in 0..20 {
+        restore(&file, size, &base);
+        file.set_len(model.rng.u64(0..size)).unwrap();
+        assert!(try_open(&file, model.rng.bool()).is_err());
+    }
+}
+
+/// Both copies of a block of a small pool get other bytes in one place, under a right checksum.
+fn with(places: [u64; 2], at: usize, bytes: &[u8]) -> File {
+    let file = blank();
+    file.set_len(32 << 20).unwrap();
+    block_on(create([1; 16], 32 << 20, Below::Plain(file.as_fd()))).unwrap();
+    for place in places {
+        let mut block = vec![0; BLOCK as usize];
+        file.read_exact_at(&mut block, place * BLOCK).unwrap();
+        block[at..at + bytes.len()].copy_from_slice(bytes);
+        seal(&mut block, 8);
+        file.write_all_at(&block, place * BLOCK).unwrap();
+    }
+    file
+}
+
+#[test]
+fn what_a_newer_program_has_made_is_left_alone() {
+    // Where it stands; whether it may be read, and written; and what is said of it.
+    let told = "features that this program does not know";
+    let cases = [
+        (Label::PLACES, 12, 2, false, false, "version 2"),
+        (Label::PLACES, 56, 1, true, true, ""),
+        (Label::PLACES, 64, 1, true, false, told),
+        (Label::PLACES, 72, 1, false, false, told),
+        (Owners::PLACES, 64 + 4, 2, false, false, "no volumes of a known format"),
+        (Owners::PLACES, 64 + 16, 1, true, true, ""),
+        (Owners::PLACES, 64 + 24, 1, true, false, told),
+        (Owners::PLACES, 64 + 32, 1, false, false, told),
+    ];
+    for (places, at, value, read, write, said) in cases {
+        let file = with(places, at, &[value]);
+        let before = contents(&file);
+        for (writable, may) in [(false, read), (true, write)] {
+            let done = try_open(&file, writable);
+            assert_eq!(done.is_ok(), may, "byte {at}, writable {writable}: {done:?}");
+            if let Err(error) = done {
+                assert!(error.to_string().contains(said) && error.kind() == Kind::Unsupported, "{error}");
+                assert!(contents(&file) == before, "it has been changed");
+            }
+        }
+    }
+}
+
+/// A pool that was only half made is none, or all of one.
+#[test]
+fn a_pool_that_is_half_made() {
+    let whole = with([0, 256], 0, b"MASONPX1");
+    let made = contents(&whole);
+    let order = |at: &u64| if Label::PLACES.contains(at) { (1, *at) } else { (0, *at) };
+    let mut blocks = made.clone();
+    blocks.sort_by_key(|(at, _)| order(at));
+    let file = blank();
+    for done in 0..=blocks.len() {
+        restore(&file, 32 << 20, &blocks[..done]);
+        let has_label = done > blocks.len() - 2;
+        let opened = try_open(&file, true);
+        assert_eq!(opened.is_ok(), has_label, "{done} of {} blocks: {opened:?}", blocks.len());
+        if let Err(error) = opened {
+            assert_eq!(error.kind(), Kind::Denied, "{error}");
+            block_on(create([2; 16], 32 << 20, Below::Plain(file.as_fd()))).unwrap();
+            try_open(&file, true).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_pool_that_another_process_has_open_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pool");
+    make(&path, Some(32 << 20), [1; 16]).unwrap();
+    let first = Shared::open(&path, 1 << 20).unwrap();
+    let second = Shared::open(&path, 1 << 20).unwrap();
+    assert!(std::sync::Arc::ptr_eq(&first, &second), "one process has it once");
+    // Whoever comes past all locks all the same ends the other's changes: its checkpoints are refused.
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    try_open(&file, true).unwrap();
+    let below = Below::Plain(file.as_fd());
+    let error = block_on(first.pool.make_volume("v", 4096, Settings::default(), below)).unwrap_err();
+    assert!(error.kind() == Kind::Busy && error.to_string().contains("somebody else"), "{error}");
+    assert!(first.pool.core().catalog.values().all(|entry| !matches!(entry.kind, EntryKind::Volume { .. })));
+}
