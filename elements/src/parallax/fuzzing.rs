@@ -152,8 +152,13 @@ pub(super) fn survives(file: &File, mut each: impl FnMut(&Pool, u32, Result<Data
         let Ok(pool) = block_on(open(opening, file.metadata().unwrap().len(), below)) else { continue };
         let pool = Arc::new(pool);
         let _ = block_on(check(&pool, below));
-        let all: Vec<(u32, u64)> =
-            pool.core().catalog.iter().map(|(number, entry)| (*number, entry.size)).collect();
+        let all: Vec<(u32, u64)> = pool
+            .core()
+            .catalog
+            .iter()
+            .filter(|(_, entry)| !entry.deleting)
+            .map(|(number, entry)| (*number, entry.size))
+            .collect();
         for (number, size) in all {
             // What is larger than any of these was made so.
             let read = Request::read(0, size.clamp(BLOCK, 16 << 20));

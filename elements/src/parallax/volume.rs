@@ -406,6 +406,10 @@ impl Volume {
                 Err(error) if error.kind() == Kind::NoSpace => error,
                 done => return done,
             };
+            // What is being deleted makes room.
+            if self.pool.delete_some(below).await? {
+                continue;
+            }
             // What has been let go of is free after a checkpoint, once nobody sees it any more: nor this request.
             tries += 1;
             if tries < 3 && self.pool.core().may_get_room() {
