@@ -423,7 +423,7 @@ impl Story {
                 let is = |place: &usize| bytes(ix, block.versions[*place]) == found;
                 let mut all = (block.flushed..block.versions.len()).filter(is);
                 let first = all.next().unwrap_or_else(|| panic!("seed {}: block {ix} is torn", self.seed));
-                (ix, block, first, all.last().unwrap_or(first))
+                (ix, block, first, all.next_back().unwrap_or(first))
             });
         let places: Vec<_> = places.collect();
         let there = places.iter().map(|(ix, block, first, _)| (block.times[*first].0, *ix)).max();
