@@ -43,8 +43,18 @@ fn copy(error: &Error) -> Error {
 /// Changes of one request.
 pub(super) struct Part {
     pub(super) changes: Vec<Change>,
-    /// Comes when their data has been written, and never if it cannot be; none if it has been.
-    data: Option<oneshot::Receiver<()>>,
+    /// Says whether their data could be written; none if it has been.
+    data: Option<oneshot::Receiver<bool>>,
+}
+
+/// What has become of the data of changes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    Yes,
+    /// It failed.
+    No,
+    /// Whoever wrote it has gone: it may yet arrive, so nothing else may be where it goes.
+    Unknown,
 }
 
 impl Part {
@@ -53,17 +63,19 @@ impl Part {
         Part { changes, data: None }
     }
 
-    /// Their data is being written; what is sent when it has been.
-    pub(super) fn beside_data(changes: Vec<Change>) -> (oneshot::Sender<()>, Part) {
+    /// Their data is being written; who is told whether it could be.
+    pub(super) fn beside_data(changes: Vec<Change>) -> (oneshot::Sender<bool>, Part) {
         let (written, data) = oneshot::channel();
         (written, Part { changes, data: Some(data) })
     }
 
-    /// Waits for the data. False if it has not been written.
-    pub(super) async fn has_data(&mut self) -> bool {
-        match self.data.take() {
-            Some(data) => data.await.is_ok(),
-            None => true,
+    /// Waits for the data.
+    pub(super) async fn data(&mut self) -> Written {
+        let Some(data) = self.data.take() else { return Written::Yes };
+        match data.await {
+            Ok(true) => Written::Yes,
+            Ok(false) => Written::No,
+            Err(_) => Written::Unknown,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::below::Below;
 use super::format::{BLOCK, Change, Entry, EntryKind, Id, NODE, Root};
-use super::log::{Fate, Log, Part};
+use super::log::{Fate, Log, Part, Written};
 use super::nodes::Nodes;
 use super::runs::{Run, Runs};
 use super::space::Space;
@@ -449,17 +449,20 @@ impl Pool {
             Box::pin(self.checkpoint(below)).await?;
         };
         below.write(at * BLOCK, Data::shared(bytes)).await?;
-        let mut spoilt = Vec::new();
+        let (mut spoilt, mut failed) = (false, Vec::new());
         for part in &mut parts {
-            if !part.has_data().await {
-                spoilt.append(&mut part.changes);
+            let written = part.data().await;
+            if written != Written::Yes {
+                spoilt = true;
+                let changes = std::mem::take(&mut part.changes);
+                failed.extend(changes.into_iter().filter(|_| written == Written::No));
             }
         }
         let mut core = self.core();
         core.log.written(stamp.number, stamp.settled, behind);
-        if !spoilt.is_empty() {
+        if spoilt {
             core.log.spoil(stamp.number);
-            core.let_go(spoilt);
+            core.let_go(failed);
         }
         parts.into_iter().for_each(|part| core.apply(stamp.number, part.changes));
         if core.is_due() {

@@ -519,10 +519,10 @@ impl Volume {
         }
         let (written, part) = Part::beside_data(changes);
         let data = async {
-            data.await.inspect(|()| {
-                // If nobody waits for it the record could not be written: that is said to whoever has sent it.
-                let _ = written.send(());
-            })
+            let done = data.await;
+            // If nobody waits for it the record could not be written: that is said to whoever has sent it.
+            let _ = written.send(done.is_ok());
+            done
         };
         // Whoever writes the record lets go of blocks without their data.
         let (data, logged) = join(data, self.pool.log(part, below)).await;

@@ -5,7 +5,7 @@ pub(crate) mod dirty;
 mod receive;
 mod send;
 
-use super::meta::{ALLOCATION, Selected, Status, StatusQuery};
+use super::meta::{CHANGED_SINCE, Selected, Status, StatusQuery};
 use super::server::Negotiated;
 use super::stream::Stream as Socket;
 use super::wire::{Command, CommandFlags, ErrorCode, ReplyStyle, ReplyTo, RequestHeader, Rules};
@@ -256,7 +256,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Makes a request for block status one for that context.
     fn ask_for(&self, request: &mut Request, place: usize) {
         let name = &self.contexts[place].name;
-        let map = (name != ALLOCATION).then(|| name.clone());
+        let map = name.starts_with(CHANGED_SINCE).then(|| name.clone());
         request.extra = map.map(|map| Box::new(Extra { map: Some(map), ..Extra::default() }));
     }
 
