@@ -528,6 +528,8 @@ impl Pool {
                 reserve: new.reserve.unwrap_or(limits.reserve),
             };
             let more = wanted.reserve.saturating_sub(limits.reserve).div_ceil(BLOCK);
+            // From now on: what is written meanwhile is replayed as that of an ordered volume.
+            *ordered |= new.ordered == Some(true);
             let ordered = new.ordered.unwrap_or(*ordered);
             self.need_room(core, more, name)?;
             Ok(Plan::Set { volume, limits: wanted, ordered })

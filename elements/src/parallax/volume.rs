@@ -498,7 +498,8 @@ impl Volume {
     }
 
     /// Writes data, and logs where it is. Little of it is written beside its record, so that both take the time of one;
-    /// nobody else has to wait for much of it.
+    /// nobody else has to wait for much of it. That of an ordered volume never is: if it failed, a replay would end at its
+    /// record, and everything after it would be lost, flushed or not.
     async fn write_parts(&self, changes: Vec<Change>, parts: Vec<Request>, below: Below<'_>) -> Result<()> {
         let bytes: u64 = parts.iter().map(|part| part.len).sum();
         let data = async {
@@ -510,7 +511,8 @@ impl Volume {
         if changes.is_empty() {
             return data.await;
         }
-        if bytes > MOST_BESIDE {
+        let ordered = self.pool.core().catalog.get(&self.number).is_some_and(|entry| entry.ordered);
+        if bytes > MOST_BESIDE || ordered {
             if let Err(error) = data.await {
                 self.pool.core().let_go(changes);
                 return Err(error);

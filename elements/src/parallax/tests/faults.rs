@@ -65,6 +65,26 @@ fn data_that_cannot_be_written_is_the_guests_affair() {
     });
 }
 
+/// A replay of an ordered volume ends at what has not happened: a write that has failed must not take along what was flushed
+/// after it.
+#[test]
+fn a_write_that_fails_takes_nothing_along_that_was_flushed_after_it() {
+    run(1, async |host| {
+        let way = ["E (type error) (op write) (count 0)"];
+        let mut rig = Rig::new(&host, "(size 4M) (order prefix)", &way, "(type mem) (size 40M)").await;
+        rig.fill(0, 4, 1).await.unwrap();
+        // The data is written first, or at the same time as its record.
+        rig.set("E", "count", "1");
+        assert_eq!(failure(rig.fill(10, 4, 7).await).errno(), Errno::IO);
+        rig.set("E", "count", "0");
+        rig.fill(20, 4, 2).await.unwrap();
+        rig.flush().await.unwrap();
+        rig.reopen().await;
+        assert_eq!([rig.filled(0).await.unwrap(), rig.filled(20).await.unwrap()], [1, 2]);
+        is_sound(&rig).await;
+    });
+}
+
 #[test]
 fn a_damaged_copy_of_a_node_is_written_anew() {
     run(1, async |host| {
