@@ -12,7 +12,7 @@ use crate::lang::{Defines, NoFiles, Spec, parse_checked, parse_str};
 use crate::live::{Heads, Live, Setup};
 use crate::request::{Answer, Extent, Op, Reply, Request};
 use crate::sched::{Admit, Cx, Disk, Host, Served, Shard, Stream, serve};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -20,8 +20,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use tokio::sync::oneshot;
 
+thread_local! {
+    /// The clock of this thread stands still until everything waits.
+    static CLOCK_STANDS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// True within [`run`].
+pub(crate) fn clock_stands() -> bool {
+    CLOCK_STANDS.get()
+}
+
 /// Runs `body` on a shard of its own: the current thread, with a clock that stands still until
-/// everything waits, and random numbers from `seed`.
+/// everything waits, files included, and random numbers from `seed`.
 pub fn run<T>(seed: u64, body: impl AsyncFnOnce(Arc<Host>) -> T) -> T {
     let folder = std::env::temp_dir().join(format!("mason-test-{}-{seed}", std::process::id()));
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -29,11 +39,14 @@ pub fn run<T>(seed: u64, body: impl AsyncFnOnce(Arc<Host>) -> T) -> T {
         .start_paused(true)
         .build_local(Default::default())
         .unwrap();
-    runtime.block_on(async {
+    CLOCK_STANDS.set(true);
+    let done = runtime.block_on(async {
         let done = body(Host::on_this_thread(seed, &folder)).await;
         Shard::leave();
         done
-    })
+    });
+    CLOCK_STANDS.set(false);
+    done
 }
 
 /// Where the test's client enters.
