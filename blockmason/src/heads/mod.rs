@@ -176,8 +176,12 @@ impl Volume {
             _ if !head.complete && elements(&self.ways).is_subset(&elements(&head.ways)) => {
                 Finding::Unfinished
             }
-            // What is to be filled need not be there yet.
-            Some(image) if head.complete && !matches!(head.standing, Standing::Filling(_)) => {
+            // What is to be filled need not be there yet; and what is on the move is open, and saved by that.
+            Some(image)
+                if head.complete
+                    && !matches!(head.standing, Standing::Filling(_))
+                    && !moving.contains(&self.at.path) =>
+            {
                 let message = format!("{} is gone, but its head is there", image.display());
                 Finding::Refused(message, Vec::new())
             }

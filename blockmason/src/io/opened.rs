@@ -53,7 +53,8 @@ impl Opened {
     /// # Errors
     /// What has become of it; or, with a source, what the system says that can tell nothing of it.
     pub fn is_in_place(&self) -> Result<()> {
-        self.is_found(|found| found.device == self.device && found.inode == self.inode)
+        let gone = "the file that is open has this name no more";
+        self.is_found(gone, |found| found.device == self.device && found.inode == self.inode)
     }
 
     /// The same of one that nobody has had open meanwhile. Devices are numbered anew when a machine starts, and
@@ -62,7 +63,7 @@ impl Opened {
     /// # Errors
     /// As [`is_in_place`](Self::is_in_place).
     pub fn is_still_there(&self) -> Result<()> {
-        self.is_found(|found| match (self.size, self.born) {
+        self.is_found("it is not there any more", |found| match (self.size, self.born) {
             // A device has the name that it was given.
             (None, _) => found.size.is_none(),
             (_, Some(_)) => (found.inode, found.born) == (self.inode, self.born),
@@ -70,11 +71,11 @@ impl Opened {
         })
     }
 
-    fn is_found(&self, same: impl Fn(&Opened) -> bool) -> Result<()> {
+    fn is_found(&self, gone: &'static str, same: impl Fn(&Opened) -> bool) -> Result<()> {
         let refused = |what: &str| Err(Error::new(Kind::Unavailable, what.to_owned()).with_path(&self.path));
         let found = match statx(CWD, &self.path, AtFlags::empty(), WANTED) {
             Ok(found) => found,
-            Err(rustix::io::Errno::NOENT) => return refused("the file that is open has this name no more"),
+            Err(rustix::io::Errno::NOENT) => return refused(gone),
             Err(errno) => return Err(Error::os(errno, "it cannot be looked at").with_path(&self.path)),
         };
         if !same(&Opened::found(self.path.clone(), &found, found.stx_size)) {

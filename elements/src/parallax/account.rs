@@ -20,6 +20,9 @@ pub(super) struct Account {
     pub(super) freed: u64,
 }
 
+/// Extents whose free blocks are given back together.
+const AT_ONCE: usize = 256;
+
 /// Blocks of a tree.
 #[derive(Clone, Copy, Default)]
 struct Counted {
@@ -143,16 +146,34 @@ impl Pool {
         self.delete_all(below).await?;
         // What has just been let go of is free once a later checkpoint has been made.
         self.checkpoint(below).await?;
+        // A checkpoint writes what the table says of extents.
+        let _alone = self.checkpointing.lock().await;
         let (mut extent, mut given) = (0, 0);
-        while let Some((at, free)) = self.space.take_free(extent) {
-            let done = punch(&free, below).await;
-            free.iter().cloned().for_each(|run| self.space.give(run));
+        while extent < self.space.label().extents {
+            let mut taken = Vec::new();
+            while let Some((at, free)) = self.space.hollow_out(extent).filter(|_| taken.len() < AT_ONCE) {
+                extent = at + 1;
+                taken.push((at, free));
+            }
+            if taken.is_empty() {
+                break;
+            }
+            let extents: Vec<u64> = taken.iter().map(|(at, _)| *at).collect();
+            let free: Vec<Range<u64>> = taken.into_iter().flat_map(|(_, free)| free).collect();
+            // Said before it is so: else whoever opens the pool next counts on room that is not there.
+            let done = match self.space.write_hollow(&extents, below).await {
+                Ok(()) => punch(&free, below).await,
+                Err(error) => {
+                    self.break_down(&error);
+                    Err(error)
+                }
+            };
+            free.into_iter().for_each(|run| self.space.give(run));
             match done {
                 Ok(blocks) => given += blocks * BLOCK,
                 Err(error) if error.kind() == Kind::Unsupported => return Ok(None),
                 Err(error) => return Err(error),
             }
-            extent = at + 1;
         }
         Ok(Some(given))
     }

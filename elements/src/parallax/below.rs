@@ -1,9 +1,11 @@
 //! How a pool reaches its device: through a port of the graph, as an image of this process, or, for tools, as a file.
 
+use super::format::BLOCK;
 use blockmason::io::FileIo;
 use blockmason::{Answer, Cx, Data, Error, Flow, Kind, Op, Origin, Reply, Request, Result};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 /// The way down. A copy is handed along with each request.
@@ -56,8 +58,48 @@ impl<'a> Below<'a> {
         self.submit(self.own(Request::write(offset, data))).await.map(drop)
     }
 
+    /// Something that an operator wants to know, if this is about a graph.
+    pub(super) fn notice(self, what: String) {
+        if let Below::Port(cx) | Below::Image(_, cx) = self {
+            cx.notice(what);
+        }
+    }
+
+    /// Sets room aside for blocks, where a pool is on a file: no write to them fails for want of room.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`].
+    pub(super) async fn allocate(self, blocks: Range<u64>) -> Result<()> {
+        match self {
+            // A disk has the room that it says it has.
+            Below::Port(_) => Ok(()),
+            Below::Image(io, _) => {
+                let image = io.image().clone();
+                let done = blockmason::rt::blocking(move || allocate(image.file().as_fd(), blocks)).await;
+                done.unwrap_or_else(|| Err(Error::internal("setting room aside has panicked")))
+            }
+            Below::Blocking(io) => allocate(io.image().file().as_fd(), blocks),
+            Below::Plain(file) => allocate(file, blocks),
+        }
+    }
+
     pub(super) async fn flush(self) -> Result<()> {
         self.submit(self.own(Request::flush())).await.map(drop)
+    }
+}
+
+fn allocate(file: BorrowedFd<'_>, blocks: Range<u64>) -> Result<()> {
+    let (at, len) = (blocks.start * BLOCK, (blocks.end - blocks.start) * BLOCK);
+    loop {
+        return match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, at, len) {
+            // A device, or a file system that has no such promise to make.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL) => Ok(()),
+            Err(Errno::INTR) => continue,
+            Err(Errno::NOSPC | Errno::DQUOT) => {
+                Err(Error::new(Kind::NoSpace, "the file system that the pool is on is full"))
+            }
+            Err(errno) => Err(Error::os(errno, "no room can be set aside in the pool's file")),
+        };
     }
 }
 

@@ -203,8 +203,7 @@ impl Pool {
         core.promised -= frozen.promised;
         for (volume, fresh) in &frozen.fresh {
             if let Some(line) = core.lines.get_mut(volume) {
-                line.fresh.placed = line.fresh.placed.saturating_sub(fresh.placed);
-                line.fresh.filled -= fresh.filled.min(line.fresh.filled);
+                line.fresh -= *fresh;
             }
         }
         core.forget_runs(frozen.runs);
@@ -244,8 +243,11 @@ impl Core {
             (!line.layers.is_empty()).then(|| (*volume, line.layers.clone()))
         };
         let lines: Vec<(u32, Vec<Arc<Layer>>)> = self.lines.iter().filter_map(layers).collect();
-        let nothing =
-            lines.is_empty() && self.changed.is_empty() && self.log.is_empty() && self.loose.is_empty();
+        let nothing = lines.is_empty()
+            && self.changed.is_empty()
+            && self.log.is_empty()
+            && self.loose.is_empty()
+            && self.promised == 0;
         if nothing && !std::mem::take(&mut self.opened) && !wanted {
             return None;
         }

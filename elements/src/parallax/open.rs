@@ -9,7 +9,7 @@ use super::log::Log;
 use super::merge::span;
 use super::nodes::{Nodes, Place, Tree};
 use super::pool::{Core, Pool};
-use super::space::{Space, read_table};
+use super::space::Space;
 use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -50,7 +50,10 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
     }
     let owner = Owner { number: OWNER, format: TREE, root: first, features: Features::default() };
     let owners = Owners { id, sequence: 1, all: vec![owner] };
-    let record = ExtentRecord { owner: OWNER, epoch: 0, used: [u64::MAX; 8] };
+    // What is written there later, amid other things, must not fail for want of room.
+    below.allocate(0..EXTENT).await?;
+    below.allocate(first * EXTENT..(first + log + 1) * EXTENT).await?;
+    let record = ExtentRecord { owner: OWNER, epoch: 0, used: [u64::MAX; 8], backed: true };
     let records = record.encode().repeat(log as usize + 1);
     let root = Root {
         owner: OWNER,
@@ -127,15 +130,9 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     }
     let owner = read_owner(&label, opening.writable, below).await?;
     let root = read_root(&label, &owner, below).await?;
-    let mut table = read_table(&label, below).await?;
     let journal = read_journal(&label, &root, below).await?;
-    for (extent, record) in &journal.records {
-        if let Some(entry) = table.get_mut(*extent as usize) {
-            *entry = Some(*record);
-        }
-    }
     let epoch = root.epoch + u64::from(opening.writable);
-    let space = Space::new(label, owner.number, epoch, table);
+    let space = Space::read(label, owner.number, epoch, &journal.records, below).await?;
     let nodes = Nodes::new(space.label().id, opening.memory);
     let catalog = read_catalog(&nodes, &root, below).await?;
     let log = Log::new(root.log, root.epoch, root.tail);
@@ -158,6 +155,7 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     if opening.writable {
         pool.space.write_records(&journal.records, below).await?;
         pool.checkpoint(below).await?;
+        pool.space.back_slop(below).await?;
     }
     Ok(pool)
 }

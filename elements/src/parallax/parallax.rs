@@ -6,6 +6,7 @@ use super::shared::{Shared, head_of};
 use super::volume::{Full, OnFull, Volume, unix_seconds};
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
+use blockmason::io::Opened;
 use blockmason::lang::value::{FilePath, Service, Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
@@ -102,12 +103,12 @@ struct Disk {
 }
 
 impl Disk {
-    fn opened(&self) -> Result<&(Volume, Arc<Shared>)> {
+    fn volume(&self) -> Result<&(Volume, Arc<Shared>)> {
         self.open.get().ok_or_else(|| Error::internal("a request came before the pool was opened"))
     }
 
     fn snapshots(&self) -> Result<Vec<String>> {
-        let (_, shared) = self.opened()?;
+        let (_, shared) = self.volume()?;
         let core = shared.pool.core();
         let number = core.volume(&self.params.volume);
         let of =
@@ -147,6 +148,10 @@ impl Element for Disk {
         Some(head_of(&pool.0, volume, snapshot.is_some()))
     }
 
+    fn opened(&self) -> Option<Opened> {
+        self.open.get()?.1.opened()
+    }
+
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
         if self.open.get().is_none() {
             let shared = Shared::open(&self.params.pool.0, self.params.memory.0)?;
@@ -159,7 +164,7 @@ impl Element for Disk {
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
-        match self.opened() {
+        match self.volume() {
             Ok((volume, shared)) => volume.submit(req, shared.below(cx), cx),
             Err(error) => cx.fail(&req, error),
         }
@@ -177,7 +182,7 @@ impl Element for Disk {
     }
 
     fn get(&self, handler: &str) -> Result<String> {
-        let (_, shared) = self.opened()?;
+        let (_, shared) = self.volume()?;
         match handler {
             "snapshots" => Ok(self.snapshots()?.join(" ")),
             _ => shared.pool.get(handler),
@@ -185,7 +190,7 @@ impl Element for Disk {
     }
 
     fn call(&self, handler: &str, argument: &str) -> Result<String> {
-        let (_, shared) = self.opened()?;
+        let (_, shared) = self.volume()?;
         let (pool, below, volume) = (&shared.pool, shared.blocking(), &self.params.volume);
         match handler {
             "snapshot" => {

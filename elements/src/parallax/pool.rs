@@ -9,9 +9,9 @@ use super::space::Space;
 use blockmason::{Cx, Data, Error, Kind, Result};
 use futures::future::{Either, select};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::ops::Range;
+use std::ops::{AddAssign, Range, SubAssign};
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -80,12 +80,14 @@ pub(super) struct Line {
     snapping: bool,
     /// Writes in place that are under way.
     in_place: Arc<Count>,
-    /// Leaves for which room is promised.
+    /// Leaves of what is active, for which room is promised.
     leaves: HashSet<u64>,
     /// Behind what was written last.
     pub(super) near: Option<u64>,
     /// What its tree does not count yet.
     pub(super) fresh: Fresh,
+    /// What requests that are under way have been promised.
+    pub(super) pending: Fresh,
 }
 
 /// Blocks of a volume that have been given room and are in no tree yet.
@@ -95,6 +97,21 @@ pub(super) struct Fresh {
     pub(super) placed: u64,
     /// Those where there was a hole.
     pub(super) filled: u64,
+}
+
+impl AddAssign for Fresh {
+    fn add_assign(&mut self, other: Fresh) {
+        self.placed += other.placed;
+        self.filled += other.filled;
+    }
+}
+
+impl SubAssign for Fresh {
+    /// No further than to nothing: a snapshot forgets what has been placed before it.
+    fn sub_assign(&mut self, other: Fresh) {
+        self.placed = self.placed.saturating_sub(other.placed);
+        self.filled = self.filled.saturating_sub(other.filled);
+    }
 }
 
 /// What so many blocks take together with the nodes that lead to them, at most.
@@ -263,7 +280,7 @@ impl Core {
         else {
             return 0;
         };
-        let placed = self.lines.get(&volume).map_or(0, |line| line.fresh.placed);
+        let placed = self.lines.get(&volume).map_or(0, |line| line.fresh.placed + line.pending.placed);
         with_nodes((limits.reserve / BLOCK).saturating_sub(own + placed))
     }
 
@@ -293,28 +310,35 @@ impl Core {
         else {
             return Ok(());
         };
-        let filled = self.lines.get(&volume).map_or(0, |line| line.fresh.filled);
+        let filled = self.lines.get(&volume).map_or(0, |line| line.fresh.filled + line.pending.filled);
         match limits.quota > 0 && (mapped + filled + more) * BLOCK > limits.quota && more > 0 {
             true => Err(Error::new(Kind::NoSpace, format!("volume {name} has reached its quota"))),
             false => Ok(()),
         }
     }
 
-    /// Blocks that must be promised beside what is, so that a change of these leaves can be brought into the tree.
-    pub(super) fn nodes_for(&self, volume: u32, leaves: &[u64]) -> u64 {
+    /// Blocks that the nodes may take which lead to one leaf of a volume.
+    pub(super) fn nodes_for(&self, volume: u32) -> u64 {
         let height = self.catalog.get(&volume).map_or(0, |entry| u64::from(entry.height));
-        let Some(line) = self.lines.get(&volume) else { return 0 };
-        let new = leaves.iter().filter(|leaf| !line.leaves.contains(leaf)).count() as u64;
-        // Each leaf may be all that is below the nodes above it; each node is kept twice.
-        new * 2 * NODE * (height + 1)
+        // It may be all that is below the nodes above it; each node is kept twice.
+        2 * NODE * (height + 1)
     }
 
-    /// They are promised.
-    pub(super) fn promise(&mut self, volume: u32, leaves: &[u64], nodes: u64) {
-        self.promised += nodes;
-        if let Some(line) = self.lines.get_mut(&volume) {
-            line.leaves.extend(leaves);
-        }
+    /// What is promised to a request for so many nodes goes to what it has written, where there was nothing of that leaf.
+    /// What of it is kept.
+    pub(super) fn keep(
+        &mut self,
+        volume: u32,
+        leaves: impl Iterator<Item = u64> + Clone,
+        nodes: u64,
+        fresh: Fresh,
+    ) -> u64 {
+        let Some(line) = self.lines.get_mut(&volume) else { return 0 };
+        let each = nodes / leaves.clone().count() as u64;
+        let kept = each * leaves.filter(|leaf| line.leaves.insert(*leaf)).count() as u64;
+        line.fresh += fresh;
+        self.promised += kept;
+        kept
     }
 
     /// True if a checkpoint may make room: there is something that is not in the trees, or that nobody may see any more.
@@ -355,6 +379,8 @@ pub(super) struct Pool {
     pub(super) due: Notify,
     /// There may be room where there was none.
     pub(super) room: Notify,
+    /// It has been said that writes wait for room; again once there is more than a little.
+    pub(super) waited: AtomicBool,
     broken: OnceLock<String>,
 }
 
@@ -371,6 +397,7 @@ impl Pool {
             administering: tokio::sync::RwLock::default(),
             due: Notify::new(),
             room: Notify::new(),
+            waited: AtomicBool::new(false),
             broken: OnceLock::new(),
         }
     }
@@ -593,6 +620,9 @@ impl Pool {
         let level = LOW.into_iter().position(|low| percent < low).map_or(LOW.len(), |level| level);
         if level < core.low {
             cx.notice(format!("the pool has less than {} % of its room left", LOW[level]));
+        }
+        if level > 0 {
+            self.waited.store(false, Ordering::Relaxed);
         }
         core.low = level;
     }

@@ -5,7 +5,7 @@ use super::format::{BLOCK, EXTENT, Id};
 use super::open::{Opening, create, open};
 use super::pool::Pool;
 use blockmason::heads::HeadPlace;
-use blockmason::io::{Access, FileIo, FileOptions, Image, Registry};
+use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Error, Kind, Result};
 use futures::executor::block_on;
 use rustix::fs::{FileType, OFlags, SeekFrom};
@@ -135,6 +135,22 @@ impl Shared {
         {
             tracing::warn!("{}: the head is not where it should be: {error}", from.display());
         }
+    }
+
+    /// Its file.
+    pub(super) fn opened(&self) -> Option<Opened> {
+        let size = self.pool.space.label().extents * EXTENT * BLOCK;
+        Opened::of(&self.listed.0, self.io.image().file(), size).ok()
+    }
+
+    /// Bytes that are free on the file system that the pool is on; none of a device, which has what it has.
+    pub(super) fn room_below(&self) -> Option<u64> {
+        let file = self.io.image().file();
+        let stat = rustix::fs::fstat(file).ok()?;
+        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        is_file
+            .then(|| rustix::fs::fstatvfs(file).ok().map(|found| found.f_bavail * found.f_frsize))
+            .flatten()
     }
 
     /// The way down of whatever is no request of a graph, and on no shard.

@@ -13,11 +13,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 type Map = [u64; 8];
 
-/// Extents that are given away at once, at most: 2 GiB of them.
-const MOST_GRANT: u64 = 1024;
+/// Extents that are given away at once, at most: 256 MiB of them, for which room is set aside.
+const MOST_GRANT: u64 = 128;
 
 /// Kept for what makes room: deletions, checkpoints.
 const LEAST_SLOP: u64 = (16 << 20) / BLOCK;
+const MOST_SLOP: u64 = (256 << 20) / BLOCK;
 
 /// Blocks that somebody wants in a row.
 #[derive(Clone, Copy)]
@@ -26,18 +27,60 @@ pub(super) struct Want {
     pub(super) most: u64,
 }
 
-#[derive(Clone, Copy)]
-struct Maps {
+/// An extent of ours.
+struct Ours {
+    epoch: u64,
     used: Map,
     committed: Map,
-}
-
-/// One extent: of somebody else, or free, if there are no maps.
-struct Extent {
-    record: ExtentRecord,
-    maps: Option<Box<Maps>>,
     /// Free blocks in it.
     free: u16,
+    /// What the pool is on has room for all of it.
+    backed: bool,
+}
+
+impl Ours {
+    /// What the table says of it.
+    fn record(&self, owner: u32) -> ExtentRecord {
+        ExtentRecord { owner, epoch: self.epoch, used: self.committed, backed: self.backed }
+    }
+}
+
+/// A pool has a million of them for each 2 TiB: those that are not ours take next to nothing.
+enum Extent {
+    Nobodys,
+    /// Somebody else's, or not to be given away.
+    Foreign,
+    Ours(Box<Ours>),
+}
+
+impl Extent {
+    fn of(record: &ExtentRecord, owner: u32) -> Extent {
+        match record.owner {
+            0 => Extent::Nobodys,
+            other if other == owner => Extent::Ours(Box::new(Ours {
+                epoch: record.epoch,
+                used: record.used,
+                committed: record.used,
+                free: (EXTENT - ones(&record.used)) as u16,
+                backed: record.backed,
+            })),
+            _ => Extent::Foreign,
+        }
+    }
+
+    fn ours(&self) -> Option<&Ours> {
+        match self {
+            Extent::Ours(ours) => Some(ours),
+            Extent::Nobodys | Extent::Foreign => None,
+        }
+    }
+
+    fn ours_mut(&mut self) -> Option<&mut Ours> {
+        match self {
+            Extent::Ours(ours) => Some(ours),
+            Extent::Nobodys | Extent::Foreign => None,
+        }
+    }
 }
 
 /// What changes in the records of extents with a checkpoint.
@@ -71,8 +114,10 @@ fn each_word(blocks: Range<u64>, mut each: impl FnMut(u64, usize, u64)) {
 struct State {
     label: Label,
     extents: Vec<Extent>,
-    /// Free blocks in extents of ours.
+    /// Free blocks in extents of ours for which there is room.
     free: u64,
+    /// Free blocks in extents of ours for which room has to be set aside first.
+    hollow: u64,
     /// Extents that are nobody's.
     unowned: u64,
     /// Blocks that are promised to what is not written yet.
@@ -88,16 +133,23 @@ pub(super) struct Space {
     granting: tokio::sync::Mutex<()>,
 }
 
-/// Reads the table of extents: records, or none where both copies are damaged.
-pub(super) async fn read_table(label: &Label, below: Below<'_>) -> Result<Vec<Option<ExtentRecord>>> {
+/// Reads the table of extents, and tells of each record, or of none where both copies are damaged.
+async fn read_table(
+    label: &Label,
+    below: Below<'_>,
+    mut each: impl FnMut(Option<ExtentRecord>),
+) -> Result<()> {
     const PIECE: u64 = 1 << 20;
-    let mut records = Vec::with_capacity(label.extents as usize);
     let bytes = label.extents * EXTENT_RECORD;
     let [first, second] = label.record(0);
-    let mut at = 0;
-    while at < bytes {
+    for at in (0..bytes).step_by(PIECE as usize) {
         let len = PIECE.min(bytes - at);
         let (piece, mut copy) = match below.read(first + at, len).await {
+            // Nobody's, as most are in a pool that is new or large.
+            Ok(piece) if piece.is_zero() => {
+                (0..len / EXTENT_RECORD).for_each(|_| each(Some(ExtentRecord::default())));
+                continue;
+            }
             Ok(piece) => (piece.to_vec(), None),
             // There is no other copy left to compare with.
             Err(_) => (below.read(second + at, len).await?.to_vec(), Some(Vec::new())),
@@ -113,34 +165,40 @@ pub(super) async fn read_table(label: &Label, below: Below<'_>) -> Result<Vec<Op
                 let other = copy.as_ref().and_then(|copy| copy.get(place..place + EXTENT_RECORD as usize));
                 found = other.and_then(ExtentRecord::decode);
             }
-            records.push(found);
+            each(found);
         }
-        at += len;
     }
-    Ok(records)
+    Ok(())
 }
 
 impl Space {
-    /// Of a pool with this table. An extent whose record is damaged counts as full, as ours.
-    pub(super) fn new(label: Label, owner: u32, epoch: u64, table: Vec<Option<ExtentRecord>>) -> Space {
-        let first = label.first();
-        let (extents, last) = (Vec::new(), first);
-        let mut state = State { label, extents, free: 0, unowned: 0, reserved: 0, last };
-        for (ix, record) in table.into_iter().enumerate() {
-            let record = record.unwrap_or(ExtentRecord { owner, epoch: 0, used: [u64::MAX; 8] });
-            let mut extent = Extent { record, maps: None, free: 0 };
-            if (ix as u64) < first {
-                extent.record.owner = 1;
-            } else if record.owner == owner {
-                extent.maps = Some(Box::new(Maps { used: record.used, committed: record.used }));
-                extent.free = (EXTENT - ones(&record.used)) as u16;
-                state.free += u64::from(extent.free);
-            } else if record.owner == 0 {
-                state.unowned += 1;
+    /// Reads the space of a pool whose journal says this of some extents. One whose record is damaged counts as full, as
+    /// ours.
+    pub(super) async fn read(
+        label: Label,
+        owner: u32,
+        epoch: u64,
+        journal: &[(u64, ExtentRecord)],
+        below: Below<'_>,
+    ) -> Result<Space> {
+        let mut extents = Vec::with_capacity(label.extents as usize);
+        let full = ExtentRecord { owner, epoch: 0, used: [u64::MAX; 8], backed: true };
+        read_table(&label, below, |record| extents.push(Extent::of(&record.unwrap_or(full), owner))).await?;
+        for (extent, record) in journal {
+            if let Some(extent) = extents.get_mut(*extent as usize) {
+                *extent = Extent::of(record, owner);
             }
-            state.extents.push(extent);
         }
-        Space { owner, epoch, state: Mutex::new(state), granting: tokio::sync::Mutex::default() }
+        let first = label.first();
+        extents.iter_mut().take(first as usize).for_each(|extent| *extent = Extent::Foreign);
+        let free = |backed: bool| {
+            let ours = extents.iter().filter_map(Extent::ours).filter(|ours| ours.backed == backed);
+            ours.map(|ours| u64::from(ours.free)).sum()
+        };
+        let (free, hollow) = (free(true), free(false));
+        let unowned = extents.iter().filter(|extent| matches!(extent, Extent::Nobodys)).count() as u64;
+        let state = State { label, extents, free, hollow, unowned, reserved: 0, last: first };
+        Ok(Space { owner, epoch, state: Mutex::new(state), granting: tokio::sync::Mutex::default() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -154,13 +212,17 @@ impl Space {
     /// Blocks that nobody but the pool itself may use.
     pub(super) fn slop(&self) -> u64 {
         let blocks = self.state().extents.len() as u64 * EXTENT;
-        (blocks / 64).max(LEAST_SLOP).min(blocks / 8)
+        (blocks / 64).clamp(LEAST_SLOP, MOST_SLOP).min(blocks / 8)
     }
 
     /// Free blocks, promised ones among them.
     pub(super) fn free(&self) -> u64 {
-        let state = self.state();
-        state.free + state.unowned * EXTENT
+        self.state().all_free()
+    }
+
+    /// Free blocks for which room has been set aside.
+    pub(super) fn backed(&self) -> u64 {
+        self.state().free
     }
 
     /// Blocks of the pool that can hold anything.
@@ -175,18 +237,20 @@ impl Space {
         self.state().has(blocks + slop)
     }
 
-    /// Promises blocks. So many others are kept for somebody else.
+    /// Promises blocks. So many others are kept for somebody else. False if more has to be [backed](Self::back) first.
     ///
     /// # Errors
     /// [`Kind::NoSpace`] if there are not so many beside those, and beside the slop, which only what makes room may use.
-    pub(super) fn reserve(&self, blocks: u64, kept: u64, makes_room: bool) -> Result<()> {
-        let apart = if makes_room { self.slop() / 4 } else { self.slop() + kept };
+    pub(super) fn reserve(&self, blocks: u64, kept: u64, makes_room: bool) -> Result<bool> {
+        let slop = if makes_room { self.slop() / 4 } else { self.slop() };
+        let kept = if makes_room { 0 } else { kept };
         let mut state = self.state();
-        if !state.has(blocks + apart) {
+        if !state.has(blocks + slop + kept) {
             return Err(Error::new(Kind::NoSpace, "the pool is full"));
         }
-        state.reserved += blocks;
-        Ok(())
+        let backed = state.reserved + blocks + slop <= state.free;
+        state.reserved += if backed { blocks } else { 0 };
+        Ok(backed)
     }
 
     /// Takes a promise back: it is kept, or not needed.
@@ -204,7 +268,24 @@ impl Space {
             if let Some(found) = self.take_now(near, want) {
                 return Ok(found);
             }
-            self.grant(below).await?;
+            self.back(self.backed(), below).await?;
+        }
+    }
+
+    /// What is kept for what makes room can be written, if that can be.
+    ///
+    /// # Errors
+    /// Others than that there is no room.
+    pub(super) async fn back_slop(&self, below: Below<'_>) -> Result<()> {
+        loop {
+            let had = self.backed();
+            if had >= self.slop() {
+                return Ok(());
+            }
+            match self.back(had, below).await {
+                Err(error) if error.kind() == Kind::NoSpace => return Ok(()),
+                done => done?,
+            }
         }
     }
 
@@ -213,27 +294,42 @@ impl Space {
         self.state().take(near, want)
     }
 
-    /// Takes everything that is free in the first extent of ours at or behind this one that has anything. That extent, and the
-    /// blocks, used from now on.
-    pub(super) fn take_free(&self, from: u64) -> Option<(u64, Vec<Range<u64>>)> {
+    /// Takes everything that is free in the first extent of ours at or behind this one that has anything and is backed, as
+    /// long as more than the slop is left. That extent, and the blocks, used from now on; the extent is not backed any more.
+    pub(super) fn hollow_out(&self, from: u64) -> Option<(u64, Vec<Range<u64>>)> {
+        let slop = self.slop();
         let mut state = self.state();
-        let has = |extent: &Extent| extent.maps.is_some() && extent.free > 0;
-        let at = (from..state.extents.len() as u64).find(|at| has(&state.extents[*at as usize]))?;
+        let spare = state.free.saturating_sub(state.reserved + slop);
+        let fits = |extent: &Extent| {
+            extent.ours().is_some_and(|ours| ours.backed && (1..=spare).contains(&u64::from(ours.free)))
+        };
+        let at = (from..state.extents.len() as u64).find(|at| fits(&state.extents[*at as usize]))?;
         let (mut runs, mut next) = (Vec::new(), 0);
-        let extent = &mut state.extents[at as usize];
-        let maps = extent.maps.as_mut()?;
-        while let Some(run) = free_run(&maps.used, next, Want { least: 1, most: EXTENT }) {
+        let extent = state.extents[at as usize].ours_mut()?;
+        while let Some(run) = free_run(&extent.used, next, Want { least: 1, most: EXTENT }) {
             if run.start < next {
                 break;
             }
             next = run.end;
             let run = at * EXTENT + run.start..at * EXTENT + run.end;
-            each_word(run.clone(), |_, word, mask| maps.used[word] |= mask);
+            each_word(run.clone(), |_, word, mask| extent.used[word] |= mask);
             runs.push(run);
         }
+        extent.backed = false;
         let taken = u64::from(std::mem::take(&mut extent.free));
         state.free -= taken;
         Some((at, runs))
+    }
+
+    /// Says durably of extents that they are not backed.
+    pub(super) async fn write_hollow(&self, extents: &[u64], below: Below<'_>) -> Result<()> {
+        let records: Vec<(u64, ExtentRecord)> = {
+            let state = self.state();
+            let record = |at: &u64| Some((*at, state.extents[*at as usize].ours()?.record(self.owner)));
+            extents.iter().filter_map(record).collect()
+        };
+        self.write_records(&records, below).await?;
+        below.flush().await
     }
 
     /// Makes the pool larger, durably.
@@ -246,8 +342,10 @@ impl Space {
         if extents < label.extents || extents > label.capacity {
             let size = |extents: u64| extents * EXTENT * BLOCK;
             let (now, most) = (size(label.extents), size(label.capacity));
-            let message = format!("the pool has {now} bytes, and can have {most} at most: it was made so");
-            return Err(Error::invalid(message));
+            return Err(Error::invalid(match extents < label.extents {
+                true => format!("the pool has {now} bytes, and pools do not shrink"),
+                false => format!("the pool was made so that it can have {most} bytes at most; it has {now}"),
+            }));
         }
         (label.extents, label.sequence) = (extents, label.sequence + 1);
         for place in Label::PLACES {
@@ -256,7 +354,7 @@ impl Space {
         }
         let mut state = self.state();
         while (state.extents.len() as u64) < extents {
-            state.extents.push(Extent { record: ExtentRecord::default(), maps: None, free: 0 });
+            state.extents.push(Extent::Nobodys);
             state.unowned += 1;
         }
         state.label = label;
@@ -266,70 +364,91 @@ impl Space {
     /// Marks blocks as used that a log or a tree knows of.
     pub(super) fn mark(&self, blocks: Range<u64>) -> Result<()> {
         let mut state = self.state();
-        let (mut taken, mut foreign) = (Vec::new(), false);
+        let (mut taken, mut hollow, mut foreign) = (0, 0, false);
         let all = state.extents.len() as u64;
         if blocks.end > all * EXTENT {
             return Err(damaged("a block lies outside the pool"));
         }
         each_word(blocks, |extent, word, mask| {
-            let extent = &mut state.extents[extent as usize];
-            match &mut extent.maps {
-                Some(maps) => {
-                    let new = (mask & !maps.used[word]).count_ones();
-                    maps.used[word] |= mask;
-                    extent.free -= new as u16;
-                    taken.push(u64::from(new));
-                }
-                None => foreign = true,
-            }
+            let Some(extent) = state.extents[extent as usize].ours_mut() else {
+                foreign = true;
+                return;
+            };
+            let new = (mask & !extent.used[word]).count_ones();
+            extent.used[word] |= mask;
+            extent.free -= new as u16;
+            *if extent.backed { &mut taken } else { &mut hollow } += u64::from(new);
         });
-        state.free -= taken.into_iter().sum::<u64>();
+        state.free -= taken;
+        state.hollow -= hollow;
         if foreign { Err(damaged("a block lies in an extent of somebody else")) } else { Ok(()) }
     }
 
     /// What was used is free.
     pub(super) fn give(&self, blocks: Range<u64>) {
         let mut state = self.state();
-        let mut freed = 0;
+        let (mut freed, mut hollow) = (0, 0);
         each_word(blocks, |extent, word, mask| {
-            let Some(extent) = state.extents.get_mut(extent as usize) else { return };
-            let Some(maps) = &mut extent.maps else { return };
-            let old = (mask & maps.used[word]).count_ones();
-            maps.used[word] &= !mask;
+            let Some(extent) = state.extents.get_mut(extent as usize).and_then(Extent::ours_mut) else {
+                return;
+            };
+            let old = (mask & extent.used[word]).count_ones();
+            extent.used[word] &= !mask;
             extent.free += old as u16;
-            freed += u64::from(old);
+            *if extent.backed { &mut freed } else { &mut hollow } += u64::from(old);
         });
         state.free += freed;
+        state.hollow += hollow;
     }
 
-    /// Makes extents ours that are nobody's, durably.
-    async fn grant(&self, below: Below<'_>) -> Result<()> {
-        let had = self.state().free;
+    /// Sets room aside for more extents: for those of ours that have something free, else for some that are nobody's and are
+    /// ours from then on, durably. Returns at once if there is more free than whoever asks has seen.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`].
+    pub(super) async fn back(&self, had: u64, below: Below<'_>) -> Result<()> {
         let _alone = self.granting.lock().await;
-        let label = self.label();
-        let chosen = {
+        let (hollow, unowned) = {
             let state = self.state();
             if state.free > had {
                 return Ok(());
             }
-            let want = (label.extents / 64).clamp(1, MOST_GRANT);
-            state.unowned_near(want)
+            let want = (state.label.extents / 64).clamp(1, MOST_GRANT);
+            (state.hollow_near(want), state.unowned_near(want))
         };
-        if chosen.is_empty() {
+        if !hollow.is_empty() {
+            below.allocate(hollow.start * EXTENT..hollow.end * EXTENT).await?;
+            let mut state = self.state();
+            for extent in hollow {
+                let Some(extent) = state.extents[extent as usize].ours_mut().filter(|ours| !ours.backed)
+                else {
+                    continue;
+                };
+                extent.backed = true;
+                let free = u64::from(extent.free);
+                state.hollow -= free;
+                state.free += free;
+            }
+            return Ok(());
+        }
+        if unowned.is_empty() {
             return Err(Error::new(Kind::NoSpace, "the pool is full"));
         }
-        let record = ExtentRecord { owner: self.owner, epoch: self.epoch, used: [0; 8] };
+        below.allocate(unowned.start * EXTENT..unowned.end * EXTENT).await?;
+        self.grant(unowned, below).await
+    }
+
+    /// Makes extents ours that are nobody's, durably.
+    async fn grant(&self, chosen: Range<u64>, below: Below<'_>) -> Result<()> {
+        let record = ExtentRecord { owner: self.owner, epoch: self.epoch, used: [0; 8], backed: true };
         let bytes = record.encode().repeat((chosen.end - chosen.start) as usize);
-        for place in label.record(chosen.start) {
+        for place in self.label().record(chosen.start) {
             below.write(place, Data::copy_of(&bytes)).await?;
         }
         below.flush().await?;
         let mut state = self.state();
         for extent in chosen {
-            let extent = &mut state.extents[extent as usize];
-            extent.record = record;
-            extent.maps = Some(Box::new(Maps { used: [0; 8], committed: [0; 8] }));
-            extent.free = EXTENT as u16;
+            state.extents[extent as usize] = Extent::of(&record, self.owner);
             state.free += EXTENT;
             state.unowned -= 1;
         }
@@ -341,11 +460,10 @@ impl Space {
         let state = self.state();
         let (mut records, mut more) = (Vec::new(), 0);
         for (extent, (added, removed)) in &difference.extents {
-            let Some(now) = state.extents.get(*extent as usize) else { continue };
-            let Some(maps) = &now.maps else { continue };
-            let used = std::array::from_fn(|ix| (maps.committed[ix] | added[ix]) & !removed[ix]);
-            more += ones(&used) as i64 - ones(&maps.committed) as i64;
-            records.push((*extent, ExtentRecord { used, ..now.record }));
+            let Some(now) = state.extents.get(*extent as usize).and_then(Extent::ours) else { continue };
+            let used = std::array::from_fn(|ix| (now.committed[ix] | added[ix]) & !removed[ix]);
+            more += ones(&used) as i64 - ones(&now.committed) as i64;
+            records.push((*extent, ExtentRecord { used, ..now.record(self.owner) }));
         }
         (records, more)
     }
@@ -355,10 +473,8 @@ impl Space {
         {
             let mut state = self.state();
             for (extent, record) in records {
-                let extent = &mut state.extents[*extent as usize];
-                extent.record = *record;
-                if let Some(maps) = &mut extent.maps {
-                    maps.committed = record.used;
+                if let Some(extent) = state.extents[*extent as usize].ours_mut() {
+                    extent.committed = record.used;
                 }
             }
         }
@@ -386,15 +502,20 @@ impl Space {
     pub(super) fn committed(&self) -> Vec<(u64, Map)> {
         let state = self.state();
         let maps = state.extents.iter().enumerate();
-        maps.filter_map(|(ix, extent)| Some((ix as u64, extent.maps.as_ref()?.committed))).collect()
+        maps.filter_map(|(ix, extent)| Some((ix as u64, extent.ours()?.committed))).collect()
+    }
+
+    /// Blocks that are promised: after a checkpoint, while nobody writes, none.
+    #[cfg(test)]
+    pub(super) fn promised(&self) -> u64 {
+        self.state().reserved
     }
 
     /// Blocks that are used and not committed, but for these: after a checkpoint that nobody has seen the time before, none.
     #[cfg(test)]
     pub(super) fn leaked(&self, known: &[u64]) -> Vec<u64> {
         let state = self.state();
-        let maps =
-            state.extents.iter().enumerate().filter_map(|(ix, extent)| Some((ix, extent.maps.as_ref()?)));
+        let maps = state.extents.iter().enumerate().filter_map(|(ix, extent)| Some((ix, extent.ours()?)));
         let blocks = maps.flat_map(|(extent, maps)| {
             let differs = move |ix: &u64| {
                 let (word, bit) = ((ix / 64) as usize, ix % 64);
@@ -409,7 +530,11 @@ impl Space {
 impl State {
     /// So many blocks are free and promised to nobody.
     fn has(&self, blocks: u64) -> bool {
-        self.reserved + blocks <= self.free + self.unowned * EXTENT
+        self.reserved + blocks <= self.all_free()
+    }
+
+    fn all_free(&self) -> u64 {
+        self.free + self.hollow + self.unowned * EXTENT
     }
 
     fn take(&mut self, near: Option<u64>, want: Want) -> Option<Range<u64>> {
@@ -421,11 +546,12 @@ impl State {
         // The neighbour's extent from there on, then all others, then what lies before the neighbour.
         let places = (0..=count).map(|ix| ((start + ix) % count, if ix == 0 { near % EXTENT } else { 0 }));
         for (extent, from) in places {
-            let found = &mut self.extents[extent as usize];
-            let Some(maps) = found.maps.as_mut().filter(|_| found.free > 0) else { continue };
-            let Some(run) = free_run(&maps.used, from, want) else { continue };
+            let found = self.extents[extent as usize].ours_mut();
+            let found = found.filter(|found| found.free > 0 && found.backed);
+            let Some(found) = found else { continue };
+            let Some(run) = free_run(&found.used, from, want) else { continue };
             let run = extent * EXTENT + run.start..extent * EXTENT + run.end;
-            each_word(run.clone(), |_, word, mask| maps.used[word] |= mask);
+            each_word(run.clone(), |_, word, mask| found.used[word] |= mask);
             let len = run.end - run.start;
             found.free -= len as u16;
             self.free -= len;
@@ -437,13 +563,25 @@ impl State {
 
     /// Extents in a row that are nobody's, at most `want`, the first such row behind the last one used.
     fn unowned_near(&self, want: u64) -> Range<u64> {
-        let free =
-            |ix: u64| self.extents[ix as usize].maps.is_none() && self.extents[ix as usize].record.owner == 0;
+        self.row_near(want, |extent| matches!(extent, Extent::Nobodys))
+    }
+
+    /// The same of those of ours that are not backed, and have something free.
+    fn hollow_near(&self, want: u64) -> Range<u64> {
+        match self.hollow {
+            0 => 0..0,
+            _ => {
+                self.row_near(want, |extent| extent.ours().is_some_and(|ours| !ours.backed && ours.free > 0))
+            }
+        }
+    }
+
+    fn row_near(&self, want: u64, is: impl Fn(&Extent) -> bool) -> Range<u64> {
+        let is = |ix: &u64| is(&self.extents[*ix as usize]);
         let count = self.extents.len() as u64;
-        let start = (self.last..count).chain(0..self.last).find(|ix| free(*ix));
-        let Some(start) = start else { return 0..0 };
-        let end = (start..count.min(start + want)).find(|ix| !free(*ix)).unwrap_or(count.min(start + want));
-        start..end
+        let Some(start) = (self.last..count).chain(0..self.last).find(is) else { return 0..0 };
+        let end = count.min(start + want);
+        start..(start..end).find(|ix| !is(ix)).unwrap_or(end)
     }
 }
 

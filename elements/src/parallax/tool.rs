@@ -242,14 +242,17 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             shared.move_head(name, Some(to));
         }
         Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
-        Operation::Stat { volume: None, .. } => return Ok(stat(pool)),
+        Operation::Stat { volume: None, .. } => return Ok(stat(shared)),
         Operation::Stat { volume: Some(volume), snapshot } => {
             let number = pool.core().find(volume, snapshot.as_deref())?;
             let account = block_on(pool.account(number, below))?;
             let Account { mapped, shared, freed } = account;
-            return Ok(json!({
-                "mapped": mapped * BLOCK, "shared": shared * BLOCK, "freed_if_deleted": freed * BLOCK,
-            }));
+            let entry = pool.core().catalog.get(&number).cloned();
+            let mut said = entry.map_or(Value::Null, |entry| settings_of(&entry));
+            said["mapped"] = json!(mapped * BLOCK);
+            said["shared"] = json!(shared * BLOCK);
+            said["freed_if_deleted"] = json!(freed * BLOCK);
+            return Ok(said);
         }
         Operation::Read { volume, snapshot, offset, len } => {
             return read(pool, (volume, snapshot.as_deref()), *offset..offset.saturating_add(*len), below);
@@ -266,6 +269,11 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         Operation::Diff { volume, until, since } => {
             let number = pool.core().find(volume, until.as_deref())?;
             let birth = since.as_ref().map_or(Ok(0), |since| birth_of(&pool.core(), volume, since))?;
+            if let (Some(until), Some(since)) = (until, since)
+                && birth_of(&pool.core(), volume, until)? < birth
+            {
+                return Err(Error::invalid(format!("{volume}@{until} is older than {volume}@{since}")));
+            }
             let changed = block_on(pool.changed_since(number, birth, below))?;
             let range = |range: &std::ops::Range<u64>| {
                 json!([range.start * BLOCK, (range.end - range.start) * BLOCK])
@@ -283,16 +291,23 @@ fn end_deletion(pool: &Pool, below: Below<'_>) -> Result<()> {
 }
 
 /// How much room there is, and what for.
-fn stat(pool: &Pool) -> Value {
-    let core = pool.core();
-    let (space, kept) = (&pool.space, core.kept());
-    let deleting: Vec<&str> =
-        core.catalog.values().filter(|entry| entry.deleting).map(|entry| entry.name.as_str()).collect();
+fn stat(shared: &Shared) -> Value {
+    let core = shared.pool.core();
+    let (space, kept) = (&shared.pool.space, core.kept());
+    let called = |entry: &Entry| match &entry.kind {
+        EntryKind::Snapshot { volume, .. } => {
+            let of = core.catalog.get(volume).map_or("", |entry| entry.name.as_str());
+            format!("{of}@{}", entry.name)
+        }
+        EntryKind::Volume { .. } => entry.name.clone(),
+    };
+    let deleting: Vec<String> = core.catalog.values().filter(|entry| entry.deleting).map(called).collect();
     let (all, free, slop) = (space.all(), space.free(), space.slop());
     json!({
         "size": all * BLOCK, "used": (all - free) * BLOCK, "free": free * BLOCK,
         "reserved": kept * BLOCK, "kept_back": slop * BLOCK,
         "available": free.saturating_sub(kept + slop) * BLOCK, "deleting": deleting,
+        "set_aside": space.backed() * BLOCK, "file_system_free": shared.room_below(),
     })
 }
 
@@ -345,6 +360,18 @@ fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {
     core.birth(number).ok_or_else(|| Error::internal("a snapshot was expected"))
 }
 
+/// How a volume, or a snapshot, is made.
+fn settings_of(entry: &Entry) -> Value {
+    let mut said = json!({
+        "name": entry.name, "size": entry.size, "made": entry.made, "checksums": entry.checksums,
+        "ordered": entry.ordered,
+    });
+    if let EntryKind::Volume { limits, .. } = &entry.kind {
+        (said["quota"], said["reserve"]) = (json!(limits.quota), json!(limits.reserve));
+    }
+    said
+}
+
 fn listed(pool: &Pool) -> Value {
     let core = pool.core();
     let name_of = |number: &u32| core.catalog.get(number).map(|entry| entry.name.clone());
@@ -356,19 +383,23 @@ fn listed(pool: &Pool) -> Value {
         }
     };
     let snapshots = |number: u32| -> Vec<Value> {
-        let of = |entry: &&Entry| {
+        let of = |(_, entry): &(&u32, &Entry)| {
             !entry.deleting && matches!(entry.kind, EntryKind::Snapshot { volume, .. } if volume == number)
         };
-        let said = |entry: &Entry| json!({ "name": entry.name, "size": entry.size, "made": entry.made });
-        core.catalog.values().filter(of).map(said).collect()
+        let said = |(number, entry): (&u32, &Entry)| {
+            let served = core.served.contains_key(number);
+            json!({ "name": entry.name, "size": entry.size, "made": entry.made, "served": served })
+        };
+        core.catalog.iter().filter(of).map(said).collect()
     };
     let volume = |(number, entry): (&u32, &Entry)| match &entry.kind {
-        EntryKind::Volume { origin: (from, _), limits, .. } if !entry.deleting => Some(json!({
-            "name": entry.name, "size": entry.size, "made": entry.made, "checksums": entry.checksums,
-            "ordered": entry.ordered, "quota": limits.quota, "reserve": limits.reserve,
-            "mapped": entry.mapped * BLOCK, "origin": origin(from),
-            "served": core.served.contains_key(number), "snapshots": snapshots(*number),
-        })),
+        EntryKind::Volume { origin: (from, _), .. } if !entry.deleting => {
+            let mut said = settings_of(entry);
+            (said["mapped"], said["origin"]) = (json!(entry.mapped * BLOCK), json!(origin(from)));
+            said["served"] = json!(core.served.contains_key(number));
+            said["snapshots"] = json!(snapshots(*number));
+            Some(said)
+        }
         EntryKind::Volume { .. } | EntryKind::Snapshot { .. } => None,
     };
     let volumes: Vec<Value> = core.catalog.iter().filter_map(volume).collect();

@@ -7,17 +7,17 @@ use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::crc_of;
 use super::pool::{Core, Fresh, Here, Pool};
-use super::runs::{Run, Runs};
+use super::runs::Run;
 use super::space::Want;
 use blockmason::{
     Answer, Cx, Data, Error, Extent, ExtentState, Flags, Flow, Kind, Op, Reply, Request, Result,
 };
 use futures::future::join;
 use std::collections::HashMap;
-use std::iter::once;
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// What the maps begin with that a volume has: the name of a snapshot follows.
@@ -93,6 +93,54 @@ impl Drop for Volume {
 struct Hold {
     _era: Arc<()>,
     _in_place: Option<Here>,
+}
+
+/// Room that has been promised to a request, until what it writes is in memory, or it has ended otherwise.
+struct Promise<'a> {
+    volume: &'a Volume,
+    leaves: Range<u64>,
+    /// Of what is punched, all leaves but the first and the last are dropped, not written.
+    ends: bool,
+    /// Blocks for nodes, of each leaf as many.
+    nodes: u64,
+    /// Blocks that have not been taken yet.
+    unplaced: u64,
+    fresh: Fresh,
+}
+
+impl Promise<'_> {
+    fn leaves(&self) -> impl Iterator<Item = u64> + Clone + use<> {
+        let last = self.leaves.end - 1;
+        let step = if self.ends { (last - self.leaves.start).max(1) } else { 1 };
+        self.leaves.clone().step_by(step as usize)
+    }
+
+    /// So many blocks have been taken.
+    fn placed(&mut self, blocks: u64) {
+        self.unplaced -= blocks;
+        self.volume.pool.space.release(blocks);
+    }
+
+    /// What has been promised for is in memory: room for its nodes is needed until a checkpoint has written them.
+    fn keep(mut self) {
+        if self.nodes > 0 {
+            let kept =
+                self.volume.pool.core().keep(self.volume.number, self.leaves(), self.nodes, self.fresh);
+            self.nodes -= kept;
+        }
+    }
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        let pool = &self.volume.pool;
+        if self.fresh.placed > 0
+            && let Some(line) = pool.core().lines.get_mut(&self.volume.number)
+        {
+            line.pending -= self.fresh;
+        }
+        pool.space.release(self.nodes + self.unplaced);
+    }
 }
 
 /// A node that is not in memory, and stays where it is until it has been read.
@@ -185,17 +233,12 @@ impl Volume {
                 if entry.checksums || entry.ordered { u64::MAX } else { newest.max(origin) }
             }
         };
-        let sources: Vec<&Runs> = match core.lines.get(&self.number) {
-            Some(line) => {
-                once(&line.active).chain(line.layers.iter().rev().map(|layer| &layer.runs)).collect()
-            }
+        // The newest first; the tree comes last.
+        let (active, layers) = match core.lines.get(&self.number) {
+            Some(line) => (Some(&line.active), &line.layers[..]),
             None => {
                 let young = core.young.iter().find(|young| young.number == self.number);
-                young
-                    .into_iter()
-                    .flat_map(|young| young.layers.iter().rev())
-                    .map(|layer| &layer.runs)
-                    .collect()
+                (None, young.map_or(&[][..], |young| &young.layers))
             }
         };
         let checksums = entry.checksums && search.since.is_none();
@@ -203,7 +246,8 @@ impl Volume {
         let mut at = blocks.start;
         while at < blocks.end && found.pieces.len() < most {
             let mut end = blocks.end;
-            let run = sources.iter().find_map(|runs| match runs.at(at, end) {
+            let older = layers.iter().rev().map(|layer| &layer.runs);
+            let run = active.into_iter().chain(older).find_map(|runs| match runs.at(at, end) {
                 Ok(run) => Some(run),
                 Err(gap) => {
                     end = at + gap;
@@ -418,7 +462,12 @@ impl Volume {
             }
             let left = self.patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
+                // Whoever tends the pool says how little room there is.
+                self.pool.due.notify_one();
                 return Err(error);
+            }
+            if !self.pool.waited.swap(true, Ordering::Relaxed) {
+                below.notice(format!("{}: writes wait for room: {error}", self.name()));
             }
             let _ = blockmason::rt::timeout(left, room).await;
             tries = 0;
@@ -435,31 +484,31 @@ impl Volume {
     async fn write_found(&self, req: &Request, found: (Vec<Piece>, Hold), below: Below<'_>) -> Reply {
         let (pieces, _hold) = found;
         let (mut changes, mut parts) = (Vec::new(), Vec::new());
+        let mut promise = self.promise(fresh(&pieces), &Self::blocks(req), false, below).await?;
         for (own, row) in rows(&pieces) {
-            let from = row.start * BLOCK - req.offset;
-            let part = |from: u64, len: u64, at: u64| {
-                let mut part = req.part(from, len * BLOCK, at * BLOCK);
+            let part = |first: u64, blocks: Range<u64>| {
+                let (from, len) = (first * BLOCK - req.offset, (blocks.end - blocks.start) * BLOCK);
+                let mut part = req.part(from, len, blocks.start * BLOCK);
                 part.flags = part.flags.without(Flags::FUA);
                 part
             };
-            match own {
-                Some(at) => parts.push(part(from, row.end - row.start, at)),
-                None => {
-                    let filled = filled(&pieces, &row);
-                    let placed = self.place(row.clone(), filled, below, |first, blocks| {
-                        let part = part(first * BLOCK - req.offset, blocks.end - blocks.start, blocks.start);
-                        changes.push(self.map(first, &part.data, blocks));
-                        parts.push(part);
-                    });
-                    if let Err(error) = placed.await {
-                        // What was taken for nothing.
-                        self.pool.core().let_go(changes);
-                        return Err(error);
-                    }
-                }
+            if let Some(at) = own {
+                parts.push(part(row.start, at..at + row.end - row.start));
+                continue;
+            }
+            let placed = self.place(row, &mut promise, below, |first, blocks| {
+                let part = part(first, blocks.clone());
+                changes.push(self.map(first, &part.data, blocks));
+                parts.push(part);
+            });
+            if let Err(error) = placed.await {
+                // What was taken for nothing.
+                self.pool.core().let_go(changes);
+                return Err(error);
             }
         }
         self.write_parts(changes, parts, below).await?;
+        promise.keep();
         self.end(req, below).await
     }
 
@@ -467,11 +516,10 @@ impl Volume {
     async fn place(
         &self,
         row: Range<u64>,
-        filled: u64,
+        promise: &mut Promise<'_>,
         below: Below<'_>,
         mut placed: impl FnMut(u64, Range<u64>),
     ) -> Result<()> {
-        self.reserve(Fresh { placed: row.end - row.start, filled }, &row, false)?;
         let mut first = row.start;
         while first < row.end {
             let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
@@ -480,17 +528,11 @@ impl Volume {
                 Some(blocks) => blocks,
                 None => {
                     let taken = Box::pin(self.pool.space.take(near, want, below)).await;
-                    taken.inspect_err(|error| {
-                        self.pool.space.release(row.end - first);
-                        // A flush that fails may have lost what others were told is written.
-                        if error.kind() != Kind::NoSpace {
-                            self.pool.break_down(error);
-                        }
-                    })?
+                    taken.inspect_err(|error| self.is_fatal(error))?
                 }
             };
             let len = blocks.end - blocks.start;
-            self.pool.space.release(len);
+            promise.placed(len);
             placed(first, blocks);
             first += len;
         }
@@ -557,20 +599,52 @@ impl Volume {
     }
 
     /// Promises room for blocks and for the nodes that lead to them. What makes room may use what is kept for that.
-    fn reserve(&self, fresh: Fresh, row: &Range<u64>, makes_room: bool) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`].
+    async fn promise(
+        &self,
+        fresh: Fresh,
+        row: &Range<u64>,
+        makes_room: bool,
+        below: Below<'_>,
+    ) -> Result<Promise<'_>> {
         let leaves = row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
-        let mut core = self.pool.core();
-        // Of what is punched, all leaves but the first and the last are dropped, not written.
-        let leaves = if makes_room { vec![leaves.start, leaves.end - 1] } else { leaves.collect() };
-        let nodes = core.nodes_for(self.number, &leaves);
-        core.check_quota(self.number, fresh.filled)?;
-        self.pool.space.reserve(fresh.placed + nodes, core.kept_from(self.number), makes_room)?;
-        core.promise(self.number, &leaves, nodes);
-        if let Some(line) = core.lines.get_mut(&self.number) {
-            line.fresh.placed += fresh.placed;
-            line.fresh.filled += fresh.filled;
+        let none = Fresh::default();
+        let mut promise =
+            Promise { volume: self, leaves, ends: makes_room, nodes: 0, unplaced: 0, fresh: none };
+        if fresh.placed == 0 && !makes_room {
+            return Ok(promise);
         }
-        Ok(())
+        loop {
+            let had = self.pool.space.backed();
+            if self.promise_now(&mut promise, fresh)? {
+                return Ok(promise);
+            }
+            Box::pin(self.pool.space.back(had, below)).await.inspect_err(|error| self.is_fatal(error))?;
+        }
+    }
+
+    /// False if more room has to be set aside first.
+    fn promise_now(&self, promise: &mut Promise<'_>, fresh: Fresh) -> Result<bool> {
+        let mut core = self.pool.core();
+        core.check_quota(self.number, fresh.filled)?;
+        let nodes = core.nodes_for(self.number) * promise.leaves().count() as u64;
+        if !self.pool.space.reserve(fresh.placed + nodes, core.kept_from(self.number), promise.ends)? {
+            return Ok(false);
+        }
+        (promise.nodes, promise.unplaced, promise.fresh) = (nodes, fresh.placed, fresh);
+        if let Some(line) = core.lines.get_mut(&self.number) {
+            line.pending += fresh;
+        }
+        Ok(true)
+    }
+
+    /// A flush that fails may have lost what others were told is written.
+    fn is_fatal(&self, error: &Error) {
+        if error.kind() != Kind::NoSpace {
+            self.pool.break_down(error);
+        }
     }
 
     pub(super) async fn punch(&self, req: Request, below: Below<'_>) -> Reply {
@@ -583,17 +657,21 @@ impl Volume {
             }
         }
         let none = Fresh::default();
-        if self.reserve(none, &row, true).is_err() {
-            // What is promised to writes is free again, or theirs.
-            self.pool.checkpoint(below).await?;
-            self.reserve(none, &row, true)?;
-        }
+        let promise = match self.promise(none, &row, true, below).await {
+            Ok(promise) => promise,
+            Err(_) => {
+                // What is promised to writes is free again, or theirs.
+                self.pool.checkpoint(below).await?;
+                self.promise(none, &row, true, below).await?
+            }
+        };
         let starts = (row.start..row.end).step_by(u32::MAX as usize);
         let change = |first: u64| {
             let len = (row.end - first).min(u64::from(u32::MAX)) as u32;
             Change::Map { volume: self.number, first, len, at: 0, crc: 0, crcs: Vec::new() }
         };
         self.pool.log(Part::after_data(starts.map(change).collect()), below).await?;
+        promise.keep();
         self.end(&req, below).await
     }
 
@@ -693,10 +771,14 @@ impl Found {
     }
 }
 
-/// Blocks of a range where there is a hole.
-fn filled(pieces: &[Piece], row: &Range<u64>) -> u64 {
-    let within = |piece: &&Piece| piece.at == 0 && row.contains(&piece.first);
-    pieces.iter().filter(within).map(|piece| piece.len).sum()
+/// What of these goes to new places.
+fn fresh(pieces: &[Piece]) -> Fresh {
+    let mut fresh = Fresh::default();
+    for piece in pieces.iter().filter(|piece| !piece.own) {
+        fresh.placed += piece.len;
+        fresh.filled += if piece.at == 0 { piece.len } else { 0 };
+    }
+    fresh
 }
 
 /// Pieces that are written where they are, and what lies between them, in order.

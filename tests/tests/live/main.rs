@@ -17,10 +17,12 @@ mod migrate_files;
 mod migrate_refused;
 mod migrate_soak;
 mod migrate_targets;
+mod migrate_volumes;
 mod refused;
 mod server;
 mod soak;
 mod volumes_crash;
+mod volumes_room;
 
 use blockmason_tests::control::{Control, Ended, mason};
 use blockmason_tests::mason::{Mason, Start};

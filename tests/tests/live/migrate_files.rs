@@ -113,6 +113,19 @@ fn an_old_disk_without_a_name_moves() {
     world.daemon.stop_well();
 }
 
+/// Nor has it to have one when the move begins: that is how a disk is saved whose image was deleted.
+#[test]
+fn an_old_disk_that_was_deleted_before_moves() {
+    let mut world = World::new();
+    unlink(&world.site.path("a.img"));
+    let said = world.migrate(TO, &["--verify"]).done();
+    assert!(said.contains("b.img now"), "{said}");
+    world.go_on();
+    world.verify();
+    assert_eq!(world.site.head("b.img"), "active");
+    world.daemon.stop_well();
+}
+
 /// What the map says is not about a file that has come into the place of one that was being filled, or was copied.
 #[test]
 fn an_image_that_is_another_one_at_the_restart() {

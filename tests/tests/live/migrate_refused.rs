@@ -20,6 +20,8 @@ fn a_target_that_is_no_place_for_the_disk() {
     world.site.write("small.img", vec![0; 1 << 20]);
     world.site.write("readonly.img", vec![0; SIZE as usize]);
     refuse(&world, "file (path small.img)", &[], "has 1M, that");
+    world.site.write("large.img", vec![0; SIZE as usize * 2]);
+    refuse(&world, "file (path large.img)", &["--keep-mirror"], "it could not be its mirror");
     refuse(&world, "/no/such.img", &[], "--to 'file (path /no/such.img)'");
     refuse(&world, "nbd://far/vm1", &[], "--to 'nbd_client (uri nbd://far/vm1)'");
     refuse(&world, "file (path readonly.img) (readonly yes)", &[], "read-only");

@@ -22,7 +22,13 @@ fn ask(pool: &Path, operation: &Operation, control: &ControlArgs) -> Outcome<Val
     match here {
         Ok(done) => done.map_err(failed),
         Err(error) if error.kind() == Kind::Busy => {
-            let Ok((client, _)) = control.connect() else { return Err(failed(error)) };
+            let (client, _) = match control.connect() {
+                Ok(daemon) => daemon,
+                Err(Failure::Failed(why) | Failure::Usage(why)) => {
+                    return Err(Failure::new(format!("{error}; which daemon has it is not known: {why}")));
+                }
+                Err(Failure::Said) => return Err(Failure::Said),
+            };
             let path = pool.canonicalize().map_err(Failure::new)?;
             let operation = serde_json::to_value(operation).map_err(Failure::new)?;
             let wanted = PoolRequest { pool: path.to_string_lossy().into_owned(), operation };

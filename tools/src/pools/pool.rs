@@ -32,7 +32,8 @@ enum Command {
         /// The file or device; a folder gets a file
         pool: PathBuf,
 
-        /// Bytes of the file, which is sparse; a device is used as it is
+        /// Bytes of the file, which is sparse: the file system sets room aside as the pool fills up. All of a device is
+        /// used without one
         #[arg(long)]
         size: Option<Size>,
     },
@@ -90,7 +91,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
             let found = ask(&pool.pool, &Operation::Gc, &pool.control)?;
             match (pool.json, found["given_back"].as_u64()) {
                 (true, _) => output::json(&found),
-                (false, Some(bytes)) => output::text(&format!("{} are free, and given back\n", Bytes(bytes))),
+                (false, Some(bytes)) => output::text(&format!("{} are given back\n", Bytes(bytes))),
                 (false, None) => output::text("what the pool is on takes no room back\n"),
             }
         }
@@ -121,7 +122,8 @@ pub(super) fn list(found: &Value) -> String {
         for snapshot in volume["snapshots"].as_array().into_iter().flatten() {
             let name = format!("{}@{}", word(&volume["name"]), word(&snapshot["name"]));
             let size = Exact(number(&snapshot["size"])).to_string();
-            rows.push(vec![name, size, "-".to_owned(), "-".to_owned()]);
+            let serving = if snapshot["served"] == true { "served" } else { "-" };
+            rows.push(vec![name, size, "-".to_owned(), serving.to_owned()]);
         }
     }
     let said = format!("{} of {} in use\n", Bytes(size - free), Bytes(size));
@@ -134,6 +136,10 @@ fn stat(found: &Value) -> String {
     said += &line("free for data", "available");
     said += &line("reserved for volumes", "reserved");
     said += &line("kept for deletion", "kept_back");
+    if !found["file_system_free"].is_null() {
+        said += &line("set aside for it", "set_aside");
+        said += &line("file system has free", "file_system_free");
+    }
     for name in found["deleting"].as_array().into_iter().flatten() {
         said += &format!("{} is being deleted\n", word(name));
     }
@@ -158,6 +164,7 @@ fn check(pool: &Pool) -> Outcome {
     }
     match problems.len() {
         0 => Ok(()),
+        1 => Err(Failure::new(format!("{}: one thing is not as it should be", pool.pool.display()))),
         count => {
             Err(Failure::new(format!("{}: {count} things are not as they should be", pool.pool.display())))
         }

@@ -31,7 +31,9 @@ pub(crate) struct Args {
 enum Command {
     /// Make an empty volume
     Create {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// The volume
         name: String,
         /// Bytes; they take room when they are written
         #[arg(long)]
@@ -46,7 +48,9 @@ enum Command {
     },
     /// Change how much room a volume may take, and what a loss of power may do to it
     Set {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// The volume
         name: String,
         #[command(flatten)]
         limits: Limits,
@@ -55,6 +59,7 @@ enum Command {
     },
     /// Show volumes and snapshots
     List {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// Writes one JSON object
         #[arg(long)]
@@ -64,6 +69,7 @@ enum Command {
     },
     /// Delete a volume without snapshots, or a snapshot without clones
     Delete {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME or VOLUME@SNAPSHOT
         name: String,
@@ -72,6 +78,7 @@ enum Command {
     },
     /// Take snapshots, all at one instant; guests do not wait
     Snapshot {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME@SNAPSHOT, all with the same name after the @
         #[arg(required = true, value_parser = named)]
@@ -81,16 +88,19 @@ enum Command {
     },
     /// Make a volume that begins as a snapshot
     Clone {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME@SNAPSHOT
         #[arg(value_parser = named)]
         of: Named,
+        /// The clone
         name: String,
         #[command(flatten)]
         control: ControlArgs,
     },
     /// Make a volume what one of its snapshots is; what it was is kept under another name
     Rollback {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME@SNAPSHOT
         #[arg(value_parser = named)]
@@ -103,29 +113,41 @@ enum Command {
     },
     /// Give a clone the snapshots that it came from; the volume that has them becomes its clone
     Promote {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// The volume
         name: String,
         #[command(flatten)]
         control: ControlArgs,
     },
     /// Give a volume another name
     Rename {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// The volume
         name: String,
+        /// Its new name
         to: String,
         #[command(flatten)]
         control: ControlArgs,
     },
     /// Make a volume larger
     Resize {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// The volume
         name: String,
+        /// Its new size, in bytes
         size: Size,
         #[command(flatten)]
         control: ControlArgs,
     },
-    /// Show the room that a volume or snapshot takes
+    /// Show the room that a volume or snapshot takes, and how it is made
+    ///
+    /// What is freed if it is deleted has the nodes that lead to it in it; of a volume it is what comes back once all its
+    /// snapshots are deleted, too.
     Stat {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME or VOLUME@SNAPSHOT
         name: String,
@@ -136,7 +158,10 @@ enum Command {
         control: ControlArgs,
     },
     /// Write a volume with its snapshots, or one snapshot, to stdout as text
+    ///
+    /// A volume that is served changes meanwhile, and is refused: dump a snapshot of it.
     Dump {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME or VOLUME@SNAPSHOT
         name: String,
@@ -145,13 +170,16 @@ enum Command {
     },
     /// Make a volume of what `dump` has written, from stdin
     Restore {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// The volume
         name: String,
         #[command(flatten)]
         control: ControlArgs,
     },
     /// Show what has changed in a volume since a snapshot: offset and length of each range
     Diff {
+        /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME@SNAPSHOT
         #[arg(value_parser = named)]
@@ -201,6 +229,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
                 reserve: bytes(limits.reserve),
             };
             done(pool, Operation::CreateVolume { name: name.clone(), size: size.0, settings }, control)
+        }
+        Command::Set { limits: Limits { quota: None, reserve: None, order: None }, .. } => {
+            Err(Failure::Usage("give what is to change: --quota, --reserve or --order".to_owned()))
         }
         Command::Set { pool, name, limits, control } => {
             let settings = NewSettings {
@@ -276,15 +307,25 @@ fn volume_of(name: &str) -> (String, Option<String>) {
 fn stat(found: &serde_json::Value) -> String {
     let line =
         |what: &str, key: &str| format!("{what:<22}{:>10}\n", Bytes(pool::number(&found[key])).to_string());
-    line("data", "mapped")
-        + &line("shared with others", "shared")
-        + &line("freed if deleted", "freed_if_deleted")
+    let words = |what: &str, is: &str| format!("{what:<22}{is:>10}\n");
+    let yes = |key: &str| if found[key] == true { "yes" } else { "no" };
+    let mut said = line("size", "size");
+    said += &line("data", "mapped");
+    said += &line("shared with others", "shared");
+    said += &line("freed if deleted", "freed_if_deleted");
+    for (what, key) in [("quota", "quota"), ("reserve", "reserve")] {
+        if found[key].as_u64().is_some_and(|bytes| bytes > 0) {
+            said += &line(what, key);
+        }
+    }
+    said += &words("order", if found["ordered"] == true { "prefix" } else { "block" });
+    said + &words("checksums", yes("checksums"))
 }
 
 fn diff(pool: &Path, since: &Named, until: Option<&str>, json: bool, control: &ControlArgs) -> Outcome {
     let operation = Operation::Diff {
         volume: since.volume.clone(),
-        until: until.map(str::to_owned),
+        until: until.map(|until| volume_of(until).1.unwrap_or_else(|| until.to_owned())),
         since: Some(since.snapshot.clone()),
     };
     let found = ask(pool, &operation, control)?;

@@ -198,6 +198,8 @@ pub(in super::super) struct ExtentRecord {
     pub(in super::super) owner: u32,
     pub(in super::super) epoch: u64,
     pub(in super::super) used: [u64; 8],
+    /// What the pool is on has room for all of it.
+    pub(in super::super) backed: bool,
 }
 
 impl ExtentRecord {
@@ -211,6 +213,7 @@ impl ExtentRecord {
         for (ix, word) in self.used.into_iter().enumerate() {
             put(&mut bytes, 16 + 8 * ix, 8, word);
         }
+        put(&mut bytes, 80, 4, u64::from(self.backed));
         seal(&mut bytes, 4);
         bytes
     }
@@ -220,11 +223,14 @@ impl ExtentRecord {
         if bytes.iter().all(|byte| *byte == 0) {
             return Some(ExtentRecord::default());
         }
-        let sound = is_sound(bytes, 4) && expect_zeros(&bytes[80..], "an extent's record").is_ok();
+        let flags = u32_at(bytes, 80);
+        let sound =
+            is_sound(bytes, 4) && flags <= 1 && expect_zeros(&bytes[84..], "an extent's record").is_ok();
         let record = sound.then(|| ExtentRecord {
             owner: u32_at(bytes, 0),
             epoch: u64_at(bytes, 8),
             used: std::array::from_fn(|ix| u64_at(bytes, 16 + 8 * ix)),
+            backed: flags == 1,
         });
         // Nobody's has no checksum either.
         record.filter(|record| *record != ExtentRecord::default())
@@ -264,7 +270,7 @@ mod tests {
         let owner = Owner { number: 2, format: 1, root: 9, features: Features::default() };
         let owners = Owners { id: [7; 16], sequence: 1, all: vec![owner] };
         assert_eq!(Owners::decode(&owners.encode(), &label()).unwrap(), owners);
-        let extent = ExtentRecord { owner: 2, epoch: 5, used: [1, 2, 3, 4, 5, 6, 7, u64::MAX] };
+        let extent = ExtentRecord { owner: 2, epoch: 5, used: [1, 2, 3, 4, 5, 6, 7, u64::MAX], backed: true };
         assert_eq!(ExtentRecord::decode(&extent.encode()), Some(extent));
         assert_eq!(ExtentRecord::default().encode(), [0; 128]);
         for bit in 0..EXTENT_RECORD as usize * 8 {

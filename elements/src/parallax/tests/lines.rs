@@ -83,7 +83,10 @@ impl Model {
             89..92 => self.grow(),
             92..94 => self.rename(),
             94..97 => drop(block_on(self.pool.delete_some(Below::Plain(self.file.as_fd()))).unwrap()),
-            _ => block_on(self.pool.checkpoint(Below::Plain(self.file.as_fd()))).unwrap(),
+            _ => {
+                block_on(self.pool.checkpoint(Below::Plain(self.file.as_fd()))).unwrap();
+                assert_eq!(self.pool.space.promised(), 0, "seed {}", self.seed);
+            }
         }
     }
 

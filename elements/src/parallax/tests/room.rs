@@ -74,6 +74,7 @@ impl Bench {
 
     fn used(&self) -> u64 {
         block_on(self.pool.checkpoint(self.below())).unwrap();
+        assert_eq!(self.pool.space.promised(), 0, "somebody has ended and kept what was promised");
         self.pool.core().root.used
     }
 

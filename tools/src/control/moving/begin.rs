@@ -31,6 +31,8 @@ struct Sides {
     others: Vec<Volume>,
     /// What the new side is called where it keeps nothing.
     fleeting: Option<&'static str>,
+    /// Bytes of both disks.
+    sizes: [u64; 2],
 }
 
 impl Served {
@@ -81,7 +83,7 @@ impl Served {
         self.size_of_new(&mut next, &names.disk, &names.new);
         make_folder(&Record::folder(daemon, &self.path, disk))?;
         let sides = match self.survey(daemon, &next, &names.disk, &names.new).await {
-            Ok(sides) => sides.check(&names, request.force).map(|()| sides),
+            Ok(sides) => sides.check(&names, request).map(|()| sides),
             Err(error) => Err(Refusal::in_graph(&error, &next)),
         };
         let sides = sides.inspect_err(|_| Record::clear(daemon, &self.path, disk))?;
@@ -158,19 +160,29 @@ impl Sides {
         running: &Graph,
     ) -> Result<Sides, Error> {
         let fleeting = fleeting(next, new);
+        let size = |name: &str| graph.node(name).map_or(0, |node| graph.geometry(node).size);
+        let sizes = [size(disk), size(new)];
         let old = heads::below(next, graph, disk)?;
         let new = heads::below(next, graph, new)?;
         let all = heads::survey(&[(now, running)], heads::Names::Keep)?;
         let is = |one: &Volume, other: &Volume| one.at.path == other.at.path;
         let others = all.into_iter().filter(|volume| !old.iter().any(|one| is(one, volume)));
         let others = others.collect();
-        Ok(Sides { old, new, others, fleeting })
+        Ok(Sides { old, new, others, fleeting, sizes })
     }
 
     /// Whether the disk may move there.
-    fn check(&self, names: &Names, force: bool) -> Result<(), Refusal> {
-        self.check_new(force)?;
-        if let Some(what) = self.fleeting.filter(|_| !force) {
+    fn check(&self, names: &Names, request: &MoveRequest) -> Result<(), Refusal> {
+        self.check_new(request.force)?;
+        let [old, new] = self.sizes;
+        if request.keep_mirror && new > old {
+            let message = format!(
+                "{} has {old} bytes and what it moves to {new}: it could not be its mirror afterwards, which is as large",
+                names.disk
+            );
+            return Err(Refusal::invalid(message));
+        }
+        if let Some(what) = self.fleeting.filter(|_| !request.force) {
             let message = format!("{}: the disk would move to {what}: --force does so", names.new);
             return Err(Refusal::invalid(message));
         }

@@ -78,13 +78,10 @@ impl Heads {
         !self.new.is_empty() && self.new.iter().all(is_disk)
     }
 
-    /// What has become of an image that is not there, or another one. A new one would be made anew, empty, while the
-    /// map knows of what the lost one had.
+    /// What has become of a file that is not there, or another one. A new one would be made anew, empty, while the
+    /// map knows of what the lost one had. Where it was not noted which files they are, the map is not believed either.
     pub(super) fn lost(&self) -> Option<String> {
-        let image = |head: &PathBuf| head.to_str()?.strip_suffix(".mason-head").map(PathBuf::from);
-        let gone = self.new.iter().filter_map(image).find(|image| !image.exists());
-        let gone = gone.map(|image| format!("{} is not there any more", image.display()));
-        gone.or_else(|| self.files.as_ref()?.lost().map(|error| error.to_string()))
+        self.files.as_ref()?.lost().map(|error| error.to_string())
     }
 
     /// The move has been given up: the old side is the disk.
