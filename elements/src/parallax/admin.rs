@@ -221,6 +221,16 @@ pub(super) enum Plan {
     },
 }
 
+/// Entries of the catalog that a change of it rewrites, about.
+const CHANGED: u64 = 4;
+
+impl Plan {
+    /// It may use what is kept for that.
+    fn makes_room(&self) -> bool {
+        matches!(self, Plan::Delete(_) | Plan::DeleteSome(_))
+    }
+}
+
 /// How a volume is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -477,6 +487,9 @@ impl Pool {
         let _alone = self.administering.write().await;
         self.checkpoint(below).await?;
         let plan = plan(&mut self.core())?;
+        if !plan.makes_room() {
+            self.keep_room(CHANGED, below).await?;
+        }
         self.checkpoint_with(&plan, below).await
     }
 
@@ -519,7 +532,7 @@ impl Pool {
         let plan = |core: &mut Core| {
             let volume = core.find(name, None)?;
             let Some(Entry { kind: EntryKind::Volume { limits, .. }, ordered, .. }) =
-                core.catalog.get_mut(&volume)
+                core.catalog.get(&volume)
             else {
                 return Err(gone("volume", name));
             };
@@ -528,10 +541,12 @@ impl Pool {
                 reserve: new.reserve.unwrap_or(limits.reserve),
             };
             let more = wanted.reserve.saturating_sub(limits.reserve).div_ceil(BLOCK);
-            // From now on: what is written meanwhile is replayed as that of an ordered volume.
-            *ordered |= new.ordered == Some(true);
             let ordered = new.ordered.unwrap_or(*ordered);
             self.need_room(core, more, name)?;
+            // From now on: what is written meanwhile is replayed as that of an ordered volume.
+            if let Some(entry) = core.catalog.get_mut(&volume) {
+                entry.ordered |= ordered;
+            }
             Ok(Plan::Set { volume, limits: wanted, ordered })
         };
         self.administer(below, plan).await
@@ -691,13 +706,18 @@ impl Pool {
         below: Below<'_>,
     ) -> Result<Vec<Range<u64>>> {
         self.checkpoint(below).await?;
-        let (root, height, _era) = {
+        let (root, height, size, _era) = {
             let core = self.core();
             let Some(entry) = core.catalog.get(&number) else { return Ok(Vec::new()) };
-            (entry.root, entry.height, core.era.clone())
+            (entry.root, entry.height, entry.size / BLOCK, core.era.clone())
         };
         let mut found = Vec::new();
         self.walk_younger((root, height, 0), birth, &mut found, below).await?;
+        // A tree reaches further than its volume, and so do the holes in it.
+        found.retain(|blocks| blocks.start < size);
+        if let Some(last) = found.last_mut() {
+            last.end = last.end.min(size);
+        }
         Ok(found)
     }
 

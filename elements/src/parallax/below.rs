@@ -8,6 +8,12 @@ use rustix::io::Errno;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
+/// Waits for what does not need the thread's own tasks. Where that is a task of tokio itself, locks of tokio would now and then
+/// say that others should have their turn, for ever.
+pub(super) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    futures::executor::block_on(tokio::task::unconstrained(future))
+}
+
 /// The way down. A copy is handed along with each request.
 #[derive(Clone, Copy)]
 pub(super) enum Below<'a> {

@@ -5,7 +5,7 @@ use super::below::Below;
 use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, NODE, Ptr, RECORDS, SLOTS};
 use super::merge::span;
 use super::nodes::{Place, Tree};
-use super::open::crc_of;
+use super::open::{crc_of, examine_copies};
 use super::pool::Pool;
 use blockmason::{LocalBoxFuture, Result};
 use std::collections::hash_map::Entry as Slot;
@@ -55,6 +55,9 @@ pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
     };
     let mut check =
         Check { pool, below, findings: Findings::default(), known: HashMap::new(), seen: HashSet::new() };
+    for problem in examine_copies(pool, below).await? {
+        check.problem(problem);
+    }
     check.pages(root.catalog, root.height, 0).await;
     for (number, entry) in &catalog {
         check.entry(*number, entry, &catalog).await;
@@ -94,13 +97,23 @@ impl Check<'_> {
             self.problem(format!("{what} points to {ptr:?}"));
             return None;
         }
-        let node = match self.pool.nodes.get(&place, self.below).await {
-            Ok(node) => node,
+        // What has been looked at on the device once is in memory, or as good as that.
+        let found = match self.seen.contains(&ptr.at[0]) {
+            true => self.pool.nodes.get(&place, self.below).await.map(|node| (node, None)),
+            false => self.pool.nodes.examine(&place, self.below).await,
+        };
+        let (node, damaged) = match found {
+            Ok(found) => found,
             Err(error) => {
                 self.problem(format!("{what}: {error}"));
                 return None;
             }
         };
+        if let Some(at) = damaged {
+            self.problem(format!(
+                "{what}: the copy of a node at block {at} was damaged, and is written anew"
+            ));
+        }
         let kind = std::mem::discriminant(&node.body);
         ptr.at.into_iter().for_each(|at| self.claim(at, NODE, Meaning::Node(kind, level, index)));
         if node.body.birth() > ptr.birth {

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "for tests, which panic")]
 
 use super::admin::Settings;
-use super::below::Below;
+use super::below::{Below, block_on};
 use super::check::check;
 use super::format::{
     BLOCK, Body, Entry, EntryKind, ExtentRecord, Features, Label, Node, Owners, RECORDS, Record, Root, seal,
@@ -13,7 +13,6 @@ use super::open::{Opening, create, open};
 use super::pool::Pool;
 use super::volume::Volume;
 use blockmason::{Data, Op, Request, Result};
-use futures::executor::block_on;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;

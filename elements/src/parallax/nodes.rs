@@ -96,6 +96,30 @@ impl Nodes {
         Err(damaged(format!("both copies of a node are damaged, at blocks {} and {}", ptr.at[0], ptr.at[1])))
     }
 
+    /// The node at a place as the device has it, and the block of a copy that was damaged, or could not be read, and has been
+    /// written anew.
+    ///
+    /// # Errors
+    /// As those of [`get`](Self::get).
+    pub(super) async fn examine(&self, place: &Place, below: Below<'_>) -> Result<(Arc<Node>, Option<u64>)> {
+        let ptr = place.ptr;
+        let (mut good, mut bad) = (None, None);
+        for at in ptr.at {
+            let bytes = below.read(at * BLOCK, Node::BYTES as u64).await.map(|data| data.to_vec());
+            let node = bytes.as_ref().ok().and_then(|bytes| Node::decode(bytes, &self.id, ptr.at));
+            match (node.filter(|node| place.is(node)), bytes) {
+                (Some(node), Ok(bytes)) => good = Some((node, bytes)),
+                _ => bad = Some(at),
+            }
+        }
+        let Some((node, bytes)) = good else { return Ok((self.read(place, below).await?, None)) };
+        if let Some(at) = bad {
+            // The other copy is good: nothing is lost if this fails.
+            let _ = below.write(at * BLOCK, Data::shared(bytes)).await;
+        }
+        Ok((self.keep(ptr, node), bad))
+    }
+
     fn keep(&self, ptr: Ptr, node: Node) -> Arc<Node> {
         let node = Arc::new(node);
         self.cache().put(ptr.at[0], node.clone());

@@ -160,7 +160,7 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     Ok(pool)
 }
 
-async fn read_label(below: Below<'_>) -> Result<Label> {
+pub(super) async fn read_label(below: Below<'_>) -> Result<Label> {
     let mut best: Option<Label> = None;
     let mut refused = None;
     for place in Label::PLACES {
@@ -176,6 +176,48 @@ async fn read_label(below: Below<'_>) -> Result<Label> {
         }
     }
     best.ok_or_else(|| refused.unwrap_or_else(|| Error::new(Kind::Denied, "it is no pool")))
+}
+
+/// Looks at both copies of everything of which there are two beside nodes, and writes anew what is damaged. A sentence for
+/// each of those. The caller keeps checkpoints off.
+///
+/// # Errors
+/// Neither copy of something can be read.
+pub(super) async fn examine_copies(pool: &Pool, below: Below<'_>) -> Result<Vec<String>> {
+    let label = pool.space.label();
+    let owners = copies(Owners::PLACES, below).await;
+    let is_list = |bytes: &Vec<u8>| Owners::decode(bytes, &label).is_ok();
+    let list = owners.iter().flatten().find(|bytes| is_list(bytes)).cloned();
+    let list = list.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))?;
+    let said = |what: &str, place: u64| {
+        format!("the copy of the {what} at block {place} was damaged, and is written anew")
+    };
+    let mut problems = Vec::new();
+    for (place, found) in Label::PLACES.into_iter().zip(copies(Label::PLACES, below).await) {
+        if found.as_ref() == Some(&label.encode()) {
+            continue;
+        }
+        // Whoever made the pool, or made it larger, may have died between the two.
+        let is_behind = |bytes: Vec<u8>| bytes.iter().all(|byte| *byte == 0) || Label::decode(&bytes).is_ok();
+        if !found.is_some_and(is_behind) {
+            problems.push(said("label", place));
+        }
+        let _ = below.write(place * BLOCK, Data::shared(label.encode())).await;
+    }
+    for (place, found) in Owners::PLACES.into_iter().zip(&owners) {
+        if !found.as_ref().is_some_and(is_list) {
+            problems.push(said("list of owners", place));
+            let _ = below.write(place * BLOCK, Data::shared(list.clone())).await;
+        }
+    }
+    problems.extend(pool.space.examine(below).await?);
+    Ok(problems)
+}
+
+/// Both copies of a block, where they can be read.
+async fn copies(places: [u64; 2], below: Below<'_>) -> [Option<Vec<u8>>; 2] {
+    let copy = async |place: u64| below.read(place * BLOCK, BLOCK).await.ok().map(|data| data.to_vec());
+    [copy(places[0]).await, copy(places[1]).await]
 }
 
 async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owner> {

@@ -1,5 +1,6 @@
 //! A volume of a pool in a file or on a block device.
 
+use super::below::block_on;
 use super::format::{BLOCK, EntryKind};
 use super::pool::Core;
 use super::shared::{Shared, head_of};
@@ -11,7 +12,6 @@ use blockmason::lang::value::{FilePath, Service, Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
 };
-use futures::executor::block_on;
 use std::sync::{Arc, OnceLock};
 
 blockmason::params! {
@@ -43,7 +43,7 @@ pub const TYPE: ElementType = ElementType {
     name: "parallax",
     summary: "a thin volume with snapshots and clones, of a pool in a file or on a block device",
     doc: "Serves a volume, or a snapshot of one, of a pool that `mason pool create` has made. All volumes of a pool share its room; \
-          graphs of one process may serve several of them, one process at a time may use the pool.\n\n\
+          graphs of one process may serve several of them, each volume one graph; one process at a time may use the pool.\n\n\
           A volume takes room for what is written to it; discarded and zeroed ranges take none. Blocks of 4 KiB are written in place \
           where only the volume sees them, and to a new place where a snapshot or a clone sees them, too.\n\n\
           `snapshot NAME` keeps the volume as it is at that instant. It takes one flush, whatever the size, and no request waits for \
@@ -84,7 +84,8 @@ pub const TYPE: ElementType = ElementType {
     provides: &[Snapshots::NAME],
     check: Params::check,
     build: |build: &Build<'_>| {
-        Ok(Arc::new(Disk { params: build.read(Params::from)?, open: OnceLock::new() }))
+        let (params, graph) = (build.read(Params::from)?, build.graph.to_owned());
+        Ok(Arc::new(Disk { params, graph, open: OnceLock::new() }))
     },
     ..ElementType::BASE
 };
@@ -98,6 +99,7 @@ impl Service for Snapshots {
 
 struct Disk {
     params: Params,
+    graph: String,
     /// Set by `open`.
     open: OnceLock<(Volume, Arc<Shared>)>,
 }
@@ -132,7 +134,14 @@ fn size(core: &Core, params: &Params) -> Result<u64> {
 impl Element for Disk {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
         // As it is now: it may have grown since the graph before.
-        let size = Shared::look(&self.params.pool.0, |pool| size(&pool.core(), &self.params))?;
+        let size = Shared::look(&self.params.pool.0, |pool| {
+            let core = pool.core();
+            if self.params.snapshot.is_none() {
+                let free = core.need_writable_by(find(&core, &self.params)?, &self.graph);
+                free.map_err(|error| error.with_path(&self.params.pool.0))?;
+            }
+            size(&core, &self.params)
+        })?;
         Ok(Prepared::of(Geometry {
             min_block: BLOCK as u32,
             preferred_block: BLOCK as u32,
@@ -155,9 +164,10 @@ impl Element for Disk {
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
         if self.open.get().is_none() {
             let shared = Shared::open(&self.params.pool.0, self.params.memory.0)?;
-            let volume = block_on(Volume::open(shared.pool.clone(), self.params.full(), |core| {
-                find(core, &self.params)
-            }))?;
+            let volume =
+                block_on(Volume::open(shared.pool.clone(), self.params.full(), Some(&self.graph), |core| {
+                    find(core, &self.params)
+                }))?;
             let _ = self.open.set((volume, shared));
         }
         Ok(None)

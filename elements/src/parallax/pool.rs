@@ -149,6 +149,8 @@ pub(super) struct Core {
     pub(super) leaving: Vec<(Weak<()>, Vec<Range<u64>>)>,
     /// How often each volume or snapshot is being served.
     pub(super) served: BTreeMap<u32, usize>,
+    /// The graph that each volume is served to, and how often.
+    pub(super) writers: BTreeMap<u32, (String, usize)>,
     /// Volumes for which room is kept.
     reserving: Vec<u32>,
     /// Runs in lines.
@@ -179,6 +181,7 @@ impl Core {
             journal: Vec::new(),
             leaving: Vec::new(),
             served: BTreeMap::new(),
+            writers: BTreeMap::new(),
             reserving: Vec::new(),
             runs: 0,
             opened: false,
@@ -196,6 +199,17 @@ impl Core {
             return ((0, 0), 0);
         };
         ((*newest, self.birth(*newest).unwrap_or(0)), origin.1)
+    }
+
+    /// # Errors
+    /// [`Kind::Busy`] if another graph than this one writes a volume.
+    pub(super) fn need_writable_by(&self, volume: u32, graph: &str) -> Result<()> {
+        match self.writers.get(&volume) {
+            Some((other, _)) if other != graph => {
+                Err(Error::new(Kind::Busy, format!("the graph {other} has it open")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The birth of a snapshot.
@@ -320,8 +334,9 @@ impl Core {
     /// Blocks that the nodes may take which lead to one leaf of a volume.
     pub(super) fn nodes_for(&self, volume: u32) -> u64 {
         let height = self.catalog.get(&volume).map_or(0, |entry| u64::from(entry.height));
-        // It may be all that is below the nodes above it; each node is kept twice.
-        2 * NODE * (height + 1)
+        // It may be all that is below the nodes above it, and what it lets go of begins a part of a dead list; each node is
+        // kept twice.
+        2 * NODE * (height + 2)
     }
 
     /// What is promised to a request for so many nodes goes to what it has written, where there was nothing of that leaf.
@@ -498,6 +513,34 @@ impl Pool {
         Ok(())
     }
 
+    /// Promises room for what new entries of the catalog take, and the dead lists that begin with them, until the next
+    /// checkpoint has written them.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`]: only what makes room may use what is left.
+    pub(super) async fn keep_room(&self, entries: u64, below: Below<'_>) -> Result<()> {
+        loop {
+            let had = self.space.backed();
+            {
+                let mut core = self.core();
+                let blocks = entries * 2 * NODE * (u64::from(core.root.height) + 3);
+                if self.space.reserve(blocks, core.kept(), false)? {
+                    core.promised += blocks;
+                    return Ok(());
+                }
+            }
+            let more = Box::pin(self.space.back(had, below)).await;
+            more.inspect_err(|error| self.fails_with(error))?;
+        }
+    }
+
+    /// A flush that fails may have lost what others were told is written.
+    pub(super) fn fails_with(&self, error: &Error) {
+        if error.kind() != Kind::NoSpace {
+            self.break_down(error);
+        }
+    }
+
     /// Makes everything durable that has been answered.
     pub(super) async fn flush(&self, below: Below<'_>) -> Result<()> {
         if !self.writable {
@@ -525,6 +568,11 @@ impl Pool {
     ) -> Result<Vec<u32>> {
         self.check()?;
         let _together = self.administering.read().await;
+        if self.keep_room(wanted.len() as u64, below).await.is_err() {
+            // What is promised to writes that have ended is free again.
+            self.checkpoint(below).await?;
+            self.keep_room(wanted.len() as u64, below).await?;
+        }
         let (counts, changes) = self.begin_snapshots(wanted, made)?;
         for count in counts {
             count.none().await;

@@ -119,7 +119,7 @@ impl Radix {
             let settings = Settings { checksums: *checksums, ordered, ..Settings::default() };
             pool.make_volume(volume, size.0, settings, below).await?;
         }
-        let volume = Volume::open(pool, self.params.full(), |core| self.find(core)).await?;
+        let volume = Volume::open(pool, self.params.full(), None, |core| self.find(core)).await?;
         Ok(self.volume.get_or_init(|| volume))
     }
 

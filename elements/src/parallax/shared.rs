@@ -1,16 +1,17 @@
 //! The pools that this process has open: each once, whoever uses it.
 
-use super::below::Below;
-use super::format::{BLOCK, EXTENT, Id};
-use super::open::{Opening, create, open};
+use super::below::{Below, block_on};
+use super::format::{BLOCK, EXTENT, Id, Label};
+use super::open::{Opening, create, open, read_label};
 use super::pool::Pool;
-use blockmason::heads::HeadPlace;
+use super::space::write_size;
+use blockmason::heads::{self, HeadPlace, Standing};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Error, Kind, Result};
-use futures::executor::block_on;
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -28,26 +29,56 @@ pub(super) struct Shared {
     listed: Listed,
 }
 
-/// That it is among those that are open.
-struct Listed(PathBuf);
+/// The file or device of a pool: by whatever name it is opened, it is one pool.
+struct Place {
+    path: PathBuf,
+    /// Device and inode; of a device its own number.
+    id: (u64, u64),
+}
 
-/// Pools that are open. One that nobody has any more is among them until it is closed: what is in memory only goes to its
-/// device then, and it may not be opened anew before.
-static OPEN: Mutex<BTreeMap<PathBuf, Weak<Shared>>> = Mutex::new(BTreeMap::new());
-static CLOSED: Condvar = Condvar::new();
-
-type All = MutexGuard<'static, BTreeMap<PathBuf, Weak<Shared>>>;
-
-/// The pool at a path, if it is open. Whoever holds the lock may open it if not.
-fn find(path: &Path) -> (Option<Arc<Shared>>, All) {
-    let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-    while let Some(shared) = all.get(path) {
-        if let Some(shared) = shared.upgrade() {
-            return (Some(shared), all);
-        }
-        all = CLOSED.wait(all).unwrap_or_else(PoisonError::into_inner);
+impl Place {
+    /// # Errors
+    /// There is none, or it is something else, which might never answer.
+    fn of(path: &Path) -> Result<Place> {
+        let path = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
+        let none = |error| Error::io(error, "there is no such pool").with_path(&path);
+        let found = path.metadata().map_err(none)?;
+        let id = match found.file_type() {
+            ty if ty.is_file() => (found.dev(), found.ino()),
+            ty if ty.is_block_device() => (0, found.rdev()),
+            _ => {
+                let message = "a pool is a file, a block device, or a folder that holds the file";
+                return Err(Error::new(Kind::Denied, message).with_path(&path));
+            }
+        };
+        Ok(Place { path: path.canonicalize().map_err(none)?, id })
     }
-    (None, all)
+}
+
+/// That it is among those that are open, or are just being opened.
+struct Listed(Place);
+
+/// Pools that are open. One that is just being opened is among them, and one that nobody has any more until it is closed: what is
+/// in memory only goes to its device then, and it may not be opened anew before.
+static OPEN: Mutex<BTreeMap<(u64, u64), Weak<Shared>>> = Mutex::new(BTreeMap::new());
+static CHANGED: Condvar = Condvar::new();
+
+fn all() -> MutexGuard<'static, BTreeMap<(u64, u64), Weak<Shared>>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The pool at a place, if it is open; else nobody opens it as long as what is returned is there. Waits for whoever does just
+/// that.
+fn find(place: Place) -> Result<Arc<Shared>, Listed> {
+    let mut all = all();
+    while let Some(shared) = all.get(&place.id) {
+        if let Some(shared) = shared.upgrade() {
+            return Ok(shared);
+        }
+        all = CHANGED.wait(all).unwrap_or_else(PoisonError::into_inner);
+    }
+    all.insert(place.id, Weak::new());
+    Err(Listed(place))
 }
 
 impl Shared {
@@ -56,18 +87,20 @@ impl Shared {
     /// # Errors
     /// [`Kind::Busy`] if another process has it open.
     pub(super) fn open(path: &Path, memory: u64) -> Result<Arc<Shared>> {
-        let path = file_of(path)?;
-        let (found, mut all) = find(&path);
-        if let Some(shared) = found {
-            return Ok(shared);
-        }
-        let (image, size, device) = image(&path, true)?;
+        let listed = match find(Place::of(path)?) {
+            Ok(shared) => return Ok(shared),
+            Err(listed) => listed,
+        };
+        let path = &listed.0.path;
+        let (image, size, device) = image(path, true)?;
         let opening = Opening { writable: true, memory };
         let pool = block_on(open(opening, size, Below::Plain(image.file().as_fd())));
-        let pool = pool.map_err(|error| error.with_path(&path))?;
+        let pool = pool.map_err(|error| error.with_path(path))?;
         let io = FileIo::new(image, FileOptions { size, direct: false, device });
-        let shared = Arc::new(Shared { io, pool: Arc::new(pool), listed: Listed(path.clone()) });
-        all.insert(path, Arc::downgrade(&shared));
+        let id = listed.0.id;
+        let shared = Arc::new(Shared { io, pool: Arc::new(pool), listed });
+        all().insert(id, Arc::downgrade(&shared));
+        CHANGED.notify_all();
         Ok(shared)
     }
 
@@ -76,18 +109,32 @@ impl Shared {
     /// # Errors
     /// As [`Shared::open`].
     pub(super) fn look<T>(path: &Path, look: impl FnOnce(&Pool) -> Result<T>) -> Result<T> {
-        let path = file_of(path)?;
-        let (found, all) = find(&path);
-        if let Some(shared) = found {
-            // If it is the last one to have it, closing it needs the lock.
-            drop(all);
-            return look(&shared.pool);
-        }
-        let (image, size, _) = image(&path, false)?;
+        let listed = match find(Place::of(path)?) {
+            Ok(shared) => return look(&shared.pool),
+            Err(listed) => listed,
+        };
+        let (image, size, _) = image(&listed.0.path, false)?;
         let below = Below::Plain(image.file().as_fd());
         let opening = Opening { writable: false, memory: 16 << 20 };
-        let pool = block_on(open(opening, size, below)).map_err(|error| error.with_path(&path))?;
+        let pool = block_on(open(opening, size, below)).map_err(|error| error.with_path(&listed.0.path))?;
         look(&pool)
+    }
+
+    /// Makes a pool larger that is so full that it cannot be opened for writing. Its new size. Blocks.
+    ///
+    /// # Errors
+    /// As [`Shared::grow`], and [`Kind::Busy`] if somebody has it open.
+    pub(super) fn grow_closed(path: &Path, size: Option<u64>) -> Result<u64> {
+        let listed = match find(Place::of(path)?) {
+            Ok(_) => return Err(Error::new(Kind::Busy, "it has just been opened").with_path(path)),
+            Err(listed) => listed,
+        };
+        let (image, _, _) = image(&listed.0.path, true)?;
+        let below = Below::Plain(image.file().as_fd());
+        let label = block_on(read_label(below))?;
+        let extents = make_room(image.file(), &label, size).map_err(|error| error.with_path(path))?;
+        block_on(write_size(label, extents, below))?;
+        Ok(extents * EXTENT * BLOCK)
     }
 
     /// The way down of a request of a graph.
@@ -100,24 +147,9 @@ impl Shared {
     /// # Errors
     /// [`Kind::Invalid`] if it would be smaller, or larger than it can be; [`Kind::NoSpace`] if the device is smaller.
     pub(super) fn grow(&self, size: Option<u64>) -> Result<u64> {
-        let failed = |errno| Error::os(errno, "it cannot be made larger").with_path(&self.listed.0);
-        let file = self.io.image().file();
-        let is_device = FileType::from_raw_mode(rustix::fs::fstat(file).map_err(failed)?.st_mode)
-            == FileType::BlockDevice;
-        let has = rustix::fs::seek(file, SeekFrom::End(0)).map_err(failed)?;
-        let wanted = match (size, is_device) {
-            (None, false) => return Err(Error::invalid("how large? a pool in a file needs a size")),
-            (Some(size), true) if size > has => {
-                let message = format!("the device has {has} bytes only");
-                return Err(Error::new(Kind::NoSpace, message));
-            }
-            (size, _) => size.unwrap_or(has),
-        };
-        let extents = wanted / (EXTENT * BLOCK);
         let label = self.pool.space.label();
-        if !is_device && wanted > has && (label.extents..=label.capacity).contains(&extents) {
-            rustix::fs::ftruncate(file, wanted).map_err(failed)?;
-        }
+        let extents = make_room(self.io.image().file(), &label, size)
+            .map_err(|error| error.with_path(&self.listed.0.path))?;
         block_on(self.pool.space.grow(extents, self.blocking()))?;
         self.pool.room.notify_waiters();
         Ok(extents * EXTENT * BLOCK)
@@ -125,9 +157,9 @@ impl Shared {
 
     /// The head of a volume that is gone goes with it, and is that of the volume's new name otherwise.
     pub(super) fn move_head(&self, volume: &str, to: Option<&str>) {
-        let from = head_of(&self.listed.0, volume, false).path;
+        let from = head_of(&self.listed.0.path, volume, false).path;
         let moved = match to {
-            Some(to) => std::fs::rename(&from, head_of(&self.listed.0, to, false).path),
+            Some(to) => std::fs::rename(&from, head_of(&self.listed.0.path, to, false).path),
             None => std::fs::remove_file(&from),
         };
         if let Err(error) = moved
@@ -137,10 +169,24 @@ impl Shared {
         }
     }
 
+    /// # Errors
+    /// [`Kind::Busy`] if a volume is being filled by a move, or a backup is restored to it: it is no whole disk yet.
+    pub(super) fn is_whole(&self, volume: &str) -> Result<()> {
+        let head = heads::read(&head_of(&self.listed.0.path, volume, false).path).ok().flatten();
+        match head.map(|head| head.standing) {
+            Some(Standing::Filling(from)) => {
+                let message =
+                    format!("{volume} is being filled from {from}, and is not, or not always, a whole disk");
+                Err(Error::new(Kind::Busy, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Its file.
     pub(super) fn opened(&self) -> Option<Opened> {
         let size = self.pool.space.label().extents * EXTENT * BLOCK;
-        Opened::of(&self.listed.0, self.io.image().file(), size).ok()
+        Opened::of(&self.listed.0.path, self.io.image().file(), size).ok()
     }
 
     /// Bytes that are free on the file system that the pool is on; none of a device, which has what it has.
@@ -168,14 +214,34 @@ impl Drop for Shared {
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
-        CLOSED.notify_all();
+        all().remove(&self.0.id);
+        CHANGED.notify_all();
     }
+}
+
+/// Makes the file of a pool larger if it is too small for that size. The extents that there are then.
+fn make_room(file: impl AsFd, label: &Label, size: Option<u64>) -> Result<u64> {
+    let failed = |errno| Error::os(errno, "it cannot be made larger");
+    let stat = rustix::fs::fstat(&file).map_err(failed)?;
+    let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    let has = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(failed)?;
+    let wanted = match (size, is_device) {
+        (None, false) => return Err(Error::invalid("how large? a pool in a file needs a size")),
+        (Some(size), true) if size > has => {
+            return Err(Error::new(Kind::NoSpace, format!("the device has {has} bytes only")));
+        }
+        (size, _) => size.unwrap_or(has),
+    };
+    let extents = wanted / (EXTENT * BLOCK);
+    if !is_device && wanted > has && (label.extents..=label.capacity).contains(&extents) {
+        rustix::fs::ftruncate(&file, wanted).map_err(failed)?;
+    }
+    Ok(extents)
 }
 
 /// Where the head of a volume is: beside the pool, which it goes along with.
 pub(super) fn head_of(pool: &Path, volume: &str, read_only: bool) -> HeadPlace {
-    let pool = file_of(pool).unwrap_or_else(|_| pool.to_owned());
+    let pool = Place::of(pool).map_or_else(|_| pool.to_owned(), |place| place.path);
     let (shown, mut path) = (pool.display().to_string(), pool.into_os_string());
     path.push(format!(".{volume}.mason-head"));
     HeadPlace { path: path.into(), called: format!("{shown} {volume}"), read_only, missing: None }
@@ -212,13 +278,6 @@ pub(super) fn make(path: &Path, size: Option<u64>, id: Id) -> Result<()> {
         .and_then(|()| block_on(create(id, size, Below::Plain(file.as_fd()))));
     // Half made, it would stand in the way.
     made.inspect_err(|_| _ = rustix::fs::unlink(path))
-}
-
-/// The file or device of a pool.
-fn file_of(path: &Path) -> Result<PathBuf> {
-    let path = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
-    let found = path.canonicalize();
-    found.map_err(|error| Error::io(error, "there is no such pool").with_path(&path))
 }
 
 /// Opens the file or device of a pool, with its lock: its size, and whether it is a device.

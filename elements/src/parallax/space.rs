@@ -171,6 +171,27 @@ async fn read_table(
     Ok(())
 }
 
+/// Says on the device that the pool has so many extents. The label that it has then.
+///
+/// # Errors
+/// [`Kind::Invalid`] if it would be smaller, or larger than it can be.
+pub(super) async fn write_size(mut label: Label, extents: u64, below: Below<'_>) -> Result<Label> {
+    if extents < label.extents || extents > label.capacity {
+        let size = |extents: u64| extents * EXTENT * BLOCK;
+        let (now, most) = (size(label.extents), size(label.capacity));
+        return Err(Error::invalid(match extents < label.extents {
+            true => format!("the pool has {now} bytes, and pools do not shrink"),
+            false => format!("the pool was made so that it can have {most} bytes at most; it has {now}"),
+        }));
+    }
+    (label.extents, label.sequence) = (extents, label.sequence + 1);
+    for place in Label::PLACES {
+        below.write(place * BLOCK, Data::shared(label.encode())).await?;
+        below.flush().await?;
+    }
+    Ok(label)
+}
+
 impl Space {
     /// Reads the space of a pool whose journal says this of some extents. One whose record is damaged counts as full, as
     /// ours.
@@ -338,20 +359,7 @@ impl Space {
     /// [`Kind::Invalid`] if it would be smaller, or larger than it can be.
     pub(super) async fn grow(&self, extents: u64, below: Below<'_>) -> Result<()> {
         let _alone = self.granting.lock().await;
-        let mut label = self.label();
-        if extents < label.extents || extents > label.capacity {
-            let size = |extents: u64| extents * EXTENT * BLOCK;
-            let (now, most) = (size(label.extents), size(label.capacity));
-            return Err(Error::invalid(match extents < label.extents {
-                true => format!("the pool has {now} bytes, and pools do not shrink"),
-                false => format!("the pool was made so that it can have {most} bytes at most; it has {now}"),
-            }));
-        }
-        (label.extents, label.sequence) = (extents, label.sequence + 1);
-        for place in Label::PLACES {
-            below.write(place * BLOCK, Data::shared(label.encode())).await?;
-            below.flush().await?;
-        }
+        let label = write_size(self.label(), extents, below).await?;
         let mut state = self.state();
         while (state.extents.len() as u64) < extents {
             state.extents.push(Extent::Nobodys);
@@ -496,6 +504,41 @@ impl Space {
             }
         }
         Ok(())
+    }
+
+    /// Looks at both copies of the table, and writes records anew that are damaged in one. A sentence for each. The caller keeps
+    /// checkpoints off.
+    ///
+    /// # Errors
+    /// Neither copy can be read.
+    pub(super) async fn examine(&self, below: Below<'_>) -> Result<Vec<String>> {
+        const PIECE: u64 = 1 << 20;
+        let _nobody_grants = self.granting.lock().await;
+        let label = self.label();
+        let (places, bytes) = (label.record(0), label.extents * EXTENT_RECORD);
+        let mut problems = Vec::new();
+        for at in (0..bytes).step_by(PIECE as usize) {
+            let len = PIECE.min(bytes - at);
+            let one = below.read(places[0] + at, len).await?.to_vec();
+            let other = below.read(places[1] + at, len).await?.to_vec();
+            if one == other {
+                continue;
+            }
+            let each = EXTENT_RECORD as usize;
+            for (ix, (one, other)) in one.chunks(each).zip(other.chunks(each)).enumerate() {
+                let extent = at / EXTENT_RECORD + ix as u64;
+                let (first, second) = (ExtentRecord::decode(one), ExtentRecord::decode(other));
+                let Some(record) = first.or(second).filter(|_| one != other) else { continue };
+                // Both are sound where a process has died between the two: nothing relies on that record yet.
+                if first.is_none() || second.is_none() {
+                    problems.push(format!(
+                        "a copy of the record of extent {extent} was damaged, and is written anew"
+                    ));
+                }
+                self.write_records(&[(extent, record)], below).await?;
+            }
+        }
+        Ok(problems)
     }
 
     /// What is reachable, as the table says: blocks of ours that are used, by extent.

@@ -2,7 +2,7 @@
 
 use super::account::Account;
 pub use super::admin::{NewSettings, Settings};
-use super::below::Below;
+use super::below::{Below, block_on};
 use super::check::check;
 use super::format::{BLOCK, Entry, EntryKind};
 use super::pool::{Core, Pool};
@@ -10,7 +10,6 @@ use super::shared::{self, Shared};
 use super::volume::{Full, Volume, unix_seconds};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::{Data, Error, Op, Request, Result};
-use futures::executor::block_on;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::ops::Range;
@@ -189,6 +188,14 @@ pub fn open(path: &Path) -> Result<Open> {
     Shared::open(path, MEMORY).map(Open)
 }
 
+/// Makes a pool larger that is so full that [`open`] fails. Its new size. Blocks.
+///
+/// # Errors
+/// As those of [`Operation::Grow`].
+pub fn grow_closed(path: &Path, size: Option<u64>) -> Result<Value> {
+    Shared::grow_closed(path, size).map(|size| json!({ "size": size }))
+}
+
 impl Open {
     /// Does something. What was found out, or null. Blocks, and not on a shard: those serve the pool meanwhile.
     ///
@@ -222,6 +229,7 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         }
         Operation::Snapshot { volumes, name } => {
             super::admin::check_name(name)?;
+            volumes.iter().try_for_each(|volume| shared.is_whole(volume))?;
             let wanted = |volume: &String| Ok((pool.core().find(volume, None)?, name.clone()));
             let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
             block_on(pool.snapshot(&wanted, unix_seconds(), below))?;
@@ -331,7 +339,7 @@ fn read(
     range: Range<u64>,
     below: Below<'_>,
 ) -> Result<Value> {
-    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, |core| core.find(volume, snapshot)))?;
+    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, None, |core| core.find(volume, snapshot)))?;
     check_range(&pool.core(), volume.number(), &range, MOST_BYTES)?;
     let request = Request::read(range.start, range.end - range.start);
     let data = block_on(volume.read_pieces(request, below))?.into_data()?;
@@ -344,7 +352,7 @@ fn change(pool: &Arc<Pool>, volume: &str, request: Request, below: Below<'_>) ->
         let number = core.find(volume, None)?;
         core.need_free(number, volume).map(|()| number)
     };
-    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, unserved))?;
+    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, None, unserved))?;
     let range = request.offset..request.offset.saturating_add(request.len);
     let is_write = request.op == Op::Write;
     check_range(&pool.core(), volume.number(), &range, if is_write { MOST_BYTES } else { u64::MAX })?;

@@ -50,6 +50,8 @@ pub(super) struct Volume {
     pub(super) pool: Arc<Pool>,
     number: u32,
     read_only: bool,
+    /// The graph that it is served to, for which it is kept.
+    graph: Option<String>,
     /// How long a write waits for room where there is none.
     patience: Duration,
 }
@@ -84,6 +86,14 @@ impl Drop for Volume {
             *count -= 1;
             if *count == 0 {
                 core.served.remove(&self.number);
+            }
+        }
+        if self.graph.is_some()
+            && let Some((_, count)) = core.writers.get_mut(&self.number)
+        {
+            *count -= 1;
+            if *count == 0 {
+                core.writers.remove(&self.number);
             }
         }
     }
@@ -160,13 +170,15 @@ struct Search {
 }
 
 impl Volume {
-    /// Serves what is found. It cannot be deleted from then on, nor is it just being deleted.
+    /// Serves what is found. It cannot be deleted from then on, nor is it just being deleted. What a graph may write no other
+    /// graph may.
     ///
     /// # Errors
-    /// It is not found.
+    /// It is not found; [`Kind::Busy`] if another graph has it.
     pub(super) async fn open(
         pool: Arc<Pool>,
         full: Full,
+        graph: Option<&str>,
         find: impl FnOnce(&Core) -> Result<u32>,
     ) -> Result<Volume> {
         let _settled = pool.administering.read().await;
@@ -174,6 +186,13 @@ impl Volume {
         let patience = if full.on_full == OnFull::Queue { full.timeout } else { Duration::ZERO };
         let mut volume = Volume::new(pool.clone(), number);
         volume.patience = patience;
+        if let Some(graph) = graph.filter(|_| !volume.read_only) {
+            let mut core = pool.core();
+            core.need_writable_by(number, graph)?;
+            core.writers.entry(number).or_insert_with(|| (graph.to_owned(), 0)).1 += 1;
+            drop(core);
+            volume.graph = Some(graph.to_owned());
+        }
         Ok(volume)
     }
 
@@ -183,7 +202,7 @@ impl Volume {
         *core.served.entry(number).or_default() += 1;
         let read_only = !core.lines.contains_key(&number);
         drop(core);
-        Volume { pool, number, read_only, patience: Duration::ZERO }
+        Volume { pool, number, read_only, graph: None, patience: Duration::ZERO }
     }
 
     pub(super) fn number(&self) -> u32 {
@@ -528,7 +547,7 @@ impl Volume {
                 Some(blocks) => blocks,
                 None => {
                     let taken = Box::pin(self.pool.space.take(near, want, below)).await;
-                    taken.inspect_err(|error| self.is_fatal(error))?
+                    taken.inspect_err(|error| self.pool.fails_with(error))?
                 }
             };
             let len = blocks.end - blocks.start;
@@ -621,7 +640,9 @@ impl Volume {
             if self.promise_now(&mut promise, fresh)? {
                 return Ok(promise);
             }
-            Box::pin(self.pool.space.back(had, below)).await.inspect_err(|error| self.is_fatal(error))?;
+            Box::pin(self.pool.space.back(had, below))
+                .await
+                .inspect_err(|error| self.pool.fails_with(error))?;
         }
     }
 
@@ -638,13 +659,6 @@ impl Volume {
             line.pending += fresh;
         }
         Ok(true)
-    }
-
-    /// A flush that fails may have lost what others were told is written.
-    fn is_fatal(&self, error: &Error) {
-        if error.kind() != Kind::NoSpace {
-            self.pool.break_down(error);
-        }
     }
 
     pub(super) async fn punch(&self, req: Request, below: Below<'_>) -> Reply {

@@ -22,6 +22,7 @@ mod refused;
 mod server;
 mod soak;
 mod volumes_crash;
+mod volumes_dump;
 mod volumes_room;
 
 use blockmason_tests::control::{Control, Ended, mason};

@@ -79,3 +79,38 @@ fn killed_while_a_volume_is_filled() {
     world.daemon.stop_well();
     mason(world.site.folder(), &["pool", "check", "vms.pool"]).done();
 }
+
+/// A volume that another graph has is nobody else's: not for a move, and not for a third graph.
+#[test]
+fn a_volume_that_is_served_is_not_overwritten() {
+    let mut world = world();
+    let other = "element OtherGuest (type nbd) (listen unix:other.nbd)
+element Other (type parallax) (pool vms.pool) (volume vm)
+OtherGuest -> Other
+";
+    world.site.write("other.mason", other);
+    world.mason(&["load", "other.mason"]).done();
+    for more in [&[][..], &["--force"]] {
+        let said = world.migrate(VOLUME, more).refused();
+        assert!(said.contains("the graph other has it open"), "{said}");
+    }
+    world.site.write("third.mason", other.replace("other.nbd", "third.nbd").replace("Other", "Third"));
+    let said = world.mason(&["load", "third.mason"]).refused();
+    assert!(said.contains("the graph other has it open"), "{said}");
+    world.mason(&["reload", "--graph", "other", "other.mason"]).done();
+    world.is_as_before();
+    world.starts_anew();
+}
+
+/// What is being filled is no disk yet, and a snapshot would make one of it.
+#[test]
+fn no_snapshot_is_taken_of_what_is_being_filled() {
+    let mut world = world();
+    world.migrate(VOLUME, &["--rate", "64k/s", "--until", "begun"]).done();
+    let said = world.mason(&["volume", "snapshot", "vms.pool", "vm@amid"]).refused();
+    assert!(said.contains("is being filled from"), "{said}");
+    world.mason(&["migrate", "abort"]).done();
+    world.until_state("aborted");
+    world.is_as_before();
+    world.starts_anew();
+}

@@ -17,6 +17,9 @@ const FORM: &str = "mason-volume 1";
 /// Bytes of a line of data, at most.
 const PIECE: u64 = 64 << 10;
 
+/// What the name of a volume ends in that is being restored.
+const PART: &str = ".restoring";
+
 /// Longest line that is read.
 const LONGEST: u64 = 2 * PIECE;
 
@@ -59,15 +62,14 @@ pub(super) fn dump(pool: &Pool<'_>, name: &str, snapshot: Option<&str>, to: impl
     let volume = pool.volume(name)?;
     let all = volume["snapshots"].as_array().into_iter().flatten();
     let mut snapshots: Vec<&Value> = all.collect();
-    let (mut size, mut states) = (number(&volume["size"]), Vec::new());
+    let (size, mut states) = (number(&volume["size"]), Vec::new());
     match snapshot {
         Some(wanted) => {
             snapshots.retain(|snapshot| snapshot["name"] == wanted);
             let Some(found) = snapshots.first() else {
                 return Err(Failure::new(format!("there is no snapshot {name}@{wanted}")));
             };
-            size = number(&found["size"]);
-            states.push(Some(wanted));
+            states.push((Some(wanted), number(&found["size"])));
         }
         None if volume["served"] == true => {
             return Err(Failure::new(format!(
@@ -75,16 +77,21 @@ pub(super) fn dump(pool: &Pool<'_>, name: &str, snapshot: Option<&str>, to: impl
             )));
         }
         None => {
-            states.extend(snapshots.iter().map(|snapshot| snapshot["name"].as_str()));
-            states.push(None);
+            states.extend(snapshots.iter().map(|found| (found["name"].as_str(), number(&found["size"]))));
+            states.push((None, size));
         }
     }
     let mut lines = Lines { to, sum: Hasher::new() };
     lines.put(FORM)?;
     let (checksums, ordered) = (volume["checksums"] == true, volume["ordered"] == true);
-    lines.put(&format!("volume {size} checksums {checksums} ordered {ordered}"))?;
+    let mut has = states.first().map_or(size, |(_, size)| *size);
+    lines.put(&format!("volume {has} checksums {checksums} ordered {ordered}"))?;
     let mut since = None;
-    for state in states {
+    for (state, size) in states {
+        if size != has {
+            lines.put(&format!("size {size}"))?;
+            has = size;
+        }
         put_changes(pool, (name, state, since), &mut lines)?;
         if let (Some(taken), None) = (state, snapshot) {
             lines.put(&format!("snapshot {taken}"))?;
@@ -126,21 +133,30 @@ pub(super) fn restore(pool: &Pool<'_>, name: &str, from: impl BufRead) -> Outcom
     }
     let header = reader.line()?.unwrap_or_default();
     let words: Vec<&str> = header.split(' ').collect();
-    let (Ok(size), ["volume", _, "checksums", checksums, "ordered", ordered]) =
-        (words.get(1).unwrap_or(&"").parse(), &words[..])
-    else {
+    let ["volume", size, "checksums", checksums, "ordered", ordered] = &words[..] else {
         return Err(reader.bad());
     };
-    let settings =
-        Settings { checksums: *checksums == "true", ordered: *ordered == "true", ..Settings::default() };
-    pool.ask(&Operation::CreateVolume { name: name.to_owned(), size, settings })?;
+    let (Ok(size), Ok(checksums), Ok(ordered)) = (size.parse(), checksums.parse(), ordered.parse()) else {
+        return Err(reader.bad());
+    };
+    if pool.volume(name).is_ok() {
+        return Err(Failure::new(format!("there is a volume {name} already")));
+    }
+    let settings = Settings { checksums, ordered, ..Settings::default() };
+    // It has its name once it is whole: whoever ends this before that must not take it for the volume.
+    let part = format!("{name}{PART}");
+    pool.ask(&Operation::CreateVolume { name: part.clone(), size, settings })?;
     let mut snapshots = Vec::new();
-    let done = fill(pool, name, &mut reader, &mut snapshots);
+    let done = fill(pool, &part, &mut reader, &mut snapshots);
+    let done = done.and_then(|()| {
+        let (name, to) = (part.clone(), name.to_owned());
+        pool.ask(&Operation::Rename { name, to }).map(drop)
+    });
     if done.is_err() {
         for taken in snapshots {
-            let _ = pool.ask(&Operation::DeleteSnapshot { volume: name.to_owned(), name: taken });
+            let _ = pool.ask(&Operation::DeleteSnapshot { volume: part.clone(), name: taken });
         }
-        let _ = pool.ask(&Operation::DeleteVolume { name: name.to_owned() });
+        let _ = pool.ask(&Operation::DeleteVolume { name: part });
     }
     done
 }
@@ -171,7 +187,15 @@ fn fill<R: BufRead>(
                 pool.ask(&Operation::Snapshot { volumes: vec![volume], name: name.clone() })?;
                 snapshots.push(name);
             }
-            ("end", _, [said]) if *said == format!("{sum:08x}") => return Ok(()),
+            ("size", Some(size), [_]) => {
+                pool.ask(&Operation::Resize { name: volume, size })?;
+            }
+            ("end", _, [said]) if *said == format!("{sum:08x}") => {
+                return match reader.line()? {
+                    None => Ok(()),
+                    Some(_) => Err(Failure::new("there is something behind the end of the dump")),
+                };
+            }
             ("end", _, [_]) => {
                 return Err(Failure::new("the dump has been changed: its checksum is another one"));
             }

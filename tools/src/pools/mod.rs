@@ -21,6 +21,10 @@ fn ask(pool: &Path, operation: &Operation, control: &ControlArgs) -> Outcome<Val
     };
     match here {
         Ok(done) => done.map_err(failed),
+        Err(error) if error.kind() == Kind::NoSpace => match operation {
+            Operation::Grow { size } => tool::grow_closed(pool, *size).map_err(failed),
+            _ => Err(Failure::new(format!("{error}; make it larger with mason pool grow"))),
+        },
         Err(error) if error.kind() == Kind::Busy => {
             let (client, _) = match control.connect() {
                 Ok(daemon) => daemon,

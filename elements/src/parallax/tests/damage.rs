@@ -2,16 +2,19 @@
 
 use super::super::admin::Settings;
 use super::super::below::Below;
+use super::super::check::check;
 use super::super::format::{BLOCK, EXTENT, EntryKind, Label, Owners, seal};
 use super::super::fuzzing::{contents, pool, restore, seal_at, sealed, structures, survives};
 use super::super::open::{Opening, create, open};
 use super::super::shared::{Shared, make};
+use super::super::volume::Volume;
 use super::lines::Model;
-use blockmason::{Error, Kind};
+use blockmason::{Data, Error, Kind, Op, Request};
 use futures::executor::block_on;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 fn blank() -> File {
     tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap()
@@ -244,4 +247,52 @@ fn a_pool_that_another_process_has_open_is_refused() {
     let error = block_on(first.pool.make_volume("v", 4096, Settings::default(), below)).unwrap_err();
     assert!(error.kind() == Kind::Busy && error.to_string().contains("somebody else"), "{error}");
     assert!(first.pool.core().catalog.values().all(|entry| !matches!(entry.kind, EntryKind::Volume { .. })));
+}
+
+/// There are two of everything that leads to data: a check looks at both, mends one that is damaged, and says so.
+#[test]
+fn a_check_finds_and_mends_any_copy_that_is_damaged() {
+    let (size, file) = (64 << 20, blank());
+    file.set_len(size).unwrap();
+    let below = Below::Plain(file.as_fd());
+    let opening = Opening { writable: true, memory: 1 << 20 };
+    block_on(create([5; 16], size, below)).unwrap();
+    let pool = Arc::new(block_on(open(opening, size, below)).unwrap());
+    let number = block_on(pool.make_volume("v", 64 << 20, Settings::default(), below)).unwrap();
+    let volume = Volume::new(pool.clone(), number);
+    for at in [0, 8 << 20, 40 << 20] {
+        let write = Request::write(at, Data::shared(vec![1; 1 << 20]));
+        block_on(volume.write_pieces(write, below)).unwrap();
+    }
+    block_on(pool.snapshot(&[(number, "s".to_owned())], 1, below)).unwrap();
+    block_on(volume.punch(Request::new(Op::Discard, 0, 4096), below)).unwrap();
+    block_on(pool.checkpoint(below)).unwrap();
+    let label = pool.space.label();
+    let root = pool.core().catalog[&number].root;
+    let records = label.record(root.at[0] / EXTENT);
+    let places = [
+        root.at.map(|at| at * BLOCK),
+        Label::PLACES.map(|at| at * BLOCK),
+        Owners::PLACES.map(|at| at * BLOCK),
+        records,
+    ];
+    for (what, places) in ["node", "label", "list of owners", "record"].into_iter().zip(places) {
+        for (ix, place) in places.into_iter().enumerate() {
+            let told = format!("copy {ix} of a {what}");
+            let byte = |at: u64| {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at).unwrap();
+                byte[0]
+            };
+            let before = byte(place + 20);
+            file.write_all_at(&[!before], place + 20).unwrap();
+            let found = block_on(check(&pool, below)).unwrap().problems;
+            assert!(
+                found.len() == 1 && found[0].contains("damaged") && found[0].contains(what),
+                "{told}: {found:?}"
+            );
+            assert_eq!(byte(place + 20), before, "{told}");
+            assert_eq!(block_on(check(&pool, below)).unwrap().problems, [] as [String; 0], "{told}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use super::super::account::Account;
 use super::super::admin::{NewSettings, Settings};
 use super::super::below::Below;
 use super::super::check::check;
-use super::super::format::BLOCK;
+use super::super::format::{BLOCK, EntryKind};
 use super::super::open::{Opening, create, open};
 use super::super::pool::Pool;
 use super::super::shared::make;
@@ -134,6 +134,54 @@ fn what_is_reserved_can_be_written_however_full_the_pool_is() {
     assert_eq!(too_much.kind(), Kind::NoSpace);
     block_on(bench.pool.set("kept", reserve(0), bench.below())).unwrap();
     bench.snapshot(&kept, "s").unwrap();
+}
+
+/// Snapshots take room, and so does what they keep alive: both end before what is kept for deletions does.
+#[test]
+fn a_pool_that_snapshots_have_filled_can_be_opened_and_emptied() {
+    let mut bench = Bench::new(32 * MIB);
+    let volume = bench.volume("v", Settings::default());
+    let (end, _) = bench.fill(&volume, 0);
+    let punch = |bench: &Bench, at: u64| {
+        let req = Request::new(Op::Discard, at % end, BLOCK);
+        block_on(volume.punch(req, bench.below())).map(drop)
+    };
+    let mut taken = 0;
+    let refused = loop {
+        match bench.snapshot(&volume, &format!("s{taken}")) {
+            Ok(()) => taken += 1,
+            Err(error) => break error,
+        }
+        if let Err(error) = punch(&bench, taken * BLOCK) {
+            assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+        }
+    };
+    assert_eq!(refused.kind(), Kind::NoSpace, "{refused}");
+    while let Ok(()) = punch(&bench, (taken + 1) * BLOCK) {
+        taken += 1;
+        bench.used();
+        if taken > 20_000 {
+            break;
+        }
+    }
+    drop(volume);
+    bench.reopen();
+    let names: Vec<String> = {
+        let core = bench.pool.core();
+        let snapshots =
+            core.catalog.values().filter(|entry| matches!(entry.kind, EntryKind::Snapshot { .. }));
+        snapshots.map(|entry| entry.name.clone()).collect()
+    };
+    for name in names {
+        block_on(bench.pool.delete_snapshot("v", &name, bench.below())).unwrap();
+    }
+    block_on(bench.pool.delete_all(bench.below())).unwrap();
+    let volume = bench.find("v");
+    bench.discard(&volume, 0, end);
+    bench.used();
+    bench.write(&volume, 0, 8 * MIB, 1).unwrap();
+    drop(volume);
+    bench.reopen();
 }
 
 #[test]
