@@ -43,8 +43,14 @@ fn restore(site: &Site, name: &str, text: &[u8]) -> Output {
     asked.wait_with_output().unwrap()
 }
 
-fn list(site: &Site) -> String {
-    mason(site.folder(), &["volume", "list", "vms.pool"]).done()
+/// Names and sizes.
+fn list(site: &Site) -> Vec<(String, String)> {
+    let said = mason(site.folder(), &["volume", "list", "vms.pool"]).done();
+    let row = |line: &str| {
+        let mut words = line.split_whitespace().map(str::to_owned);
+        (words.next().unwrap(), words.next().unwrap())
+    };
+    said.lines().skip(2).map(row).collect()
 }
 
 #[test]
@@ -53,11 +59,10 @@ fn a_volume_comes_back_with_its_snapshots_and_their_sizes() {
     let text = dump(&site, "vm");
     assert!(restore(&site, "w", &text).status.success());
     assert!(dump(&site, "w") == text, "what comes back is another volume");
-    let list = list(&site);
-    let size = |name: &str| {
-        list.lines().find(|line| line.starts_with(name)).unwrap().split_whitespace().nth(1).unwrap()
-    };
-    assert_eq!(["w ", "w@a ", "w@b "].map(size), ["5M", "2M", "3M"], "{list}");
+    let sizes: Vec<_> = list(&site).into_iter().filter(|(name, _)| name.starts_with('w')).collect();
+    let wanted =
+        [("w", "5M"), ("w@a", "2M"), ("w@b", "3M")].map(|(name, size)| (name.to_owned(), size.to_owned()));
+    assert_eq!(sizes, wanted);
 }
 
 #[test]
@@ -98,12 +103,15 @@ fn a_restore_that_is_killed_leaves_a_part_that_is_called_so() {
     asked.kill().unwrap();
     asked.wait().unwrap();
     drop(stdin);
-    let said = list(&site);
-    assert!(said.contains("w.restoring") && !said.lines().any(|line| line.starts_with("w ")), "{said}");
-    for name in ["w.restoring@a", "w.restoring"] {
-        if said.lines().any(|line| line.starts_with(&format!("{name} "))) {
-            mason(site.folder(), &["volume", "delete", "vms.pool", name]).done();
-        }
+    let left: Vec<_> =
+        list(&site).into_iter().map(|(name, _)| name).filter(|name| name.starts_with('w')).collect();
+    assert!(
+        left.iter().any(|name| name == "w.restoring") && !left.iter().any(|name| name == "w"),
+        "{left:?}"
+    );
+    // Snapshots first.
+    for name in left.iter().rev() {
+        mason(site.folder(), &["volume", "delete", "vms.pool", name]).done();
     }
     assert!(restore(&site, "w", &text).status.success());
     assert!(dump(&site, "w") == text);
