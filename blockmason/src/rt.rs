@@ -47,6 +47,19 @@ pub async fn blocking<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'stat
     tokio::task::spawn_blocking(body).await.ok()
 }
 
+/// Lets everybody else have a turn who is ready for one, on whatever executor.
+pub async fn pass() {
+    let mut passed = false;
+    std::future::poll_fn(|task| {
+        if std::mem::replace(&mut passed, true) {
+            return Poll::Ready(());
+        }
+        task.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// The body's result, or None if it took longer than `time`.
 pub async fn timeout<T>(time: Duration, body: impl Future<Output = T>) -> Option<T> {
     tokio::time::timeout(time, body).await.ok()

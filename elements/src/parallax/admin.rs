@@ -119,9 +119,9 @@ impl Entry {
     }
 }
 
-/// The catalog as an operation sees it and changes it.
+/// The catalog as an operation sees it and changes it. Nobody else changes it meanwhile.
 struct Catalog<'a> {
-    before: &'a BTreeMap<u32, Entry>,
+    pool: &'a Pool,
     changed: &'a mut BTreeMap<u32, Option<Entry>>,
 }
 
@@ -129,7 +129,7 @@ impl Catalog<'_> {
     fn get(&self, number: u32) -> Option<Entry> {
         match self.changed.get(&number) {
             Some(entry) => entry.clone(),
-            None => self.before.get(&number).cloned(),
+            None => self.pool.core().catalog.get(&number).cloned(),
         }
     }
 
@@ -178,7 +178,8 @@ impl Catalog<'_> {
     fn line(&self, volume: u32) -> Vec<u32> {
         let mut line = Vec::new();
         let mut next = self.volume(volume).map_or(0, |(_, newest, _)| newest);
-        while let Some(snapshot) = self.snapshot(next).filter(|_| line.len() < self.before.len()) {
+        let all = self.pool.core().catalog.len();
+        while let Some(snapshot) = self.snapshot(next).filter(|_| line.len() < all) {
             line.push(next);
             next = snapshot.before;
         }
@@ -260,11 +261,11 @@ impl Plan {
     pub(super) async fn carry_out(
         &self,
         merge: &mut Merge<'_>,
-        before: &BTreeMap<u32, Entry>,
+        pool: &Pool,
         frozen: &mut Frozen,
     ) -> Result<()> {
         let births = frozen.root.births;
-        let mut catalog = Catalog { before, changed: &mut frozen.entries };
+        let mut catalog = Catalog { pool, changed: &mut frozen.entries };
         match self {
             Plan::Make { number, entry } => catalog.set(*number, Some((**entry).clone())),
             Plan::Delete(number) => catalog.change(*number, |entry| entry.deleting = true),

@@ -107,8 +107,7 @@ impl Pool {
             }
         }
         if let Some(plan) = plan {
-            let before = self.core().catalog.clone();
-            plan.carry_out(&mut merge, &before, &mut frozen).await?;
+            plan.carry_out(&mut merge, self, &mut frozen).await?;
         }
         write_catalog(&mut merge, &mut frozen).await?;
         let Merge { difference, mut freed, .. } = merge;
