@@ -12,7 +12,7 @@ pub(crate) struct JobArgs {
     #[command(flatten)]
     pub(crate) control: ControlArgs,
 
-    /// Writes one JSON object
+    /// Writes JSON: one object for what is begun, a list of them for what several may be
     #[arg(long)]
     pub(crate) json: bool,
 }

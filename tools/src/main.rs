@@ -48,6 +48,9 @@ use std::process::ExitCode;
 /// Serve virtual disks from graphs of block elements.
 #[derive(Parser)]
 #[command(name = "mason", version, max_term_width = 100, subcommand_required = true)]
+#[command(
+    after_help = "Exit status: 0 if it was done, 1 if not, with the reason in one sentence on stderr, 2 if it was asked for in the wrong way."
+)]
 struct Cli {
     #[command(flatten)]
     logs: logs::LogArgs,

@@ -201,8 +201,10 @@ impl Check<'_> {
     async fn contents(&mut self, at: u64, crc: u32, block: u64, what: &str) {
         match self.below.read(at * BLOCK, BLOCK).await {
             Ok(data) if crc_of(&data) == crc => {}
-            Ok(_) => self.problem(format!("{what}: block {block} is damaged")),
-            Err(error) => self.problem(format!("{what}: block {block} cannot be read: {error}")),
+            Ok(_) => self.problem(format!("{what}: the 4096 bytes at {} are damaged", block * BLOCK)),
+            Err(error) => {
+                self.problem(format!("{what}: the 4096 bytes at {} cannot be read: {error}", block * BLOCK))
+            }
         }
     }
 

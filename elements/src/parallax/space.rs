@@ -171,6 +171,22 @@ async fn read_table(
     Ok(())
 }
 
+/// Sets room aside for the first of these extents, as many as there is room for. Which those are.
+///
+/// # Errors
+/// [`Kind::NoSpace`] if there is none for the first.
+async fn allocate(mut extents: Range<u64>, below: Below<'_>) -> Result<Range<u64>> {
+    loop {
+        let count = extents.end - extents.start;
+        match below.allocate(extents.start * EXTENT..extents.end * EXTENT).await {
+            Err(error) if error.kind() == Kind::NoSpace && count > 1 => {
+                extents.end = extents.start + count / 2
+            }
+            done => return done.map(|()| extents),
+        }
+    }
+}
+
 /// Says on the device that the pool has so many extents. The label that it has then.
 ///
 /// # Errors
@@ -421,11 +437,11 @@ impl Space {
             if state.free > had {
                 return Ok(());
             }
-            let want = (state.label.extents / 64).clamp(1, MOST_GRANT);
+            let want = (state.label.extents / 16).clamp(1, MOST_GRANT);
             (state.hollow_near(want), state.unowned_near(want))
         };
         if !hollow.is_empty() {
-            below.allocate(hollow.start * EXTENT..hollow.end * EXTENT).await?;
+            let hollow = allocate(hollow, below).await?;
             let mut state = self.state();
             for extent in hollow {
                 let Some(extent) = state.extents[extent as usize].ours_mut().filter(|ours| !ours.backed)
@@ -442,7 +458,7 @@ impl Space {
         if unowned.is_empty() {
             return Err(Error::new(Kind::NoSpace, "the pool is full"));
         }
-        below.allocate(unowned.start * EXTENT..unowned.end * EXTENT).await?;
+        let unowned = allocate(unowned, below).await?;
         self.grant(unowned, below).await
     }
 

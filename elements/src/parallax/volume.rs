@@ -419,10 +419,10 @@ impl Volume {
             for (ix, crc) in piece.crcs.iter().enumerate() {
                 let from = ix * BLOCK as usize;
                 if crc_of(&data.slice(from..from + BLOCK as usize)) != *crc {
-                    let block = piece.first + ix as u64;
+                    let at = (piece.first + ix as u64) * BLOCK;
                     return Err(Error::new(
                         Kind::Io,
-                        format!("block {block} is damaged: its checksum is another one"),
+                        format!("the 4096 bytes at {at} are damaged: their checksum is another one"),
                     ));
                 }
             }

@@ -175,7 +175,7 @@ fn a_read_that_is_wrong_once_is_noticed() {
         rig.fill(0, 4, 1).await.unwrap();
         rig.set("F", "count", "1");
         let said = failure(rig.disk.read(0, 4 * BLOCK).await);
-        assert!(said.to_string().contains("its checksum is another one"), "{said}");
+        assert!(said.to_string().contains("their checksum is another one"), "{said}");
         assert_eq!(rig.filled(3).await.unwrap(), 1);
     });
 }
