@@ -21,7 +21,7 @@ pub(super) struct Account {
 }
 
 /// Extents whose free blocks are given back together.
-const AT_ONCE: usize = 256;
+const AT_ONCE: usize = if cfg!(test) { 3 } else { 256 };
 
 /// Blocks of a tree.
 #[derive(Clone, Copy, Default)]
@@ -151,7 +151,9 @@ impl Pool {
         let (mut extent, mut given) = (0, 0);
         while extent < self.space.label().extents {
             let mut taken = Vec::new();
-            while let Some((at, free)) = self.space.hollow_out(extent).filter(|_| taken.len() < AT_ONCE) {
+            while taken.len() < AT_ONCE
+                && let Some((at, free)) = self.space.hollow_out(extent)
+            {
                 extent = at + 1;
                 taken.push((at, free));
             }

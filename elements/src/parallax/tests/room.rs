@@ -216,7 +216,10 @@ fn what_is_free_goes_back_to_the_file_system() {
     drop(gone);
     block_on(bench.pool.delete_volume("gone", bench.below())).unwrap();
     let before = bench.file.metadata().unwrap().blocks();
+    block_on(bench.pool.delete_all(bench.below())).unwrap();
+    let free = bench.pool.space.free();
     let given = block_on(bench.pool.collect(bench.below())).unwrap();
+    assert!(bench.pool.space.free() >= free, "something is lost");
     let after = bench.file.metadata().unwrap().blocks();
     assert!(given.is_some_and(|bytes| bytes >= 32 * MIB), "{given:?}");
     assert!(before - after >= (31 * MIB) / 512, "{before} {after}");
