@@ -7,6 +7,7 @@ use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::crc_of;
 use super::pool::{Core, Fresh, Here, Pool};
+use super::promise::Promise;
 use super::runs::Run;
 use super::space::Want;
 use blockmason::{
@@ -103,54 +104,6 @@ impl Drop for Volume {
 struct Hold {
     _era: Arc<()>,
     _in_place: Option<Here>,
-}
-
-/// Room that has been promised to a request, until what it writes is in memory, or it has ended otherwise.
-struct Promise<'a> {
-    volume: &'a Volume,
-    leaves: Range<u64>,
-    /// Of what is punched, all leaves but the first and the last are dropped, not written.
-    ends: bool,
-    /// Blocks for nodes, of each leaf as many.
-    nodes: u64,
-    /// Blocks that have not been taken yet.
-    unplaced: u64,
-    fresh: Fresh,
-}
-
-impl Promise<'_> {
-    fn leaves(&self) -> impl Iterator<Item = u64> + Clone + use<> {
-        let last = self.leaves.end - 1;
-        let step = if self.ends { (last - self.leaves.start).max(1) } else { 1 };
-        self.leaves.clone().step_by(step as usize)
-    }
-
-    /// So many blocks have been taken.
-    fn placed(&mut self, blocks: u64) {
-        self.unplaced -= blocks;
-        self.volume.pool.space.release(blocks);
-    }
-
-    /// What has been promised for is in memory: room for its nodes is needed until a checkpoint has written them.
-    fn keep(mut self) {
-        if self.nodes > 0 {
-            let kept =
-                self.volume.pool.core().keep(self.volume.number, self.leaves(), self.nodes, self.fresh);
-            self.nodes -= kept;
-        }
-    }
-}
-
-impl Drop for Promise<'_> {
-    fn drop(&mut self) {
-        let pool = &self.volume.pool;
-        if self.fresh.placed > 0
-            && let Some(line) = pool.core().lines.get_mut(&self.volume.number)
-        {
-            line.pending -= self.fresh;
-        }
-        pool.space.release(self.nodes + self.unplaced);
-    }
 }
 
 /// A node that is not in memory, and stays where it is until it has been read.
@@ -615,50 +568,6 @@ impl Volume {
             self.pool.flush(below).await?;
         }
         Ok(Answer::Done)
-    }
-
-    /// Promises room for blocks and for the nodes that lead to them. What makes room may use what is kept for that.
-    ///
-    /// # Errors
-    /// [`Kind::NoSpace`].
-    async fn promise(
-        &self,
-        fresh: Fresh,
-        row: &Range<u64>,
-        makes_room: bool,
-        below: Below<'_>,
-    ) -> Result<Promise<'_>> {
-        let leaves = row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
-        let none = Fresh::default();
-        let mut promise =
-            Promise { volume: self, leaves, ends: makes_room, nodes: 0, unplaced: 0, fresh: none };
-        if fresh.placed == 0 && !makes_room {
-            return Ok(promise);
-        }
-        loop {
-            let had = self.pool.space.backed();
-            if self.promise_now(&mut promise, fresh)? {
-                return Ok(promise);
-            }
-            Box::pin(self.pool.space.back(had, below))
-                .await
-                .inspect_err(|error| self.pool.fails_with(error))?;
-        }
-    }
-
-    /// False if more room has to be set aside first.
-    fn promise_now(&self, promise: &mut Promise<'_>, fresh: Fresh) -> Result<bool> {
-        let mut core = self.pool.core();
-        core.check_quota(self.number, fresh.filled)?;
-        let nodes = core.nodes_for(self.number) * promise.leaves().count() as u64;
-        if !self.pool.space.reserve(fresh.placed + nodes, core.kept_from(self.number), promise.ends)? {
-            return Ok(false);
-        }
-        (promise.nodes, promise.unplaced, promise.fresh) = (nodes, fresh.placed, fresh);
-        if let Some(line) = core.lines.get_mut(&self.number) {
-            line.pending += fresh;
-        }
-        Ok(true)
     }
 
     pub(super) async fn punch(&self, req: Request, below: Below<'_>) -> Reply {
