@@ -45,7 +45,7 @@ def nbd(bench):
 
 def grow(bench, trouble):
     daemon = bench.serve(GRAPH % (SIZE >> 20))
-    guest = bench.boot("grow mason.size=32M", disk("vm.sock"))
+    guest = bench.boot("grow mason.size=20M", disk("vm.sock"))
     guest.expect("queues", "2")
     guest.expect("cache", "write back")
     said = work(guest, lambda over: trouble(daemon, over))
