@@ -163,7 +163,11 @@ impl Pool {
             let extents: Vec<u64> = taken.iter().map(|(at, _)| *at).collect();
             let free: Vec<Range<u64>> = taken.into_iter().flat_map(|(_, free)| free).collect();
             // Said before it is so: else whoever opens the pool next counts on room that is not there.
-            let done = match self.space.write_hollow(&extents, below).await {
+            let said = async {
+                self.space.write_known(&extents, below).await?;
+                below.flush().await
+            };
+            let done = match said.await {
                 Ok(()) => punch(&free, below).await,
                 Err(error) => {
                     self.break_down(&error);

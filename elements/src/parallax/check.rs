@@ -69,6 +69,11 @@ pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
     Ok(check.findings)
 }
 
+/// What has become of a copy that was damaged.
+pub(super) fn outcome(mended: bool) -> &'static str {
+    if mended { "is written anew" } else { "cannot be written anew" }
+}
+
 impl Check<'_> {
     fn problem(&mut self, what: impl Into<String>) {
         if self.findings.problems.len() < MOST {
@@ -109,9 +114,10 @@ impl Check<'_> {
                 return None;
             }
         };
-        if let Some(at) = damaged {
+        if let Some((at, mended)) = damaged {
             self.problem(format!(
-                "{what}: the copy of a node at block {at} was damaged, and is written anew"
+                "{what}: the copy of a node at block {at} was damaged, and {}",
+                outcome(mended)
             ));
         }
         let kind = std::mem::discriminant(&node.body);

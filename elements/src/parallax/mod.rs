@@ -2,8 +2,8 @@
 //!
 //! `format` is what is on disk, `below` how it is reached. `space` is the block store: extents, owners, what is free. Above
 //! it is a tree store: `log` makes changes findable, `runs` keeps those that are not in a tree yet, `nodes` reads and writes
-//! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests, `promise` the room for them;
-//! `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
+//! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests,
+//! `promise` is the room for them; `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
 
 mod account;
 mod admin;

@@ -96,12 +96,16 @@ impl Nodes {
         Err(damaged(format!("both copies of a node are damaged, at blocks {} and {}", ptr.at[0], ptr.at[1])))
     }
 
-    /// The node at a place as the device has it, and the block of a copy that was damaged, or could not be read, and has been
-    /// written anew.
+    /// The node at a place as the device has it; and the block of a copy that is damaged, or cannot be read, and whether it could
+    /// be written anew.
     ///
     /// # Errors
     /// As those of [`get`](Self::get).
-    pub(super) async fn examine(&self, place: &Place, below: Below<'_>) -> Result<(Arc<Node>, Option<u64>)> {
+    pub(super) async fn examine(
+        &self,
+        place: &Place,
+        below: Below<'_>,
+    ) -> Result<(Arc<Node>, Option<(u64, bool)>)> {
         let ptr = place.ptr;
         let (mut good, mut bad) = (None, None);
         for at in ptr.at {
@@ -113,11 +117,11 @@ impl Nodes {
             }
         }
         let Some((node, bytes)) = good else { return Ok((self.read(place, below).await?, None)) };
-        if let Some(at) = bad {
-            // The other copy is good: nothing is lost if this fails.
-            let _ = below.write(at * BLOCK, Data::shared(bytes)).await;
-        }
-        Ok((self.keep(ptr, node), bad))
+        let mended = match bad {
+            Some(at) => Some((at, below.write(at * BLOCK, Data::shared(bytes)).await.is_ok())),
+            None => None,
+        };
+        Ok((self.keep(ptr, node), mended))
     }
 
     fn keep(&self, ptr: Ptr, node: Node) -> Arc<Node> {

@@ -1,6 +1,7 @@
 //! Makes a pool, and opens one: finds the newest root, and brings back what the log says has happened since.
 
 use super::below::Below;
+use super::check::outcome;
 use super::format::{
     BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Id, Label, Owner, Owners, Ptr, RECORDS,
     Record, Root, SLOTS, TREE, damaged, is_sound, short, u32_at, u64_at,
@@ -153,7 +154,8 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     core.log = log;
     let pool = Pool::new(space, nodes, owner.root, core, opening.writable);
     if opening.writable {
-        pool.space.write_records(&journal.records, below).await?;
+        let extents: Vec<u64> = journal.records.iter().map(|(extent, _)| *extent).collect();
+        pool.space.write_known(&extents, below).await?;
         pool.checkpoint(below).await?;
         pool.space.back_slop(below).await?;
     }
@@ -189,25 +191,25 @@ pub(super) async fn examine_copies(pool: &Pool, below: Below<'_>) -> Result<Vec<
     let is_list = |bytes: &Vec<u8>| Owners::decode(bytes, &label).is_ok();
     let list = owners.iter().flatten().find(|bytes| is_list(bytes)).cloned();
     let list = list.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))?;
-    let said = |what: &str, place: u64| {
-        format!("the copy of the {what} at block {place} was damaged, and is written anew")
+    let said = |what: &str, place: u64, mended: bool| {
+        format!("the copy of the {what} at block {place} was damaged, and {}", outcome(mended))
     };
     let mut problems = Vec::new();
     for (place, found) in Label::PLACES.into_iter().zip(copies(Label::PLACES, below).await) {
         if found.as_ref() == Some(&label.encode()) {
             continue;
         }
+        let mended = below.write(place * BLOCK, Data::shared(label.encode())).await.is_ok();
         // Whoever made the pool, or made it larger, may have died between the two.
         let is_behind = |bytes: Vec<u8>| bytes.iter().all(|byte| *byte == 0) || Label::decode(&bytes).is_ok();
-        if !found.is_some_and(is_behind) {
-            problems.push(said("label", place));
+        if !mended || !found.is_some_and(is_behind) {
+            problems.push(said("label", place, mended));
         }
-        let _ = below.write(place * BLOCK, Data::shared(label.encode())).await;
     }
     for (place, found) in Owners::PLACES.into_iter().zip(&owners) {
         if !found.as_ref().is_some_and(is_list) {
-            problems.push(said("list of owners", place));
-            let _ = below.write(place * BLOCK, Data::shared(list.clone())).await;
+            let mended = below.write(place * BLOCK, Data::shared(list.clone())).await.is_ok();
+            problems.push(said("list of owners", place, mended));
         }
     }
     problems.extend(pool.space.examine(below).await?);

@@ -223,7 +223,9 @@ impl Space {
         read_table(&label, below, |record| extents.push(Extent::of(&record.unwrap_or(full), owner))).await?;
         for (extent, record) in journal {
             if let Some(extent) = extents.get_mut(*extent as usize) {
-                *extent = Extent::of(record, owner);
+                // Room may have been given back since the journal was written; then the table says so.
+                let backed = record.backed && extent.ours().is_some_and(|ours| ours.backed);
+                *extent = Extent::of(&ExtentRecord { backed, ..*record }, owner);
             }
         }
         let first = label.first();
@@ -358,15 +360,14 @@ impl Space {
         Some((at, runs))
     }
 
-    /// Says durably of extents that they are not backed.
-    pub(super) async fn write_hollow(&self, extents: &[u64], below: Below<'_>) -> Result<()> {
+    /// Writes to the table what is known of extents.
+    pub(super) async fn write_known(&self, extents: &[u64], below: Below<'_>) -> Result<()> {
         let records: Vec<(u64, ExtentRecord)> = {
             let state = self.state();
             let record = |at: &u64| Some((*at, state.extents[*at as usize].ours()?.record(self.owner)));
             extents.iter().filter_map(record).collect()
         };
-        self.write_records(&records, below).await?;
-        below.flush().await
+        self.write_records(&records, below).await
     }
 
     /// Makes the pool larger, durably.
