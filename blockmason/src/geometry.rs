@@ -28,6 +28,9 @@ pub struct Geometry {
     pub volatile: bool,
     /// True if what was answered and not flushed may be lost while this machine goes on: a server has it.
     pub forgetful: bool,
+    /// The longest write, in bytes, of which all or nothing is there afterwards, whatever dies meanwhile: what holds
+    /// authenticated data needs it. 0 if no length is promised.
+    pub atomic: u32,
 }
 
 impl Geometry {
@@ -44,12 +47,13 @@ impl Geometry {
             read_only: false,
             volatile: false,
             forgetful: false,
+            atomic: 0,
         }
     }
 
     /// The same as what an element above sees that makes no demands of its own.
     pub fn above(self) -> Geometry {
-        Geometry { min_block: 1, max_len: NO_LIMIT, ..self }
+        Geometry { min_block: 1, max_len: NO_LIMIT, atomic: self.atomic.min(self.max_len), ..self }
     }
 
     /// What two disks side by side or in a row have in common: their size is the caller's business.
@@ -65,6 +69,7 @@ impl Geometry {
             read_only: self.read_only || other.read_only,
             volatile: self.volatile || other.volatile,
             forgetful: self.forgetful || other.forgetful,
+            atomic: self.atomic.min(other.atomic),
         }
     }
 }

@@ -113,7 +113,7 @@ impl<'a> Cx<'a> {
 impl Children<'_> {
     /// What an element that [scatters](Cx::scatter) requests over all of its children looks like: each
     /// operation that one of them does is of use, since the edges to the others do it by other means;
-    /// zeros are only as fast as on the slowest. The size is `size`.
+    /// zeros are only as fast as on the slowest, and what is sent to several is never atomic. The size is `size`.
     pub fn united(&self, size: u64) -> Geometry {
         let mut ops = Ops { fast_zero: true, ..Ops::NONE };
         for child in self.iter().map(|geometry| geometry.ops) {
@@ -124,7 +124,7 @@ impl Children<'_> {
             ops.extents |= child.extents;
         }
         let met = self.iter().reduce(Geometry::meet).unwrap_or(Geometry::new(0));
-        Geometry { size, ops, ..met.above() }
+        Geometry { size, ops, atomic: 0, ..met.above() }
     }
 }
 

@@ -166,6 +166,7 @@ impl Element for Radix {
             needs_flush: true,
             read_only: self.params.snapshot.is_some(),
             size: self.params.size.0,
+            atomic: 0,
             ..below.above()
         };
         Ok(Prepared::with(geometry, below.size))

@@ -163,6 +163,7 @@ fn geometry(client: &Client, readonly: bool) -> Result<Geometry> {
         read_only: readonly || has(TransmissionFlags::READ_ONLY),
         volatile: false,
         forgetful: has(TransmissionFlags::SEND_FLUSH),
+        atomic: 0,
     })
 }
 

@@ -361,7 +361,7 @@ impl Element for Wal {
         }
         let ops =
             Ops { write_zeroes: true, fast_zero: disk.ops.fast_zero && disk.ops.write_zeroes, ..disk.ops };
-        let geometry = Geometry { ops, needs_flush: log.needs_flush, ..disk.above() };
+        let geometry = Geometry { ops, needs_flush: log.needs_flush, atomic: 0, ..disk.above() };
         Ok(Prepared::with(geometry, Below { disk: disk.size, log }))
     }
 
