@@ -1,5 +1,6 @@
 //! The element library of Block Mason: one file for each element, one visible table of them all.
 
+pub mod cloud;
 pub mod export;
 pub mod fault;
 pub mod migrate;

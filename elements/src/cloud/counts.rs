@@ -1,0 +1,63 @@
+//! What is asked of a store, counted by kind: what a bill is made of.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A kind of request, as stores price them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// An object is put.
+    Put,
+    /// Bytes of an object are fetched.
+    Get,
+    /// An object is asked about.
+    Head,
+    /// Objects are listed.
+    List,
+    /// Objects are deleted.
+    Delete,
+}
+
+impl Call {
+    /// Every kind.
+    pub const ALL: [Call; 5] = [Call::Put, Call::Get, Call::Head, Call::List, Call::Delete];
+
+    /// The word used in handlers and output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Call::Put => "put",
+            Call::Get => "get",
+            Call::Head => "head",
+            Call::List => "list",
+            Call::Delete => "delete",
+        }
+    }
+}
+
+/// Requests and bytes, by kind. Every attempt counts: it is paid for.
+#[derive(Debug, Default)]
+pub struct Counts {
+    requests: [AtomicU64; 5],
+    bytes: [AtomicU64; 5],
+}
+
+impl Counts {
+    pub(super) fn add(&self, call: Call, bytes: u64) {
+        self.requests[call as usize].fetch_add(1, Ordering::Relaxed);
+        self.moved(call, bytes);
+    }
+
+    /// Bytes of a request that has been counted before.
+    pub(super) fn moved(&self, call: Call, bytes: u64) {
+        self.bytes[call as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// How many requests of a kind there have been.
+    pub fn requests(&self, call: Call) -> u64 {
+        self.requests[call as usize].load(Ordering::Relaxed)
+    }
+
+    /// The bytes that they have moved.
+    pub fn bytes(&self, call: Call) -> u64 {
+        self.bytes[call as usize].load(Ordering::Relaxed)
+    }
+}

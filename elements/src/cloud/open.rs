@@ -1,0 +1,363 @@
+//! Making a volume, and becoming its owner: docs/formats/bucket.md, "Opening".
+
+use super::format::{
+    Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, key, unhex,
+};
+use super::keeper::{self, keys_of, taken_over};
+use super::map::Map;
+use super::pieces::{Fill, Piece, Pieces};
+use super::store::Bucket;
+use super::volume::{Batch, State, Volume};
+use blockmason::data::Data;
+use blockmason::{Error, Kind, Result, rt};
+use futures::stream::{StreamExt, TryStreamExt};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+/// Requests at once while a volume is opened.
+const AT_ONCE: usize = 16;
+
+/// How a volume is opened.
+#[derive(Clone, Debug)]
+pub(super) struct Opening {
+    /// Who opens it.
+    pub(super) claim: Claim,
+    /// Bytes that may wait in memory for their blocks.
+    pub(super) memory: u64,
+    /// Another host may have it open: it is taken from it.
+    pub(super) take: bool,
+    /// How long requests are tried again while it is served.
+    pub(super) patience: Option<Duration>,
+}
+
+/// What is in a bucket, before anything is claimed.
+pub(super) async fn describe(bucket: &Bucket) -> Result<Description> {
+    match bucket.get_whole(key::VOLUME, 1 << 16).await? {
+        Some(bytes) => Description::decode(&bytes.to_vec()),
+        None => Err(Error::new(Kind::Unavailable, "there is no volume in that bucket, below that prefix")),
+    }
+}
+
+/// Makes a volume. Fails where there is one, and with `fenced` where the store does not take conditions seriously.
+pub(super) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
+    let id = unhex(&format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)));
+    let description = Description::new(id.unwrap_or_default(), size, block, seconds(), fenced);
+    description.check()?;
+    let is_fenced = bucket.probe().await?;
+    if fenced && !is_fenced {
+        let message = "this store ignores `If-None-Match`: two hosts that open the volume would destroy it, and nothing can keep them from it";
+        return Err(Error::unsupported(message));
+    }
+    let made = bucket.put_if_absent(key::VOLUME, Data::copy_of(&description.encode())).await?;
+    if !made {
+        return Err(Error::new(Kind::Busy, "there is a volume already"));
+    }
+    Ok(description)
+}
+
+/// Seconds since 1970.
+pub(super) fn seconds() -> u64 {
+    rt::wall_clock().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The newest claim, if there is any.
+pub(super) async fn last_claim(bucket: &Bucket) -> Result<Option<Claim>> {
+    match bucket.list(key::CLAIMS, "", 1).await?.first() {
+        Some(listed) => read_claim(bucket, &listed.key).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The newest checkpoint, if there is any.
+pub(super) async fn last_checkpoint(bucket: &Bucket, id: Id) -> Result<Option<Checkpoint>> {
+    let mut after = String::new();
+    loop {
+        let found = bucket.list(key::MAPS, &after, 16).await?;
+        let Some(last) = found.last() else { return Ok(None) };
+        after = last.key.clone();
+        for listed in &found {
+            match read_map(bucket, id, &listed.key).await? {
+                Some(Link::One(checkpoint)) => return Ok(Some(checkpoint)),
+                Some(Link::End(_)) => {}
+                // It has gone since: there is a newer one.
+                None => {
+                    after.clear();
+                    break;
+                }
+            }
+        }
+    }
+}
+
+async fn read_claim(bucket: &Bucket, key: &str) -> Result<Claim> {
+    let damaged = || Error::new(Kind::Io, "the claim is damaged").with_path(key);
+    let epoch = key::claimed(key).ok_or_else(damaged)?;
+    let bytes = bucket.get_whole(key, 1 << 16).await?.ok_or_else(damaged)?;
+    let claim: Claim = serde_json::from_slice(&bytes.to_vec()).map_err(|_| damaged())?;
+    if claim.epoch == epoch { Ok(claim) } else { Err(damaged()) }
+}
+
+async fn read_map(bucket: &Bucket, id: Id, key: &str) -> Result<Option<Link<Checkpoint>>> {
+    match bucket.get_whole(key, LARGEST).await? {
+        Some(bytes) => Checkpoint::decode(&bytes.to_vec(), id).map(Some).map_err(|error| error.with_path(key)),
+        None => Ok(None),
+    }
+}
+
+/// Becomes the owner of a volume, and starts what keeps it.
+pub(super) async fn open(
+    bucket: Bucket,
+    opening: Opening,
+    say: Arc<dyn Fn(&str) + Send + Sync>,
+) -> Result<Arc<Volume>> {
+    let description = describe(&bucket).await?;
+    let id = description.id()?;
+    let (base, last) = (last_checkpoint(&bucket, id).await?, last_claim(&bucket).await?);
+    may_be_taken(base.as_ref(), last.as_ref(), &opening)?;
+    let epoch = claim(&bucket, last.map_or(0, |last| last.epoch), &opening.claim).await?;
+    let base = end_checkpoints(&bucket, id, base, epoch).await?;
+    let base = base.unwrap_or_else(|| Checkpoint { size: description.size, ..Checkpoint::default() });
+    let mut state = load(&bucket, id, &description, &base).await?;
+    let (spans, commits) = replay(&bucket, id, &base, epoch).await?;
+    (state.replays, state.gone) = (spans, base.gone.clone());
+    let served = bucket.with_patience(opening.patience);
+    let volume = Volume::new(served, description, epoch, opening.memory, state, say)?;
+    for commit in &commits {
+        bring_back(&volume, commit);
+    }
+    if commits.is_empty() {
+        volume.state().replays.clear();
+    }
+    let volume = Arc::new(volume);
+    first_checkpoint(&bucket, &volume, &base).await?;
+    Ok(volume)
+}
+
+/// # Errors
+/// Another host has it open, as far as is known, and nobody has said that it is dead.
+fn may_be_taken(base: Option<&Checkpoint>, last: Option<&Claim>, opening: &Opening) -> Result<()> {
+    let Some(last) = last else { return Ok(()) };
+    let closed = base.is_some_and(|base| base.closed && base.epoch == last.epoch);
+    if closed || opening.take || last.machine == opening.claim.machine {
+        return Ok(());
+    }
+    let message = format!(
+        "the host {} has had it open since {} (process {}): if that host is dead, say so with `mason bucket take`",
+        last.host, last.time, last.process
+    );
+    Err(Error::new(Kind::Busy, message))
+}
+
+/// Claims the next epoch.
+async fn claim(bucket: &Bucket, last: u64, who: &Claim) -> Result<u64> {
+    for epoch in last + 1.. {
+        super::format::version(epoch, 0)?;
+        let claim = Claim { epoch, time: seconds(), ..who.clone() };
+        let body = serde_json::to_vec(&claim).map_err(|_| Error::internal("a claim cannot be written"))?;
+        if bucket.put_if_absent(&key::claim(epoch), Data::copy_of(&body)).await? {
+            return Ok(epoch);
+        }
+    }
+    Err(Error::internal("there is no epoch left"))
+}
+
+/// Ends the chains of checkpoints of all earlier epochs that may be alive, and returns the last checkpoint.
+///
+/// An owner that is alive deletes checkpoints that it has followed by others; so the place of an end may have been taken before. Then
+/// there is a later one, for which the listing is looked through each time.
+async fn end_checkpoints(
+    bucket: &Bucket,
+    id: Id,
+    mut base: Option<Checkpoint>,
+    by: u64,
+) -> Result<Option<Checkpoint>> {
+    let mut epoch = base.as_ref().map_or(1, |base| base.epoch);
+    while epoch < by {
+        let n = base.as_ref().filter(|base| base.epoch == epoch).map_or(1, |base| base.n + 1);
+        let end = Data::shared(End { epoch, by }.encode(id));
+        let ended = bucket.put_if_absent(&key::map(epoch, n), end).await?
+            || matches!(read_map(bucket, id, &key::map(epoch, n)).await?, Some(Link::End(_)));
+        let last = last_checkpoint(bucket, id).await?;
+        let place = |base: &Option<Checkpoint>| base.as_ref().map(|base| (base.epoch, base.n));
+        if place(&last) > place(&base) {
+            epoch = last.as_ref().map_or(epoch, |last| last.epoch);
+            base = last;
+        } else if ended {
+            epoch += 1;
+        }
+    }
+    Ok(base)
+}
+
+/// What is in memory of a volume at the instant of a checkpoint.
+async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpoint) -> Result<State> {
+    let mut map = Map::new(base.size.div_ceil(description.block));
+    let damaged = |why: String| Error::new(Kind::Io, why);
+    let parts = base.parts.iter().map(|(part, version)| async move {
+        let key = key::part(*part, *version);
+        let bytes = bucket.get_whole(&key, 1 << 20).await?;
+        let bytes = bytes.ok_or_else(|| Error::new(Kind::Io, "a part of the map is missing").with_path(&key))?;
+        let versions = decode_part(&bytes.to_vec(), id, *part).map_err(|error| error.with_path(&key))?;
+        Ok::<_, Error>((*part, *version, versions))
+    });
+    let mut parts = futures::stream::iter(parts).buffer_unordered(AT_ONCE);
+    while let Some((part, version, versions)) = parts.try_next().await? {
+        if part >= map.parts() {
+            return Err(damaged(format!("the map has a part {part}, beyond the end of the disk")));
+        }
+        map.load(part, version, versions);
+    }
+    Ok(State {
+        size: base.size,
+        map,
+        pieces: Pieces::default(),
+        covered: BTreeMap::new(),
+        open: Batch::default(),
+        sealed: 0,
+        committed: 0,
+        next: 1,
+        serial: base.serial,
+        writer: base.writer,
+        tenure: base.tenure,
+        named: false,
+        replays: Vec::new(),
+        done: 0,
+        checkpoint: 0,
+        doomed: Vec::new(),
+        gone: Gone::default(),
+        dead: None,
+        touched: rt::now(),
+        closing: false,
+        settle: false,
+        settled: None,
+    })
+}
+
+/// The commits that are not in the map of the base, and where they are; ends the chain of the base's epoch.
+async fn replay(bucket: &Bucket, id: Id, base: &Checkpoint, by: u64) -> Result<(Vec<Span>, Vec<Commit>)> {
+    let (mut spans, mut commits) = (base.replays.clone(), Vec::new());
+    for span in &base.replays {
+        let found = (span.first..=span.last).map(|n| read_commit(bucket, id, base.size, span.epoch, n));
+        let mut found = futures::stream::iter(found).buffered(AT_ONCE);
+        while let Some(found) = found.try_next().await? {
+            match found {
+                Some(Link::One(commit)) => commits.push(commit),
+                _ => return Err(Error::new(Kind::Io, "a commit that is not in the map is missing")),
+            }
+        }
+    }
+    // Before its first checkpoint an open commits nothing.
+    if base.epoch == 0 {
+        return Ok((spans, commits));
+    }
+    let mut n = base.done + 1;
+    loop {
+        match read_commit(bucket, id, base.size, base.epoch, n).await? {
+            Some(Link::One(commit)) => commits.push(commit),
+            Some(Link::End(_)) => break,
+            None => {
+                let end = Data::shared(End { epoch: base.epoch, by }.encode(id));
+                if bucket.put_if_absent(&key::wal(base.epoch, n), end).await? {
+                    break;
+                }
+                continue;
+            }
+        }
+        n += 1;
+    }
+    if n > base.done + 1 {
+        spans.push(Span { epoch: base.epoch, first: base.done + 1, last: n - 1 });
+    }
+    Ok((spans, commits))
+}
+
+async fn read_commit(bucket: &Bucket, id: Id, size: u64, epoch: u64, n: u64) -> Result<Option<Link<Commit>>> {
+    let key = key::wal(epoch, n);
+    let Some(bytes) = bucket.get_whole(&key, LARGEST).await? else { return Ok(None) };
+    let link = Commit::decode(&bytes, id, size).map_err(|error| error.with_path(&key))?;
+    match &link {
+        Link::One(commit) if (commit.epoch, commit.n) != (epoch, n) => {
+            Err(Error::new(Kind::Io, "it is another commit than its name says").with_path(&key))
+        }
+        _ => Ok(Some(link)),
+    }
+}
+
+/// What a commit of an earlier epoch says, as if it had just come.
+fn bring_back(volume: &Volume, commit: &Commit) {
+    let mut state = volume.state();
+    for entry in &commit.entries {
+        match entry {
+            Entry::Piece { offset, data } => {
+                // In memory of its own: the rest of its commit goes.
+                let fill = Fill::Data(Data::copy_of(&data.to_vec()));
+                state.pieces.put(*offset, Piece::new(data.len() as u64, fill, 0));
+            }
+            Entry::Zeros { offset, len } => {
+                state.pieces.put(*offset, Piece::new(*len, Fill::Zeros, 0));
+            }
+            Entry::Block { .. } => {}
+        }
+        keeper::apply(volume, &mut state, entry, 0);
+    }
+    state.serial = commit.serial.max(state.serial);
+    (state.writer, state.tenure) = (commit.writer, commit.tenure);
+}
+
+/// The checkpoint that begins this epoch: the map of the base, and what has to be replayed. From then on it may be written.
+async fn first_checkpoint(bucket: &Bucket, volume: &Arc<Volume>, base: &Checkpoint) -> Result<()> {
+    let root = {
+        let mut state = volume.state();
+        // What a replayed commit named may have been taken away by one before it, and given back.
+        let doomed = std::mem::take(&mut state.doomed);
+        state.doomed = doomed.into_iter().filter(|(block, version, _)| state.map.get(*block) != *version).collect();
+        state.checkpoint = 1;
+        Checkpoint {
+            epoch: volume.epoch,
+            n: 1,
+            done: 0,
+            next: state.next,
+            closed: false,
+            replays: state.replays.clone(),
+            parts: base.parts.clone(),
+            ..base.clone()
+        }
+    };
+    let body = Data::shared(root.encode(volume.id));
+    if !bucket.put_if_absent(&key::map(volume.epoch, 1), body).await? {
+        return Err(taken_over());
+    }
+    let before = (base.epoch > 0).then(|| key::map(base.epoch, base.n));
+    let gone = keys_of(&base.gone).chain(before);
+    if bucket.delete_many(gone).await.is_ok() {
+        volume.state().gone = Gone::default();
+    }
+    volume.progress.send_modify(|progress| progress.checkpoint = 1);
+    Ok(())
+}
+
+/// Leaves a volume in order: everything is durable in its block, and other hosts may open it. Gives up after `time`, and then
+/// all that was acknowledged is in commits.
+pub(super) async fn close(volume: &Arc<Volume>, time: Duration) -> Result<()> {
+    let leave = async {
+        volume.flush().await?;
+        let checkpoint = {
+            let mut state = volume.state();
+            (state.closing, state.settle) = (true, true);
+            state.checkpoint
+        };
+        volume.work.notify_one();
+        volume.until(|progress| progress.checkpoint > checkpoint).await
+    };
+    let left = rt::timeout(time, leave).await;
+    let late = || Error::new(Kind::Unavailable, "the store does not take what is left in time: it stays in commits");
+    let left = left.unwrap_or_else(|| Err(late()));
+    {
+        let mut state = volume.state();
+        state.closing = true;
+        state.dead.get_or_insert((Kind::Unavailable, "the volume has been left".to_owned()));
+    }
+    volume.work.notify_one();
+    left
+}

@@ -1,0 +1,3 @@
+//! Each race by itself, its order of events forced.
+
+use super::*;

@@ -1,0 +1,390 @@
+//! An open volume: what is in memory of it, and what requests do with that. What goes to the bucket when: keeper.rs.
+
+use super::format::{Description, Gone, Id, Span, key, version};
+use super::map::Map;
+use super::pieces::{Fill, Piece, Pieces};
+use super::store::Bucket;
+use blockmason::data::Data;
+use blockmason::request::join_extents;
+use blockmason::{Answer, Error, Extent, ExtentState, Kind, Op, Origin, Reply, Request, Result, rt};
+use futures::future::try_join_all;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+/// The most data of one commit, in bytes.
+pub(super) const BATCH: u64 = 32 << 20;
+
+/// The longest write that may enter, and that is in one commit as a whole.
+pub(super) const LONGEST: u32 = 16 << 20;
+
+/// The most entries of one commit: a flood of small requests ends a batch too.
+pub(super) const ENTRIES: usize = 1 << 16;
+
+/// A volume that this process has open.
+pub(super) struct Volume {
+    pub(super) bucket: Bucket,
+    pub(super) id: Id,
+    pub(super) block: u64,
+    pub(super) epoch: u64,
+    /// Bytes that may wait in memory for their blocks.
+    pub(super) memory: u64,
+    /// What was left in order: the description as it is in the bucket.
+    pub(super) description: Description,
+    state: Mutex<State>,
+    /// Something for the keeper to look at.
+    pub(super) work: Notify,
+    /// How far it is; whoever waits for a commit, or for room, follows it.
+    pub(super) progress: watch::Sender<Progress>,
+    pub(super) say: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+/// How far an open volume is.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Progress {
+    /// Batches up to this one are durable in the bucket.
+    pub(super) committed: u64,
+    /// Counts whenever room may have become free.
+    pub(super) freed: u64,
+    /// Checkpoints up to this one are durable.
+    pub(super) checkpoint: u64,
+    /// Why nothing is served any more.
+    pub(super) dead: Option<String>,
+}
+
+/// What is in memory of a volume.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) size: u64,
+    pub(super) map: Map,
+    /// What was written and is in no block's object yet, committed or not: reads find it here first. Pieces of batch 0
+    /// come from commits of earlier epochs.
+    pub(super) pieces: Pieces,
+    /// Of each batch that is not committed, the oldest batch of what its pieces lie over, which is in memory no more: the
+    /// commits of that one are needed until this one is durable.
+    pub(super) covered: BTreeMap<u64, u64>,
+    /// What the next commit will hold.
+    pub(super) open: Batch,
+    /// The last batch that is on its way. A batch is commit of the same number.
+    pub(super) sealed: u64,
+    /// The last batch that is durable, with all before it.
+    pub(super) committed: u64,
+    /// The number of the next version.
+    pub(super) next: u64,
+    pub(super) serial: u64,
+    pub(super) writer: Id,
+    pub(super) tenure: u64,
+    /// Somebody has said in this epoch who writes.
+    pub(super) named: bool,
+    /// Commits of earlier epochs whose pieces are still here.
+    pub(super) replays: Vec<Span>,
+    /// Of this epoch, what a checkpoint has covered.
+    pub(super) done: u64,
+    pub(super) checkpoint: u64,
+    /// What nothing leads to since the last checkpoint, with the last batch then under way. A block goes when that
+    /// is covered by a checkpoint, for a commit may name it.
+    pub(super) doomed: Vec<(u64, u64, u64)>,
+    /// What may go after the next checkpoint, or may and perhaps has gone.
+    pub(super) gone: Gone,
+    pub(super) dead: Option<(Kind, String)>,
+    /// When something was written last.
+    pub(super) touched: Instant,
+    /// It is being left: nothing may be written any more.
+    pub(super) closing: bool,
+    /// Everything in pieces is to be brought into its blocks, and a checkpoint made.
+    pub(super) settle: bool,
+    /// What was committed when blocks were last settled.
+    pub(super) settled: Option<u64>,
+}
+
+/// What is written between two commits.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) pieces: Pieces,
+    /// Somebody waits for it, or it is full.
+    pub(super) due: bool,
+}
+
+impl State {
+    /// # Errors
+    /// The volume has another owner, or has been left.
+    pub(super) fn alive(&self) -> Result<()> {
+        match &self.dead {
+            Some((kind, why)) => Err(Error::new(*kind, why.clone())),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn version(&mut self, epoch: u64) -> Result<u64> {
+        self.next += 1;
+        version(epoch, self.next - 1)
+    }
+
+    pub(super) fn write_as(&mut self, writer: Id) {
+        if self.writer != writer {
+            self.writer = writer;
+            self.tenure += 1;
+        }
+    }
+
+    /// The oldest batch whose commit is needed: what it wrote is in no block yet.
+    pub(super) fn oldest(&self) -> Option<u64> {
+        self.pieces.oldest().into_iter().chain(self.covered.values().copied()).min()
+    }
+
+    /// Nothing leads to an object any more.
+    pub(super) fn doom(&mut self, block: u64, version: u64) {
+        if version != 0 {
+            self.doomed.push((block, version, self.sealed));
+        }
+    }
+}
+
+impl Volume {
+    pub(super) fn new(
+        bucket: Bucket,
+        description: Description,
+        epoch: u64,
+        memory: u64,
+        state: State,
+        say: Arc<dyn Fn(&str) + Send + Sync>,
+    ) -> Result<Volume> {
+        let progress = Progress { committed: state.committed, checkpoint: state.checkpoint, ..Progress::default() };
+        Ok(Volume {
+            id: description.id()?,
+            block: description.block,
+            bucket,
+            epoch,
+            memory: memory.max(3 * BATCH),
+            description,
+            state: Mutex::new(state),
+            work: Notify::new(),
+            progress: watch::channel(progress).0,
+            say,
+        })
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends it: whatever waits and comes fails.
+    pub(super) fn die(&self, kind: Kind, why: &str) {
+        let first = self.state().dead.replace((kind, why.to_owned())).is_none();
+        if first {
+            (self.say)(why);
+        }
+        self.progress.send_modify(|progress| progress.dead = Some(why.to_owned()));
+        self.work.notify_one();
+    }
+
+    /// The bytes of a block: the last one may be shorter.
+    pub(super) fn range_of(&self, block: u64, size: u64) -> Range<u64> {
+        block * self.block..((block + 1) * self.block).min(size)
+    }
+
+    /// Does what a request asks for. What it waits for goes on if nobody waits any more.
+    ///
+    /// A write is answered when it is durable in the bucket; one of origin `write_back` as soon as later reads see it, and it
+    /// is durable at the next flush.
+    pub(super) async fn serve(self: Arc<Self>, req: Request) -> Reply {
+        self.state().alive()?;
+        if req.op.has_range() && req.len == 0 {
+            return Ok(if req.op == Op::Read { Answer::Data(Data::empty()) } else { Answer::Done });
+        }
+        match req.op {
+            Op::Read => self.read(req.offset..req.end()).await.map(Answer::Data),
+            Op::Write => {
+                let fill = Fill::Data(req.data.stable());
+                self.change(&req, fill).await
+            }
+            Op::Discard | Op::WriteZeroes => self.change(&req, Fill::Zeros).await,
+            Op::Flush => self.flush().await.map(|()| Answer::Done),
+            Op::Cache => Ok(Answer::Done),
+            Op::Extents => Ok(Answer::Extents(self.extents(req.offset..req.end()))),
+            Op::Control => Err(Error::internal("a control request came as an ordinary one")),
+        }
+    }
+
+    async fn change(&self, req: &Request, fill: Fill) -> Reply {
+        let waits = req.origin != Origin::WriteBack || req.is_fua();
+        let batch = self.accept(req.offset..req.end(), fill, waits).await?;
+        if waits {
+            self.committed(batch).await?;
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Puts a change into the open batch, whose number it returns, once there is room.
+    async fn accept(&self, range: Range<u64>, fill: Fill, waits: bool) -> Result<u64> {
+        let mut progress = self.progress.subscribe();
+        loop {
+            progress.mark_unchanged();
+            let taken = self.try_accept(&range, &fill, waits);
+            self.work.notify_one();
+            match taken? {
+                Some(batch) => return Ok(batch),
+                None => {
+                    let _ = progress.changed().await;
+                }
+            }
+        }
+    }
+
+    fn try_accept(&self, range: &Range<u64>, fill: &Fill, waits: bool) -> Result<Option<u64>> {
+        let mut state = self.state();
+        state.alive()?;
+        if state.closing {
+            return Err(Error::new(Kind::Unavailable, "the volume is being left"));
+        }
+        let len = range.end - range.start;
+        let bytes = if matches!(fill, Fill::Data(_)) { len } else { 0 };
+        let batch = &mut state.open;
+        if batch.pieces.bytes() + bytes > BATCH || batch.pieces.len() >= ENTRIES {
+            batch.due = true;
+            return Ok(None);
+        }
+        if state.pieces.bytes() + bytes > self.memory || state.pieces.len() > 4 * ENTRIES {
+            return Ok(None);
+        }
+        let number = state.sealed + 1;
+        if let Some(covered) = state.pieces.put(range.start, Piece::new(len, fill.clone(), number)) {
+            let oldest = state.covered.entry(number).or_insert(covered);
+            *oldest = covered.min(*oldest);
+        }
+        let batch = &mut state.open;
+        batch.pieces.put(range.start, Piece::new(len, fill.clone(), number));
+        batch.due |= waits;
+        state.touched = rt::now();
+        Ok(Some(number))
+    }
+
+    /// Waits until a batch is durable.
+    pub(super) async fn committed(&self, batch: u64) -> Result<()> {
+        self.until(|progress| progress.committed >= batch).await
+    }
+
+    /// Waits for progress.
+    pub(super) async fn until(&self, far_enough: impl Fn(&Progress) -> bool) -> Result<()> {
+        let mut progress = self.progress.subscribe();
+        let found = progress.wait_for(|progress| progress.dead.is_some() || far_enough(progress)).await;
+        let dead = match found {
+            Ok(found) => !far_enough(&found),
+            Err(_) => true,
+        };
+        if dead { self.state().alive() } else { Ok(()) }
+    }
+
+    /// Everything that was answered, or taken, before is durable in the bucket afterwards.
+    pub(super) async fn flush(&self) -> Result<()> {
+        let batch = {
+            let mut state = self.state();
+            state.alive()?;
+            let open = !state.open.pieces.is_empty();
+            state.open.due |= open;
+            state.sealed + u64::from(open)
+        };
+        self.work.notify_one();
+        self.committed(batch).await
+    }
+
+    /// Brings all that is committed into its blocks, and makes a checkpoint.
+    pub(super) async fn settle(&self) -> Result<()> {
+        self.flush().await?;
+        let checkpoint = {
+            let mut state = self.state();
+            state.settle = true;
+            state.checkpoint
+        };
+        self.work.notify_one();
+        self.until(|progress| progress.checkpoint > checkpoint).await
+    }
+
+    async fn read(&self, range: Range<u64>) -> Result<Data> {
+        let parts = {
+            let state = self.state();
+            let mut parts = Vec::new();
+            for (part, fill) in state.pieces.over(range) {
+                match fill {
+                    Some(fill) => parts.push((part, Some(fill))),
+                    None => parts.extend(self.by_block(part).map(|part| (part, None))),
+                }
+            }
+            parts
+        };
+        let parts = parts.into_iter().map(|(part, fill)| async move {
+            match fill {
+                Some(fill) => Ok(fill.data(part.end - part.start)),
+                None => self.fetch(part).await,
+            }
+        });
+        Ok(Data::concat(try_join_all(parts).await?))
+    }
+
+    /// A range, block by block.
+    pub(super) fn by_block(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+        let block = self.block;
+        let blocks = range.start / block..range.end.div_ceil(block);
+        blocks.map(move |number| (number * block).max(range.start)..((number + 1) * block).min(range.end))
+    }
+
+    /// A range of one block, of which nothing was in memory when it was looked for. The object may go while it is read, for
+    /// another one that holds at least as much.
+    async fn fetch(&self, range: Range<u64>) -> Result<Data> {
+        let block = range.start / self.block;
+        let first = block * self.block;
+        loop {
+            let version = self.state().map.get(block);
+            if version == 0 {
+                return Ok(Data::zeros((range.end - range.start) as usize));
+            }
+            let key = key::block(block, version);
+            if let Some(data) = self.bucket.get_range(&key, range.start - first..range.end - first).await? {
+                return Ok(data);
+            }
+            if self.state().map.get(block) == version {
+                return Err(self.missing(&key));
+            }
+        }
+    }
+
+    /// The map has an object that is not in the bucket: never zeros.
+    pub(super) fn missing(&self, key: &str) -> Error {
+        let message = format!("{key} is missing in the bucket: what it held is lost, and reads of it fail");
+        (self.say)(&message);
+        Error::new(Kind::Io, message)
+    }
+
+    fn extents(&self, range: Range<u64>) -> Vec<Extent> {
+        /// More than a reply has room for; the rest is asked for again.
+        const MOST: usize = 4096;
+        let state = self.state();
+        let mut found = Vec::new();
+        for (part, fill) in state.pieces.over(range) {
+            let extent = |range: Range<u64>, state| Extent { len: range.end - range.start, state };
+            match fill {
+                Some(Fill::Zeros) => found.push(extent(part, ExtentState::HOLE)),
+                Some(Fill::Data(_)) => found.push(extent(part, ExtentState::DATA)),
+                None => found.extend(self.by_block(part).take(MOST).map(|part| {
+                    let present = state.map.get(part.start / self.block) != 0;
+                    extent(part, if present { ExtentState::DATA } else { ExtentState::HOLE })
+                })),
+            }
+            if found.len() >= MOST {
+                break;
+            }
+        }
+        join_extents(found)
+    }
+
+    /// Whoever says so is the writer from now on. Two words: the first differs from an earlier one if another one has
+    /// written meanwhile, or may have; the second if anybody has.
+    pub(super) fn generation(&self, writer: Id) -> String {
+        let mut state = self.state();
+        state.write_as(writer);
+        state.named = true;
+        format!("{}-{} {}", self.description.id, state.tenure, state.serial + u64::from(!state.open.pieces.is_empty()))
+    }
+}
