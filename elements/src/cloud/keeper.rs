@@ -18,8 +18,6 @@ const COMMITS: usize = 4;
 const WORTH: u64 = BATCH / 4;
 /// Objects that are put at once for one commit, or when blocks are settled.
 const PUTS: usize = 16;
-/// How long committed pieces may stay in memory where nothing is written any more.
-const IDLE: Duration = Duration::from_secs(10);
 /// Commits after which there is a checkpoint, so that opening has an end.
 const MOST_COMMITS: u64 = 1024;
 /// What nothing leads to any more, and waits for a checkpoint to be deleted.
@@ -87,7 +85,7 @@ pub(super) async fn keep(volume: Arc<Volume>) {
 
 fn is_over(volume: &Volume, idle: bool) -> bool {
     let state = volume.state();
-    state.dead.is_some() || (state.closing && idle && !state.settle && state.open.pieces.is_empty())
+    state.dead.is_some() || (state.closing && idle && state.asked == state.answered && state.open.pieces.is_empty())
 }
 
 /// Closes the open batch, if it is time.
@@ -254,6 +252,7 @@ pub(super) fn apply(volume: &Volume, state: &mut State, entry: &Entry, batch: u6
     match entry {
         Entry::Piece { .. } => {}
         Entry::Block { block, version } => {
+            state.settling.entry(*block).and_modify(|brought| *brought = true);
             let before = state.map.set(*block, *version);
             if before != *version {
                 state.doom(*block, before);
@@ -267,6 +266,7 @@ pub(super) fn apply(volume: &Volume, state: &mut State, entry: &Entry, batch: u6
             if blocks.is_empty() {
                 return;
             }
+            state.settling.range_mut(blocks.clone()).for_each(|(_, brought)| *brought = true);
             let mut gone = Vec::new();
             state.map.clear(blocks.clone(), |block, version| gone.push((block, version)));
             for (block, version) in gone {
@@ -288,16 +288,16 @@ fn wants_settling(volume: &Volume) -> bool {
         || state.committed - state.done > MOST_COMMITS
         || state.doomed.len() > MOST_DOOMED;
     let some = state.committed > state.done || !state.replays.is_empty();
-    let idle = state.touched.elapsed() > IDLE;
-    state.settle || (state.settled != Some(state.committed) && (many || (some && idle)))
+    let idle = state.touched.elapsed() >= volume.idle;
+    state.asked > state.answered || (state.settled != Some(state.committed) && (many || (some && idle)))
 }
 
 /// Brings committed pieces into their blocks, the oldest first, and makes a checkpoint.
 async fn settle(volume: Arc<Volume>) -> Result<()> {
-    let wanted = {
+    let (asked, wanted) = {
         let mut state = volume.state();
         state.settled = Some(state.committed);
-        std::mem::take(&mut state.settle)
+        (state.asked, state.asked > state.answered)
     };
     loop {
         let blocks = oldest_blocks(&volume);
@@ -308,7 +308,10 @@ async fn settle(volume: Arc<Volume>) -> Result<()> {
             break;
         }
     }
-    checkpoint(&volume).await
+    checkpoint(&volume).await?;
+    volume.state().answered = asked;
+    volume.progress.send_modify(|progress| progress.settled = asked);
+    Ok(())
 }
 
 /// Blocks with committed pieces: those whose pieces are the oldest, so that the log may be cut.
@@ -339,6 +342,7 @@ async fn settle_block(volume: Arc<Volume>, block: u64) -> Result<()> {
             return Ok(());
         }
         let (before, version) = (state.map.get(block), state.version(volume.epoch)?);
+        state.settling.insert(block, false);
         (range, until, before, version, over)
     };
     let whole = over.iter().all(|(_, fill)| fill.is_some());
@@ -358,7 +362,8 @@ async fn settle_block(volume: Arc<Volume>, block: u64) -> Result<()> {
         insist(volume, || volume.bucket.put(&key, body.clone())).await?;
     }
     let mut state = volume.state();
-    if state.map.get(block) == before {
+    let brought = state.settling.remove(&block).unwrap_or(true);
+    if !brought {
         state.map.set(block, version);
         state.doom(block, before);
         state.pieces.cut_until(range, until);
@@ -413,7 +418,6 @@ async fn checkpoint(volume: &Arc<Volume>) -> Result<()> {
         // What is not deleted costs money, and nothing else: the next checkpoint names it again.
         Err(error) => (volume.say)(&format!("what is not needed any more stays in the bucket: {error}")),
     }
-    volume.progress.send_modify(|progress| progress.checkpoint = root.n);
     Ok(())
 }
 

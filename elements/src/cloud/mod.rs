@@ -1,6 +1,10 @@
 //! Disks in buckets of object stores: docs/decisions/0010-cloud.md, docs/formats/bucket.md.
 
+#[cfg(feature = "s3")]
+mod client;
 mod counts;
+#[cfg(feature = "s3")]
+mod credentials;
 mod format;
 mod keeper;
 mod map;

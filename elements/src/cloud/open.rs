@@ -25,6 +25,8 @@ pub(super) struct Opening {
     pub(super) claim: Claim,
     /// Bytes that may wait in memory for their blocks.
     pub(super) memory: u64,
+    /// How long they may where nothing is written any more.
+    pub(super) idle: Duration,
     /// Another host may have it open: it is taken from it.
     pub(super) take: bool,
     /// How long requests are tried again while it is served.
@@ -122,7 +124,7 @@ pub(super) async fn open(
     let (spans, commits) = replay(&bucket, id, &base, epoch).await?;
     (state.replays, state.gone) = (spans, base.gone.clone());
     let served = bucket.with_patience(opening.patience);
-    let volume = Volume::new(served, description, epoch, opening.memory, state, say)?;
+    let volume = Volume::new(served, description, epoch, &opening, state, say)?;
     for commit in &commits {
         bring_back(&volume, commit);
     }
@@ -213,6 +215,7 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
         map,
         pieces: Pieces::default(),
         covered: BTreeMap::new(),
+        settling: BTreeMap::new(),
         open: Batch::default(),
         sealed: 0,
         committed: 0,
@@ -229,7 +232,8 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
         dead: None,
         touched: rt::now(),
         closing: false,
-        settle: false,
+        asked: 0,
+        answered: 0,
         settled: None,
     })
 }
@@ -333,7 +337,6 @@ async fn first_checkpoint(bucket: &Bucket, volume: &Arc<Volume>, base: &Checkpoi
     if bucket.delete_many(gone).await.is_ok() {
         volume.state().gone = Gone::default();
     }
-    volume.progress.send_modify(|progress| progress.checkpoint = 1);
     Ok(())
 }
 
@@ -342,13 +345,8 @@ async fn first_checkpoint(bucket: &Bucket, volume: &Arc<Volume>, base: &Checkpoi
 pub(super) async fn close(volume: &Arc<Volume>, time: Duration) -> Result<()> {
     let leave = async {
         volume.flush().await?;
-        let checkpoint = {
-            let mut state = volume.state();
-            (state.closing, state.settle) = (true, true);
-            state.checkpoint
-        };
-        volume.work.notify_one();
-        volume.until(|progress| progress.checkpoint > checkpoint).await
+        volume.state().closing = true;
+        volume.settle().await
     };
     let left = rt::timeout(time, leave).await;
     let late = || Error::new(Kind::Unavailable, "the store does not take what is left in time: it stays in commits");

@@ -24,7 +24,7 @@ fn bucket(memory: &Memory) -> Bucket {
 
 fn opening(machine: &str) -> Opening {
     let claim = Claim { machine: machine.to_owned(), host: machine.to_owned(), ..Claim::default() };
-    Opening { claim, memory: 1 << 30, take: false, patience: None }
+    Opening { claim, memory: 1 << 30, idle: Duration::from_secs(10), take: false, patience: None }
 }
 
 async fn create(memory: &Memory) {

@@ -2,6 +2,7 @@
 
 use super::format::{Description, Gone, Id, Span, key, version};
 use super::map::Map;
+use super::open::Opening;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;
 use blockmason::data::Data;
@@ -11,6 +12,7 @@ use futures::future::try_join_all;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -31,6 +33,8 @@ pub(super) struct Volume {
     pub(super) epoch: u64,
     /// Bytes that may wait in memory for their blocks.
     pub(super) memory: u64,
+    /// How long they may where nothing is written any more.
+    pub(super) idle: Duration,
     /// What was left in order: the description as it is in the bucket.
     pub(super) description: Description,
     state: Mutex<State>,
@@ -48,8 +52,8 @@ pub(super) struct Progress {
     pub(super) committed: u64,
     /// Counts whenever room may have become free.
     pub(super) freed: u64,
-    /// Checkpoints up to this one are durable.
-    pub(super) checkpoint: u64,
+    /// Of those who asked for everything to be brought into its blocks, up to whom it is.
+    pub(super) settled: u64,
     /// Why nothing is served any more.
     pub(super) dead: Option<String>,
 }
@@ -67,6 +71,9 @@ pub(super) struct State {
     pub(super) covered: BTreeMap<u64, u64>,
     /// What the next commit will hold.
     pub(super) open: Batch,
+    /// Blocks that are just being written anew, each with whether a commit has brought it as a whole meanwhile: what is
+    /// being written is then older. The versions alone do not tell, since holes have none.
+    pub(super) settling: BTreeMap<u64, bool>,
     /// The last batch that is on its way. A batch is commit of the same number.
     pub(super) sealed: u64,
     /// The last batch that is durable, with all before it.
@@ -93,8 +100,9 @@ pub(super) struct State {
     pub(super) touched: Instant,
     /// It is being left: nothing may be written any more.
     pub(super) closing: bool,
-    /// Everything in pieces is to be brought into its blocks, and a checkpoint made.
-    pub(super) settle: bool,
+    /// How often everything in pieces was to be brought into its blocks, and how often it has been.
+    pub(super) asked: u64,
+    pub(super) answered: u64,
     /// What was committed when blocks were last settled.
     pub(super) settled: Option<u64>,
 }
@@ -147,17 +155,18 @@ impl Volume {
         bucket: Bucket,
         description: Description,
         epoch: u64,
-        memory: u64,
+        opening: &Opening,
         state: State,
         say: Arc<dyn Fn(&str) + Send + Sync>,
     ) -> Result<Volume> {
-        let progress = Progress { committed: state.committed, checkpoint: state.checkpoint, ..Progress::default() };
+        let progress = Progress { committed: state.committed, ..Progress::default() };
         Ok(Volume {
             id: description.id()?,
             block: description.block,
             bucket,
             epoch,
-            memory: memory.max(3 * BATCH),
+            memory: opening.memory.max(3 * BATCH),
+            idle: opening.idle,
             description,
             state: Mutex::new(state),
             work: Notify::new(),
@@ -293,13 +302,13 @@ impl Volume {
     /// Brings all that is committed into its blocks, and makes a checkpoint.
     pub(super) async fn settle(&self) -> Result<()> {
         self.flush().await?;
-        let checkpoint = {
+        let asked = {
             let mut state = self.state();
-            state.settle = true;
-            state.checkpoint
+            state.asked += 1;
+            state.asked
         };
         self.work.notify_one();
-        self.until(|progress| progress.checkpoint > checkpoint).await
+        self.until(|progress| progress.settled >= asked).await
     }
 
     async fn read(&self, range: Range<u64>) -> Result<Data> {

@@ -52,7 +52,7 @@ fn live(memory: &Memory, rng: &mut fastrand::Rng, disk: Vec<u8>, write_back: boo
     let runtime = runtime();
     local.block_on(&runtime, async {
         let mut opening = opening("here");
-        opening.memory = 0;
+        opening.idle = Duration::from_millis(rng.u64(..3) * 20);
         let volume = open(memory, opening).await.unwrap();
         assert_eq!(read_all(&volume).await, disk, "{what}: when it is opened");
         for _ in 0..steps {
