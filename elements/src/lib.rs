@@ -1,5 +1,6 @@
 //! The element library of Block Mason: one file for each element, one visible table of them all.
 
+#[cfg(feature = "s3")]
 pub mod cloud;
 pub mod export;
 pub mod fault;
@@ -39,6 +40,8 @@ pub static ALL: &[&ElementType] = &[
     &sink::mem::TYPE,
     &sink::nbd_client::TYPE,
     &sink::null::TYPE,
+    #[cfg(feature = "s3")]
+    &cloud::s3::TYPE,
     &sink::volatile::TYPE,
     &transform::cow::TYPE,
     &transform::wal::TYPE,

@@ -3,6 +3,8 @@
 
 mod backup;
 mod bench;
+#[cfg(feature = "s3")]
+mod buckets;
 mod check;
 mod completions;
 mod control;
@@ -87,6 +89,8 @@ enum Command {
     Backup(backup::Args),
     Restore(restore::Args),
     Handover(handover::Args),
+    #[cfg(feature = "s3")]
+    Bucket(buckets::Args),
     Pool(pools::pool::Args),
     Volume(pools::volume::Args),
     Events(events::Args),
@@ -132,6 +136,8 @@ fn main() -> ExitCode {
         Command::Backup(args) => backup::main(args),
         Command::Restore(args) => restore::main(args),
         Command::Handover(args) => handover::main(args),
+        #[cfg(feature = "s3")]
+        Command::Bucket(args) => buckets::main(args),
         Command::Pool(args) => pools::pool::main(args),
         Command::Volume(args) => pools::volume::main(args),
         Command::Events(args) => events::main(args),

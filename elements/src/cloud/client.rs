@@ -76,7 +76,8 @@ fn http_client(ca: Option<&[u8]>) -> Result<SharedHttpClient> {
         trust.add_pem_certificate(ca);
     }
     let context = TlsContext::builder().with_trust_store(trust).build();
-    let context = context.map_err(|error| Error::invalid("the certificates cannot be used").with_source(error))?;
+    let context =
+        context.map_err(|error| Error::invalid("the certificates cannot be used").with_source(error))?;
     let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc);
     Ok(aws_smithy_http_client::Builder::new().tls_provider(provider).tls_context(context).build_https())
 }
@@ -137,7 +138,8 @@ where
         (_, "ExpiredToken" | "RequestTimeout" | "SlowDown") => again(said),
         (_, "QuotaExceeded") => never(Kind::NoSpace, said),
         (301 | 307, _) | (_, "AuthorizationHeaderMalformed" | "PermanentRedirect") => {
-            let region = error.raw_response().and_then(|response| response.headers().get("x-amz-bucket-region"));
+            let region =
+                error.raw_response().and_then(|response| response.headers().get("x-amz-bucket-region"));
             let region = region.map(|region| format!(": it is in {region}")).unwrap_or_default();
             never(Kind::Invalid, format!("the bucket is in another region{region}"))
         }
@@ -177,7 +179,8 @@ fn body(data: &Data) -> ByteStream {
 /// Reads a body of at most `most` bytes.
 async fn collect(mut from: ByteStream, promised: Option<i64>, most: u64) -> Attempt<Data> {
     let promised = promised.and_then(|len| u64::try_from(len).ok());
-    let len = promised.ok_or_else(|| Failure::Again("the server does not say how much it sends".to_owned()))?;
+    let len =
+        promised.ok_or_else(|| Failure::Again("the server does not say how much it sends".to_owned()))?;
     if len > most {
         return Err(Failure::Again(format!("the server sends {len} bytes where {most} were asked for")));
     }
@@ -247,7 +250,8 @@ impl ObjectStore for S3 {
         Box::pin(async move {
             let named = keys.iter().map(|key| ObjectIdentifier::builder().key(key).build());
             let named = named.collect::<std::result::Result<Vec<_>, _>>();
-            let delete = named.and_then(|named| Delete::builder().set_objects(Some(named)).quiet(true).build());
+            let delete =
+                named.and_then(|named| Delete::builder().set_objects(Some(named)).quiet(true).build());
             let delete = delete.map_err(|error| Failure::Never(Error::internal(error.to_string())))?;
             let sent = self.client.delete_objects().bucket(&self.bucket).delete(delete).send().await;
             let deleted = sent.map_err(|error| Failure::from(refusal(&error)))?;
@@ -293,7 +297,10 @@ impl ObjectStore for S3 {
 }
 
 /// An answer about settings: servers that have no such setting say so in many ways.
-fn setting<T, E>(sent: std::result::Result<T, SdkError<E>>, what: &str) -> Attempt<std::result::Result<T, Option<String>>>
+fn setting<T, E>(
+    sent: std::result::Result<T, SdkError<E>>,
+    what: &str,
+) -> Attempt<std::result::Result<T, Option<String>>>
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
@@ -305,9 +312,7 @@ where
         Refusal::Failed(Failure::Never(error)) if error.kind() == Kind::Denied => {
             Ok(Err(Some(format!("these credentials may not ask for {what}: look yourself"))))
         }
-        Refusal::Failed(Failure::Again(why)) if status(&error) != 501 => {
-            Err(Failure::Again(why))
-        }
+        Refusal::Failed(Failure::Again(why)) if status(&error) != 501 => Err(Failure::Again(why)),
         _ => Ok(Err(None)),
     }
 }
@@ -338,7 +343,9 @@ impl S3 {
                 found.push(format!("lifecycle rule {id} deletes objects after a time: it destroys the disk"));
             }
             if !rule.transitions().is_empty() {
-                found.push(format!("lifecycle rule {id} moves objects to another tier: reads of an archive fail"));
+                found.push(format!(
+                    "lifecycle rule {id} moves objects to another tier: reads of an archive fail"
+                ));
             }
         }
         Ok(found)

@@ -17,22 +17,6 @@ pub enum Call {
     Delete,
 }
 
-impl Call {
-    /// Every kind.
-    pub const ALL: [Call; 5] = [Call::Put, Call::Get, Call::Head, Call::List, Call::Delete];
-
-    /// The word used in handlers and output.
-    pub fn name(self) -> &'static str {
-        match self {
-            Call::Put => "put",
-            Call::Get => "get",
-            Call::Head => "head",
-            Call::List => "list",
-            Call::Delete => "delete",
-        }
-    }
-}
-
 /// Requests and bytes, by kind. Every attempt counts: it is paid for.
 #[derive(Debug, Default)]
 pub struct Counts {

@@ -16,10 +16,6 @@ use std::time::{Duration, SystemTime};
 pub(super) enum Source {
     /// A file, in the form of `~/.aws/credentials`, and the profile in it.
     File { path: PathBuf, profile: String },
-    /// The role of the machine, from the metadata service.
-    Instance,
-    /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
-    Environment,
     /// What is found first: the environment, `~/.aws/credentials`, the role of the machine.
     Any,
 }
@@ -32,25 +28,18 @@ const METADATA_TIME: Duration = Duration::from_secs(2);
 
 impl Source {
     /// # Errors
-    /// The file cannot be read, or others may read it, or it lacks the profile.
+    /// The file cannot be read, or lacks the profile.
     pub(super) fn provider(self) -> Result<SharedCredentialsProvider> {
-        let any = self == Source::Any;
-        match self {
-            Source::File { path, profile } => read_file(&path, &profile).map(SharedCredentialsProvider::new),
-            Source::Environment | Source::Any if environment().is_some() => {
-                Ok(SharedCredentialsProvider::new(environment().unwrap_or_else(nobody)))
-            }
-            Source::Environment => Err(Error::new(
-                Kind::Denied,
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not in the environment",
-            )),
-            Source::Any | Source::Instance => {
-                let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".aws/credentials"));
-                match home.filter(|path| any && path.exists()) {
-                    Some(path) => read_file(&path, &profile()).map(SharedCredentialsProvider::new),
-                    None => Ok(SharedCredentialsProvider::new(Instance)),
-                }
-            }
+        if let Source::File { path, profile } = self {
+            return read_file(&path, &profile).map(SharedCredentialsProvider::new);
+        }
+        if let Some(found) = environment() {
+            return Ok(SharedCredentialsProvider::new(found));
+        }
+        let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".aws/credentials"));
+        match home.filter(|path| path.exists()) {
+            Some(path) => read_file(&path, &profile()).map(SharedCredentialsProvider::new),
+            None => Ok(SharedCredentialsProvider::new(Instance)),
         }
     }
 }
@@ -64,10 +53,6 @@ fn environment() -> Option<Credentials> {
     let of = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
     let (id, secret) = (of("AWS_ACCESS_KEY_ID")?, of("AWS_SECRET_ACCESS_KEY")?);
     Some(Credentials::new(id, secret, of("AWS_SESSION_TOKEN"), None, "environment"))
-}
-
-fn nobody() -> Credentials {
-    Credentials::new("", "", None, None, "nobody")
 }
 
 /// # Errors
@@ -144,7 +129,8 @@ async fn call(base: &str, method: &str, path: &str, header: (&str, &str)) -> Ans
     let stream = tokio::net::TcpStream::connect((host, port)).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let sent = async {
-        let request = Request::builder().method(method).uri(path).header("host", host).header(header.0, header.1);
+        let request =
+            Request::builder().method(method).uri(path).header("host", host).header(header.0, header.1);
         let response = sender.send_request(request.body(String::new())?).await?;
         if !response.status().is_success() {
             return Err(BoxError::from(format!("the metadata service says {}", response.status())));
@@ -152,7 +138,9 @@ async fn call(base: &str, method: &str, path: &str, header: (&str, &str)) -> Ans
         let mut body = response.into_body();
         let mut bytes = Vec::new();
         loop {
-            let frame = std::future::poll_fn(|task| hyper::body::Body::poll_frame(std::pin::Pin::new(&mut body), task));
+            let frame = std::future::poll_fn(|task| {
+                hyper::body::Body::poll_frame(std::pin::Pin::new(&mut body), task)
+            });
             let Some(frame) = frame.await else { break };
             if let Ok(data) = frame?.into_data() {
                 bytes.extend(data);

@@ -1,7 +1,9 @@
 //! What goes to the bucket, and when: commits, blocks, checkpoints, deletions. One task for each open volume.
 
 use super::format::{Checkpoint, Commit, Entry, Gone, Span, encode_part, key};
+use super::open::last_claim;
 use super::pieces::{Fill, Pieces};
+use super::store::Bucket;
 use super::volume::{BATCH, Batch, ENTRIES, State, Volume};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
@@ -85,7 +87,8 @@ pub(super) async fn keep(volume: Arc<Volume>) {
 
 fn is_over(volume: &Volume, idle: bool) -> bool {
     let state = volume.state();
-    state.dead.is_some() || (state.closing && idle && state.asked == state.answered && state.open.pieces.is_empty())
+    state.dead.is_some()
+        || (state.closing && idle && state.asked == state.answered && state.open.pieces.is_empty())
 }
 
 /// Closes the open batch, if it is time.
@@ -221,12 +224,16 @@ async fn commit(volume: Arc<Volume>, sealed: Sealed) -> Result<Sealed> {
     let body = Data::shared(sealed.commit.encode(volume.id));
     let key = key::wal(volume.epoch, sealed.number);
     let ours = insist(&volume, || volume.bucket.put_if_absent(&key, body.clone())).await?;
-    if ours { Ok(sealed) } else { Err(taken_over()) }
+    if ours { Ok(sealed) } else { Err(taken_over(&volume.bucket).await) }
 }
 
 /// Somebody else has opened the volume.
-pub(super) fn taken_over() -> Error {
-    Error::new(Kind::Busy, "the volume has been opened by somebody else, who owns it now: this disk has ended")
+pub(super) async fn taken_over(bucket: &Bucket) -> Error {
+    let who = match last_claim(bucket).await {
+        Ok(Some(claim)) => format!("process {} on {}", claim.process, claim.host),
+        _ => "somebody else".to_owned(),
+    };
+    Error::new(Kind::Busy, format!("{who} has opened the volume and owns it now: this disk has ended"))
 }
 
 /// Lets commits count, each after those before it.
@@ -349,7 +356,8 @@ async fn settle_block(volume: Arc<Volume>, block: u64) -> Result<()> {
     let base = if whole || before == 0 { None } else { Some(base_of(volume, block, before, &range).await?) };
     let body = Data::concat(over.into_iter().map(|(part, fill)| {
         let len = part.end - part.start;
-        let of_base = |base: &Data| base.slice((part.start - range.start) as usize..(part.end - range.start) as usize);
+        let of_base =
+            |base: &Data| base.slice((part.start - range.start) as usize..(part.end - range.start) as usize);
         match (fill, &base) {
             (Some(fill), _) => fill.data(len),
             (None, Some(base)) => of_base(base),
@@ -405,7 +413,7 @@ async fn checkpoint(volume: &Arc<Volume>) -> Result<()> {
     let key = key::map(volume.epoch, root.n);
     let body = Data::shared(root.encode(volume.id));
     if !insist(volume, || volume.bucket.put_if_absent(&key, body.clone())).await? {
-        return Err(taken_over());
+        return Err(taken_over(&volume.bucket).await);
     }
     {
         let mut state = volume.state();

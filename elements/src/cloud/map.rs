@@ -105,14 +105,6 @@ impl Map {
         }
         Ok(changed)
     }
-
-    /// Makes room for a disk that has grown.
-    pub(super) fn grow(&mut self, blocks: u64) {
-        let parts = blocks.div_ceil(PART) as usize;
-        if parts > self.parts.len() {
-            self.parts.resize_with(parts, Part::default);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -131,7 +123,10 @@ mod tests {
         };
         let mut gone = Vec::new();
         let stored = map.take_changed(&mut version, &mut gone).unwrap();
-        assert_eq!(stored.iter().map(|(part, version, _)| (*part, *version)).collect::<Vec<_>>(), [(0, 101), (2, 102)]);
+        assert_eq!(
+            stored.iter().map(|(part, version, _)| (*part, *version)).collect::<Vec<_>>(),
+            [(0, 101), (2, 102)]
+        );
         assert_eq!((map.stored(), gone.len()), (vec![(0, 101), (2, 102)], 0));
         let mut found = Vec::new();
         map.clear(0..3 * PART + 5, |block, version| found.push((block, version)));

@@ -1,16 +1,18 @@
 //! Disks in buckets of object stores: docs/decisions/0010-cloud.md, docs/formats/bucket.md.
 
-#[cfg(feature = "s3")]
 mod client;
 mod counts;
-#[cfg(feature = "s3")]
 mod credentials;
 mod format;
 mod keeper;
 mod map;
 mod open;
 mod pieces;
+mod price;
+pub mod s3;
+mod shared;
 mod store;
+pub mod tool;
 mod volume;
 
 #[cfg(test)]

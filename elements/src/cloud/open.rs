@@ -1,7 +1,8 @@
 //! Making a volume, and becoming its owner: docs/formats/bucket.md, "Opening".
 
 use super::format::{
-    Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, key, unhex,
+    Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, key,
+    unhex,
 };
 use super::keeper::{self, keys_of, taken_over};
 use super::map::Map;
@@ -81,7 +82,7 @@ pub(super) async fn last_checkpoint(bucket: &Bucket, id: Id) -> Result<Option<Ch
         for listed in &found {
             match read_map(bucket, id, &listed.key).await? {
                 Some(Link::One(checkpoint)) => return Ok(Some(checkpoint)),
-                Some(Link::End(_)) => {}
+                Some(Link::End) => {}
                 // It has gone since: there is a newer one.
                 None => {
                     after.clear();
@@ -102,7 +103,9 @@ async fn read_claim(bucket: &Bucket, key: &str) -> Result<Claim> {
 
 async fn read_map(bucket: &Bucket, id: Id, key: &str) -> Result<Option<Link<Checkpoint>>> {
     match bucket.get_whole(key, LARGEST).await? {
-        Some(bytes) => Checkpoint::decode(&bytes.to_vec(), id).map(Some).map_err(|error| error.with_path(key)),
+        Some(bytes) => {
+            Checkpoint::decode(&bytes.to_vec(), id).map(Some).map_err(|error| error.with_path(key))
+        }
         None => Ok(None),
     }
 }
@@ -179,7 +182,7 @@ async fn end_checkpoints(
         let n = base.as_ref().filter(|base| base.epoch == epoch).map_or(1, |base| base.n + 1);
         let end = Data::shared(End { epoch, by }.encode(id));
         let ended = bucket.put_if_absent(&key::map(epoch, n), end).await?
-            || matches!(read_map(bucket, id, &key::map(epoch, n)).await?, Some(Link::End(_)));
+            || matches!(read_map(bucket, id, &key::map(epoch, n)).await?, Some(Link::End));
         let last = last_checkpoint(bucket, id).await?;
         let place = |base: &Option<Checkpoint>| base.as_ref().map(|base| (base.epoch, base.n));
         if place(&last) > place(&base) {
@@ -196,12 +199,13 @@ async fn end_checkpoints(
 async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpoint) -> Result<State> {
     let mut map = Map::new(base.size.div_ceil(description.block));
     let damaged = |why: String| Error::new(Kind::Io, why);
-    let parts = base.parts.iter().map(|(part, version)| async move {
-        let key = key::part(*part, *version);
+    let parts = base.parts.clone().into_iter().map(|(part, version)| async move {
+        let key = key::part(part, version);
         let bytes = bucket.get_whole(&key, 1 << 20).await?;
-        let bytes = bytes.ok_or_else(|| Error::new(Kind::Io, "a part of the map is missing").with_path(&key))?;
-        let versions = decode_part(&bytes.to_vec(), id, *part).map_err(|error| error.with_path(&key))?;
-        Ok::<_, Error>((*part, *version, versions))
+        let bytes =
+            bytes.ok_or_else(|| Error::new(Kind::Io, "a part of the map is missing").with_path(&key))?;
+        let versions = decode_part(&bytes.to_vec(), id, part).map_err(|error| error.with_path(&key))?;
+        Ok::<_, Error>((part, version, versions))
     });
     let mut parts = futures::stream::iter(parts).buffer_unordered(AT_ONCE);
     while let Some((part, version, versions)) = parts.try_next().await? {
@@ -241,7 +245,7 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
 /// The commits that are not in the map of the base, and where they are; ends the chain of the base's epoch.
 async fn replay(bucket: &Bucket, id: Id, base: &Checkpoint, by: u64) -> Result<(Vec<Span>, Vec<Commit>)> {
     let (mut spans, mut commits) = (base.replays.clone(), Vec::new());
-    for span in &base.replays {
+    for span in base.replays.clone() {
         let found = (span.first..=span.last).map(|n| read_commit(bucket, id, base.size, span.epoch, n));
         let mut found = futures::stream::iter(found).buffered(AT_ONCE);
         while let Some(found) = found.try_next().await? {
@@ -259,7 +263,7 @@ async fn replay(bucket: &Bucket, id: Id, base: &Checkpoint, by: u64) -> Result<(
     loop {
         match read_commit(bucket, id, base.size, base.epoch, n).await? {
             Some(Link::One(commit)) => commits.push(commit),
-            Some(Link::End(_)) => break,
+            Some(Link::End) => break,
             None => {
                 let end = Data::shared(End { epoch: base.epoch, by }.encode(id));
                 if bucket.put_if_absent(&key::wal(base.epoch, n), end).await? {
@@ -315,7 +319,8 @@ async fn first_checkpoint(bucket: &Bucket, volume: &Arc<Volume>, base: &Checkpoi
         let mut state = volume.state();
         // What a replayed commit named may have been taken away by one before it, and given back.
         let doomed = std::mem::take(&mut state.doomed);
-        state.doomed = doomed.into_iter().filter(|(block, version, _)| state.map.get(*block) != *version).collect();
+        state.doomed =
+            doomed.into_iter().filter(|(block, version, _)| state.map.get(*block) != *version).collect();
         state.checkpoint = 1;
         Checkpoint {
             epoch: volume.epoch,
@@ -330,7 +335,7 @@ async fn first_checkpoint(bucket: &Bucket, volume: &Arc<Volume>, base: &Checkpoi
     };
     let body = Data::shared(root.encode(volume.id));
     if !bucket.put_if_absent(&key::map(volume.epoch, 1), body).await? {
-        return Err(taken_over());
+        return Err(taken_over(bucket).await);
     }
     let before = (base.epoch > 0).then(|| key::map(base.epoch, base.n));
     let gone = keys_of(&base.gone).chain(before);
@@ -349,7 +354,8 @@ pub(super) async fn close(volume: &Arc<Volume>, time: Duration) -> Result<()> {
         volume.settle().await
     };
     let left = rt::timeout(time, leave).await;
-    let late = || Error::new(Kind::Unavailable, "the store does not take what is left in time: it stays in commits");
+    let late =
+        || Error::new(Kind::Unavailable, "the store does not take what is left in time: it stays in commits");
     let left = left.unwrap_or_else(|| Err(late()));
     {
         let mut state = volume.state();

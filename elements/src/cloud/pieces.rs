@@ -240,7 +240,10 @@ mod tests {
                 assert_eq!(pieces.covers(range.clone()), plain[start..end].iter().all(Option::is_some));
                 assert_eq!(pieces.oldest(), plain.iter().flatten().map(|(_, batch)| *batch).min());
                 let over = pieces.over(range.clone());
-                assert_eq!(over.iter().map(|(part, _)| part.end - part.start).sum::<u64>(), range.end - range.start);
+                assert_eq!(
+                    over.iter().map(|(part, _)| part.end - part.start).sum::<u64>(),
+                    range.end - range.start
+                );
             }
         }
     }

@@ -52,8 +52,7 @@ pub struct Listed {
 pub trait ObjectStore: Send + Sync {
     /// Puts an object, with the id in its metadata. With `absent`, only where there is none of that key, which
     /// the store decides atomically; one that ignores this is found out by [`Bucket::probe`].
-    fn put<'a>(&'a self, key: &'a str, body: Data, id: &'a str, absent: bool)
-    -> BoxFuture<'a, Attempt<Put>>;
+    fn put<'a>(&'a self, key: &'a str, body: Data, id: &'a str, absent: bool) -> BoxFuture<'a, Attempt<Put>>;
 
     /// The bytes of a range, fewer where the object ends before; None if there is no object.
     fn get_range<'a>(&'a self, key: &'a str, range: Range<u64>) -> BoxFuture<'a, Attempt<Option<Data>>>;
@@ -65,12 +64,7 @@ pub trait ObjectStore: Send + Sync {
     fn delete_many<'a>(&'a self, keys: &'a [String]) -> BoxFuture<'a, Attempt<()>>;
 
     /// Up to `most` objects (at most 1000) whose keys begin with `prefix` and come after `after`, in order of their keys.
-    fn list<'a>(
-        &'a self,
-        prefix: &'a str,
-        after: &'a str,
-        most: u32,
-    ) -> BoxFuture<'a, Attempt<Vec<Listed>>>;
+    fn list<'a>(&'a self, prefix: &'a str, after: &'a str, most: u32) -> BoxFuture<'a, Attempt<Vec<Listed>>>;
 
     /// What of the bucket's settings endangers a disk in it, in sentences; see `mason bucket check`.
     fn dangers(&self) -> BoxFuture<'_, Attempt<Vec<String>>>;
@@ -233,7 +227,9 @@ impl Bucket {
     pub(super) async fn get_whole(&self, key: &str, most: u64) -> Result<Option<Data>> {
         let found = self.get(key, 0..most + 1).await?;
         if found.as_ref().is_some_and(|data| data.len() as u64 > most) {
-            return Err(Error::new(Kind::Io, "it is too large to be what it should be").with_path(self.whole(key)));
+            return Err(
+                Error::new(Kind::Io, "it is too large to be what it should be").with_path(self.whole(key))
+            );
         }
         Ok(found)
     }
@@ -261,7 +257,8 @@ impl Bucket {
 
     /// The first `most` objects (at most 1000) below a prefix whose keys come after `after`.
     pub(super) async fn list(&self, prefix: &str, after: &str, most: u32) -> Result<Vec<Listed>> {
-        let (whole, after) = (self.whole(prefix), if after.is_empty() { String::new() } else { self.whole(after) });
+        let (whole, after) =
+            (self.whole(prefix), if after.is_empty() { String::new() } else { self.whole(after) });
         let found = self.persist("list", &whole, 0, |_| {
             self.counts.add(Call::List, 0);
             self.store.list(&whole, &after, most)
@@ -283,7 +280,7 @@ impl Bucket {
     /// # Errors
     /// It does not answer, or does not allow what a disk needs.
     pub(super) async fn probe(&self) -> Result<bool> {
-        let key = format!("probe/{}", put_id());
+        let key = format!("{}{}", super::format::key::PROBES, put_id());
         let (first, second) = (Data::copy_of(b"first"), Data::copy_of(b"second"));
         self.put_if_absent(&key, first).await?;
         let fenced = !self.put_if_absent(&key, second).await?;

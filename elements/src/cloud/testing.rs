@@ -132,7 +132,13 @@ impl Memory {
     }
 
     /// Lets others have turns, waits if it is held, and then does what the seed says.
-    async fn ask<T>(&self, name: &'static str, key: &str, change: Option<Change>, found: impl Fn(&Objects) -> T) -> Attempt<(T, Option<Put>)> {
+    async fn ask<T>(
+        &self,
+        name: &'static str,
+        key: &str,
+        change: Option<Change>,
+        found: impl Fn(&Objects) -> T,
+    ) -> Attempt<(T, Option<Put>)> {
         let turns = {
             let mut inner = self.0.lock().unwrap();
             inner.log.push((name, key.to_owned()));
@@ -150,7 +156,9 @@ impl Memory {
         if dice < odds.fails {
             return Err(Failure::Again("503".to_owned()));
         }
-        if let Some(change) = &change && dice < odds.fails + odds.late {
+        if let Some(change) = &change
+            && dice < odds.fails + odds.late
+        {
             inner.late.push(change.clone());
             return Err(Failure::Again("no answer".to_owned()));
         }
@@ -182,7 +190,9 @@ impl Memory {
 impl Inner {
     fn change(&mut self, change: Change) -> Put {
         match change {
-            Change::Put { key, absent, .. } if absent && !self.ignores_conditions && self.objects.contains_key(&key) => {
+            Change::Put { key, absent, .. }
+                if absent && !self.ignores_conditions && self.objects.contains_key(&key) =>
+            {
                 return Put::Exists;
             }
             Change::Put { key, body, id, .. } => {
@@ -206,14 +216,19 @@ impl ObjectStore for Memory {
 
     fn get_range<'a>(&'a self, key: &'a str, range: Range<u64>) -> BoxFuture<'a, Attempt<Option<Data>>> {
         Box::pin(async move {
-            let cut = |data: &Data| data.slice(range.start.min(data.len() as u64) as usize..range.end.min(data.len() as u64) as usize);
+            let cut = |data: &Data| {
+                data.slice(
+                    range.start.min(data.len() as u64) as usize..range.end.min(data.len() as u64) as usize,
+                )
+            };
             Ok(self.ask("get", key, None, |objects| objects.get(key).map(|(data, _)| cut(data))).await?.0)
         })
     }
 
     fn head<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Attempt<Option<Head>>> {
         Box::pin(async move {
-            let head = |(data, id): &(Data, String)| Head { len: data.len() as u64, put_id: Some(id.clone()) };
+            let head =
+                |(data, id): &(Data, String)| Head { len: data.len() as u64, put_id: Some(id.clone()) };
             Ok(self.ask("head", key, None, |objects| objects.get(key).map(head)).await?.0)
         })
     }

@@ -5,11 +5,11 @@ mod races;
 mod stories;
 
 use super::format::Claim;
+use super::keeper;
 use super::open::{self, Opening};
 use super::store::Bucket;
 use super::testing::Memory;
 use super::volume::Volume;
-use super::keeper;
 use blockmason::{Data, Op, Origin, Request, Result};
 use std::sync::Arc;
 use std::time::Duration;

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -43,6 +44,8 @@ pub(super) struct Volume {
     /// How far it is; whoever waits for a commit, or for room, follows it.
     pub(super) progress: watch::Sender<Progress>,
     pub(super) say: Arc<dyn Fn(&str) + Send + Sync>,
+    /// Where requests to the store are made.
+    handle: Handle,
 }
 
 /// How far an open volume is.
@@ -172,6 +175,7 @@ impl Volume {
             work: Notify::new(),
             progress: watch::channel(progress).0,
             say,
+            handle: Handle::current(),
         })
     }
 
@@ -311,7 +315,7 @@ impl Volume {
         self.until(|progress| progress.settled >= asked).await
     }
 
-    async fn read(&self, range: Range<u64>) -> Result<Data> {
+    async fn read(self: &Arc<Self>, range: Range<u64>) -> Result<Data> {
         let parts = {
             let state = self.state();
             let mut parts = Vec::new();
@@ -339,9 +343,15 @@ impl Volume {
         blocks.map(move |number| (number * block).max(range.start)..((number + 1) * block).min(range.end))
     }
 
+    async fn fetch(self: &Arc<Self>, range: Range<u64>) -> Result<Data> {
+        let volume = self.clone();
+        let fetched = self.handle.spawn(async move { volume.fetch_here(range).await }).await;
+        fetched.unwrap_or_else(|_| Err(Error::internal("a request to the store has panicked")))
+    }
+
     /// A range of one block, of which nothing was in memory when it was looked for. The object may go while it is read, for
     /// another one that holds at least as much.
-    async fn fetch(&self, range: Range<u64>) -> Result<Data> {
+    async fn fetch_here(&self, range: Range<u64>) -> Result<Data> {
         let block = range.start / self.block;
         let first = block * self.block;
         loop {
@@ -394,6 +404,11 @@ impl Volume {
         let mut state = self.state();
         state.write_as(writer);
         state.named = true;
-        format!("{}-{} {}", self.description.id, state.tenure, state.serial + u64::from(!state.open.pieces.is_empty()))
+        format!(
+            "{}-{} {}",
+            self.description.id,
+            state.tenure,
+            state.serial + u64::from(!state.open.pieces.is_empty())
+        )
     }
 }

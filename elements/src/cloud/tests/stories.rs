@@ -34,11 +34,16 @@ impl Model {
         let found = self.ends.iter().any(|end| *end >= self.acknowledged && self.states[*end] == disk);
         if !found {
             let last = self.states.last().unwrap();
-            let differ = (0..disk.len()).filter(|at| disk[*at] != last[*at]).map(|at| (at as u64 / BLOCK, disk[at], last[at]));
+            let differ = (0..disk.len())
+                .filter(|at| disk[*at] != last[*at])
+                .map(|at| (at as u64 / BLOCK, disk[at], last[at]));
             let differ: std::collections::BTreeSet<_> = differ.collect();
             eprintln!("block, found, last: {differ:?}");
             let states: Vec<_> = (0..self.states.len()).filter(|state| self.states[*state] == disk).collect();
-            panic!("{what}: it is the disk of {states:?}, acknowledged {}, ends {:?}", self.acknowledged, self.ends);
+            panic!(
+                "{what}: it is the disk of {states:?}, acknowledged {}, ends {:?}",
+                self.acknowledged, self.ends
+            );
         }
     }
 }
@@ -149,7 +154,8 @@ fn tell(seed: u64, odds: Odds, write_back: bool) {
 
 /// Seeds of a test: `CLOUD_FIRST` and `CLOUD_SEEDS` name others.
 fn seeds() -> std::ops::Range<u64> {
-    let number = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let number =
+        |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
     let first = number("CLOUD_FIRST", 0);
     first..first + number("CLOUD_SEEDS", 60)
 }
@@ -187,10 +193,17 @@ fn nothing_is_left_behind_where_nothing_fails() {
                     let state = volume.state();
                     let present = state.map.present(0..SIZE.div_ceil(BLOCK));
                     let count = |prefix: &str| {
-                        memory.keys().iter().filter(|key| key.starts_with(&format!("some/disk/{prefix}"))).count() as u64
+                        memory
+                            .keys()
+                            .iter()
+                            .filter(|key| key.starts_with(&format!("some/disk/{prefix}")))
+                            .count() as u64
                     };
                     let parts = u64::from(present > 0);
-                    assert_eq!((count("b/"), count("part/"), count("map/"), count("wal/")), (present, parts, 1, 0));
+                    assert_eq!(
+                        (count("b/"), count("part/"), count("map/"), count("wal/")),
+                        (present, parts, 1, 0)
+                    );
                 })
                 .await;
         });

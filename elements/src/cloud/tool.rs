@@ -1,0 +1,420 @@
+//! What `mason bucket` does with volumes that this process does not serve. Everything here blocks.
+
+use super::client::{S3, Target, read_ca};
+use super::credentials::{Source, profile};
+use super::format::{Checkpoint, Id, LARGEST, Link, decode_part, hex, key};
+use super::keeper::keys_of;
+use super::map::Map;
+use super::open::{self, Opening};
+use super::price::STANDARD;
+use super::s3::prefix;
+use super::shared::{PATIENCE, block_on, claim};
+use super::store::{Bucket, Listed};
+use super::volume::Volume;
+use blockmason::{Error, Kind, Op, Origin, Request, Result};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where a volume is.
+#[derive(Clone, Debug, Default)]
+pub struct Place {
+    /// The bucket.
+    pub bucket: String,
+    /// What its keys begin with.
+    pub prefix: String,
+    /// The server; None for Amazon's.
+    pub endpoint: Option<String>,
+    /// The region that requests are signed for.
+    pub region: String,
+    /// The bucket is in the host's name, though there is an endpoint; or in the path, though there is none.
+    pub by_path: Option<bool>,
+    /// A file of keys.
+    pub credentials: Option<PathBuf>,
+    /// The profile in it.
+    pub profile: Option<String>,
+    /// Certificates to trust.
+    pub ca: Option<PathBuf>,
+}
+
+impl Place {
+    fn bucket(&self) -> Result<Bucket> {
+        let profile = self.profile.clone().unwrap_or_else(profile);
+        let target = Target {
+            bucket: self.bucket.clone(),
+            region: self.region.clone(),
+            by_path: self.by_path.unwrap_or(self.endpoint.is_some()),
+            credentials: self.credentials.clone().map_or(Source::Any, |path| Source::File { path, profile }),
+            ca: self.ca.as_ref().map(|path| read_ca(path)).transpose()?,
+            endpoint: self.endpoint.clone(),
+        };
+        Ok(Bucket::new(Arc::new(S3::new(&target)?), &prefix(Some(&self.prefix)), Some(PATIENCE)))
+    }
+}
+
+/// Makes a volume of so many bytes in objects of `block` bytes.
+///
+/// # Errors
+/// [`Kind::Busy`] if there is one; [`Kind::Unsupported`] if `fenced` and the store ignores conditions.
+pub fn create(place: &Place, size: u64, block: u64, fenced: bool) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let made = open::create(&bucket, size, block, fenced).await?;
+        Ok(json!({ "id": made.id, "size": made.size, "block": made.block, "fenced": made.fenced }))
+    })
+}
+
+/// What is known of a volume, from a few requests.
+///
+/// # Errors
+/// There is none, or it is damaged.
+pub fn stat(place: &Place) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let found = Found::look(&bucket).await?;
+        let (present, stored) = found.stored();
+        let last = found.last.as_ref();
+        let claim = open::last_claim(&bucket).await?;
+        let closed =
+            last.is_none_or(|last| last.closed && claim.as_ref().is_some_and(|it| it.epoch == last.epoch));
+        Ok(json!({
+            "id": found.description.id,
+            "size": found.size,
+            "block": found.description.block,
+            "fenced": found.description.fenced,
+            "epoch": claim.as_ref().map_or(0, |claim| claim.epoch),
+            "open": !closed && claim.is_some(),
+            "host": claim.as_ref().map(|claim| claim.host.clone()),
+            "process": claim.as_ref().map(|claim| claim.process),
+            "since": claim.as_ref().map(|claim| claim.time),
+            "objects": present,
+            "bytes": stored,
+            "month": STANDARD.storage(stored),
+        }))
+    })
+}
+
+/// A volume as its newest checkpoint says it is.
+struct Found {
+    description: super::format::Description,
+    id: Id,
+    size: u64,
+    last: Option<Checkpoint>,
+    map: Map,
+    problems: Vec<String>,
+}
+
+impl Found {
+    async fn look(bucket: &Bucket) -> Result<Found> {
+        let description = open::describe(bucket).await?;
+        let id = description.id()?;
+        let last = open::last_checkpoint(bucket, id).await?;
+        let size = last.as_ref().map_or(description.size, |last| last.size);
+        let mut map = Map::new(size.div_ceil(description.block));
+        let mut problems = Vec::new();
+        for (part, version) in last.iter().flat_map(|last| last.parts.clone()) {
+            let key = key::part(part, version);
+            let found = match bucket.get_whole(&key, 1 << 20).await? {
+                Some(bytes) => decode_part(&bytes.to_vec(), id, part),
+                None => Err(Error::new(Kind::Io, "is missing")),
+            };
+            match found {
+                Ok(versions) => map.load(part, version, versions),
+                Err(error) => problems.push(format!("{key}: {error}: reads of its 8192 blocks fail")),
+            }
+        }
+        Ok(Found { description, id, size, last, map, problems })
+    }
+
+    fn blocks(&self) -> u64 {
+        self.size.div_ceil(self.description.block)
+    }
+
+    /// Objects that the map has, and their bytes.
+    fn stored(&self) -> (u64, u64) {
+        let (present, block) = (self.map.present(0..self.blocks()), self.description.block);
+        let last = self.blocks() - 1;
+        let short = if self.map.get(last) != 0 { (last + 1) * block - self.size } else { 0 };
+        (present, present * block - short)
+    }
+
+    /// Every key that something leads to, with the bytes of blocks.
+    async fn wanted(&mut self, bucket: &Bucket) -> Result<BTreeSet<String>> {
+        let mut wanted = BTreeSet::from([key::VOLUME.to_owned()]);
+        for block in (0..self.blocks()).filter(|block| self.map.get(*block) != 0) {
+            wanted.insert(key::block(block, self.map.get(block)));
+        }
+        let Some(last) = self.last.clone() else { return Ok(wanted) };
+        wanted.insert(key::map(last.epoch, last.n));
+        wanted.extend(last.parts.iter().map(|(part, version)| key::part(*part, *version)));
+        // What is named as gone is deleted by whoever opens it next.
+        wanted.extend(keys_of(&last.gone));
+        let replays = last.replays.iter().flat_map(|span| (span.first..=span.last).map(|n| (span.epoch, n)));
+        for (epoch, n) in replays.collect::<Vec<_>>() {
+            if self.commit(bucket, epoch, n, &mut wanted).await?.is_none() {
+                self.problems.push(format!("{}: is missing, and is not in the map", key::wal(epoch, n)));
+            }
+        }
+        for n in last.done + 1.. {
+            if self.commit(bucket, last.epoch, n, &mut wanted).await? != Some(false) {
+                break;
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Looks at a commit: None if there is none, else whether it is an end.
+    async fn commit(
+        &mut self,
+        bucket: &Bucket,
+        epoch: u64,
+        n: u64,
+        wanted: &mut BTreeSet<String>,
+    ) -> Result<Option<bool>> {
+        use super::format::{Commit, Entry};
+        let key = key::wal(epoch, n);
+        let Some(bytes) = bucket.get_whole(&key, LARGEST).await? else { return Ok(None) };
+        wanted.insert(key.clone());
+        match Commit::decode(&bytes, self.id, self.size) {
+            Ok(Link::End) => Ok(Some(true)),
+            Ok(Link::One(commit)) => {
+                for entry in commit.entries {
+                    if let Entry::Block { block, version } = entry {
+                        wanted.insert(key::block(block, version));
+                    }
+                }
+                Ok(Some(false))
+            }
+            Err(error) => {
+                self.problems.push(format!("{key}: {error}: the volume cannot be opened"));
+                Ok(Some(false))
+            }
+        }
+    }
+}
+
+/// What a check will cost, in dollars at the prices of S3 Standard, and of how many objects: known before it begins.
+///
+/// # Errors
+/// As [`stat`].
+pub fn cost_of_check(place: &Place) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let found = Found::look(&bucket).await?;
+        let (objects, _) = found.stored();
+        let lists = objects.div_ceil(1000) + 2;
+        Ok(json!({ "objects": objects, "lists": lists, "dollars": lists as f64 * STANDARD.put / 1000.0 }))
+    })
+}
+
+/// Looks at every object of a volume by listing them. What nothing leads to is counted, and deleted with `mend`, which needs a volume
+/// that nobody has open.
+///
+/// # Errors
+/// The store does not answer; with `mend`, somebody has the volume open.
+pub fn check(place: &Place, mend: bool) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let dangers = bucket.dangers().await?;
+        let mut found = Found::look(&bucket).await?;
+        let claim = open::last_claim(&bucket).await?;
+        let closed = match (&found.last, &claim) {
+            (Some(last), Some(claim)) => last.closed && last.epoch == claim.epoch,
+            (None, None) => true,
+            _ => false,
+        };
+        let wanted = found.wanted(&bucket).await?;
+        let mut seen = Seen::default();
+        let mut after = String::new();
+        loop {
+            let listed = bucket.list("", &after, 1000).await?;
+            let Some(last) = listed.last() else { break };
+            after = last.key.clone();
+            listed.iter().for_each(|listed| seen.one(&found, &wanted, listed));
+        }
+        let missing: Vec<&String> = wanted.iter().filter(|key| !seen.keys.contains(*key)).collect();
+        let gone: BTreeSet<String> = found.last.iter().flat_map(|last| keys_of(&last.gone)).collect();
+        let lost = missing.iter().filter(|key| !gone.contains(**key));
+        found.problems.extend(lost.map(|key| format!("{key}: is missing: what it held is lost")));
+        found.problems.append(&mut seen.problems);
+        if mend && !closed {
+            let message = "somebody has the volume open: what nothing leads to may be just on its way";
+            return Err(Error::new(Kind::Busy, message));
+        }
+        if mend {
+            bucket.delete_many(seen.stray.iter().map(|(key, _)| key.clone())).await?;
+        }
+        Ok(json!({
+            "problems": found.problems,
+            "dangers": dangers,
+            "objects": seen.keys.len(),
+            "bytes": seen.bytes,
+            "stray": seen.stray.len(),
+            "stray_bytes": seen.stray.iter().map(|(_, len)| len).sum::<u64>(),
+            "deleted": mend,
+            "open": !closed,
+            "dollars": STANDARD.counted(&bucket.counts),
+            "month": STANDARD.storage(seen.bytes),
+        }))
+    })
+}
+
+/// What is no longer ends a chain, and is kept for ever.
+const END_LEN: u64 = 44;
+
+/// What a listing has shown.
+#[derive(Default)]
+struct Seen {
+    keys: BTreeSet<String>,
+    bytes: u64,
+    stray: Vec<(String, u64)>,
+    problems: Vec<String>,
+}
+
+impl Seen {
+    fn one(&mut self, found: &Found, wanted: &BTreeSet<String>, listed: &Listed) {
+        // Other volumes may lie below, and what is no volume's.
+        if !key::is_ours(&listed.key) {
+            return;
+        }
+        self.bytes += listed.len;
+        self.keys.insert(listed.key.clone());
+        let end = |key: &str| (key::mapped(key).or(key::logged(key))).is_some() && listed.len <= END_LEN;
+        if !wanted.contains(&listed.key) {
+            if key::claimed(&listed.key).is_none() && !end(&listed.key) {
+                self.stray.push((listed.key.clone(), listed.len));
+            }
+        } else if let Some((block, version)) = key::blocked(&listed.key) {
+            let start = block * found.description.block;
+            let len = (start + found.description.block).min(found.size) - start;
+            if found.map.get(block) == version && listed.len != len {
+                self.problems
+                    .push(format!("{}: has {} bytes of {len}: it is damaged", listed.key, listed.len));
+            }
+        }
+    }
+}
+
+fn opening(take: bool) -> Opening {
+    Opening { claim: claim(), memory: 0, idle: Duration::from_secs(10), take, patience: Some(PATIENCE) }
+}
+
+async fn opened(bucket: Bucket, take: bool) -> Result<Arc<Volume>> {
+    let volume =
+        open::open(bucket, opening(take), Arc::new(|message: &str| tracing::warn!("{message}"))).await?;
+    tokio::spawn(super::keeper::keep(volume.clone()));
+    Ok(volume)
+}
+
+/// Says that the host that has the volume open is dead: it is opened, brought in order and left. If that host lives, its disk ends.
+///
+/// # Errors
+/// The store does not answer, or the volume is damaged.
+pub fn take(place: &Place) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let before = open::last_claim(&bucket).await?;
+        let volume = opened(bucket, true).await?;
+        open::close(&volume, Duration::from_secs(600)).await?;
+        Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host) }))
+    })
+}
+
+/// Deletes a volume, its description last: what is broken off can be done again. A host that has it open loses it before; it is refused
+/// without `force` then.
+///
+/// # Errors
+/// There is none; another host has it open; the store does not answer.
+pub fn delete(place: &Place, force: bool) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        // A volume that cannot be read can be deleted all the same.
+        match open::describe(&bucket).await {
+            Err(error) if error.kind() == Kind::Unavailable => return Err(error),
+            _ => {}
+        }
+        match opened(bucket.with_patience(Some(PATIENCE)), force).await {
+            Ok(volume) => open::close(&volume, Duration::from_secs(600)).await?,
+            Err(error) if force && error.kind() != Kind::Busy => tracing::warn!("{error}"),
+            Err(error) => return Err(error),
+        }
+        let mut count = 0u64;
+        let mut after = String::new();
+        loop {
+            let listed = bucket.list("", &after, 1000).await?;
+            let Some(last) = listed.last() else { break };
+            after = last.key.clone();
+            let keys: Vec<String> = listed
+                .into_iter()
+                .map(|listed| listed.key)
+                .filter(|key| key != key::VOLUME && key::is_ours(key))
+                .collect();
+            count += keys.len() as u64;
+            bucket.delete_many(keys).await?;
+        }
+        bucket.delete_many([key::VOLUME.to_owned()]).await?;
+        Ok(json!({ "objects": count + 1 }))
+    })
+}
+
+/// Copies a volume that nobody has open to a place where there is none; what was never written takes no room there either. Tells
+/// `progress` how far it is, and how far it goes, in bytes of the disk.
+///
+/// # Errors
+/// There is a volume at the other place; a store does not answer. What is there of the copy then is to be deleted.
+pub fn copy(
+    from: &Place,
+    to: &Place,
+    block: Option<u64>,
+    fenced: bool,
+    progress: impl Fn(u64, u64) + Send + 'static,
+) -> Result<Value> {
+    let (source, target) = (from.bucket()?, to.bucket()?);
+    block_on(async move {
+        let source = opened(source, false).await?;
+        let size = source.state().size;
+        let block = block.unwrap_or(source.block);
+        let made = open::create(&target, size, block, fenced).await?;
+        let target = opened(target, false).await?;
+        let done = copy_all(&source, &target, size, progress).await;
+        let left = open::close(&source, Duration::from_secs(60)).await;
+        let closed = open::close(&target, Duration::from_secs(600)).await;
+        let copied = done?;
+        left.and(closed)?;
+        Ok(json!({ "id": made.id, "size": size, "bytes": copied, "from": hex(&source.id) }))
+    })
+}
+
+/// Bytes that are copied between two flushes.
+const STRETCH: u64 = 16 << 20;
+
+async fn copy_all(
+    source: &Arc<Volume>,
+    target: &Arc<Volume>,
+    size: u64,
+    progress: impl Fn(u64, u64),
+) -> Result<u64> {
+    let mut copied = 0;
+    let mut at = 0;
+    while at < size {
+        let len = STRETCH.min(size - at);
+        let extents = source.clone().serve(Request::new(Op::Extents, at, len)).await?.into_extents()?;
+        let end = at + len;
+        for extent in extents {
+            let len = extent.len.min(end - at);
+            if !extent.state.zero {
+                let data = source.clone().serve(Request::read(at, len)).await?.into_data()?;
+                let mut write = Request::write(at, data);
+                write.origin = Origin::WriteBack;
+                target.clone().serve(write).await?;
+                copied += len;
+            }
+            at += len;
+        }
+        target.flush().await?;
+        progress(at, size);
+    }
+    Ok(copied)
+}

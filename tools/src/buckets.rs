@@ -1,0 +1,264 @@
+//! `mason bucket`: disks in buckets, served or not.
+
+use crate::failure::{Failure, Outcome};
+use crate::output::{self, printable};
+use crate::units::{Bytes, Exact, Stamp};
+use blockmason::lang::value::{Size, Uri};
+use blockmason_elements::cloud::tool::{self, Place};
+use serde_json::Value;
+use std::path::PathBuf;
+
+/// Make disks in buckets of S3, look at them, check them.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  mason bucket create s3://vms/vm1 --size 100G
+  mason bucket create s3://vms/vm1 --size 100G --endpoint https://s3.example.org --credentials keys
+  mason bucket check s3://vms/vm1 && echo sound
+  mason bucket copy s3://vms/vm1 s3://backup/vm1
+
+The keys are in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), in ~/.aws/credentials, in the file
+that --credentials names, or are those of the machine's role.")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Make a disk where there is none
+    Create {
+        #[command(flatten)]
+        volume: Volume,
+        /// Bytes of the disk
+        #[arg(long)]
+        size: Size,
+        #[command(flatten)]
+        making: Making,
+    },
+    /// Show what a disk in a bucket is, who has it open, and what it costs to keep
+    Stat(Volume),
+    /// Look at every object by listing them: exits with 1 if anything is missing
+    Check {
+        #[command(flatten)]
+        volume: Volume,
+        /// Deletes what nothing leads to: what a host had put when it died. Nobody may have the disk open
+        #[arg(long)]
+        delete_stray: bool,
+        /// Says what it will cost, and does nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Say that the host that has a disk open is dead, so that another one may open it
+    ///
+    /// If that host lives, its disk fails from then on.
+    Take(Volume),
+    /// Delete a disk
+    Delete {
+        #[command(flatten)]
+        volume: Volume,
+        /// Even if another host has it open, or it is damaged
+        #[arg(long)]
+        force: bool,
+    },
+    /// Copy a disk that nobody has open
+    Copy {
+        #[command(flatten)]
+        volume: Volume,
+        /// Where to: s3://BUCKET/PREFIX, on the same server
+        to: Url,
+        #[command(flatten)]
+        making: Making,
+    },
+}
+
+#[derive(clap::Args)]
+struct Making {
+    /// Bytes of an object, 4k to 16M: large ones cost fewer requests, small ones less for small writes
+    #[arg(long)]
+    block: Option<Size>,
+    /// Goes on where the store ignores `If-None-Match`: two hosts that open the disk then destroy it
+    #[arg(long)]
+    unsafe_no_fencing: bool,
+}
+
+/// The size of an object where none is named.
+const BLOCK: u64 = 1 << 20;
+
+#[derive(clap::Args)]
+struct Volume {
+    /// The disk: s3://BUCKET/PREFIX
+    url: Url,
+    /// The server; Amazon's without one
+    #[arg(long)]
+    endpoint: Option<Uri>,
+    /// The region that requests are signed for
+    #[arg(long, default_value = "us-east-1")]
+    region: String,
+    /// A file of keys, in the form of ~/.aws/credentials
+    #[arg(long)]
+    credentials: Option<PathBuf>,
+    /// The profile in it
+    #[arg(long)]
+    profile: Option<String>,
+    /// Certificates to trust, as PEM
+    #[arg(long)]
+    ca: Option<PathBuf>,
+    /// Writes one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A bucket and what keys begin with.
+#[derive(Clone, Debug)]
+struct Url {
+    bucket: String,
+    prefix: String,
+}
+
+impl std::str::FromStr for Url {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Url, String> {
+        let wrong = || format!("expected s3://BUCKET/PREFIX, as in s3://vms/vm1, found `{text}`");
+        let rest = text.strip_prefix("s3://").ok_or_else(wrong)?;
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(wrong());
+        }
+        Ok(Url { bucket: bucket.to_owned(), prefix: prefix.trim_matches('/').to_owned() })
+    }
+}
+
+impl Volume {
+    fn place(&self) -> Place {
+        Place {
+            bucket: self.url.bucket.clone(),
+            prefix: self.url.prefix.clone(),
+            endpoint: self.endpoint.as_ref().map(|uri| uri.as_str().to_owned()),
+            region: self.region.clone(),
+            by_path: None,
+            credentials: self.credentials.clone(),
+            profile: self.profile.clone(),
+            ca: self.ca.clone(),
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("s3://{}/{}", self.url.bucket, self.url.prefix)
+    }
+
+    fn say(&self, found: &Value, text: impl FnOnce(&Value) -> String) -> Outcome {
+        if self.json { output::json(found) } else { output::text(&text(found)) }
+    }
+}
+
+fn failed(error: blockmason::Error) -> Failure {
+    Failure::from_error(&error)
+}
+
+pub(crate) fn main(args: &Args) -> Outcome {
+    match &args.command {
+        Command::Create { volume, size, making } => {
+            let block = making.block.map_or(BLOCK, |block| block.0);
+            let made =
+                tool::create(&volume.place(), size.0, block, !making.unsafe_no_fencing).map_err(failed)?;
+            volume.say(&made, |_| format!("{}: {}\n", volume.name(), Exact(size.0)))
+        }
+        Command::Stat(volume) => {
+            let found = tool::stat(&volume.place()).map_err(failed)?;
+            volume.say(&found, stat)
+        }
+        Command::Check { volume, delete_stray, dry_run } => check(volume, *delete_stray, *dry_run),
+        Command::Take(volume) => {
+            let taken = tool::take(&volume.place()).map_err(failed)?;
+            volume.say(&taken, |taken| match taken["host"].as_str() {
+                Some(host) => format!("taken from {}; any host may open it\n", printable(host)),
+                None => "nobody had it; any host may open it\n".to_owned(),
+            })
+        }
+        Command::Delete { volume, force } => {
+            let gone = tool::delete(&volume.place(), *force).map_err(failed)?;
+            volume.say(&gone, |gone| format!("{} objects are deleted\n", gone["objects"]))
+        }
+        Command::Copy { volume, to, making } => copy(volume, to, making),
+    }
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+fn dollars(value: &Value) -> String {
+    format!("{:.4} $", value.as_f64().unwrap_or(0.0))
+}
+
+fn stat(found: &Value) -> String {
+    let line = |what: &str, value: String| format!("{what:<18}{value:>12}\n");
+    let mut said = line("size", Exact(number(&found["size"])).to_string());
+    said += &line("object size", Bytes(number(&found["block"])).to_string());
+    said += &line("objects", number(&found["objects"]).to_string());
+    said += &line("stored", Bytes(number(&found["bytes"])).to_string());
+    said += &line("costs a month", dollars(&found["month"]));
+    said += &line("opened", format!("{} times", number(&found["epoch"])));
+    if found["fenced"] == false {
+        said += "the store ignores conditions: nothing keeps two hosts from destroying it\n";
+    }
+    match (found["open"].as_bool(), found["host"].as_str()) {
+        (Some(true), Some(host)) => {
+            let since = Stamp(number(&found["since"]) as f64);
+            said + &format!(
+                "open on {}, process {}, since {since}\n",
+                printable(host),
+                number(&found["process"])
+            )
+        }
+        _ => said + "nobody has it open\n",
+    }
+}
+
+fn check(volume: &Volume, delete_stray: bool, dry_run: bool) -> Outcome {
+    let cost = tool::cost_of_check(&volume.place()).map_err(failed)?;
+    let said = format!(
+        "{} listings for {} objects, about {}\n",
+        cost["lists"],
+        cost["objects"],
+        dollars(&cost["dollars"])
+    );
+    if dry_run {
+        return volume.say(&cost, |_| said);
+    }
+    if !volume.json {
+        output::text(&said)?;
+    }
+    let found = tool::check(&volume.place(), delete_stray).map_err(failed)?;
+    let lines = |list: &Value| -> Vec<String> {
+        list.as_array().into_iter().flatten().filter_map(|line| line.as_str()).map(printable).collect()
+    };
+    let (problems, dangers) = (lines(&found["problems"]), lines(&found["dangers"]));
+    volume.say(&found, |found| {
+        let mut said: String = problems.iter().map(|problem| format!("{problem}\n")).collect();
+        said += &dangers.iter().map(|danger| format!("danger: {danger}\n")).collect::<String>();
+        said += &format!("{} objects, {}", found["objects"], Bytes(number(&found["bytes"])));
+        if number(&found["stray"]) > 0 {
+            let done = if delete_stray { "deleted" } else { "that nothing leads to: --delete-stray" };
+            said += &format!("; {} with {} {done}", found["stray"], Bytes(number(&found["stray_bytes"])));
+        }
+        said + "\n"
+    })?;
+    match problems.len() {
+        0 => Ok(()),
+        1 => Err(Failure::new(format!("{}: one thing is not as it should be", volume.name()))),
+        count => Err(Failure::new(format!("{}: {count} things are not as they should be", volume.name()))),
+    }
+}
+
+fn copy(volume: &Volume, to: &Url, making: &Making) -> Outcome {
+    let target = Place { bucket: to.bucket.clone(), prefix: to.prefix.clone(), ..volume.place() };
+    let block = making.block.map(|block| block.0);
+    let progress = |done: u64, of: u64| tracing::info!("{} of {} looked at", Bytes(done), Bytes(of));
+    let done =
+        tool::copy(&volume.place(), &target, block, !making.unsafe_no_fencing, progress).map_err(failed)?;
+    volume.say(&done, |done| {
+        format!("s3://{}/{}: {} copied\n", to.bucket, to.prefix, Bytes(number(&done["bytes"])))
+    })
+}
