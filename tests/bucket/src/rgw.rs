@@ -1,0 +1,158 @@
+//! Ceph's RGW, with one monitor, one manager and one OSD whose objects are in memory. It takes seconds and half a GB.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+const PROGRAMS: [&str; 7] =
+    ["monmaptool", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph", "radosgw", "radosgw-admin"];
+const ACCESS: &str = "mason";
+const SECRET: &str = "mason-secret";
+/// There is one cluster in a folder, so these may be the same for all.
+const CLUSTER: &str = "7c1b4f2e-5a0d-4c55-9d1e-6f0c8a3b2d10";
+const OSD: &str = "0f6f0c1e-93a4-4a0e-8a53-2b9d3e7c4f21";
+
+/// A running RGW. Its processes are ended when it is dropped, and its objects are gone.
+pub struct Rgw {
+    folder: PathBuf,
+    port: u16,
+    gateway: Child,
+    /// Monitor, manager, OSD.
+    cluster: Vec<Child>,
+}
+
+impl Rgw {
+    /// Starts it with everything in `folder`, which must be empty, and waits until it answers. None when its programs
+    /// are not installed, after saying so; panics instead where `MASON_TESTS_NO_SKIP` is set.
+    pub fn start(folder: &Path) -> Option<Rgw> {
+        let missing: Vec<_> = PROGRAMS.into_iter().filter(|program| !installed(program)).collect();
+        if !missing.is_empty() {
+            let forbidden = std::env::var_os("MASON_TESTS_NO_SKIP").is_some_and(|value| value == "1");
+            assert!(!forbidden, "there is no {}", missing.join(", no "));
+            eprintln!("skipped: there is no {}", missing.join(", no "));
+            return None;
+        }
+        let [monitor, port] = free_ports();
+        configure(folder, monitor, port);
+        let cluster = start_cluster(folder, monitor);
+        let gateway = start_gateway(folder);
+        let mut rgw = Rgw { folder: folder.to_owned(), port, gateway, cluster };
+        rgw.wait();
+        let keys = [format!("--access-key={ACCESS}"), format!("--secret-key={SECRET}")];
+        rgw.admin(&["user", "create", "--uid=mason", "--display-name=mason", &keys[0], &keys[1]]);
+        Some(rgw)
+    }
+
+    /// Where it is, as a URL.
+    pub fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// The access key of its user.
+    pub fn access(&self) -> &str {
+        ACCESS
+    }
+
+    /// The secret of that key.
+    pub fn secret(&self) -> &str {
+        SECRET
+    }
+
+    /// Kills the gateway alone, in the midst of whatever it does, and starts it again. The objects stay.
+    pub fn restart_radosgw(&mut self) {
+        end(&mut self.gateway);
+        self.gateway = start_gateway(&self.folder);
+        self.wait();
+    }
+
+    fn wait(&mut self) {
+        let port = self.port;
+        let gateway = &mut self.gateway;
+        crate::until("RGW", || {
+            let ended = gateway.try_wait().unwrap();
+            assert!(ended.is_none(), "radosgw has ended: {ended:?}; see {}", self.folder.display());
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+    }
+
+    fn admin(&self, args: &[&str]) {
+        run(&self.folder, "radosgw-admin", args);
+    }
+}
+
+impl Drop for Rgw {
+    fn drop(&mut self) {
+        end(&mut self.gateway);
+        self.cluster.iter_mut().rev().for_each(end);
+    }
+}
+
+fn end(child: &mut Child) {
+    // It may have ended by itself.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// Ports that nobody has now.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let listeners = [(); N].map(|()| TcpListener::bind(("127.0.0.1", 0)).unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
+fn configure(folder: &Path, monitor: u16, port: u16) {
+    for name in ["mon", "mgr", "osd", "rgw", "log"] {
+        std::fs::create_dir_all(folder.join(name)).unwrap();
+    }
+    let text = include_str!("ceph.conf")
+        .replace("FOLDER", folder.to_str().unwrap())
+        .replace("CLUSTER", CLUSTER)
+        .replace("MONITOR", &monitor.to_string())
+        .replace("PORT", &port.to_string());
+    std::fs::write(folder.join("ceph.conf"), text).unwrap();
+}
+
+fn start_cluster(folder: &Path, monitor: u16) -> Vec<Child> {
+    let map = folder.join("monmap");
+    let map = map.to_str().unwrap();
+    let address = format!("[v1:127.0.0.1:{monitor}]");
+    run(folder, "monmaptool", &["--create", "--fsid", CLUSTER, "--addv", "a", &address, map]);
+    run(folder, "ceph-mon", &["--mkfs", "-i", "a", "--monmap", map]);
+    let monitor = spawn(folder, "ceph-mon", &["-i", "a"]);
+    let manager = spawn(folder, "ceph-mgr", &["-i", "x"]);
+    // Waits for the monitor.
+    run(folder, "ceph", &["osd", "new", OSD]);
+    run(folder, "ceph-osd", &["-i", "0", "--mkfs", "--osd-uuid", OSD]);
+    let osd = spawn(folder, "ceph-osd", &["-i", "0"]);
+    vec![monitor, manager, osd]
+}
+
+fn start_gateway(folder: &Path) -> Child {
+    spawn(folder, "radosgw", &["-n", "client.rgw"])
+}
+
+fn command(folder: &Path, program: &str, args: &[impl AsRef<OsStr>]) -> Command {
+    let mut command = Command::new(program);
+    command.arg("-c").arg(folder.join("ceph.conf")).args(args).current_dir(folder).stdin(Stdio::null());
+    command
+}
+
+/// Runs a program to its end, which must be a good one.
+fn run(folder: &Path, program: &str, args: &[&str]) {
+    let output = command(folder, program, args).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?} has ended with {}: {said}", output.status);
+}
+
+/// Starts a daemon as a child, so that it cannot outlive its group, nor be mistaken for another by its number.
+fn spawn(folder: &Path, program: &str, args: &[&str]) -> Child {
+    let log = File::create(folder.join("log").join(format!("{program}.out"))).unwrap();
+    let mut command = command(folder, program, args);
+    command.arg("-f").stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
+}
