@@ -1,3 +1,308 @@
 //! Each race by itself, its order of events forced.
 
 use super::*;
+use crate::cloud::counts::Call;
+use blockmason::Kind;
+use std::sync::Mutex;
+
+/// Runs a story in which time passes only when everything waits.
+fn story(body: impl AsyncFnOnce(Memory)) {
+    fastrand::seed(1);
+    let memory = Memory::new(1);
+    runtime().block_on(async {
+        create(&memory).await;
+        body(memory).await;
+    });
+}
+
+fn taking(machine: &str) -> Opening {
+    Opening { take: true, ..opening(machine) }
+}
+
+async fn put(volume: &Arc<Volume>, offset: u64, byte: u8, len: u64) -> Result<()> {
+    volume.clone().serve(write(offset, &vec![byte; len as usize], Origin::Guest)).await.map(|_| ())
+}
+
+async fn get(volume: &Arc<Volume>, offset: u64) -> u8 {
+    volume.clone().serve(Request::read(offset, 1)).await.unwrap().into_data().unwrap().to_vec()[0]
+}
+
+#[test]
+fn a_commit_that_comes_after_its_owner_was_replaced_is_nobodys() {
+    story(async |memory| {
+        let first = open(&memory, opening("a")).await.unwrap();
+        put(&first, 0, 1, 10).await.unwrap();
+        memory.hold(|what, key| what == "put" && key.starts_with("some/disk/wal/0000000000000001-"));
+        let late = tokio::spawn({
+            let first = first.clone();
+            async move { put(&first, 0, 2, 10).await }
+        });
+        memory.held(1).await;
+        // The end of the first owner's commits waits behind the same gate: only the commit is held from here on.
+        memory.release();
+        memory.hold(|what, key| what == "put" && key.starts_with("some/disk/wal/0000000000000001-0000000000000003"));
+        late.await.unwrap().unwrap();
+        let late = tokio::spawn({
+            let first = first.clone();
+            async move { put(&first, 0, 3, 10).await }
+        });
+        memory.held(1).await;
+        let second = tokio::spawn({
+            let memory = memory.clone();
+            async move { open(&memory, taking("b")).await }
+        });
+        memory.held(2).await;
+        memory.release();
+        let second = second.await.unwrap().unwrap();
+        let answered = late.await.unwrap();
+        let found = get(&second, 0).await;
+        // Whichever was first: an acknowledged write is there, and what is there no other has.
+        assert_eq!(answered.is_ok(), found == 3, "{answered:?}, {found}");
+        let error = put(&first, 0, 4, 10).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Busy, "{error}");
+        assert!(error.to_string().contains("on b"), "{error}");
+        assert_eq!(get(&second, 0).await, found);
+    });
+}
+
+#[test]
+fn an_owner_that_was_replaced_deletes_nothing() {
+    story(async |memory| {
+        let first = open(&memory, opening("a")).await.unwrap();
+        put(&first, 0, 1, SIZE).await.unwrap();
+        first.settle().await.unwrap();
+        put(&first, 0, 2, SIZE).await.unwrap();
+        memory.hold(|what, key| what == "put" && key.ends_with(&crate::cloud::format::key::map(1, 3)));
+        let late = tokio::spawn({
+            let first = first.clone();
+            async move { first.settle().await }
+        });
+        memory.held(1).await;
+        let second = tokio::spawn({
+            let memory = memory.clone();
+            async move { open(&memory, taking("b")).await }
+        });
+        memory.held(2).await;
+        memory.release();
+        let second = second.await.unwrap().unwrap();
+        let _ = late.await.unwrap();
+        assert_eq!(read_all(&second).await, vec![2; SIZE as usize]);
+        assert!(put(&first, 0, 3, 1).await.is_err());
+    });
+}
+
+/// An end that is put where a checkpoint was, and has been deleted, ends nothing.
+#[test]
+fn an_owner_that_makes_checkpoints_meanwhile_is_found_out() {
+    story(async |memory| {
+        let first = open(&memory, opening("a")).await.unwrap();
+        put(&first, 0, 1, SIZE).await.unwrap();
+        first.settle().await.unwrap();
+        let end = crate::cloud::format::key::map(1, 3);
+        memory.hold(move |what, key| what == "put" && key.ends_with(&end));
+        let second = tokio::spawn({
+            let memory = memory.clone();
+            async move { open(&memory, taking("b")).await }
+        });
+        memory.held(1).await;
+        // The place is held for the first owner too, whose checkpoints go by it once it is free.
+        let more = tokio::spawn({
+            let first = first.clone();
+            async move {
+                for byte in 2..6 {
+                    put(&first, 0, byte, SIZE).await?;
+                    first.settle().await?;
+                }
+                Ok::<_, blockmason::Error>(())
+            }
+        });
+        memory.held(2).await;
+        memory.release();
+        let second = second.await.unwrap().unwrap();
+        let went_on = more.await.unwrap();
+        let found = read_all(&second).await;
+        assert!(found.iter().all(|byte| *byte == found[0]), "a mixture");
+        assert!(found[0] >= 2, "what was acknowledged is there");
+        assert!(went_on.is_err() || found[0] == 5);
+        assert!(put(&first, 0, 9, 1).await.is_err());
+        put(&second, 0, 7, SIZE).await.unwrap();
+        second.settle().await.unwrap();
+        let third = open(&memory, opening("b")).await.unwrap();
+        assert_eq!(read_all(&third).await, vec![7; SIZE as usize]);
+    });
+}
+
+/// Holes have no version: what was being written of a block that has come and gone meanwhile is not put into it.
+#[test]
+fn a_block_that_is_discarded_while_it_is_written_anew_stays_away() {
+    story(async |memory| {
+        let volume = open(&memory, opening("a")).await.unwrap();
+        put(&volume, 10, 1, 10).await.unwrap();
+        memory.hold(|what, key| what == "put" && key.starts_with("some/disk/b/"));
+        let settling = tokio::spawn({
+            let volume = volume.clone();
+            async move { volume.settle().await }
+        });
+        memory.held(1).await;
+        let whole = tokio::spawn({
+            let volume = volume.clone();
+            async move {
+                put(&volume, 0, 2, BLOCK).await.unwrap();
+                volume.clone().serve(op(Op::Discard, 0, BLOCK)).await.unwrap();
+            }
+        });
+        memory.held(2).await;
+        memory.release();
+        whole.await.unwrap();
+        settling.await.unwrap().unwrap();
+        assert_eq!(get(&volume, 10).await, 0);
+    });
+}
+
+#[test]
+fn what_was_lost_is_an_error_and_an_event_and_no_zeros() {
+    story(async |memory| {
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let heard = said.clone();
+        let say = Arc::new(move |message: &str| heard.lock().unwrap().push(message.to_owned()));
+        let volume = open::open(bucket(&memory), opening("a"), say).await.unwrap();
+        tokio::spawn(keeper::keep(volume.clone()));
+        put(&volume, 0, 1, BLOCK).await.unwrap();
+        put(&volume, BLOCK, 2, BLOCK).await.unwrap();
+        let key = memory.keys().into_iter().find(|key| key.contains("/b/00/")).unwrap();
+        memory.remove(&key);
+        let error = volume.clone().serve(Request::read(5, 1)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Io);
+        assert!(said.lock().unwrap()[0].contains("is missing in the bucket"), "{said:?}");
+        assert_eq!(get(&volume, BLOCK).await, 2);
+        let cut = memory.keys().into_iter().find(|key| key.contains("/b/01/")).unwrap();
+        memory.overwrite(&cut, &[2; 100]);
+        assert_eq!(volume.clone().serve(Request::read(BLOCK + 200, 1)).await.unwrap_err().kind(), Kind::Io);
+    });
+}
+
+#[test]
+fn another_hosts_volume_is_left_alone_until_that_host_is_said_to_be_dead() {
+    story(async |memory| {
+        let first = open(&memory, opening("a")).await.unwrap();
+        put(&first, 0, 1, 1).await.unwrap();
+        let error = open(&memory, opening("b")).await.err().unwrap();
+        assert_eq!(error.kind(), Kind::Busy);
+        assert!(error.to_string().contains("mason bucket take"), "{error}");
+        put(&first, 0, 2, 1).await.unwrap();
+        open::close(&first, Duration::from_secs(60)).await.unwrap();
+        let second = open(&memory, opening("b")).await.unwrap();
+        assert_eq!(get(&second, 0).await, 2);
+        assert!(put(&first, 0, 3, 1).await.is_err());
+    });
+}
+
+#[test]
+fn a_store_that_ignores_conditions_is_refused() {
+    let memory = Memory::new(1);
+    memory.ignore_conditions();
+    runtime().block_on(async {
+        let error = open::create(&bucket(&memory), SIZE, BLOCK, true).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(memory.keys().is_empty(), "nothing is left behind: {:?}", memory.keys());
+        open::create(&bucket(&memory), SIZE, BLOCK, false).await.unwrap();
+    });
+}
+
+#[test]
+fn what_is_there_already_is_kept() {
+    story(async |memory| {
+        let error = open::create(&bucket(&memory), SIZE * 2, BLOCK, true).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Busy);
+        let volume = open(&memory, opening("a")).await.unwrap();
+        assert_eq!(volume.state().size, SIZE);
+    });
+}
+
+#[test]
+fn a_damaged_commit_keeps_the_volume_closed() {
+    story(async |memory| {
+        let volume = open(&memory, opening("a")).await.unwrap();
+        put(&volume, 0, 1, 100).await.unwrap();
+        put(&volume, 200, 2, 100).await.unwrap();
+        let wal = memory.keys().into_iter().find(|key| key.contains("/wal/")).unwrap();
+        let sound = memory.bytes(&wal);
+        for at in [0, 9, 30, sound.len() - 1] {
+            let mut bytes = sound.clone();
+            bytes[at] ^= 1;
+            let copy = memory.copy();
+            copy.overwrite(&wal, &bytes);
+            let error = open(&copy, opening("a")).await.err().unwrap();
+            assert!(error.to_string().contains(wal.trim_start_matches("some/disk/")), "{error}");
+        }
+    });
+}
+
+#[test]
+fn while_the_store_is_silent_requests_wait_and_are_done_later() {
+    story(async |memory| {
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let heard = said.clone();
+        let bucket = bucket(&memory);
+        bucket.tell(move |message| heard.lock().unwrap().push(message.to_owned()));
+        let volume = open::open(bucket, opening("a"), Arc::new(|_: &str| {})).await.unwrap();
+        tokio::spawn(keeper::keep(volume.clone()));
+        put(&volume, 0, 1, BLOCK).await.unwrap();
+        memory.set_down(true);
+        let writing = tokio::spawn({
+            let volume = volume.clone();
+            async move { put(&volume, BLOCK, 2, 10).await }
+        });
+        let reading = tokio::spawn({
+            let volume = volume.clone();
+            async move { get(&volume, 0).await }
+        });
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert!(!writing.is_finished() && !reading.is_finished() && volume.bucket.is_down());
+        // What is in memory is served meanwhile.
+        assert_eq!(get(&volume, BLOCK).await, 2);
+        memory.set_down(false);
+        writing.await.unwrap().unwrap();
+        assert_eq!(reading.await.unwrap(), 1);
+        let said = said.lock().unwrap();
+        assert!(said[0].contains("does not") && said.last().unwrap() == "the store answers again", "{said:?}");
+    });
+}
+
+/// As many requests and bytes as there have to be: what is written as a whole is sent once.
+#[test]
+fn a_batch_of_whole_blocks_costs_one_request_each_and_one_for_all() {
+    let memory = Memory::new(1);
+    runtime().block_on(async {
+        let (block, size) = (1 << 20, 64 << 20);
+        open::create(&bucket(&memory), size, block, true).await.unwrap();
+        let volume = open(&memory, opening("a")).await.unwrap();
+        let (puts, bytes) = (volume.bucket.counts.requests(Call::Put), volume.bucket.counts.bytes(Call::Put));
+        for n in 0..32 * 8 {
+            let data = vec![(n % 255 + 1) as u8; 128 << 10];
+            volume.clone().serve(write(n * (128 << 10), &data, Origin::WriteBack)).await.unwrap();
+        }
+        volume.clone().serve(op(Op::Flush, 0, 0)).await.unwrap();
+        let puts = volume.bucket.counts.requests(Call::Put) - puts;
+        let bytes = volume.bucket.counts.bytes(Call::Put) - bytes;
+        assert_eq!(puts, 33);
+        assert!(bytes < (32 << 20) + 4096, "{bytes}");
+    });
+}
+
+/// A cache finds out whether another one has written since.
+#[test]
+fn whoever_writes_is_told_whether_somebody_else_has() {
+    story(async |memory| {
+        let volume = open(&memory, opening("a")).await.unwrap();
+        let tenure = |text: String| text.split(' ').next().unwrap().to_owned();
+        let first = tenure(volume.generation([1; 16]));
+        put(&volume, 0, 1, 1).await.unwrap();
+        let volume = open(&memory, opening("a")).await.unwrap();
+        assert_eq!(tenure(volume.generation([1; 16])), first, "its own writes, after a crash");
+        let volume = open(&memory, opening("a")).await.unwrap();
+        put(&volume, 0, 2, 1).await.unwrap();
+        let volume = open(&memory, opening("a")).await.unwrap();
+        assert_ne!(tenure(volume.generation([1; 16])), first, "somebody has written without saying who");
+    });
+}
