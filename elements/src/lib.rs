@@ -40,6 +40,8 @@ pub static ALL: &[&ElementType] = &[
     &sink::null::TYPE,
     &sink::volatile::TYPE,
     &transform::cow::TYPE,
+    #[cfg(feature = "crypto")]
+    &transform::crypto::TYPE,
     &transform::wal::TYPE,
     &parallax::parallax::TYPE,
     &parallax::radix::TYPE,
