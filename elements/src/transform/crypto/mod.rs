@@ -35,6 +35,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use volume::{Volume, Wanted, hex};
 
 /// A power of two from 512 bytes to 64 KiB.
@@ -92,8 +93,9 @@ pub const TYPE: ElementType = ElementType {
           remove them, and what is not protected: [crypto.md](../crypto.md).\n\n\
           **The disk below.** Each block is stored with 32 bytes of its own, in one slot, which must be written as a whole or \
           not at all, whatever dies meanwhile. A disk that does not promise that is refused: a block torn by a loss of power \
-          could not be told from one that somebody has changed. `s3` promises it, and `mem`, where nothing is left \
-          to be torn; `file` and block devices do not. 2 MiB and 32 KiB at the start are taken by the header and the \
+          could not be told from one that somebody has changed. `s3` promises it; a `wal`, whose log sees to it; and `mem`, where \
+          nothing is left to be torn. Files and block devices do not: put a `wal` in between, which writes everything twice. A log of \
+          5 MiB or more takes writes of a MiB in one piece, smaller ones less. 2 MiB and 32 KiB at the start are taken by the header and the \
           table of sessions, and 32 bytes for each block after that. An empty disk becomes an encrypted volume where \
           `(create yes)` says so; anything else without a header is refused. Format: \
           [formats/crypto.md](../formats/crypto.md).\n\n\
@@ -206,6 +208,10 @@ fn source(params: &Params) -> Result<Source> {
 /// How long what has failed waits before it is tried again, at first and at last.
 const RETRY: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
+/// For so long requests are answered with what the last try to open the volume came to: a passphrase is dear to try,
+/// and a command may ask somebody.
+const REFUSED: Duration = Duration::from_secs(5);
+
 /// The longest that a rotation steps back for guests between two steps.
 const STEP_BACK: Duration = Duration::from_millis(100);
 
@@ -221,8 +227,8 @@ enum Order {
 struct Crypto {
     wanted: Arc<Wanted>,
     block: u64,
-    /// Held while a volume is being opened.
-    opening: tokio::sync::Mutex<()>,
+    /// Held while a volume is being opened. What the last try came to that has failed, and when.
+    opening: tokio::sync::Mutex<Option<(Instant, Error)>>,
     now: Mutex<Now>,
     /// Tells `run` that there is something to do.
     wake: Notify,
@@ -288,9 +294,12 @@ impl Crypto {
         if let Some(volume) = place.volume.get() {
             return Ok(volume);
         }
-        let _alone = self.opening.lock().await;
+        let mut refused = self.opening.lock().await;
         if let Some(volume) = place.volume.get() {
             return Ok(volume);
+        }
+        if let Some((_, error)) = refused.as_ref().filter(|(at, _)| cx.now() - *at < REFUSED) {
+            return Err(error.clone());
         }
         match self.open_or_share(cx, place.layout).await {
             Ok(volume) => {
@@ -302,6 +311,7 @@ impl Crypto {
                 Ok(place.volume.get_or_init(|| volume))
             }
             Err(error) => {
+                *refused = Some((cx.now(), error.clone()));
                 if self.fails(&error) {
                     cx.notice(format!("the volume cannot be opened: {}", error.message()));
                 }
@@ -517,7 +527,7 @@ impl Element for Crypto {
         if reach < slot {
             let message = format!(
                 "the disk below promises atomic writes of {reach} bytes, and {slot} are needed: a block that is torn by a \
-                 loss of power could not be told from one that was changed; `s3` promises enough, a file or a block device does not"
+                 loss of power could not be told from one that was changed; put a `wal` in between"
             );
             return Err(Error::unsupported(message));
         }

@@ -109,7 +109,7 @@ impl Volume {
             return Ok(Data::zeros(slots.len() / self.layout.slot() as usize * block));
         }
         let sessions = self.sessions(first, &slots).map_err(|bad| damaged(bad, cx))?;
-        let opened = match slots.len() <= INLINE {
+        let opened = match sessions.len() * block <= INLINE {
             true => cipher::open(&sessions, first, block, &slots),
             false => aside(move || cipher::open(&sessions, first, block, &slots)).await?,
         };

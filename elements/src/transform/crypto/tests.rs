@@ -5,5 +5,6 @@ mod headers;
 mod kit;
 mod model;
 mod nonces;
+mod power;
 mod rotation;
 mod secrets;

@@ -13,8 +13,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-pub(super) static CATALOGUE: Catalogue =
-    &[&super::super::TYPE, &SHARED, &TAP, &COARSE, &crate::sink::file::TYPE, &crate::sink::mem::TYPE];
+pub(super) static CATALOGUE: Catalogue = &[
+    &super::super::TYPE,
+    &SHARED,
+    &TAP,
+    &COARSE,
+    &crate::sink::file::TYPE,
+    &crate::sink::mem::TYPE,
+    &crate::sink::volatile::TYPE,
+    &crate::transform::wal::TYPE,
+];
 
 thread_local! {
     static SINKS: RefCell<HashMap<String, Arc<dyn Element>>> = RefCell::default();
@@ -23,10 +31,15 @@ thread_local! {
 
 /// The element of that name in every graph of type `shared` is a disk in memory of this size.
 pub(super) fn share(host: &Host, name: &str, size: u64) {
-    let text = format!("element {name} (type mem) (size {size})");
-    let graph = graph(host, CATALOGUE, &text, name).unwrap();
+    share_as(host, name, &format!("(type mem) (size {size})"));
+}
+
+/// The element of that name in every graph of type `shared` is this one.
+pub(super) fn share_as(host: &Host, name: &str, text: &str) -> Arc<dyn Element> {
+    let graph = graph(host, CATALOGUE, &format!("element {name} {text}"), name).unwrap();
     let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
-    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element));
+    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
+    element
 }
 
 static SHARED: ElementType = ElementType {

@@ -3,8 +3,9 @@
 use super::super::format::{DATA, TABLE};
 use super::kit::{Bench, CATALOGUE, KEY_A, Oracle, get, let_go, place, room, settle, tapped};
 use blockmason::testing::{TestDisk, play_against_model, run};
-use blockmason::{Data, Flags, Op, Request};
+use blockmason::{Connection, Data, Flags, Graph, Op, Request};
 use futures::FutureExt;
+use std::sync::Arc;
 
 #[test]
 fn behaves_like_a_vector_before_and_after_a_restart() {
@@ -184,5 +185,32 @@ fn a_disk_that_tears_slots_is_refused() {
             let error = TestDisk::new(&host, CATALOGUE, &over(below), "X").await.err().unwrap().to_string();
             assert!(error.contains(wanted), "{error}");
         }
+    });
+}
+
+#[test]
+fn graphs_that_replace_each_other_share_what_is_open() {
+    run(1, async |host| {
+        let bench = Bench::new(&host, 16, 4096);
+        let disk = bench.open("Disk", "").await;
+        for byte in 1..4u64 {
+            disk.write(byte * 4096, &[byte as u8; 4096]).await.unwrap();
+            // The same instances, and a graph of their own.
+            let now = disk.disk.graph();
+            let instances: Vec<_> = now.instances().cloned().collect();
+            let place = |name: &str| instances.iter().position(|found| found.name == name).unwrap();
+            let edges = [("X", "T"), ("T", "Disk"), ("Client", "X")].map(|(from, to)| Connection {
+                from: place(from),
+                port: "out".to_owned(),
+                to: place(to),
+            });
+            let next = Arc::new(Graph::assemble("test", &instances, &edges, host.shards()).unwrap());
+            disk.disk.replace(next, &Default::default()).await.unwrap();
+            assert_eq!(disk.read(byte * 4096, 4096).await.unwrap(), [byte as u8; 4096]);
+            assert_eq!(get(&disk, "sessions"), "1 of 4096", "it is the same session");
+        }
+        let image = bench.image("Disk").await;
+        let oracle = Oracle::new(&image, KEY_A);
+        assert_eq!((1..4).map(|block| oracle.counter(block)).collect::<Vec<_>>(), [0, 1, 2]);
     });
 }

@@ -194,3 +194,20 @@ fn nothing_that_is_printed_tells_a_key() {
         assert!(tells(&format!("{:?}", KEY_A), KEY_A), "it would be noticed");
     });
 }
+
+#[test]
+fn a_volume_that_cannot_be_opened_is_not_tried_for_each_request() {
+    run(1, async |host| {
+        let bench = Bench::new(&host, 16, 512);
+        bench.open("Disk", "(block 512)").await.disk.stop().await.unwrap();
+        let script = "echo x >> @/tries; echo thirty-two_bytes_and_then_some_more";
+        std::fs::write(bench.path("script"), script.replace('@', bench.path("").to_str().unwrap())).unwrap();
+        let disk = bench.serve("Disk", "(key_command /bin/sh @/script) (block 512)").await.unwrap();
+        for _ in 0..20 {
+            let error = disk.read(0, 512).await.unwrap_err().to_string();
+            assert!(error.contains("no key slot opens with this key"), "{error}");
+        }
+        assert_eq!(std::fs::read_to_string(bench.path("tries")).unwrap(), "x\n");
+        disk.disk.stop().await.unwrap();
+    });
+}
