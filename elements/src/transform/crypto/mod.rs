@@ -20,7 +20,7 @@ use blockmason::lang::{ParamError, Params as Given};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Prepared, Request, Result,
 };
-use format::{Cipher, Layout, Opener, SESSIONS};
+use format::{Cipher, HEADER, Layout, Opener, SESSIONS};
 use futures::future::{Either, select};
 use io::{Io, OUT};
 use keys::{Credential, Source};
@@ -524,9 +524,11 @@ impl Element for Crypto {
         let below = children.single()?;
         let layout = Layout::new(self.block, below.size)?;
         let (reach, slot) = (reach(&below), layout.slot());
-        if reach < slot {
+        // A header that is torn while the volume is made would look like one that is lost.
+        let needed = slot.max(HEADER as u64);
+        if reach < needed {
             let message = format!(
-                "the disk below promises atomic writes of {reach} bytes, and {slot} are needed: a block that is torn by a \
+                "the disk below promises atomic writes of {reach} bytes, and {needed} are needed: a block that is torn by a \
                  loss of power could not be told from one that was changed; put a `wal` in between"
             );
             return Err(Error::unsupported(message));

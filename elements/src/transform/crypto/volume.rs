@@ -64,28 +64,22 @@ struct Found {
 }
 
 impl Found {
-    /// The copy that counts, of those on the disk; None if both are zeros.
-    fn choose(copies: [Vec<u8>; 2]) -> Result<Option<Found>> {
-        let [first, second] = copies;
-        let differ = first != second;
-        let (mut best, mut refused, mut empty): (Option<Found>, _, _) = (None, None, true);
-        for (copy, bytes) in [first, second].into_iter().enumerate() {
-            let decoded = Header::decode(&bytes);
-            empty &= matches!(decoded, Err(Fault::Empty));
-            match decoded {
+    /// The copy that counts, of those on the disk; None if neither can be read.
+    ///
+    /// # Errors
+    /// One of them says something that this program cannot do: the other one is older.
+    fn choose(copies: &[Vec<u8>; 2]) -> Result<Option<Found>> {
+        let mut best: Option<Found> = None;
+        for (copy, bytes) in copies.iter().enumerate() {
+            match Header::decode(bytes) {
                 Ok(header) if best.as_ref().is_none_or(|best| best.header.sequence < header.sequence) => {
-                    best = Some(Found { header, bytes, copy, differ });
+                    best = Some(Found { header, bytes: bytes.clone(), copy, differ: copies[0] != copies[1] });
                 }
                 Ok(_) | Err(Fault::Empty | Fault::Unreadable) => {}
-                Err(Fault::Refused(why)) => refused = Some(why),
+                Err(Fault::Refused(why)) => return Err(denied(why)),
             }
         }
-        match (best, refused) {
-            (Some(best), _) => Ok(Some(best)),
-            (None, Some(why)) => Err(denied(why)),
-            (None, None) if empty => Ok(None),
-            (None, None) => Err(denied("the disk below is not encrypted, or the header is lost")),
-        }
+        Ok(best)
     }
 
     fn backup(path: &PathBuf) -> Result<Found> {
@@ -141,17 +135,15 @@ async fn store(io: &Io<'_>, bytes: &[u8], counts: usize) -> Result<()> {
 impl Volume {
     /// Opens what is on the disk below, or makes something of an empty one.
     pub(super) async fn open(io: &Io<'_>, wanted: &Arc<Wanted>, layout: Layout) -> Result<Volume> {
-        let found = match Found::choose(copies(io).await?) {
-            Ok(Some(found)) => Some(found),
-            lost => {
-                let lost = lost.err();
-                match &wanted.backup {
-                    Some(backup) => Some(Found::backup(backup)?),
-                    None => lost.map_or(Ok(None), Err)?,
-                }
+        let copies = copies(io).await?;
+        let found = match (Found::choose(&copies)?, &wanted.backup) {
+            (Some(found), _) => found,
+            (None, Some(backup)) => Found::backup(backup)?,
+            (None, None) if copies.iter().flatten().all(|byte| *byte == 0) => {
+                return Volume::create(io, wanted, layout).await;
             }
+            (None, None) => return Err(denied("the disk below is not encrypted, or the header is lost")),
         };
-        let Some(found) = found else { return Volume::create(io, wanted, layout).await };
         if found.header.erased {
             if found.differ {
                 store(io, &found.bytes, found.copy).await?;
@@ -219,7 +211,7 @@ impl Volume {
     /// as old as this instant passes too, and may: its sessions go on here.
     pub(super) async fn is_at(&self, io: &Io<'_>, layout: Layout) -> Result<bool> {
         let _alone = self.changing.lock().await;
-        let Ok(Some(found)) = Found::choose(copies(io).await?) else { return Ok(false) };
+        let Ok(Some(found)) = Found::choose(&copies(io).await?) else { return Ok(false) };
         let table = Entry::decode_all(&found.header.id, &table(io).await?.to_vec());
         let state = self.state();
         Ok(self.layout == layout && found.header == state.header && table == state.table)

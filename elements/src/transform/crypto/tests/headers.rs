@@ -77,6 +77,28 @@ fn what_does_not_fit_the_header_is_said() {
     });
 }
 
+#[test]
+fn a_header_of_a_later_version_is_left_alone() {
+    run(1, async |host| {
+        let bench = Bench::new(&host, 16, 512);
+        let disk = bench.open("Disk", "(block 512)").await;
+        disk.read(0, 512).await.unwrap();
+        let backup = bench.path("header");
+        assert_eq!(call(&disk, "backup_header", backup.to_str().unwrap()).await, "");
+        disk.disk.stop().await.unwrap();
+        let whole = bench.image("Disk").await;
+        for (at, byte) in [(8, 2), (12, 1)] {
+            let mut image = whole.clone();
+            let header = changed(image[..HEADER].to_vec(), &[(at, byte)]);
+            image[..HEADER].copy_from_slice(&header);
+            bench.set("Disk", &image).await;
+            let params = "(key_file @/a.key) (block 512) (header @/header)";
+            let said = bench.refusal("Disk", params).await;
+            assert!(said.contains("this program knows version 1"), "{said}");
+        }
+    });
+}
+
 /// Somebody without a key cannot even lower a number.
 #[test]
 fn a_header_that_was_changed_with_a_right_checksum_is_refused() {
