@@ -29,7 +29,7 @@ pub struct Geometry {
     /// True if what was answered and not flushed may be lost while this machine goes on: a server has it.
     pub forgetful: bool,
     /// The longest write, in bytes, of which all or nothing is there afterwards, whatever dies meanwhile: what holds
-    /// authenticated data needs it. 0 if no length is promised.
+    /// authenticated data needs it. So too of writes of zeros. 0 if no length is promised.
     pub atomic: u32,
 }
 

@@ -44,6 +44,8 @@ pub static ALL: &[&ElementType] = &[
     &cloud::s3::TYPE,
     &sink::volatile::TYPE,
     &transform::cow::TYPE,
+    #[cfg(feature = "crypto")]
+    &transform::crypto::TYPE,
     &transform::wal::TYPE,
     &parallax::parallax::TYPE,
     &parallax::radix::TYPE,

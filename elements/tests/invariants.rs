@@ -45,3 +45,13 @@ fn who_stops_writes_and_reads() {
         assert_eq!((found("write"), found("read"), found("")), (writes, reads, true), "{element} {disk}");
     }
 }
+
+/// "All data is encrypted before it reaches the disk", whatever is put in between later.
+#[test]
+fn encryption_can_be_demanded_of_every_write() {
+    let rule = "every write path export -> sink passes crypto";
+    let disk = "(type mem) (size 64M)";
+    assert!(holds("(type crypto) (key_file vm1.key)", disk, rule));
+    assert!(!holds("(type probe)", disk, rule));
+    assert!(holds("(type readonly)", disk, rule), "nothing is written past it");
+}

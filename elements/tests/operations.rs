@@ -79,6 +79,10 @@ const FRAGMENTS: &[Fragment] = &[
         "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
     ),
     disk(
+        "crypto",
+        "element X (type crypto) (key_file {folder}/vm1.key) (create yes) element S (type mem) (size 2209k) X -> S",
+    ),
+    disk(
         "wal",
         "element X (type wal) element S {odd} element L (type mem) (size 128k) (X, out) -> S (X, log) -> L",
     ),
@@ -90,9 +94,9 @@ const FRAGMENTS: &[Fragment] = &[
     disk("log_writes", "element X (type log_writes) (log {folder}/log) element S {sink} X -> S"),
 ];
 
-/// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there. What
-/// reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["wal", "radix"];
+/// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there; and one
+/// whose requests have another length below. What reaches the disks below is tested beside their code.
+const KEEPERS: &[&str] = &["crypto", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.
@@ -136,6 +140,9 @@ impl Fragment {
                 settings: Settings::default(),
             };
             tool::open(&pool).unwrap().carry_out(&made).unwrap();
+        }
+        if self.graph.contains("vm1.key") {
+            std::fs::write(folder.join("vm1.key"), [7; 32]).unwrap();
         }
         let made = TestDisk::new(host, *WITH_RECORDER, &self.text(sink, folder), "X").await;
         made.unwrap_or_else(|error| panic!("{}: {error}", self.ty))

@@ -5,6 +5,7 @@
 
 use super::{control, unique};
 use blockmason::describe::{Build, ElementType, Family, Ports, Survives};
+use blockmason::geometry::MAX_REQUEST;
 use blockmason::lang::value::Size;
 use blockmason::request::join_extents;
 use blockmason::{
@@ -159,7 +160,10 @@ impl Mem {
 
 impl Element for Mem {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
-        Ok(Prepared::of(Geometry { ops: Ops::ALL, volatile: !self.lossy, ..Geometry::new(self.size) }))
+        // Whatever dies, half a write is not there afterwards: either nothing died, or nothing is left.
+        let atomic = MAX_REQUEST;
+        let geometry = Geometry { ops: Ops::ALL, volatile: !self.lossy, atomic, ..Geometry::new(self.size) };
+        Ok(Prepared::of(geometry))
     }
 
     fn may_hand_over(&self) -> Result<()> {

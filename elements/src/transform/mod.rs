@@ -1,4 +1,6 @@
 //! What changes data or addresses on the way, or keeps some back.
 
 pub mod cow;
+#[cfg(feature = "crypto")]
+pub mod crypto;
 pub mod wal;

@@ -87,6 +87,11 @@ impl Superblock {
         new.is_sane().then_some(new)
     }
 
+    /// The longest write that is one change in every log on a device of `size` bytes, whatever its blocks.
+    pub(super) fn atomic(disk: u64, size: u64) -> u64 {
+        Superblock::new(0, disk, size, SLOT).map_or(0, |log| log.payload())
+    }
+
     fn is_sane(&self) -> bool {
         self.block.is_power_of_two()
             && (SECTOR as u64..=SLOT).contains(&self.block)

@@ -92,6 +92,11 @@ impl Log {
         }
         cx.forward(DISK, own(cx, Request::flush())).await?;
         let changes = end.sequence - log.sequence;
+        // Nothing is in the ring, so that it may take what the device has grown by.
+        let Below { disk, log: device } = cx.prepared();
+        if let Some(now) = Superblock::new(0, *disk, device.size, log.block) {
+            end.ring = now.ring;
+        }
         let log = publish(end, cx).await?;
         if changes > 0 {
             tracing::info!(

@@ -42,7 +42,8 @@ pub const TYPE: ElementType = ElementType {
           the first record that is missing or torn. The disk is then as it was after some change, with all \
           before it and none after: a prefix, which reaches at least to the last flush; after the death of \
           this process alone, to the last answer. Writes of more than 1 MiB, or a quarter of the log, are \
-          several changes.\n\n\
+          several changes. A shorter one is there as a whole or not at all, whatever the disks below do to a write \
+          that is cut off: that is what `crypto` needs of the disk below it.\n\n\
           Reads see changes that are not on the disk yet. When the log is full, changes wait until it has \
           been emptied. When the disk fails, changes go on as long as the log has room; when the log \
           fails, they fail.\n\n\
@@ -361,7 +362,9 @@ impl Element for Wal {
         }
         let ops =
             Ops { write_zeroes: true, fast_zero: disk.ops.fast_zero && disk.ops.write_zeroes, ..disk.ops };
-        let geometry = Geometry { ops, needs_flush: log.needs_flush, atomic: 0, ..disk.above() };
+        // One record is there or not, and what it does to the disk is done again until it is whole.
+        let atomic = Superblock::atomic(disk.size, log.size) as u32;
+        let geometry = Geometry { ops, needs_flush: log.needs_flush, atomic, ..disk.above() };
         Ok(Prepared::with(geometry, Below { disk: disk.size, log }))
     }
 

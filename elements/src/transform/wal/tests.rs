@@ -577,6 +577,34 @@ fn a_log_that_cannot_be_one_is_refused_when_the_graph_is_built() {
 }
 
 #[test]
+fn a_log_takes_what_its_device_has_grown_by_and_promises_no_more_than_it_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.log");
+    for (size, byte) in [(72u64 << 10, 1u8), (200 << 10, 2), (40 << 20, 3), (40 << 20, 4)] {
+        std::fs::OpenOptions::new().create(true).append(true).open(&path).unwrap().set_len(size).unwrap();
+        run(1, async |host| {
+            let disk = folder.path().join("x.img");
+            let text = format!(
+                "element W (type wal) element D (type file) (path {}) (size 4M) element L (type file) (path {}) \
+                 (W, out) -> D (W, log) -> L",
+                disk.display(),
+                path.display()
+            );
+            let disk = TestDisk::new(&host, *TYPES, &text, "W").await.unwrap();
+            let graph = disk.disk.graph();
+            let atomic = u64::from(graph.geometry(graph.node("W").unwrap()).atomic);
+            assert_eq!(atomic, ((size - 8192) / 4 / 4096 * 4096 - 64).min(1 << 20));
+            assert_eq!(disk.read(10_000, 1).await.unwrap(), [byte - 1]);
+            let before: u64 = number(&graph, "sequence");
+            disk.write(0, &vec![byte; atomic as usize]).await.unwrap();
+            assert_eq!(number(&graph, "sequence"), before + 1, "one change");
+            assert_eq!(disk.read(atomic - 1, 1).await.unwrap(), [byte]);
+            disk.disk.stop().await.unwrap();
+        });
+    }
+}
+
+#[test]
 fn zeros_are_fast_where_the_disk_does_them_fast() {
     run(1, async |host| {
         let text = "element W (type wal) element D (type null) (size 1M) element L (type mem) (size 1M) \
