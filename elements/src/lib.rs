@@ -39,6 +39,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::nbd_client::TYPE,
     &sink::null::TYPE,
     &sink::volatile::TYPE,
+    &transform::cache::TYPE,
     &transform::cow::TYPE,
     &transform::wal::TYPE,
     &parallax::parallax::TYPE,

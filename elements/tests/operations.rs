@@ -75,6 +75,10 @@ const FRAGMENTS: &[Fragment] = &[
     disk("tee", "element X (type tee) element S {odd} (X, only) -> S"),
     disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
     disk(
+        "cache",
+        "element X (type cache) (path {folder}/x.cache) (size 400k) (line 4k) (mode write_back) element S {odd} X -> S",
+    ),
+    disk(
         "cow",
         "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
     ),
@@ -92,7 +96,7 @@ const FRAGMENTS: &[Fragment] = &[
 
 /// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there. What
 /// reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["wal", "radix"];
+const KEEPERS: &[&str] = &["cache", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.

@@ -1,4 +1,5 @@
 //! What changes data or addresses on the way, or keeps some back.
 
+pub mod cache;
 pub mod cow;
 pub mod wal;
