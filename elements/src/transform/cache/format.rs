@@ -140,8 +140,8 @@ impl Label {
             && self.ring.is_multiple_of(SECTOR)
             && self.tail.at.is_multiple_of(SECTOR)
             && [self.ring, self.tail.at, self.tail.number, self.generation, self.disk]
-                .iter()
-                .all(|n| *n < FAR)
+                .into_iter()
+                .all(|n| n < FAR)
     }
 
     /// Bytes of the table.
@@ -354,4 +354,136 @@ pub(super) const EMPTY: u64 = u64::MAX;
 pub(super) fn decode_entry(bytes: &[u8; ENTRY as usize]) -> Option<(u64, u128, u32)> {
     let valid = bytes[8..].first_chunk().map_or(0, |bytes| u128::from_le_bytes(*bytes));
     Some((u64_at(bytes, 0), valid, u32_at(bytes, 24))).filter(|(line, ..)| *line != EMPTY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn label() -> Label {
+        let new = Label::new(77, 5, 1 << 20, 1 << 20, 4096, 200 << 10).unwrap();
+        Label { tail: Tail { at: 5 << 9, number: 12, life: 5 }, ..new }
+    }
+
+    #[test]
+    fn a_label_comes_back_and_a_damaged_one_does_not() {
+        let text = "8 commits".to_owned();
+        let label = Label { generation: 8, table: Some(3), flushing: true, text, ..label() };
+        assert_eq!(Label::decode(&label.encode()), Found::Valid(label.clone()));
+        assert_eq!((label.place(), label.payload()), (0, (50 << 10) - HEADER));
+        assert_eq!(Label::decode(&[0; 512]), Found::Other);
+        for at in 0..SECTOR as usize {
+            let mut damaged = label.encode();
+            damaged[at] ^= 0x10;
+            assert_eq!(Label::decode(&damaged), Found::Other, "byte {at}");
+        }
+        let mut other = label.encode();
+        other[12] = 2;
+        let sum = checksum(&other, 8, &Data::empty());
+        other[8..12].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(Label::decode(&other), Found::Version(2));
+        let long = Label { text: "\u{e4}".repeat(200), ..label };
+        assert_eq!(cut(&long.text).len(), 256);
+        let Found::Valid(found) = Label::decode(&long.encode()) else { panic!("not found") };
+        assert_eq!(found.text, "\u{e4}".repeat(128));
+    }
+
+    #[test]
+    fn parts_lie_side_by_side_and_there_must_be_room() {
+        for (size, line, ring) in [(1 << 20, 4096, 1), (130 << 10, 4096, 64 << 10), (1 << 40, 65536, 1 << 39)]
+        {
+            let label = Label::new(1, 1, 1, size, line, ring).unwrap();
+            let table = label.table_at() + label.table_len();
+            assert!(table <= label.slot_at(0) && label.slot_at(label.slots as u32) == label.ring_at());
+            assert!(label.end() <= size && label.end() + 2 * line + PLACE > size, "{label:?}");
+            assert!(label.payload() <= RECORD_LEN && record_len(label.payload()) <= label.ring / 4 + HEADER);
+        }
+        assert!(Label::new(1, 1, 1, 100 << 10, 4096, 64 << 10).is_none());
+    }
+
+    #[test]
+    fn an_entry_comes_back() {
+        assert_eq!(decode_entry(&encode_entry(7, 1 << 100, 9)), Some((7, 1 << 100, 9)));
+        assert_eq!(decode_entry(&encode_entry(EMPTY, 0, 0)), None);
+    }
+
+    /// What is read of a ring at a place, as an open does it.
+    fn read(bytes: &[u8], label: &Label, tail: Tail) -> Option<Record> {
+        let header = Header::decode(bytes, label, tail)?;
+        assert!(header.payload <= label.payload());
+        let end = (HEADER + header.payload) as usize;
+        header.with(Data::copy_of(bytes.get(HEADER as usize..end)?))
+    }
+
+    fn record() -> impl Strategy<Value = Record> {
+        let kind = prop_oneof![Just(Kind::Write), Just(Kind::Zeroes), Just(Kind::Unmap), Just(Kind::Turn)];
+        (kind, 0..1u64 << 19, 1..5000u64, any::<u8>()).prop_map(|(kind, start, len, byte)| match kind {
+            Kind::Turn => Record { kind, range: start..start, data: Data::empty() },
+            Kind::Write => {
+                Record { kind, range: start..start + len, data: Data::from(vec![byte; len as usize]) }
+            }
+            Kind::Zeroes | Kind::Unmap => Record { kind, range: start..start + len, data: Data::empty() },
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn a_record_comes_back_and_a_damaged_one_does_not(
+            record in record(),
+            place in any::<prop::sample::Index>(),
+            bit in 0..8,
+        ) {
+            let (label, tail) = (label(), label().tail);
+            let bytes = record.encode(&label, tail.number, tail.life).to_vec();
+            prop_assert_eq!(bytes.len() as u64, record_len(record.data.len() as u64));
+            let found = read(&bytes, &label, tail).unwrap();
+            prop_assert_eq!((found.kind, &found.range), (record.kind, &record.range));
+            prop_assert_eq!(found.data.to_vec(), record.data.to_vec());
+            for other in [Tail { number: 13, ..tail }, Tail { life: 6, ..tail }] {
+                prop_assert!(read(&bytes, &label, other).is_none());
+            }
+            let other = Label { id: 78, ..label.clone() };
+            prop_assert!(read(&bytes, &other, tail).is_none());
+            let mut damaged = bytes;
+            let at = place.index(HEADER as usize + record.data.len());
+            damaged[at] ^= 1u8 << bit;
+            prop_assert!(read(&damaged, &label, tail).is_none(), "byte {}", at);
+        }
+
+        /// Whatever a device holds, nothing panics, and nothing longer than a record is asked for; also where the
+        /// checksums are those of a forger.
+        #[test]
+        fn hostile_bytes_are_refused(mut bytes in prop::collection::vec(any::<u8>(), 512..600), forged in any::<bool>()) {
+            if forged {
+                bytes[..8].copy_from_slice(MAGIC);
+                bytes[12..16].copy_from_slice(&VERSION.to_le_bytes());
+                let sum = checksum(&bytes[..512], 8, &Data::empty());
+                bytes[8..12].copy_from_slice(&sum.to_le_bytes());
+            }
+            if let Found::Valid(label) = Label::decode(&bytes) {
+                prop_assert!(label.payload() <= RECORD_LEN);
+            }
+            let label = label();
+            if forged {
+                bytes[..4].copy_from_slice(&RECORD);
+                for (to, word) in bytes[8..32].chunks_mut(8).zip([label.id, label.tail.life, label.tail.number]) {
+                    to.copy_from_slice(&word.to_le_bytes());
+                }
+            }
+            if let Some(record) = read(&bytes, &label, label.tail) {
+                prop_assert!(record.range.end <= label.disk);
+            }
+        }
+
+        #[test]
+        fn pieces_of_the_ring_are_its_bytes(at in 0..1u64 << 20, len in 1..200u64 << 10) {
+            let label = label();
+            let found: u64 = label.pieces(at, len).map(|piece| piece.end - piece.start).sum();
+            prop_assert_eq!(found, len);
+            prop_assert!(label.pieces(at, len).all(|piece| piece.start >= label.ring_at() && piece.end <= label.end()));
+        }
+    }
 }

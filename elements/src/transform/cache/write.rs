@@ -5,7 +5,9 @@ use super::clean::PATIENCE;
 use super::format::{Kind, Record, record_len};
 use super::journal::{Journal, Room, Standing, Ticket};
 use super::params::Durability;
-use blockmason::{Answer, Class, Cx, Data, Error, Flow, Kind as ErrorKind, Op, Reply, Request, Result};
+use blockmason::{
+    Answer, Class, Cx, Data, Error, Extent, ExtentState, Flow, Kind as ErrorKind, Op, Reply, Request, Result,
+};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -226,6 +228,11 @@ impl Cache {
     pub(super) async fn settled(&self, req: Request, cx: Cx<'_>) -> Reply {
         let range = if req.op == Op::Extents { req.offset..req.end() } else { 0..u64::MAX };
         let below = self.journal().as_ref().is_none_or(|journal| journal.is_below(&range));
+        let map = req.extra.as_ref().is_some_and(|extra| extra.map.is_some());
+        if !below && req.op == Op::Extents && !map {
+            // What is not below yet is data, whatever is below.
+            return Ok(Answer::Extents(vec![Extent { len: req.len, state: ExtentState::DATA }]));
+        }
         if !below {
             self.settle(cx).await?;
         }

@@ -18,7 +18,7 @@ async fn open(host: &Arc<Host>, folder: &Path, cache: &str) -> Result<(TestDisk,
     let element = element(&graph, "C");
     let disk = TestDisk::serve(host, graph).await;
     // It is open once it answers, if that is not an error.
-    let _ = disk.submit(Request::new(Op::Extents, 0, 512)).await;
+    let _ = disk.op(Op::Flush, 0, 0).await;
     settle().await;
     WATCHING.take();
     Ok((disk, element))
