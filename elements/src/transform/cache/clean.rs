@@ -22,7 +22,7 @@ const MERGE: u64 = 1 << 20;
 
 /// How long after a failure it is tried again: at first, and at the most.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
-const LONGEST: Duration = Duration::from_secs(30);
+pub(super) const LONGEST: Duration = Duration::from_secs(30);
 
 impl Cache {
     /// Writes a batch below. Whoever calls meanwhile is served by the next one.
@@ -128,7 +128,8 @@ impl Cache {
             let wait = tuning.next.map_or(Duration::ZERO, |next| next.saturating_duration_since(now));
             let takes = tuning
                 .rate
-                .map_or(Duration::ZERO, |rate| Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64));
+                .0
+                .map_or(Duration::ZERO, |rate| Duration::from_secs_f64(bytes as f64 / rate as f64));
             tuning.next = Some(now + wait + takes);
             wait
         };

@@ -15,9 +15,10 @@ mod streams;
 mod tests;
 mod write;
 
+use crate::route::throttle::Bandwidth;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports, Survives};
 use blockmason::io::Opened;
-use blockmason::lang::value::{ByteRange, Rate, Time};
+use blockmason::lang::value::{ByteRange, Time};
 use blockmason::sched::Coalesced;
 use blockmason::{
     Children, Cx, Element, Error, Flags, Flow, Geometry, Kind, LocalBoxFuture, Op, Open, Ops, Prepared,
@@ -121,7 +122,7 @@ const WARM: u64 = 1 << 20;
 /// What can be set while it runs, and what the work of its own remembers.
 struct Tuning {
     dirty_time: Duration,
-    rate: Option<u64>,
+    rate: Bandwidth,
     /// When the next batch may begin.
     next: Option<Instant>,
     /// The disk below takes no changes.
@@ -186,7 +187,7 @@ impl Cache {
         let longest = if ssd.is_none() { (memory / 4).min(1 << 20) } else { 0 };
         let tuning = Tuning {
             dirty_time: params.dirty_time.0,
-            rate: params.rate.map(|rate| rate.0),
+            rate: params.rate,
             next: None,
             failing: false,
             wanted: 0,
@@ -419,11 +420,9 @@ impl Element for Handle {
 
     fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
         Some(Box::pin(async move {
-            if let Err(error) = self.0.opened(cx).await {
-                cx.notice(format!("the cache cannot be opened: {error}"));
-                return;
+            if self.0.keep_opening(cx).await {
+                futures::future::join(self.0.keep_clean(cx), self.0.keep_warm(cx)).await;
             }
-            futures::future::join(self.0.keep_clean(cx), self.0.keep_warm(cx)).await;
         }))
     }
 
@@ -481,20 +480,16 @@ impl Element for Handle {
             }
             "state" => Ok(cache.state().to_owned()),
             "dirty_time" => Ok(Time(cache.tuning().dirty_time).to_string()),
-            "rate" => Ok(cache.tuning().rate.map_or("unlimited".to_owned(), |rate| Rate(rate).to_string())),
+            "rate" => Ok(cache.tuning().rate.to_string()),
             _ => Err(Error::no_handler(handler)),
         }
     }
 
     fn set(&self, handler: &str, value: &str) -> Result<()> {
         let cache = &self.0;
-        match (handler, value) {
-            ("dirty_time", _) => cache.tuning().dirty_time = value.parse::<Time>().map_err(Error::invalid)?.0,
-            ("rate", "unlimited") => cache.tuning().rate = None,
-            ("rate", _) => {
-                let Rate(rate) = value.parse().map_err(Error::invalid)?;
-                cache.tuning().rate = Some(rate);
-            }
+        match handler {
+            "dirty_time" => cache.tuning().dirty_time = value.parse::<Time>().map_err(Error::invalid)?.0,
+            "rate" => cache.tuning().rate = value.parse().map_err(Error::invalid)?,
             _ => return Err(Error::no_handler(handler)),
         }
         cache.changed.notify_waiters();

@@ -1,5 +1,6 @@
 //! Opens a cache on an SSD, and closes it.
 
+use super::clean::{LONGEST, PATIENCE};
 use super::format::{EMPTY, ENTRY, Found, Label, PLACE, SECTOR, decode_entry, encode_entry};
 use super::journal::{Journal, Standing, Tail};
 use super::lines::{Lines, Slot};
@@ -8,11 +9,13 @@ use super::ssd::{Media, Ssd, generation};
 use super::{Cache, lock};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Data, Error, Kind as ErrorKind, Result};
+use futures::future::{Either, select};
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -137,6 +140,23 @@ impl Cache {
             self.opening.run(async || self.open_once(cx).await).await?;
         }
         Ok(())
+    }
+
+    /// Opens the cache, and tries again as long as that fails. False if the graph closes before.
+    pub(super) async fn keep_opening(&self, cx: Cx<'_>) -> bool {
+        let mut closing = pin!(cx.closing());
+        let (mut patience, mut told) = (PATIENCE, false);
+        while let Err(error) = self.opened(cx).await {
+            if !std::mem::replace(&mut told, true) {
+                cx.notice(format!("the cache cannot be opened: {error}"));
+            }
+            let Either::Right(((), rest)) = select(closing, pin!(cx.sleep(patience))).await else {
+                return false;
+            };
+            closing = rest;
+            patience = LONGEST.min(2 * patience);
+        }
+        true
     }
 
     async fn open_once(&self, cx: Cx<'_>) -> Result<()> {

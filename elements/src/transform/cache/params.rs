@@ -1,7 +1,8 @@
 //! The values of the parameters, and which of them go together.
 
+use crate::route::throttle::Bandwidth;
 use blockmason::describe::Param;
-use blockmason::lang::value::{FilePath, Rate, Size, Time};
+use blockmason::lang::value::{FilePath, Size, Time};
 use blockmason::lang::{self, ParamError};
 use std::fmt;
 use std::str::FromStr;
@@ -39,7 +40,7 @@ blockmason::params! {
         /// How long a change may wait before it goes below.
         dirty_time: Time = "5s",
         /// Bytes in a second that go below at the most, unless somebody waits for them.
-        rate: Option<Rate>,
+        rate: Bandwidth = "unlimited",
         /// What a flush waits for on an SSD: `local`, the SSD; `remote`, the disk below.
         durability: Durability = "local",
         /// The part of the file that is the log of changes, when the file is made: half of it with

@@ -294,3 +294,20 @@ fn an_ssd_that_cannot_be_emptied_takes_no_changes() {
         plug_in();
     });
 }
+
+#[test]
+fn one_write_is_one_record_up_to_what_geometry_says() {
+    plug_in();
+    run(1, async |host| {
+        for (mode, atomic) in [("(mode write_back)", 51136), ("", 0)] {
+            let disk = TestDisk::new(&host, *TYPES, &ported(mode), "C").await.unwrap();
+            let graph = disk.disk.graph();
+            assert_eq!(graph.below(graph.node("Client").unwrap()).unwrap().atomic, atomic);
+            disk.read(0, 512).await.unwrap();
+            assert_eq!(
+                cache_of(&element(&graph, "C")).longest.load(Ordering::Relaxed),
+                u64::from(atomic.max(16320))
+            );
+        }
+    });
+}

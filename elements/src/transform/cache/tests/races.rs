@@ -167,3 +167,19 @@ fn a_change_of_everything_leaves_nothing() {
         assert!(seen().is_empty(), "it is kept again");
     });
 }
+
+/// A line is filled while a part of it is only in the journal: that part is not valid in the line when it has left the journal.
+#[test]
+fn a_fill_keeps_nothing_of_what_is_newer_in_the_journal() {
+    run(1, async |host| {
+        let cache = "(size 1M) (line 4k) (read_ahead 0) (mode write_back) (lossy yes)";
+        let (disk, element) = disk(&host, cache, MEM).await;
+        disk.write(1024, &[1; 1000]).await.unwrap();
+        let whole = [vec![0; 1024], vec![1; 1000], vec![0; 2072]].concat();
+        assert!(disk.read(0, 4096).await.unwrap() == whole);
+        assert_eq!(number(&element, "used") & !4095, 4096, "the line is kept");
+        disk.op(Op::Flush, 0, 0).await.unwrap();
+        cache_of(&element).update(Journal::forget_cleaned);
+        assert!(disk.read(0, 4096).await.unwrap() == whole);
+    });
+}
