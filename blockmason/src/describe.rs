@@ -147,6 +147,8 @@ pub enum Family {
     Migrate,
     /// A volume of a pool.
     Parallax,
+    /// A disk in a bucket.
+    Cloud,
     /// Breaks things on purpose.
     Fault,
 }
@@ -161,6 +163,7 @@ impl Family {
             Family::Transform => "transform",
             Family::Migrate => "migrate",
             Family::Parallax => "parallax",
+            Family::Cloud => "cloud",
             Family::Fault => "fault",
         }
     }

@@ -43,6 +43,7 @@ pub static ALL: &[&ElementType] = &[
     #[cfg(feature = "s3")]
     &cloud::s3::TYPE,
     &sink::volatile::TYPE,
+    &transform::cache::TYPE,
     &transform::cow::TYPE,
     #[cfg(feature = "crypto")]
     &transform::crypto::TYPE,

@@ -75,6 +75,10 @@ const FRAGMENTS: &[Fragment] = &[
     disk("tee", "element X (type tee) element S {odd} (X, only) -> S"),
     disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
     disk(
+        "cache",
+        "element X (type cache) (path {folder}/x.cache) (size 400k) (line 4k) (mode write_back) element S {odd} X -> S",
+    ),
+    disk(
         "cow",
         "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
     ),
@@ -96,11 +100,12 @@ const FRAGMENTS: &[Fragment] = &[
 
 /// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there; and one
 /// whose requests have another length below. What reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["crypto", "wal", "radix"];
+const KEEPERS: &[&str] = &["cache", "crypto", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.
-const ELSEWHERE: &[(&str, &str)] = &[("nbd_client", "tests/tests/nbd_client.rs")];
+const ELSEWHERE: &[(&str, &str)] =
+    &[("nbd_client", "tests/tests/nbd_client.rs"), ("s3", "elements/tests/buckets.rs")];
 
 #[test]
 fn what_is_tested_elsewhere_is_tested_there() {

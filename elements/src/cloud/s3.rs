@@ -76,7 +76,7 @@ pub const TYPE: ElementType = ElementType {
           is back. An object that the map has and the bucket has not is an I/O error and an event, never zeros.\n\n\
           The volume is not handed over to another process. [Cloud disks](../cloud.md) tells more; format: \
           [formats/bucket.md](../formats/bucket.md).",
-    family: Family::Sink,
+    family: Family::Cloud,
     params: Params::PARAMS,
     ports: Ports::SINK,
     handlers: &[

@@ -73,6 +73,11 @@ static BOOT: LazyLock<Option<String>> = LazyLock::new(|| {
     Some(format!("boot {}", id.trim())).filter(|text| text.len() > "boot ".len())
 });
 
+/// The kernel's life as a text.
+pub(crate) fn boot() -> Option<String> {
+    BOOT.clone()
+}
+
 struct FileDisk {
     params: Params,
     graph: String,
@@ -223,7 +228,7 @@ impl Element for FileDisk {
             Op::WriteZeroes => io.write_zeroes(req, cx),
             Op::Cache => io.cache(req),
             Op::Extents => io.extents(req, cx),
-            Op::Control => control(&req, cx, || BOOT.clone()),
+            Op::Control => control(&req, cx, boot),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What changes data or addresses on the way, or keeps some back.
 
+pub mod cache;
 pub mod cow;
 #[cfg(feature = "crypto")]
 pub mod crypto;
