@@ -147,8 +147,6 @@ pub enum Family {
     Migrate,
     /// A volume of a pool.
     Parallax,
-    /// A disk in a bucket.
-    Cloud,
     /// Breaks things on purpose.
     Fault,
 }
@@ -163,7 +161,6 @@ impl Family {
             Family::Transform => "transform",
             Family::Migrate => "migrate",
             Family::Parallax => "parallax",
-            Family::Cloud => "cloud",
             Family::Fault => "fault",
         }
     }

@@ -41,7 +41,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::nbd_client::TYPE,
     &sink::null::TYPE,
     #[cfg(feature = "s3")]
-    &cloud::s3::TYPE,
+    &sink::s3::TYPE,
     &sink::volatile::TYPE,
     &transform::cache::TYPE,
     &transform::cow::TYPE,

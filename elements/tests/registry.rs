@@ -2,6 +2,9 @@
 //! runs, tests, the right place in the source tree. Whatever is in the table is covered.
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
+#[path = "kit/buckets.rs"]
+mod buckets;
+
 use blockmason::describe::{ElementType, Family, Survives};
 use blockmason::graph::build::Builder;
 use blockmason::lang::{Defines, check, parse_str};
@@ -168,6 +171,12 @@ async fn serve(name: &str, text: &str) -> blockmason::Result<()> {
     }
     if text.contains("(key_file vm1.key)") {
         std::fs::write(folder.path().join("vm1.key"), [7; 32]).unwrap();
+    }
+    if text.contains("(type s3)") {
+        let server = mason_bucket::Server::new();
+        let near = buckets::volume(&server, &folder, 1 << 20);
+        let text = text.replace("(endpoint http://127.0.0.1:9000)", &near);
+        return serve_in(&folder, name, &text, async || Ok(())).await;
     }
     if !text.contains("far.sock") {
         return serve_in(&folder, name, text, async || Ok(())).await;

@@ -32,6 +32,9 @@ enum Command {
         /// Bytes of the disk
         #[arg(long)]
         size: Size,
+        /// Makes the bucket first, if it is not there
+        #[arg(long)]
+        make_bucket: bool,
         #[command(flatten)]
         making: Making,
     },
@@ -158,7 +161,10 @@ fn failed(error: blockmason::Error) -> Failure {
 
 pub(crate) fn main(args: &Args) -> Outcome {
     match &args.command {
-        Command::Create { volume, size, making } => {
+        Command::Create { volume, size, make_bucket, making } => {
+            if *make_bucket {
+                tool::make_bucket(&volume.place()).map_err(failed)?;
+            }
             let block = making.block.map_or(BLOCK, |block| block.0);
             let made =
                 tool::create(&volume.place(), size.0, block, !making.unsafe_no_fencing).map_err(failed)?;

@@ -21,20 +21,20 @@ use std::time::Duration;
 
 /// Where a bucket is.
 #[derive(Clone, Debug)]
-pub(super) struct Target {
-    pub(super) bucket: String,
+pub(crate) struct Target {
+    pub(crate) bucket: String,
     /// None for the one of Amazon.
-    pub(super) endpoint: Option<String>,
-    pub(super) region: String,
+    pub(crate) endpoint: Option<String>,
+    pub(crate) region: String,
     /// The bucket is part of the path, not of the host's name.
-    pub(super) by_path: bool,
-    pub(super) credentials: Source,
+    pub(crate) by_path: bool,
+    pub(crate) credentials: Source,
     /// Certificates to trust beside those of the system, as PEM.
-    pub(super) ca: Option<Vec<u8>>,
+    pub(crate) ca: Option<Vec<u8>>,
 }
 
 /// A bucket of a server.
-pub(super) struct S3 {
+pub(crate) struct S3 {
     client: aws_sdk_s3::Client,
     bucket: String,
     /// Bodies go over TLS, which sees to it that they arrive as they are: they need not be hashed as well.
@@ -50,7 +50,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 impl S3 {
     /// # Errors
     /// The credentials or certificates that are named cannot be read. Connects to nothing.
-    pub(super) fn new(target: &Target) -> Result<S3> {
+    pub(crate) fn new(target: &Target) -> Result<S3> {
         let tls = target.endpoint.as_ref().is_none_or(|endpoint| endpoint.starts_with("https:"));
         let mut config = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::latest())
@@ -83,7 +83,7 @@ fn http_client(ca: Option<&[u8]>) -> Result<SharedHttpClient> {
 }
 
 /// Certificates of a file.
-pub(super) fn read_ca(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_ca(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|error| Error::io(error, "the certificates cannot be read").with_path(path))
 }
 
@@ -318,6 +318,19 @@ where
 }
 
 impl S3 {
+    /// Makes the bucket. One attempt.
+    pub(crate) async fn make_bucket(&self) -> Result<()> {
+        let Err(error) = self.client.create_bucket().bucket(&self.bucket).send().await else { return Ok(()) };
+        if error.as_service_error().is_some_and(|error| error.is_bucket_already_owned_by_you()) {
+            return Ok(());
+        }
+        let failed = |failure| match failure {
+            Failure::Never(error) => error,
+            Failure::Again(why) => Error::new(Kind::Unavailable, why),
+        };
+        Err(failed(refusal(&error).into()).with_path(&self.bucket))
+    }
+
     async fn versioning(&self) -> Attempt<Option<String>> {
         let sent = self.client.get_bucket_versioning().bucket(&self.bucket).send().await;
         Ok(match setting(sent, "versioning")? {

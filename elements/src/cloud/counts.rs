@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A kind of request, as stores price them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
+pub(crate) enum Call {
     /// An object is put.
     Put,
     /// Bytes of an object are fetched.
@@ -19,29 +19,29 @@ pub enum Call {
 
 /// Requests and bytes, by kind. Every attempt counts: it is paid for.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub(crate) struct Counts {
     requests: [AtomicU64; 5],
     bytes: [AtomicU64; 5],
 }
 
 impl Counts {
-    pub(super) fn add(&self, call: Call, bytes: u64) {
+    pub(crate) fn add(&self, call: Call, bytes: u64) {
         self.requests[call as usize].fetch_add(1, Ordering::Relaxed);
         self.moved(call, bytes);
     }
 
     /// Bytes of a request that has been counted before.
-    pub(super) fn moved(&self, call: Call, bytes: u64) {
+    pub(crate) fn moved(&self, call: Call, bytes: u64) {
         self.bytes[call as usize].fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// How many requests of a kind there have been.
-    pub fn requests(&self, call: Call) -> u64 {
+    pub(crate) fn requests(&self, call: Call) -> u64 {
         self.requests[call as usize].load(Ordering::Relaxed)
     }
 
     /// The bytes that they have moved.
-    pub fn bytes(&self, call: Call) -> u64 {
+    pub(crate) fn bytes(&self, call: Call) -> u64 {
         self.bytes[call as usize].load(Ordering::Relaxed)
     }
 }

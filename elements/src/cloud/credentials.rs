@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 /// Where they come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Source {
+pub(crate) enum Source {
     /// A file, in the form of `~/.aws/credentials`, and the profile in it.
     File { path: PathBuf, profile: String },
     /// What is found first: the environment, `~/.aws/credentials`, the role of the machine.
@@ -29,7 +29,7 @@ const METADATA_TIME: Duration = Duration::from_secs(2);
 impl Source {
     /// # Errors
     /// The file cannot be read, or lacks the profile.
-    pub(super) fn provider(self) -> Result<SharedCredentialsProvider> {
+    pub(crate) fn provider(self) -> Result<SharedCredentialsProvider> {
         if let Source::File { path, profile } = self {
             return read_file(&path, &profile).map(SharedCredentialsProvider::new);
         }
@@ -45,7 +45,7 @@ impl Source {
 }
 
 /// The profile that is meant where none is named.
-pub(super) fn profile() -> String {
+pub(crate) fn profile() -> String {
     std::env::var("AWS_PROFILE").unwrap_or_else(|_| "default".to_owned())
 }
 

@@ -4,13 +4,13 @@ use blockmason::{Data, Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 
 /// A volume's id.
-pub(super) type Id = [u8; 16];
+pub(crate) type Id = [u8; 16];
 
 /// Versions in a part of the map.
-pub(super) const PART: u64 = 8192;
+pub(crate) const PART: u64 = 8192;
 
 /// The largest checkpoint, commit or part that is read; a commit has at most 32 MiB of data.
-pub(super) const LARGEST: u64 = 96 << 20;
+pub(crate) const LARGEST: u64 = 96 << 20;
 
 /// How many epochs and objects of an epoch a version has room for.
 const EPOCHS: u64 = 1 << 24;
@@ -21,26 +21,26 @@ const FORMAT: &str = "mason-bucket";
 
 /// `volume`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Description {
+pub(crate) struct Description {
     format: String,
     version: u32,
-    pub(super) id: String,
-    pub(super) size: u64,
-    pub(super) block: u64,
-    pub(super) created: u64,
-    pub(super) fenced: bool,
+    pub(crate) id: String,
+    pub(crate) size: u64,
+    pub(crate) block: u64,
+    pub(crate) created: u64,
+    pub(crate) fenced: bool,
     features: Vec<String>,
 }
 
 impl Description {
-    pub(super) fn new(id: Id, size: u64, block: u64, created: u64, fenced: bool) -> Description {
+    pub(crate) fn new(id: Id, size: u64, block: u64, created: u64, fenced: bool) -> Description {
         let (format, features) = (FORMAT.to_owned(), Vec::new());
         Description { format, version: 1, id: hex(&id), size, block, created, fenced, features }
     }
 
     /// # Errors
     /// It is another program's, a newer one's, or damaged.
-    pub(super) fn decode(bytes: &[u8]) -> Result<Description> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Description> {
         let foreign = |error| Error::invalid("what is there is no volume of Block Mason").with_source(error);
         let found: Description = serde_json::from_slice(bytes).map_err(foreign)?;
         if found.format != FORMAT {
@@ -59,7 +59,7 @@ impl Description {
 
     /// # Errors
     /// Sizes that no volume has.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if !(BLOCKS.contains(&self.block) && (1..=MAX_SIZE).contains(&self.size)) {
             let message = format!("a disk of {} bytes in blocks of {} cannot be", self.size, self.block);
             return Err(Error::invalid(message));
@@ -67,37 +67,37 @@ impl Description {
         self.id().map(|_| ())
     }
 
-    pub(super) fn id(&self) -> Result<Id> {
+    pub(crate) fn id(&self) -> Result<Id> {
         unhex(&self.id).ok_or_else(|| Error::invalid("the volume's id is damaged"))
     }
 
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         serde_json::to_vec_pretty(self).unwrap_or_default()
     }
 }
 
 /// Block sizes that there may be, in bytes.
-pub(super) const BLOCKS: std::ops::RangeInclusive<u64> = 4096..=16 << 20;
+pub(crate) const BLOCKS: std::ops::RangeInclusive<u64> = 4096..=16 << 20;
 
 /// The largest disk, 256 TiB.
-pub(super) const MAX_SIZE: u64 = 256 << 40;
+pub(crate) const MAX_SIZE: u64 = 256 << 40;
 
 /// `claim/<~epoch>`: who has opened the volume.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Claim {
-    pub(super) epoch: u64,
+pub(crate) struct Claim {
+    pub(crate) epoch: u64,
     /// What names the host, for people.
-    pub(super) host: String,
+    pub(crate) host: String,
     /// What tells one host from another.
-    pub(super) machine: String,
-    pub(super) process: u32,
+    pub(crate) machine: String,
+    pub(crate) process: u32,
     /// Seconds since 1970.
-    pub(super) time: u64,
+    pub(crate) time: u64,
 }
 
 /// A version: which open made it, and its number there.
-pub(super) fn version(epoch: u64, n: u64) -> Result<u64> {
+pub(crate) fn version(epoch: u64, n: u64) -> Result<u64> {
     if epoch >= EPOCHS || n >= OBJECTS {
         return Err(Error::new(
             Kind::NoSpace,
@@ -112,34 +112,34 @@ fn newest_first(number: u64) -> u64 {
 }
 
 /// Keys, below the volume's prefix.
-pub(super) mod key {
+pub(crate) mod key {
     use super::newest_first;
 
-    pub(in super::super) const VOLUME: &str = "volume";
-    pub(in super::super) const CLAIMS: &str = "claim/";
-    pub(in super::super) const MAPS: &str = "map/";
-    pub(in super::super) const WALS: &str = "wal/";
-    pub(in super::super) const PARTS: &str = "part/";
-    pub(in super::super) const BLOCKS: &str = "b/";
-    pub(in super::super) const PROBES: &str = "probe/";
+    pub(crate) const VOLUME: &str = "volume";
+    pub(crate) const CLAIMS: &str = "claim/";
+    pub(crate) const MAPS: &str = "map/";
+    pub(crate) const WALS: &str = "wal/";
+    pub(crate) const PARTS: &str = "part/";
+    pub(crate) const BLOCKS: &str = "b/";
+    pub(crate) const PROBES: &str = "probe/";
 
-    pub(in super::super) fn claim(epoch: u64) -> String {
+    pub(crate) fn claim(epoch: u64) -> String {
         format!("{CLAIMS}{:016x}", newest_first(epoch))
     }
 
-    pub(in super::super) fn map(epoch: u64, n: u64) -> String {
+    pub(crate) fn map(epoch: u64, n: u64) -> String {
         format!("{MAPS}{:016x}-{:016x}", newest_first(epoch), newest_first(n))
     }
 
-    pub(in super::super) fn part(part: u64, version: u64) -> String {
+    pub(crate) fn part(part: u64, version: u64) -> String {
         format!("{PARTS}{part:016x}.{version:016x}")
     }
 
-    pub(in super::super) fn wal(epoch: u64, n: u64) -> String {
+    pub(crate) fn wal(epoch: u64, n: u64) -> String {
         format!("{WALS}{epoch:016x}-{n:016x}")
     }
 
-    pub(in super::super) fn block(block: u64, version: u64) -> String {
+    pub(crate) fn block(block: u64, version: u64) -> String {
         format!("{BLOCKS}{:02x}/{block:016x}.{version:016x}", block & 0xff)
     }
 
@@ -150,28 +150,28 @@ pub(super) mod key {
     }
 
     /// The epoch of a claim's key.
-    pub(in super::super) fn claimed(key: &str) -> Option<u64> {
+    pub(crate) fn claimed(key: &str) -> Option<u64> {
         let number = key.strip_prefix(CLAIMS).filter(|text| text.len() == 16)?;
         u64::from_str_radix(number, 16).ok().map(newest_first)
     }
 
     /// Epoch and number of a checkpoint's key.
-    pub(in super::super) fn mapped(key: &str) -> Option<(u64, u64)> {
+    pub(crate) fn mapped(key: &str) -> Option<(u64, u64)> {
         pair(key.strip_prefix(MAPS)?, '-').map(|(epoch, n)| (newest_first(epoch), newest_first(n)))
     }
 
     /// Epoch and number of a commit's key.
-    pub(in super::super) fn logged(key: &str) -> Option<(u64, u64)> {
+    pub(crate) fn logged(key: &str) -> Option<(u64, u64)> {
         pair(key.strip_prefix(WALS)?, '-')
     }
 
     /// Number and version of a part's key.
-    pub(in super::super) fn parted(key: &str) -> Option<(u64, u64)> {
+    pub(crate) fn parted(key: &str) -> Option<(u64, u64)> {
         pair(key.strip_prefix(PARTS)?, '.')
     }
 
     /// True if a volume may have a key like that.
-    pub(in super::super) fn is_ours(key: &str) -> bool {
+    pub(crate) fn is_ours(key: &str) -> bool {
         let probe = key.strip_prefix(PROBES).is_some_and(|id| super::unhex(id).is_some());
         key == VOLUME
             || probe
@@ -180,7 +180,7 @@ pub(super) mod key {
     }
 
     /// Block and version of a block's key.
-    pub(in super::super) fn blocked(key: &str) -> Option<(u64, u64)> {
+    pub(crate) fn blocked(key: &str) -> Option<(u64, u64)> {
         let (spread, rest) = key.strip_prefix(BLOCKS)?.split_once('/')?;
         pair(rest, '.').filter(|(block, _)| spread == format!("{:02x}", block & 0xff))
     }
@@ -188,42 +188,40 @@ pub(super) mod key {
 
 /// A checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Checkpoint {
-    pub(super) epoch: u64,
-    pub(super) n: u64,
-    pub(super) size: u64,
-    pub(super) done: u64,
-    pub(super) next: u64,
-    pub(super) serial: u64,
-    pub(super) writer: Id,
-    pub(super) tenure: u64,
-    pub(super) closed: bool,
+pub(crate) struct Checkpoint {
+    pub(crate) epoch: u64,
+    pub(crate) n: u64,
+    pub(crate) size: u64,
+    pub(crate) done: u64,
+    pub(crate) next: u64,
+    pub(crate) serial: u64,
+    pub(crate) closed: bool,
     /// Commits of earlier epochs that are not in the map.
-    pub(super) replays: Vec<Span>,
-    pub(super) parts: Vec<(u64, u64)>,
+    pub(crate) replays: Vec<Span>,
+    pub(crate) parts: Vec<(u64, u64)>,
     /// What may be deleted, and perhaps is: commits, parts, blocks.
-    pub(super) gone: Gone,
+    pub(crate) gone: Gone,
 }
 
 /// What nothing leads to any more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Gone {
-    pub(super) wals: Vec<Span>,
-    pub(super) parts: Vec<(u64, u64)>,
-    pub(super) blocks: Vec<(u64, u64)>,
+pub(crate) struct Gone {
+    pub(crate) wals: Vec<Span>,
+    pub(crate) parts: Vec<(u64, u64)>,
+    pub(crate) blocks: Vec<(u64, u64)>,
 }
 
 /// Commits of an epoch, from the first to the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
-    pub(super) epoch: u64,
-    pub(super) first: u64,
-    pub(super) last: u64,
+pub(crate) struct Span {
+    pub(crate) epoch: u64,
+    pub(crate) first: u64,
+    pub(crate) last: u64,
 }
 
 /// One entry of a commit.
 #[derive(Clone, Debug)]
-pub(super) enum Entry {
+pub(crate) enum Entry {
     /// Bytes of the disk.
     Piece { offset: u64, data: Data },
     /// Bytes of the disk that read as zeros.
@@ -234,25 +232,23 @@ pub(super) enum Entry {
 
 /// A commit.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Commit {
-    pub(super) epoch: u64,
-    pub(super) n: u64,
-    pub(super) serial: u64,
-    pub(super) writer: Id,
-    pub(super) tenure: u64,
-    pub(super) entries: Vec<Entry>,
+pub(crate) struct Commit {
+    pub(crate) epoch: u64,
+    pub(crate) n: u64,
+    pub(crate) serial: u64,
+    pub(crate) entries: Vec<Entry>,
 }
 
 /// What ends a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct End {
-    pub(super) epoch: u64,
-    pub(super) by: u64,
+pub(crate) struct End {
+    pub(crate) epoch: u64,
+    pub(crate) by: u64,
 }
 
 /// What is found in a place of a chain.
 #[derive(Debug)]
-pub(super) enum Link<T> {
+pub(crate) enum Link<T> {
     One(T),
     /// Its owner may not go on.
     End,
@@ -265,11 +261,9 @@ const END: &[u8; 8] = b"MASONEND";
 const HEADER: usize = 28;
 
 impl Checkpoint {
-    pub(super) fn encode(&self, id: Id) -> Vec<u8> {
+    pub(crate) fn encode(&self, id: Id) -> Vec<u8> {
         let mut to = Writer::new(MAP, id);
         to.u64s(&[self.epoch, self.n, self.size, self.done, self.next, self.serial]);
-        to.0.extend(self.writer);
-        to.u64s(&[self.tenure]);
         to.u32(u32::from(self.closed));
         for spans in [&self.replays, &self.gone.wals] {
             to.u32(spans.len() as u32);
@@ -286,7 +280,7 @@ impl Checkpoint {
         to.sealed()
     }
 
-    pub(super) fn decode(bytes: &[u8], id: Id) -> Result<Link<Checkpoint>> {
+    pub(crate) fn decode(bytes: &[u8], id: Id) -> Result<Link<Checkpoint>> {
         if End::decode(bytes, id)?.is_some() {
             return Ok(Link::End);
         }
@@ -297,11 +291,9 @@ impl Checkpoint {
 }
 
 impl Commit {
-    pub(super) fn encode(&self, id: Id) -> Vec<u8> {
+    pub(crate) fn encode(&self, id: Id) -> Vec<u8> {
         let mut to = Writer::new(WAL, id);
         to.u64s(&[self.epoch, self.n, self.serial]);
-        to.0.extend(self.writer);
-        to.u64s(&[self.tenure]);
         to.u32(self.entries.len() as u32);
         for entry in &self.entries {
             match entry {
@@ -331,7 +323,7 @@ impl Commit {
     }
 
     /// The pieces share `bytes`. `size` is the disk's: what lies beyond it is damage.
-    pub(super) fn decode(bytes: &Data, id: Id, size: u64) -> Result<Link<Commit>> {
+    pub(crate) fn decode(bytes: &Data, id: Id, size: u64) -> Result<Link<Commit>> {
         let bytes = bytes.flatten();
         let slice = bytes.as_slice().unwrap_or_default();
         if End::decode(slice, id)?.is_some() {
@@ -344,7 +336,7 @@ impl Commit {
 }
 
 impl End {
-    pub(super) fn encode(self, id: Id) -> Vec<u8> {
+    pub(crate) fn encode(self, id: Id) -> Vec<u8> {
         let mut to = Writer::new(END, id);
         to.u64s(&[self.epoch, self.by]);
         to.sealed()
@@ -361,7 +353,7 @@ impl End {
 }
 
 /// A part of the map, whose number is `part`.
-pub(super) fn encode_part(id: Id, part: u64, versions: &[u64]) -> Vec<u8> {
+pub(crate) fn encode_part(id: Id, part: u64, versions: &[u64]) -> Vec<u8> {
     let mut to = Writer::new(PRT, id);
     to.u64s(&[part]);
     to.u64s(versions);
@@ -369,7 +361,7 @@ pub(super) fn encode_part(id: Id, part: u64, versions: &[u64]) -> Vec<u8> {
 }
 
 /// The versions of a part, [`PART`] of them.
-pub(super) fn decode_part(bytes: &[u8], id: Id, part: u64) -> Result<Vec<u64>> {
+pub(crate) fn decode_part(bytes: &[u8], id: Id, part: u64) -> Result<Vec<u64>> {
     let mut from = Reader::new(bytes, PRT, id)?;
     if from.u64() != Some(part) || from.0.len() != PART as usize * 8 {
         return Err(damaged("a part of the map"));
@@ -464,8 +456,6 @@ impl<'a> Reader<'a> {
             done: self.u64()?,
             next: self.u64()?,
             serial: self.u64()?,
-            writer: self.take()?,
-            tenure: self.u64()?,
             ..Checkpoint::default()
         };
         found.closed = self.u32().filter(|flags| *flags <= 1)? == 1;
@@ -478,14 +468,8 @@ impl<'a> Reader<'a> {
     }
 
     fn commit(&mut self, bytes: &Data, size: u64) -> Option<Commit> {
-        let mut found = Commit {
-            epoch: self.u64()?,
-            n: self.u64()?,
-            serial: self.u64()?,
-            writer: self.take()?,
-            tenure: self.u64()?,
-            entries: Vec::new(),
-        };
+        let mut found =
+            Commit { epoch: self.u64()?, n: self.u64()?, serial: self.u64()?, entries: Vec::new() };
         let inside = |offset: u64, len: u64| {
             let end = offset.checked_add(len).filter(|end| *end <= size && len > 0);
             end.map(|_| ())
@@ -521,12 +505,12 @@ impl<'a> Reader<'a> {
 }
 
 /// Hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The id of 32 hexadecimal digits.
-pub(super) fn unhex(text: &str) -> Option<Id> {
+pub(crate) fn unhex(text: &str) -> Option<Id> {
     let sound = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     sound.then(|| u128::from_str_radix(text, 16).ok()).flatten().map(u128::to_be_bytes)
 }
@@ -545,7 +529,7 @@ mod tests {
             Entry::Block { block: 3, version: 9 },
             Entry::Piece { offset: 1, data: Data::copy_of(b"defgh") },
         ];
-        Commit { epoch: 1, n: 2, serial: 3, writer: [4; 16], tenure: 5, entries }
+        Commit { epoch: 1, n: 2, serial: 3, entries }
     }
 
     fn checkpoint() -> Checkpoint {
@@ -556,8 +540,6 @@ mod tests {
             done: 3,
             next: 4,
             serial: 5,
-            writer: [6; 16],
-            tenure: 7,
             closed: true,
             replays: vec![Span { epoch: 1, first: 2, last: 3 }],
             parts: vec![(0, 5), (7, 6)],

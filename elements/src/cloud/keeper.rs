@@ -39,7 +39,7 @@ struct Sealed {
 }
 
 /// Runs until the volume is left or lost.
-pub(super) async fn keep(volume: Arc<Volume>) {
+pub(crate) async fn keep(volume: Arc<Volume>) {
     let mut commits = FuturesUnordered::new();
     let mut arrived: BTreeMap<u64, Sealed> = BTreeMap::new();
     let mut settling: Option<BoxFuture<'static, Result<()>>> = None;
@@ -103,9 +103,6 @@ fn seal(volume: &Volume, under_way: usize) -> Result<Option<Sealed>> {
     let batch = std::mem::take(&mut state.open);
     state.sealed += 1;
     state.serial += 1;
-    if !state.named {
-        state.write_as([0; 16]);
-    }
     build(volume, &mut state, batch).map(Some)
 }
 
@@ -124,8 +121,7 @@ fn build(volume: &Volume, state: &mut State, batch: Batch) -> Result<Sealed> {
         }
     }
     let entries = entries(volume, state.size, &batch.pieces, &blocks);
-    let (serial, writer, tenure) = (state.serial, state.writer, state.tenure);
-    let commit = Commit { epoch: volume.epoch, n: number, serial, writer, tenure, entries };
+    let commit = Commit { epoch: volume.epoch, n: number, serial: state.serial, entries };
     Ok(Sealed { number, pieces: batch.pieces, blocks, commit })
 }
 
@@ -228,7 +224,7 @@ async fn commit(volume: Arc<Volume>, sealed: Sealed) -> Result<Sealed> {
 }
 
 /// Somebody else has opened the volume.
-pub(super) async fn taken_over(bucket: &Bucket) -> Error {
+pub(crate) async fn taken_over(bucket: &Bucket) -> Error {
     let who = match last_claim(bucket).await {
         Ok(Some(claim)) => format!("process {} on {}", claim.process, claim.host),
         _ => "somebody else".to_owned(),
@@ -255,7 +251,7 @@ fn in_order(volume: &Volume, arrived: &mut BTreeMap<u64, Sealed>) {
 }
 
 /// What an entry of a commit means for the map. Pieces that it covers and that are no newer go.
-pub(super) fn apply(volume: &Volume, state: &mut State, entry: &Entry, batch: u64) {
+pub(crate) fn apply(volume: &Volume, state: &mut State, entry: &Entry, batch: u64) {
     match entry {
         Entry::Piece { .. } => {}
         Entry::Block { block, version } => {
@@ -403,7 +399,7 @@ fn committed_over(pieces: &Pieces, range: Range<u64>, until: u64) -> Vec<(Range<
 
 /// Makes the map durable, then deletes what nothing leads to any more.
 async fn checkpoint(volume: &Arc<Volume>) -> Result<()> {
-    let (mut root, parts, doomed) = root(volume, &mut volume.state())?;
+    let Drawn { mut root, parts, stay } = draw(volume, &mut volume.state())?;
     let mut objects = Vec::new();
     for (part, version, versions) in &parts {
         objects.push((key::part(*part, *version), Data::shared(encode_part(volume.id, *part, versions))));
@@ -418,7 +414,7 @@ async fn checkpoint(volume: &Arc<Volume>) -> Result<()> {
     {
         let mut state = volume.state();
         (state.done, state.checkpoint) = (root.done, root.n);
-        state.doomed.extend(doomed);
+        state.doomed.extend(stay);
     }
     let before = (root.n > 1).then(|| key::map(root.epoch, root.n - 1));
     match volume.bucket.delete_many(keys_of(&root.gone).chain(before)).await {
@@ -429,10 +425,17 @@ async fn checkpoint(volume: &Arc<Volume>) -> Result<()> {
     Ok(())
 }
 
-type Parts = Vec<(u64, u64, Vec<u64>)>;
+/// A checkpoint of one instant.
+struct Drawn {
+    root: Checkpoint,
+    /// Parts that are to be stored before: number, version, contents.
+    parts: Vec<(u64, u64, Vec<u64>)>,
+    /// What is doomed and must not go yet.
+    stay: Vec<(u64, u64, u64)>,
+}
 
-/// The checkpoint of this instant, the parts that it needs, and what is doomed and must not go yet.
-fn root(volume: &Volume, state: &mut State) -> Result<(Checkpoint, Parts, Vec<(u64, u64, u64)>)> {
+/// The checkpoint of this instant.
+fn draw(volume: &Volume, state: &mut State) -> Result<Drawn> {
     let oldest = state.oldest();
     let done = oldest.map_or(state.committed, |oldest| oldest.saturating_sub(1).min(state.committed));
     let replayed = oldest != Some(0);
@@ -466,18 +469,16 @@ fn root(volume: &Volume, state: &mut State) -> Result<(Checkpoint, Parts, Vec<(u
         done,
         next,
         serial: state.serial,
-        writer: state.writer,
-        tenure: state.tenure,
         closed: false,
         replays: state.replays.clone(),
         parts: state.map.stored(),
         gone: state.gone.clone(),
     };
-    Ok((root, parts, stay))
+    Ok(Drawn { root, parts, stay })
 }
 
 /// The keys of what is gone.
-pub(super) fn keys_of(gone: &Gone) -> impl Iterator<Item = String> {
+pub(crate) fn keys_of(gone: &Gone) -> impl Iterator<Item = String> {
     let wals = gone.wals.iter().flat_map(|span| (span.first..=span.last).map(|n| key::wal(span.epoch, n)));
     let parts = gone.parts.iter().map(|(part, version)| key::part(*part, *version));
     let blocks = gone.blocks.iter().map(|(block, version)| key::block(*block, *version));

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 /// The versions of all blocks, in parts as they are stored.
 #[derive(Debug, Default)]
-pub(super) struct Map {
+pub(crate) struct Map {
     parts: Vec<Part>,
 }
 
@@ -20,32 +20,32 @@ struct Part {
 
 impl Map {
     /// A map of so many blocks, none of which has an object.
-    pub(super) fn new(blocks: u64) -> Map {
+    pub(crate) fn new(blocks: u64) -> Map {
         let mut parts = Vec::new();
         parts.resize_with(blocks.div_ceil(PART) as usize, Part::default);
         Map { parts }
     }
 
     /// How many parts there are.
-    pub(super) fn parts(&self) -> u64 {
+    pub(crate) fn parts(&self) -> u64 {
         self.parts.len() as u64
     }
 
     /// What is stored as a part of that version.
-    pub(super) fn load(&mut self, part: u64, version: u64, versions: Vec<u64>) {
+    pub(crate) fn load(&mut self, part: u64, version: u64, versions: Vec<u64>) {
         if let Some(to) = self.parts.get_mut(part as usize) {
             *to = Part { versions: Some(versions.into()), stored: version, changed: false };
         }
     }
 
     /// The version of a block; 0 if it has no object.
-    pub(super) fn get(&self, block: u64) -> u64 {
+    pub(crate) fn get(&self, block: u64) -> u64 {
         let part = self.parts.get((block / PART) as usize).and_then(|part| part.versions.as_ref());
         part.map_or(0, |versions| versions[(block % PART) as usize])
     }
 
     /// Gives a block another version, and returns the one before.
-    pub(super) fn set(&mut self, block: u64, version: u64) -> u64 {
+    pub(crate) fn set(&mut self, block: u64, version: u64) -> u64 {
         let Some(part) = self.parts.get_mut((block / PART) as usize) else { return 0 };
         if part.versions.is_none() && version == 0 {
             return 0;
@@ -56,7 +56,7 @@ impl Map {
     }
 
     /// Takes the versions of a range of blocks away, and tells each that there was.
-    pub(super) fn clear(&mut self, blocks: Range<u64>, mut each: impl FnMut(u64, u64)) {
+    pub(crate) fn clear(&mut self, blocks: Range<u64>, mut each: impl FnMut(u64, u64)) {
         for number in blocks.start / PART..blocks.end.div_ceil(PART) {
             let Some(part) = self.parts.get_mut(number as usize) else { break };
             let Some(versions) = &mut part.versions else { continue };
@@ -73,19 +73,19 @@ impl Map {
     }
 
     /// How many blocks of a range have an object.
-    pub(super) fn present(&self, blocks: Range<u64>) -> u64 {
+    pub(crate) fn present(&self, blocks: Range<u64>) -> u64 {
         blocks.filter(|block| self.get(*block) != 0).count() as u64
     }
 
     /// The parts as they are stored now: number and version.
-    pub(super) fn stored(&self) -> Vec<(u64, u64)> {
+    pub(crate) fn stored(&self) -> Vec<(u64, u64)> {
         let numbered = self.parts.iter().enumerate();
         numbered.filter(|(_, part)| part.stored != 0).map(|(at, part)| (at as u64, part.stored)).collect()
     }
 
     /// What is to be stored anew: each part that has changed is given a version by `next` and returned with its contents,
     /// unless it is all 0. The versions before go to `gone`.
-    pub(super) fn take_changed<E>(
+    pub(crate) fn take_changed<E>(
         &mut self,
         mut next: impl FnMut() -> Result<u64, E>,
         gone: &mut Vec<(u64, u64)>,

@@ -1,19 +1,18 @@
 //! Disks in buckets of object stores: docs/decisions/0010-cloud.md, docs/formats/bucket.md.
 
-mod client;
-mod counts;
-mod credentials;
+pub(crate) mod client;
+pub(crate) mod counts;
+pub(crate) mod credentials;
 mod format;
 mod keeper;
 mod map;
-mod open;
+pub(crate) mod open;
 mod pieces;
 mod price;
-pub mod s3;
-mod shared;
-mod store;
+pub(crate) mod shared;
+pub(crate) mod store;
 pub mod tool;
-mod volume;
+pub(crate) mod volume;
 
 #[cfg(test)]
 mod testing;

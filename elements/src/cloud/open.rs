@@ -21,21 +21,21 @@ const AT_ONCE: usize = 16;
 
 /// How a volume is opened.
 #[derive(Clone, Debug)]
-pub(super) struct Opening {
+pub(crate) struct Opening {
     /// Who opens it.
-    pub(super) claim: Claim,
+    pub(crate) claim: Claim,
     /// Bytes that may wait in memory for their blocks.
-    pub(super) memory: u64,
+    pub(crate) memory: u64,
     /// How long they may where nothing is written any more.
-    pub(super) idle: Duration,
+    pub(crate) idle: Duration,
     /// Another host may have it open: it is taken from it.
-    pub(super) take: bool,
+    pub(crate) take: bool,
     /// How long requests are tried again while it is served.
-    pub(super) patience: Option<Duration>,
+    pub(crate) patience: Option<Duration>,
 }
 
 /// What is in a bucket, before anything is claimed.
-pub(super) async fn describe(bucket: &Bucket) -> Result<Description> {
+pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
     match bucket.get_whole(key::VOLUME, 1 << 16).await? {
         Some(bytes) => Description::decode(&bytes.to_vec()),
         None => Err(Error::new(Kind::Unavailable, "there is no volume in that bucket, below that prefix")),
@@ -43,7 +43,7 @@ pub(super) async fn describe(bucket: &Bucket) -> Result<Description> {
 }
 
 /// Makes a volume. Fails where there is one, and with `fenced` where the store does not take conditions seriously.
-pub(super) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
+pub(crate) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
     let id = unhex(&format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)));
     let description = Description::new(id.unwrap_or_default(), size, block, seconds(), fenced);
     description.check()?;
@@ -60,12 +60,12 @@ pub(super) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool)
 }
 
 /// Seconds since 1970.
-pub(super) fn seconds() -> u64 {
+pub(crate) fn seconds() -> u64 {
     rt::wall_clock().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// The newest claim, if there is any.
-pub(super) async fn last_claim(bucket: &Bucket) -> Result<Option<Claim>> {
+pub(crate) async fn last_claim(bucket: &Bucket) -> Result<Option<Claim>> {
     match bucket.list(key::CLAIMS, "", 1).await?.first() {
         Some(listed) => read_claim(bucket, &listed.key).await.map(Some),
         None => Ok(None),
@@ -73,7 +73,7 @@ pub(super) async fn last_claim(bucket: &Bucket) -> Result<Option<Claim>> {
 }
 
 /// The newest checkpoint, if there is any.
-pub(super) async fn last_checkpoint(bucket: &Bucket, id: Id) -> Result<Option<Checkpoint>> {
+pub(crate) async fn last_checkpoint(bucket: &Bucket, id: Id) -> Result<Option<Checkpoint>> {
     let mut after = String::new();
     loop {
         let found = bucket.list(key::MAPS, &after, 16).await?;
@@ -111,7 +111,7 @@ async fn read_map(bucket: &Bucket, id: Id, key: &str) -> Result<Option<Link<Chec
 }
 
 /// Becomes the owner of a volume, and starts what keeps it.
-pub(super) async fn open(
+pub(crate) async fn open(
     bucket: Bucket,
     opening: Opening,
     say: Arc<dyn Fn(&str) + Send + Sync>,
@@ -225,9 +225,6 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
         committed: 0,
         next: 1,
         serial: base.serial,
-        writer: base.writer,
-        tenure: base.tenure,
-        named: false,
         replays: Vec::new(),
         done: 0,
         checkpoint: 0,
@@ -310,7 +307,6 @@ fn bring_back(volume: &Volume, commit: &Commit) {
         keeper::apply(volume, &mut state, entry, 0);
     }
     state.serial = commit.serial.max(state.serial);
-    (state.writer, state.tenure) = (commit.writer, commit.tenure);
 }
 
 /// The checkpoint that begins this epoch: the map of the base, and what has to be replayed. From then on it may be written.
@@ -347,7 +343,7 @@ async fn first_checkpoint(bucket: &Bucket, volume: &Arc<Volume>, base: &Checkpoi
 
 /// Leaves a volume in order: everything is durable in its block, and other hosts may open it. Gives up after `time`, and then
 /// all that was acknowledged is in commits.
-pub(super) async fn close(volume: &Arc<Volume>, time: Duration) -> Result<()> {
+pub(crate) async fn close(volume: &Arc<Volume>, time: Duration) -> Result<()> {
     let leave = async {
         volume.flush().await?;
         volume.state().closing = true;

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// What a range holds.
 #[derive(Clone, Debug)]
-pub(super) enum Fill {
+pub(crate) enum Fill {
     Data(Data),
     Zeros,
 }
@@ -27,7 +27,7 @@ impl Fill {
     }
 
     /// `len` bytes of it.
-    pub(super) fn data(&self, len: u64) -> Data {
+    pub(crate) fn data(&self, len: u64) -> Data {
         match self {
             Fill::Data(data) => data.clone(),
             Fill::Zeros => Data::zeros(len as usize),
@@ -37,39 +37,39 @@ impl Fill {
 
 /// A range that holds something since a batch.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
-    pub(super) len: u64,
-    pub(super) fill: Fill,
+pub(crate) struct Piece {
+    pub(crate) len: u64,
+    pub(crate) fill: Fill,
     /// The batch that it came with.
-    pub(super) batch: u64,
+    pub(crate) batch: u64,
     /// Bytes of memory that stay in use for it: those of what it was cut from.
     held: u64,
 }
 
 /// Pieces that do not overlap, by their offsets.
 #[derive(Debug, Default)]
-pub(super) struct Pieces {
+pub(crate) struct Pieces {
     pieces: BTreeMap<u64, Piece>,
     /// Of data, in bytes.
     bytes: u64,
 }
 
 impl Pieces {
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.pieces.is_empty()
     }
 
     /// How many there are.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.pieces.len()
     }
 
     /// Puts a piece over what is there, and returns the oldest batch of what it covers.
-    pub(super) fn put(&mut self, offset: u64, piece: Piece) -> Option<u64> {
+    pub(crate) fn put(&mut self, offset: u64, piece: Piece) -> Option<u64> {
         let range = offset..offset + piece.len;
         let covered = self.touching(range.clone()).map(|(_, piece)| piece.batch).min();
         self.cut(range);
@@ -91,12 +91,12 @@ impl Pieces {
     }
 
     /// Takes a range out.
-    pub(super) fn cut(&mut self, range: Range<u64>) {
+    pub(crate) fn cut(&mut self, range: Range<u64>) {
         self.cut_if(range, |_| true);
     }
 
     /// Takes out of a range what came with a batch up to this one.
-    pub(super) fn cut_until(&mut self, range: Range<u64>, batch: u64) {
+    pub(crate) fn cut_until(&mut self, range: Range<u64>, batch: u64) {
         self.cut_if(range, |piece| piece.batch <= batch);
     }
 
@@ -125,7 +125,7 @@ impl Pieces {
     }
 
     /// What the range holds, in order: pieces, and between them gaps.
-    pub(super) fn over(&self, range: Range<u64>) -> Vec<(Range<u64>, Option<Fill>)> {
+    pub(crate) fn over(&self, range: Range<u64>) -> Vec<(Range<u64>, Option<Fill>)> {
         let mut found = Vec::new();
         let mut at = range.start;
         for (start, piece) in self.within(range.clone()) {
@@ -142,22 +142,22 @@ impl Pieces {
     }
 
     /// True if no byte of the range is missing.
-    pub(super) fn covers(&self, range: Range<u64>) -> bool {
+    pub(crate) fn covers(&self, range: Range<u64>) -> bool {
         self.over(range).iter().all(|(_, fill)| fill.is_some())
     }
 
     /// The batch of the oldest piece.
-    pub(super) fn oldest(&self) -> Option<u64> {
+    pub(crate) fn oldest(&self) -> Option<u64> {
         self.pieces.values().map(|piece| piece.batch).min()
     }
 
     /// All pieces, in order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Piece)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &Piece)> {
         self.pieces.iter().map(|(offset, piece)| (*offset, piece))
     }
 
     /// What lies in the range of pieces, in order.
-    pub(super) fn within(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Piece)> {
+    pub(crate) fn within(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Piece)> {
         self.touching(range.clone()).map(move |(offset, piece)| {
             let part = offset.max(range.start)..(offset + piece.len).min(range.end);
             let fill = piece.fill.part(part.start - offset..part.end - offset);
@@ -168,7 +168,7 @@ impl Pieces {
 
 impl Piece {
     /// `len` bytes, in memory of their own.
-    pub(super) fn new(len: u64, fill: Fill, batch: u64) -> Piece {
+    pub(crate) fn new(len: u64, fill: Fill, batch: u64) -> Piece {
         Piece { len, fill, batch, held: len }
     }
 

@@ -4,38 +4,38 @@ use super::counts::{Call, Counts};
 
 /// Prices in dollars. The default is that of S3 Standard in us-east-1.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Prices {
+pub(crate) struct Prices {
     /// Of 1000 puts or listings.
-    pub put: f64,
+    pub(crate) put: f64,
     /// Of 1000 gets or heads.
-    pub get: f64,
+    pub(crate) get: f64,
     /// Of a GB (10^9 bytes) that is stored for a month.
-    pub month: f64,
+    pub(crate) month: f64,
     /// Of a GB that leaves the cloud.
-    pub out: f64,
+    pub(crate) out: f64,
 }
 
 /// S3 Standard, us-east-1; what is fetched stays in the region.
-pub const STANDARD: Prices = Prices { put: 0.005, get: 0.0004, month: 0.023, out: 0.0 };
+pub(crate) const STANDARD: Prices = Prices { put: 0.005, get: 0.0004, month: 0.023, out: 0.0 };
 
 /// Bytes of a GB on a bill.
 const GB: f64 = 1e9;
 
 impl Prices {
     /// What requests and the bytes that they have fetched cost. Deleting is free.
-    pub fn of(&self, requests: impl Fn(Call) -> u64, received: u64) -> f64 {
+    pub(crate) fn of(&self, requests: impl Fn(Call) -> u64, received: u64) -> f64 {
         let puts = requests(Call::Put) + requests(Call::List);
         let gets = requests(Call::Get) + requests(Call::Head);
         (puts as f64 * self.put + gets as f64 * self.get) / 1000.0 + received as f64 / GB * self.out
     }
 
     /// What everything costs that has been counted.
-    pub fn counted(&self, counts: &Counts) -> f64 {
+    pub(crate) fn counted(&self, counts: &Counts) -> f64 {
         self.of(|call| counts.requests(call), counts.bytes(Call::Get))
     }
 
     /// What so many bytes cost each month.
-    pub fn storage(&self, bytes: u64) -> f64 {
+    pub(crate) fn storage(&self, bytes: u64) -> f64 {
         bytes as f64 / GB * self.month
     }
 }

@@ -19,14 +19,14 @@ static RUNTIME: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
 });
 
 /// How long a command, or opening a volume, waits for a store that does not answer.
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long what is left may take when a volume is left; it is durable in commits anyway.
 const LEAVING: Duration = Duration::from_secs(60);
 
 /// # Errors
 /// This process may have no more threads.
-pub(super) fn runtime() -> Result<Handle> {
+pub(crate) fn runtime() -> Result<Handle> {
     match &*RUNTIME {
         Ok(runtime) => Ok(runtime.handle().clone()),
         Err(error) => Err(Error::internal(format!("cannot make a runtime for buckets: {error}"))),
@@ -37,7 +37,7 @@ pub(super) fn runtime() -> Result<Handle> {
 ///
 /// # Errors
 /// What it says, or that it panicked.
-pub(super) fn block_on<T: Send + 'static>(
+pub(crate) fn block_on<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     let done = futures::executor::block_on(runtime()?.spawn(work));
@@ -45,8 +45,8 @@ pub(super) fn block_on<T: Send + 'static>(
 }
 
 /// A volume that is open.
-pub(super) struct Shared {
-    pub(super) volume: Arc<Volume>,
+pub(crate) struct Shared {
+    pub(crate) volume: Arc<Volume>,
     graph: String,
     /// Goes last: another one may open it then.
     _listed: Listed,
@@ -97,7 +97,7 @@ impl Shared {
     ///
     /// # Errors
     /// Another graph has it; as [`open::open`].
-    pub(super) fn open(
+    pub(crate) fn open(
         url: &str,
         graph: &str,
         store: Arc<dyn ObjectStore>,
@@ -118,7 +118,7 @@ impl Shared {
         bucket.tell(move |message| told(message));
         let volume = block_on(async move {
             let volume = open::open(bucket, opening, say).await?;
-            tokio::spawn(guarded(volume.clone()));
+            runtime()?.spawn(guarded(volume.clone()));
             Ok(volume)
         })?;
         let shared = Arc::new(Shared { volume, graph: graph.to_owned(), _listed: listed });
@@ -131,7 +131,7 @@ impl Shared {
     ///
     /// # Errors
     /// As [`open::describe`].
-    pub(super) fn look(url: &str, store: Arc<dyn ObjectStore>, prefix: &str) -> Result<(Description, u64)> {
+    pub(crate) fn look(url: &str, store: Arc<dyn ObjectStore>, prefix: &str) -> Result<(Description, u64)> {
         let open = all().get(url).and_then(Weak::upgrade);
         if let Some(shared) = open {
             let size = shared.volume.state().size;
@@ -148,7 +148,7 @@ impl Shared {
 }
 
 /// A panic ends the volume, and nothing else.
-async fn guarded(volume: Arc<Volume>) {
+pub(crate) async fn guarded(volume: Arc<Volume>) {
     if AssertUnwindSafe(keep(volume.clone())).catch_unwind().await.is_err() {
         volume.die(
             Kind::Internal,
@@ -158,7 +158,7 @@ async fn guarded(volume: Arc<Volume>) {
 }
 
 /// Who this process is, for others who want to open the volume.
-pub(super) fn claim() -> Claim {
+pub(crate) fn claim() -> Claim {
     let read = |path: &str| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     let host = read("/proc/sys/kernel/hostname").unwrap_or_default();
     let machine = read("/etc/machine-id").filter(|id| !id.is_empty()).unwrap_or_else(|| host.clone());

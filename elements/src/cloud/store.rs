@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// Why an attempt failed.
 #[derive(Debug)]
-pub enum Failure {
+pub(crate) enum Failure {
     /// It may have been done or not; another attempt may do it: a lost connection, a server that is busy or broken.
     Again(String),
     /// Another attempt makes no sense.
@@ -19,11 +19,11 @@ pub enum Failure {
 }
 
 /// What became of one attempt.
-pub type Attempt<T> = std::result::Result<T, Failure>;
+pub(crate) type Attempt<T> = std::result::Result<T, Failure>;
 
 /// What became of an attempt to put an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Put {
+pub(crate) enum Put {
     /// It is there, durably.
     Done,
     /// Something has that key already. Only where that was the condition.
@@ -32,24 +32,24 @@ pub enum Put {
 
 /// What a store knows of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Head {
+pub(crate) struct Head {
     /// Bytes.
-    pub len: u64,
+    pub(crate) len: u64,
     /// The id that it was put with.
-    pub put_id: Option<String>,
+    pub(crate) put_id: Option<String>,
 }
 
 /// One line of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// The whole key.
-    pub key: String,
+    pub(crate) key: String,
     /// Bytes.
-    pub len: u64,
+    pub(crate) len: u64,
 }
 
 /// A store of objects: each method is one request, and tries once. Keys are whole.
-pub trait ObjectStore: Send + Sync {
+pub(crate) trait ObjectStore: Send + Sync {
     /// Puts an object, with the id in its metadata. With `absent`, only where there is none of that key, which
     /// the store decides atomically; one that ignores this is found out by [`Bucket::probe`].
     fn put<'a>(&'a self, key: &'a str, body: Data, id: &'a str, absent: bool) -> BoxFuture<'a, Attempt<Put>>;
@@ -71,7 +71,13 @@ pub trait ObjectStore: Send + Sync {
 }
 
 /// The most keys of one [`ObjectStore::delete_many`].
-pub const DELETE_MOST: usize = 1000;
+pub(crate) const DELETE_MOST: usize = 1000;
+
+/// The prefix as keys have it: empty, or with one slash at its end.
+pub(crate) fn prefix(text: &str) -> String {
+    let text = text.trim_matches('/');
+    if text.is_empty() { String::new() } else { format!("{text}/") }
+}
 
 /// How long an attempt may take, and longer the more bytes it moves.
 const ATTEMPT: Duration = Duration::from_secs(20);
@@ -86,12 +92,12 @@ type Say = Box<dyn Fn(&str) + Send + Sync>;
 
 /// What lies below one prefix of a store. Requests are tried again until they have an answer, or for as long as this handle is
 /// patient; keys are below the prefix.
-pub(super) struct Bucket {
+pub(crate) struct Bucket {
     store: Arc<dyn ObjectStore>,
     prefix: String,
     /// How long a request is tried again; None for ever.
     patience: Option<Duration>,
-    pub(super) counts: Arc<Counts>,
+    pub(crate) counts: Arc<Counts>,
     trouble: Arc<Trouble>,
 }
 
@@ -112,24 +118,24 @@ impl Trouble {
 
 impl Bucket {
     /// `prefix` is empty or ends with a slash.
-    pub(super) fn new(store: Arc<dyn ObjectStore>, prefix: &str, patience: Option<Duration>) -> Bucket {
+    pub(crate) fn new(store: Arc<dyn ObjectStore>, prefix: &str, patience: Option<Duration>) -> Bucket {
         let (counts, trouble) = Default::default();
         Bucket { store, prefix: prefix.to_owned(), patience, counts, trouble }
     }
 
     /// The same with another patience.
-    pub(super) fn with_patience(&self, patience: Option<Duration>) -> Bucket {
+    pub(crate) fn with_patience(&self, patience: Option<Duration>) -> Bucket {
         let (store, prefix) = (self.store.clone(), self.prefix.clone());
         Bucket { store, prefix, patience, counts: self.counts.clone(), trouble: self.trouble.clone() }
     }
 
     /// Whom to tell when the store does not answer any more, and when it does again.
-    pub(super) fn tell(&self, say: impl Fn(&str) + Send + Sync + 'static) {
+    pub(crate) fn tell(&self, say: impl Fn(&str) + Send + Sync + 'static) {
         *self.trouble.say.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(say));
     }
 
     /// True while the last attempt had no answer.
-    pub(super) fn is_down(&self) -> bool {
+    pub(crate) fn is_down(&self) -> bool {
         self.trouble.down.load(Ordering::Relaxed)
     }
 
@@ -173,7 +179,7 @@ impl Bucket {
     }
 
     /// Puts an object of a key that nothing else has. Durable when it is answered.
-    pub(super) async fn put(&self, key: &str, body: Data) -> Result<()> {
+    pub(crate) async fn put(&self, key: &str, body: Data) -> Result<()> {
         let (whole, id, len) = (self.whole(key), put_id(), body.len() as u64);
         let put = self.persist("take", &whole, len, |_| {
             self.counts.add(Call::Put, len);
@@ -185,7 +191,7 @@ impl Bucket {
     /// Puts an object where there is none; false if there is another one. Durable when it is answered with true.
     ///
     /// An attempt whose answer was lost may have made it: what is found there is asked for the id that it was put with.
-    pub(super) async fn put_if_absent(&self, key: &str, body: Data) -> Result<bool> {
+    pub(crate) async fn put_if_absent(&self, key: &str, body: Data) -> Result<bool> {
         let (whole, id, len) = (self.whole(key), put_id(), body.len() as u64);
         let (whole, id) = (whole.as_str(), id.as_str());
         let put = self.persist("take", whole, len, |_| {
@@ -208,7 +214,7 @@ impl Bucket {
     ///
     /// # Errors
     /// [`Kind::Io`] if the object is shorter.
-    pub(super) async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Option<Data>> {
+    pub(crate) async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Option<Data>> {
         let len = range.end - range.start;
         let found = self.get(key, range).await?;
         match found {
@@ -224,7 +230,7 @@ impl Bucket {
     ///
     /// # Errors
     /// [`Kind::Io`] if it is larger.
-    pub(super) async fn get_whole(&self, key: &str, most: u64) -> Result<Option<Data>> {
+    pub(crate) async fn get_whole(&self, key: &str, most: u64) -> Result<Option<Data>> {
         let found = self.get(key, 0..most + 1).await?;
         if found.as_ref().is_some_and(|data| data.len() as u64 > most) {
             return Err(
@@ -246,7 +252,7 @@ impl Bucket {
     }
 
     /// Deletes objects, whether they are there or not.
-    pub(super) async fn delete_many(&self, keys: impl IntoIterator<Item = String>) -> Result<()> {
+    pub(crate) async fn delete_many(&self, keys: impl IntoIterator<Item = String>) -> Result<()> {
         let keys: Vec<String> = keys.into_iter().map(|key| self.whole(&key)).collect();
         for some in keys.chunks(DELETE_MOST) {
             self.counts.add(Call::Delete, 0);
@@ -256,7 +262,7 @@ impl Bucket {
     }
 
     /// The first `most` objects (at most 1000) below a prefix whose keys come after `after`.
-    pub(super) async fn list(&self, prefix: &str, after: &str, most: u32) -> Result<Vec<Listed>> {
+    pub(crate) async fn list(&self, prefix: &str, after: &str, most: u32) -> Result<Vec<Listed>> {
         let (whole, after) =
             (self.whole(prefix), if after.is_empty() { String::new() } else { self.whole(after) });
         let found = self.persist("list", &whole, 0, |_| {
@@ -271,7 +277,7 @@ impl Bucket {
     }
 
     /// What of the bucket's settings endangers a disk in it.
-    pub(super) async fn dangers(&self) -> Result<Vec<String>> {
+    pub(crate) async fn dangers(&self) -> Result<Vec<String>> {
         self.persist("describe", "its settings", 0, |_| self.store.dangers()).await
     }
 
@@ -279,7 +285,7 @@ impl Bucket {
     ///
     /// # Errors
     /// It does not answer, or does not allow what a disk needs.
-    pub(super) async fn probe(&self) -> Result<bool> {
+    pub(crate) async fn probe(&self) -> Result<bool> {
         let key = format!("{}{}", super::format::key::PROBES, put_id());
         let (first, second) = (Data::copy_of(b"first"), Data::copy_of(b"second"));
         self.put_if_absent(&key, first).await?;

@@ -11,20 +11,20 @@ use tokio::sync::Notify;
 
 /// How likely what is, of 1000 requests.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Odds {
+pub(crate) struct Odds {
     /// The request fails and is not done.
-    pub(super) fails: u32,
+    pub(crate) fails: u32,
     /// It is done, and its answer lost.
-    pub(super) lost: u32,
+    pub(crate) lost: u32,
     /// Its answer is lost, and it is done when the test says so, or never.
-    pub(super) late: u32,
+    pub(crate) late: u32,
 }
 
 type Objects = BTreeMap<String, (Data, String)>;
 
 /// What changes the store.
 #[derive(Clone, Debug)]
-pub(super) enum Change {
+pub(crate) enum Change {
     Put { key: String, body: Data, id: String, absent: bool },
     Delete(Vec<String>),
 }
@@ -38,8 +38,6 @@ struct Inner {
     late: Vec<Change>,
     odds: Odds,
     rng: fastrand::Rng,
-    /// What was asked for, in order.
-    log: Vec<(&'static str, String)>,
     holds: Option<Holds>,
     held: usize,
     ignores_conditions: bool,
@@ -48,46 +46,46 @@ struct Inner {
 
 /// See the module.
 #[derive(Clone, Default)]
-pub(super) struct Memory(Arc<Mutex<Inner>>, Arc<Notify>);
+pub(crate) struct Memory(Arc<Mutex<Inner>>, Arc<Notify>);
 
 impl Memory {
-    pub(super) fn new(seed: u64) -> Memory {
+    pub(crate) fn new(seed: u64) -> Memory {
         let memory = Memory::default();
         memory.0.lock().unwrap().rng = fastrand::Rng::with_seed(seed);
         memory
     }
 
-    pub(super) fn set_odds(&self, odds: Odds) {
+    pub(crate) fn set_odds(&self, odds: Odds) {
         self.0.lock().unwrap().odds = odds;
     }
 
-    pub(super) fn ignore_conditions(&self) {
+    pub(crate) fn ignore_conditions(&self) {
         self.0.lock().unwrap().ignores_conditions = true;
     }
 
-    pub(super) fn set_down(&self, down: bool) {
+    pub(crate) fn set_down(&self, down: bool) {
         self.0.lock().unwrap().down = down;
     }
 
     /// From now on, and until [`Memory::release`], such requests wait before they do anything.
-    pub(super) fn hold(&self, which: impl Fn(&str, &str) -> bool + Send + 'static) {
+    pub(crate) fn hold(&self, which: impl Fn(&str, &str) -> bool + Send + 'static) {
         self.0.lock().unwrap().holds = Some(Box::new(which));
     }
 
-    pub(super) fn release(&self) {
+    pub(crate) fn release(&self) {
         self.0.lock().unwrap().holds = None;
         self.1.notify_waiters();
     }
 
     /// Waits until that many requests are held.
-    pub(super) async fn held(&self, count: usize) {
+    pub(crate) async fn held(&self, count: usize) {
         while self.0.lock().unwrap().held < count {
             tokio::task::yield_now().await;
         }
     }
 
     /// Lets some of what was late happen.
-    pub(super) fn land(&self, share: f64) {
+    pub(crate) fn land(&self, share: f64) {
         let mut inner = self.0.lock().unwrap();
         for change in std::mem::take(&mut inner.late) {
             if inner.rng.f64() < share {
@@ -98,37 +96,27 @@ impl Memory {
         }
     }
 
-    pub(super) fn keys(&self) -> Vec<String> {
+    pub(crate) fn keys(&self) -> Vec<String> {
         self.0.lock().unwrap().objects.keys().cloned().collect()
     }
 
-    pub(super) fn remove(&self, key: &str) {
+    pub(crate) fn remove(&self, key: &str) {
         self.0.lock().unwrap().objects.remove(key).unwrap();
     }
 
-    pub(super) fn bytes(&self, key: &str) -> Vec<u8> {
+    pub(crate) fn bytes(&self, key: &str) -> Vec<u8> {
         self.0.lock().unwrap().objects[key].0.to_vec()
     }
 
-    pub(super) fn overwrite(&self, key: &str, bytes: &[u8]) {
+    pub(crate) fn overwrite(&self, key: &str, bytes: &[u8]) {
         self.0.lock().unwrap().objects.get_mut(key).unwrap().0 = Data::copy_of(bytes);
     }
 
     /// A copy of everything, as it is now.
-    pub(super) fn copy(&self) -> Memory {
+    pub(crate) fn copy(&self) -> Memory {
         let memory = Memory::new(1);
         memory.0.lock().unwrap().objects = self.0.lock().unwrap().objects.clone();
         memory
-    }
-
-    /// How often what was asked for of keys that begin so.
-    pub(super) fn asked(&self, name: &str, prefix: &str) -> usize {
-        let inner = self.0.lock().unwrap();
-        inner.log.iter().filter(|(what, key)| *what == name && key.starts_with(prefix)).count()
-    }
-
-    pub(super) fn forget_log(&self) {
-        self.0.lock().unwrap().log.clear();
     }
 
     /// Lets others have turns, waits if it is held, and then does what the seed says.
@@ -141,7 +129,6 @@ impl Memory {
     ) -> Attempt<(T, Option<Put>)> {
         let turns = {
             let mut inner = self.0.lock().unwrap();
-            inner.log.push((name, key.to_owned()));
             inner.rng.u32(..6)
         };
         for _ in 0..turns {

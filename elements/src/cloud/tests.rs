@@ -1,5 +1,9 @@
 //! Stories of volumes in a store that fails: random ones against a model, and each race by itself.
-#![allow(clippy::unwrap_used, reason = "tests panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "tests panic, and have one runtime for all"
+)]
 
 mod races;
 mod stories;

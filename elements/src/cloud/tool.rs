@@ -7,9 +7,8 @@ use super::keeper::keys_of;
 use super::map::Map;
 use super::open::{self, Opening};
 use super::price::STANDARD;
-use super::s3::prefix;
-use super::shared::{PATIENCE, block_on, claim};
-use super::store::{Bucket, Listed};
+use super::shared::{PATIENCE, block_on, claim, guarded, runtime};
+use super::store::{Bucket, Listed, prefix};
 use super::volume::Volume;
 use blockmason::{Error, Kind, Op, Origin, Request, Result};
 use serde_json::{Value, json};
@@ -41,6 +40,10 @@ pub struct Place {
 
 impl Place {
     fn bucket(&self) -> Result<Bucket> {
+        Ok(Bucket::new(Arc::new(self.store()?), &prefix(&self.prefix), Some(PATIENCE)))
+    }
+
+    fn store(&self) -> Result<S3> {
         let profile = self.profile.clone().unwrap_or_else(profile);
         let target = Target {
             bucket: self.bucket.clone(),
@@ -50,8 +53,17 @@ impl Place {
             ca: self.ca.as_ref().map(|path| read_ca(path)).transpose()?,
             endpoint: self.endpoint.clone(),
         };
-        Ok(Bucket::new(Arc::new(S3::new(&target)?), &prefix(Some(&self.prefix)), Some(PATIENCE)))
+        S3::new(&target)
     }
+}
+
+/// Makes the bucket itself; that it is there, and is ours, is no error.
+///
+/// # Errors
+/// The name is somebody else's; the keys do not allow it.
+pub fn make_bucket(place: &Place) -> Result<()> {
+    let store = place.store()?;
+    block_on(async move { store.make_bucket().await })
 }
 
 /// Makes a volume of so many bytes in objects of `block` bytes.
@@ -304,7 +316,7 @@ fn opening(take: bool) -> Opening {
 async fn opened(bucket: Bucket, take: bool) -> Result<Arc<Volume>> {
     let volume =
         open::open(bucket, opening(take), Arc::new(|message: &str| tracing::warn!("{message}"))).await?;
-    tokio::spawn(super::keeper::keep(volume.clone()));
+    runtime()?.spawn(guarded(volume.clone()));
     Ok(volume)
 }
 

@@ -18,135 +18,124 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 /// The most data of one commit, in bytes.
-pub(super) const BATCH: u64 = 32 << 20;
+pub(crate) const BATCH: u64 = 32 << 20;
 
 /// The longest write that may enter, and that is in one commit as a whole.
-pub(super) const LONGEST: u32 = 16 << 20;
+pub(crate) const LONGEST: u32 = 16 << 20;
 
 /// The most entries of one commit: a flood of small requests ends a batch too.
-pub(super) const ENTRIES: usize = 1 << 16;
+pub(crate) const ENTRIES: usize = 1 << 16;
 
 /// A volume that this process has open.
-pub(super) struct Volume {
-    pub(super) bucket: Bucket,
-    pub(super) id: Id,
-    pub(super) block: u64,
-    pub(super) epoch: u64,
+pub(crate) struct Volume {
+    pub(crate) bucket: Bucket,
+    pub(crate) id: Id,
+    pub(crate) block: u64,
+    pub(crate) epoch: u64,
     /// Bytes that may wait in memory for their blocks.
-    pub(super) memory: u64,
+    pub(crate) memory: u64,
     /// How long they may where nothing is written any more.
-    pub(super) idle: Duration,
+    pub(crate) idle: Duration,
     /// What was left in order: the description as it is in the bucket.
-    pub(super) description: Description,
+    pub(crate) description: Description,
     state: Mutex<State>,
     /// Something for the keeper to look at.
-    pub(super) work: Notify,
+    pub(crate) work: Notify,
     /// How far it is; whoever waits for a commit, or for room, follows it.
-    pub(super) progress: watch::Sender<Progress>,
-    pub(super) say: Arc<dyn Fn(&str) + Send + Sync>,
+    pub(crate) progress: watch::Sender<Progress>,
+    pub(crate) say: Arc<dyn Fn(&str) + Send + Sync>,
     /// Where requests to the store are made.
     handle: Handle,
 }
 
 /// How far an open volume is.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Progress {
+pub(crate) struct Progress {
     /// Batches up to this one are durable in the bucket.
-    pub(super) committed: u64,
+    pub(crate) committed: u64,
     /// Counts whenever room may have become free.
-    pub(super) freed: u64,
+    pub(crate) freed: u64,
     /// Of those who asked for everything to be brought into its blocks, up to whom it is.
-    pub(super) settled: u64,
+    pub(crate) settled: u64,
     /// Why nothing is served any more.
-    pub(super) dead: Option<String>,
+    pub(crate) dead: Option<String>,
 }
 
 /// What is in memory of a volume.
 #[derive(Debug)]
-pub(super) struct State {
-    pub(super) size: u64,
-    pub(super) map: Map,
+pub(crate) struct State {
+    pub(crate) size: u64,
+    pub(crate) map: Map,
     /// What was written and is in no block's object yet, committed or not: reads find it here first. Pieces of batch 0
     /// come from commits of earlier epochs.
-    pub(super) pieces: Pieces,
+    pub(crate) pieces: Pieces,
     /// Of each batch that is not committed, the oldest batch of what its pieces lie over, which is in memory no more: the
     /// commits of that one are needed until this one is durable.
-    pub(super) covered: BTreeMap<u64, u64>,
+    pub(crate) covered: BTreeMap<u64, u64>,
     /// What the next commit will hold.
-    pub(super) open: Batch,
+    pub(crate) open: Batch,
     /// Blocks that are just being written anew, each with whether a commit has brought it as a whole meanwhile: what is
     /// being written is then older. The versions alone do not tell, since holes have none.
-    pub(super) settling: BTreeMap<u64, bool>,
+    pub(crate) settling: BTreeMap<u64, bool>,
     /// The last batch that is on its way. A batch is commit of the same number.
-    pub(super) sealed: u64,
+    pub(crate) sealed: u64,
     /// The last batch that is durable, with all before it.
-    pub(super) committed: u64,
+    pub(crate) committed: u64,
     /// The number of the next version.
-    pub(super) next: u64,
-    pub(super) serial: u64,
-    pub(super) writer: Id,
-    pub(super) tenure: u64,
-    /// Somebody has said in this epoch who writes.
-    pub(super) named: bool,
+    pub(crate) next: u64,
+    pub(crate) serial: u64,
     /// Commits of earlier epochs whose pieces are still here.
-    pub(super) replays: Vec<Span>,
+    pub(crate) replays: Vec<Span>,
     /// Of this epoch, what a checkpoint has covered.
-    pub(super) done: u64,
-    pub(super) checkpoint: u64,
+    pub(crate) done: u64,
+    pub(crate) checkpoint: u64,
     /// What nothing leads to since the last checkpoint, with the last batch then under way. A block goes when that
     /// is covered by a checkpoint, for a commit may name it.
-    pub(super) doomed: Vec<(u64, u64, u64)>,
+    pub(crate) doomed: Vec<(u64, u64, u64)>,
     /// What may go after the next checkpoint, or may and perhaps has gone.
-    pub(super) gone: Gone,
-    pub(super) dead: Option<(Kind, String)>,
+    pub(crate) gone: Gone,
+    pub(crate) dead: Option<(Kind, String)>,
     /// When something was written last.
-    pub(super) touched: Instant,
+    pub(crate) touched: Instant,
     /// It is being left: nothing may be written any more.
-    pub(super) closing: bool,
+    pub(crate) closing: bool,
     /// How often everything in pieces was to be brought into its blocks, and how often it has been.
-    pub(super) asked: u64,
-    pub(super) answered: u64,
+    pub(crate) asked: u64,
+    pub(crate) answered: u64,
     /// What was committed when blocks were last settled.
-    pub(super) settled: Option<u64>,
+    pub(crate) settled: Option<u64>,
 }
 
 /// What is written between two commits.
 #[derive(Debug, Default)]
-pub(super) struct Batch {
-    pub(super) pieces: Pieces,
+pub(crate) struct Batch {
+    pub(crate) pieces: Pieces,
     /// Somebody waits for it, or it is full.
-    pub(super) due: bool,
+    pub(crate) due: bool,
 }
 
 impl State {
     /// # Errors
     /// The volume has another owner, or has been left.
-    pub(super) fn alive(&self) -> Result<()> {
+    pub(crate) fn alive(&self) -> Result<()> {
         match &self.dead {
             Some((kind, why)) => Err(Error::new(*kind, why.clone())),
             None => Ok(()),
         }
     }
 
-    pub(super) fn version(&mut self, epoch: u64) -> Result<u64> {
+    pub(crate) fn version(&mut self, epoch: u64) -> Result<u64> {
         self.next += 1;
         version(epoch, self.next - 1)
     }
 
-    pub(super) fn write_as(&mut self, writer: Id) {
-        if self.writer != writer {
-            self.writer = writer;
-            self.tenure += 1;
-        }
-    }
-
     /// The oldest batch whose commit is needed: what it wrote is in no block yet.
-    pub(super) fn oldest(&self) -> Option<u64> {
+    pub(crate) fn oldest(&self) -> Option<u64> {
         self.pieces.oldest().into_iter().chain(self.covered.values().copied()).min()
     }
 
     /// Nothing leads to an object any more.
-    pub(super) fn doom(&mut self, block: u64, version: u64) {
+    pub(crate) fn doom(&mut self, block: u64, version: u64) {
         if version != 0 {
             self.doomed.push((block, version, self.sealed));
         }
@@ -154,7 +143,7 @@ impl State {
 }
 
 impl Volume {
-    pub(super) fn new(
+    pub(crate) fn new(
         bucket: Bucket,
         description: Description,
         epoch: u64,
@@ -179,12 +168,12 @@ impl Volume {
         })
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends it: whatever waits and comes fails.
-    pub(super) fn die(&self, kind: Kind, why: &str) {
+    pub(crate) fn die(&self, kind: Kind, why: &str) {
         let first = self.state().dead.replace((kind, why.to_owned())).is_none();
         if first {
             (self.say)(why);
@@ -194,7 +183,7 @@ impl Volume {
     }
 
     /// The bytes of a block: the last one may be shorter.
-    pub(super) fn range_of(&self, block: u64, size: u64) -> Range<u64> {
+    pub(crate) fn range_of(&self, block: u64, size: u64) -> Range<u64> {
         block * self.block..((block + 1) * self.block).min(size)
     }
 
@@ -202,7 +191,7 @@ impl Volume {
     ///
     /// A write is answered when it is durable in the bucket; one of origin `write_back` as soon as later reads see it, and it
     /// is durable at the next flush.
-    pub(super) async fn serve(self: Arc<Self>, req: Request) -> Reply {
+    pub(crate) async fn serve(self: Arc<Self>, req: Request) -> Reply {
         self.state().alive()?;
         if req.op.has_range() && req.len == 0 {
             return Ok(if req.op == Op::Read { Answer::Data(Data::empty()) } else { Answer::Done });
@@ -275,12 +264,12 @@ impl Volume {
     }
 
     /// Waits until a batch is durable.
-    pub(super) async fn committed(&self, batch: u64) -> Result<()> {
+    pub(crate) async fn committed(&self, batch: u64) -> Result<()> {
         self.until(|progress| progress.committed >= batch).await
     }
 
     /// Waits for progress.
-    pub(super) async fn until(&self, far_enough: impl Fn(&Progress) -> bool) -> Result<()> {
+    pub(crate) async fn until(&self, far_enough: impl Fn(&Progress) -> bool) -> Result<()> {
         let mut progress = self.progress.subscribe();
         let found = progress.wait_for(|progress| progress.dead.is_some() || far_enough(progress)).await;
         let dead = match found {
@@ -291,7 +280,7 @@ impl Volume {
     }
 
     /// Everything that was answered, or taken, before is durable in the bucket afterwards.
-    pub(super) async fn flush(&self) -> Result<()> {
+    pub(crate) async fn flush(&self) -> Result<()> {
         let batch = {
             let mut state = self.state();
             state.alive()?;
@@ -304,7 +293,7 @@ impl Volume {
     }
 
     /// Brings all that is committed into its blocks, and makes a checkpoint.
-    pub(super) async fn settle(&self) -> Result<()> {
+    pub(crate) async fn settle(&self) -> Result<()> {
         self.flush().await?;
         let asked = {
             let mut state = self.state();
@@ -337,7 +326,7 @@ impl Volume {
     }
 
     /// A range, block by block.
-    pub(super) fn by_block(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    pub(crate) fn by_block(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
         let block = self.block;
         let blocks = range.start / block..range.end.div_ceil(block);
         blocks.map(move |number| (number * block).max(range.start)..((number + 1) * block).min(range.end))
@@ -370,7 +359,7 @@ impl Volume {
     }
 
     /// The map has an object that is not in the bucket: never zeros.
-    pub(super) fn missing(&self, key: &str) -> Error {
+    pub(crate) fn missing(&self, key: &str) -> Error {
         let message = format!("{key} is missing in the bucket: what it held is lost, and reads of it fail");
         (self.say)(&message);
         Error::new(Kind::Io, message)
@@ -398,17 +387,9 @@ impl Volume {
         join_extents(found)
     }
 
-    /// Whoever says so is the writer from now on. Two words: the first differs from an earlier one if another one has
-    /// written meanwhile, or may have; the second if anybody has.
-    pub(super) fn generation(&self, writer: Id) -> String {
-        let mut state = self.state();
-        state.write_as(writer);
-        state.named = true;
-        format!(
-            "{}-{} {}",
-            self.description.id,
-            state.tenure,
-            state.serial + u64::from(!state.open.pieces.is_empty())
-        )
+    /// A text that is another one after each commit, whoever makes it.
+    pub(crate) fn generation(&self) -> String {
+        let state = self.state();
+        format!("{} {}", self.description.id, state.serial + u64::from(!state.open.pieces.is_empty()))
     }
 }

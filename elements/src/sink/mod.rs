@@ -4,6 +4,8 @@ pub mod file;
 pub mod mem;
 pub mod nbd_client;
 pub mod null;
+#[cfg(feature = "s3")]
+pub mod s3;
 pub mod volatile;
 
 use blockmason::{Answer, Cx, Error, Flow, Request};

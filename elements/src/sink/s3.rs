@@ -1,13 +1,12 @@
 //! A disk in a bucket of S3, or of what speaks like it.
 
-use super::client::{S3, Target, read_ca};
-use super::counts::Call;
-use super::credentials::{Source, profile};
-use super::format::unhex;
-use super::open::Opening;
-use super::shared::{Shared, claim};
-use super::store::ObjectStore;
-use super::volume::LONGEST;
+use crate::cloud::client::{S3, Target, read_ca};
+use crate::cloud::counts::Call;
+use crate::cloud::credentials::{Source, profile};
+use crate::cloud::open::Opening;
+use crate::cloud::shared::{self, Shared, claim};
+use crate::cloud::store::{ObjectStore, prefix};
+use crate::cloud::volume::LONGEST;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::events::{Event, EventKind};
 use blockmason::heads::HeadPlace;
@@ -21,7 +20,7 @@ use std::time::Duration;
 
 blockmason::words! {
     /// Where the name of a bucket goes.
-    pub(super) enum Addressing {
+    enum Addressing {
         /// Into the path.
         Path = "path",
         /// Into the name of the host.
@@ -76,7 +75,7 @@ pub const TYPE: ElementType = ElementType {
           is back. An object that the map has and the bucket has not is an I/O error and an event, never zeros.\n\n\
           The volume is not handed over to another process. [Cloud disks](../cloud.md) tells more; format: \
           [formats/bucket.md](../formats/bucket.md).",
-    family: Family::Cloud,
+    family: Family::Sink,
     params: Params::PARAMS,
     ports: Ports::SINK,
     handlers: &[
@@ -115,12 +114,6 @@ pub const TYPE: ElementType = ElementType {
     ..ElementType::BASE
 };
 
-/// The prefix as keys have it: empty, or with one slash at its end.
-pub(super) fn prefix(text: Option<&str>) -> String {
-    let text = text.unwrap_or_default().trim_matches('/');
-    if text.is_empty() { String::new() } else { format!("{text}/") }
-}
-
 impl Params {
     fn target(&self) -> Result<Target> {
         let endpoint = self.endpoint.as_ref().map(|uri| uri.as_str().to_owned());
@@ -141,7 +134,7 @@ impl Params {
     /// What names the volume.
     fn url(&self) -> String {
         let endpoint = self.endpoint.as_ref().map_or("s3:/", |uri| uri.as_str()).trim_end_matches('/');
-        format!("{endpoint}/{}/{}", self.bucket, prefix(self.prefix.as_deref()))
+        format!("{endpoint}/{}/{}", self.bucket, prefix(self.prefix.as_deref().unwrap_or_default()))
     }
 }
 
@@ -159,7 +152,8 @@ impl Disk {
     fn new(build: &Build<'_>) -> Result<Disk> {
         let params = build.read(Params::from)?;
         let store: Arc<dyn ObjectStore> = Arc::new(S3::new(&params.target()?)?);
-        let found = Shared::look(&params.url(), store.clone(), &prefix(params.prefix.as_deref()));
+        let found =
+            Shared::look(&params.url(), store.clone(), &prefix(params.prefix.as_deref().unwrap_or_default()));
         let (description, size) = found.map_err(|error| error.with_path(params.url()))?;
         let geometry = Geometry {
             preferred_block: description.block.min(1 << 16) as u32,
@@ -183,7 +177,7 @@ impl Disk {
         let volume = &shared.volume;
         let text = match control.map(|(verb, argument)| (verb.as_str(), argument.as_str())) {
             Some(("incarnation", _)) => Some(format!("bucket {} {}", volume.description.id, volume.epoch)),
-            Some(("generation", writer)) => unhex(writer).map(|writer| volume.generation(writer)),
+            Some(("generation", _)) => Some(volume.generation()),
             _ => None,
         };
         match text {
@@ -193,7 +187,7 @@ impl Disk {
     }
 }
 
-/// Until there is a volume nobody has waited for, this is how long what is in memory may stay there.
+/// How long what is in a commit may wait for its block where nothing is written any more.
 const IDLE: Duration = Duration::from_secs(10);
 
 impl Element for Disk {
@@ -212,7 +206,7 @@ impl Element for Disk {
         };
         let opening =
             Opening { claim: claim(), memory: self.params.memory.0, idle: IDLE, take: false, patience: None };
-        let (url, prefix) = (self.params.url(), prefix(self.params.prefix.as_deref()));
+        let (url, prefix) = (self.params.url(), prefix(self.params.prefix.as_deref().unwrap_or_default()));
         let shared = Shared::open(&url, &self.graph, self.store.clone(), &prefix, opening, Arc::new(say));
         let shared = shared.map_err(|error| error.with_path(&url))?;
         *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared);
@@ -276,7 +270,7 @@ impl Element for Disk {
         match handler {
             "settle" => {
                 let shared = self.shared()?;
-                super::shared::block_on(async move { shared.volume.settle().await })?;
+                shared::block_on(async move { shared.volume.settle().await })?;
                 Ok("everything is in its block's object".to_owned())
             }
             _ => Err(Error::no_handler(handler)),
