@@ -144,7 +144,7 @@ fn a_disk_is_checked_copied_and_deleted() {
         );
     });
     // What somebody had put when he died, and what is lost.
-    server.store().put("vms", "vm1/b/05/0000000000000005.0000990000000001", &[1; 10]);
+    server.store().put("vms", "vm1/b/05/0000000000000005.0000990000000001", vec![1; 10]);
     let block = server.store().keys("vms").into_iter().find(|key| key.starts_with("vm1/b/00/")).unwrap();
     server.store().delete("vms", &block);
     let found = tool::check(&here, true).unwrap();

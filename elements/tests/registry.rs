@@ -174,7 +174,7 @@ async fn serve(name: &str, text: &str) -> blockmason::Result<()> {
     }
     if text.contains("(type s3)") {
         let server = mason_bucket::Server::new();
-        let near = buckets::volume(&server, &folder, 1 << 20);
+        let near = buckets::volume(&server, &folder, 8 << 20);
         let text = text.replace("(endpoint http://127.0.0.1:9000)", &near);
         return serve_in(&folder, name, &text, async || Ok(())).await;
     }
@@ -244,6 +244,11 @@ fn every_example_checks_and_serves() {
 #[test]
 fn graphs_of_overlays_check_and_serve() {
     run("cow", include_str!("../../graphs/cow.mason")).unwrap();
+}
+
+#[test]
+fn graphs_of_buckets_check_and_serve() {
+    run("cloud", include_str!("../../graphs/cloud.mason")).unwrap();
 }
 
 #[test]

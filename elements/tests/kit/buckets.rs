@@ -5,7 +5,7 @@ use mason_bucket::Server;
 use std::path::Path;
 
 /// Makes the volume `vm1` in the bucket `vms` of a server, in objects of 4 KiB, and returns what a graph says of where it is.
-pub fn volume(server: &Server, folder: impl AsRef<Path>, size: u64) -> String {
+pub(crate) fn volume(server: &Server, folder: impl AsRef<Path>, size: u64) -> String {
     server.store().create_bucket("vms");
     let keys = keys(folder.as_ref(), server.access(), server.secret());
     let endpoint = server.endpoint().to_owned();
@@ -14,7 +14,7 @@ pub fn volume(server: &Server, folder: impl AsRef<Path>, size: u64) -> String {
 }
 
 /// A file of keys.
-pub fn keys(folder: &Path, access: &str, secret: &str) -> std::path::PathBuf {
+pub(crate) fn keys(folder: &Path, access: &str, secret: &str) -> std::path::PathBuf {
     let path = folder.join("keys");
     let text = format!("[default]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n");
     std::fs::write(&path, text).unwrap();
@@ -22,7 +22,7 @@ pub fn keys(folder: &Path, access: &str, secret: &str) -> std::path::PathBuf {
 }
 
 /// Makes the volume where the bucket is.
-pub fn make(endpoint: &str, keys: &Path, size: u64) {
+pub(crate) fn make(endpoint: &str, keys: &Path, size: u64) {
     let place = Place {
         bucket: "vms".to_owned(),
         prefix: "vm1".to_owned(),
