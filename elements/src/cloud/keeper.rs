@@ -46,6 +46,8 @@ pub(crate) async fn keep(volume: Arc<Volume>) {
     loop {
         match seal(&volume, commits.len()) {
             Ok(Some(sealed)) => {
+                // The next batch has room for those who found this one full.
+                volume.progress.send_modify(|progress| progress.freed += 1);
                 commits.push(commit(volume.clone(), sealed).boxed());
                 continue;
             }
@@ -110,10 +112,13 @@ fn seal(volume: &Volume, under_way: usize) -> Result<Option<Sealed>> {
 fn build(volume: &Volume, state: &mut State, batch: Batch) -> Result<Sealed> {
     let number = state.sealed;
     let mut blocks = BTreeMap::new();
+    // Many small pieces of one block stand in a row: it is looked at once.
+    let mut looked = None;
     for (offset, piece) in batch.pieces.iter().filter(|(_, piece)| matches!(piece.fill, Fill::Data(_))) {
         for part in volume.by_block(offset..offset + piece.len) {
             let block = part.start / volume.block;
-            if !blocks.contains_key(&block) && batch.pieces.covers(volume.range_of(block, state.size)) {
+            if looked.replace(block) != Some(block) && batch.pieces.covers(volume.range_of(block, state.size))
+            {
                 let zero = contents(&batch.pieces, volume.range_of(block, state.size)).is_zero();
                 let version = if zero { 0 } else { state.version(volume.epoch)? };
                 blocks.insert(block, version);

@@ -353,11 +353,6 @@ pub(crate) async fn close(volume: &Arc<Volume>, time: Duration) -> Result<()> {
     let late =
         || Error::new(Kind::Unavailable, "the store does not take what is left in time: it stays in commits");
     let left = left.unwrap_or_else(|| Err(late()));
-    {
-        let mut state = volume.state();
-        state.closing = true;
-        state.dead.get_or_insert((Kind::Unavailable, "the volume has been left".to_owned()));
-    }
-    volume.work.notify_one();
+    volume.leave();
     left
 }

@@ -143,7 +143,14 @@ impl Pieces {
 
     /// True if no byte of the range is missing.
     pub(crate) fn covers(&self, range: Range<u64>) -> bool {
-        self.over(range).iter().all(|(_, fill)| fill.is_some())
+        let mut at = range.start;
+        for (offset, piece) in self.touching(range.clone()) {
+            if offset > at {
+                return false;
+            }
+            at = offset + piece.len;
+        }
+        at >= range.end
     }
 
     /// The batch of the oldest piece.

@@ -57,8 +57,8 @@ pub(crate) struct Progress {
     pub(crate) freed: u64,
     /// Of those who asked for everything to be brought into its blocks, up to whom it is.
     pub(crate) settled: u64,
-    /// Why nothing is served any more.
-    pub(crate) dead: Option<String>,
+    /// Nothing is served any more.
+    pub(crate) dead: bool,
 }
 
 /// What is in memory of a volume.
@@ -172,13 +172,26 @@ impl Volume {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends it: whatever waits and comes fails.
+    /// Ends it: whatever waits and comes fails, for the first reason that there was.
     pub(crate) fn die(&self, kind: Kind, why: &str) {
-        let first = self.state().dead.replace((kind, why.to_owned())).is_none();
+        let first = {
+            let mut state = self.state();
+            let first = state.dead.is_none();
+            state.dead.get_or_insert((kind, why.to_owned()));
+            first
+        };
         if first {
             (self.say)(why);
         }
-        self.progress.send_modify(|progress| progress.dead = Some(why.to_owned()));
+        self.progress.send_modify(|progress| progress.dead = true);
+        self.work.notify_one();
+    }
+
+    /// Ends it without a word: it has been left.
+    pub(crate) fn leave(&self) {
+        let left = "the volume has been left";
+        self.state().dead.get_or_insert((Kind::Unavailable, left.to_owned()));
+        self.progress.send_modify(|progress| progress.dead = true);
         self.work.notify_one();
     }
 
@@ -271,7 +284,7 @@ impl Volume {
     /// Waits for progress.
     pub(crate) async fn until(&self, far_enough: impl Fn(&Progress) -> bool) -> Result<()> {
         let mut progress = self.progress.subscribe();
-        let found = progress.wait_for(|progress| progress.dead.is_some() || far_enough(progress)).await;
+        let found = progress.wait_for(|progress| progress.dead || far_enough(progress)).await;
         let dead = match found {
             Ok(found) => !far_enough(&found),
             Err(_) => true,
