@@ -112,12 +112,14 @@ pub struct Shape {
     pub wishes: Wishes,
     /// Whether the memory may shrink.
     pub sealed: bool,
+    /// Bytes of memory that no request needs: as large as a guest's.
+    pub spare: u64,
 }
 
 impl Default for Shape {
     fn default() -> Shape {
         let wishes = Wishes::default();
-        Shape { queues: 1, size: 128, depth: 16, data: 64 << 10, wishes, sealed: true }
+        Shape { queues: 1, size: 128, depth: 16, data: 64 << 10, wishes, sealed: true, spare: 0 }
     }
 }
 
@@ -151,7 +153,8 @@ impl Blk {
     pub fn new(shape: Shape) -> Blk {
         let each = u64::from(shape.data).next_multiple_of(4096) + DESCRIPTOR * PARTS + 4096;
         let rings = shape.queues as u64 * (u64::from(shape.size) * 32 + 4096);
-        let half = (each * (shape.queues * shape.depth) as u64 + rings).next_multiple_of(4096);
+        let half =
+            (each * (shape.queues * shape.depth) as u64 + rings + shape.spare / 2).next_multiple_of(4096);
         let mem = Memory::new(half, if shape.sealed { Seal::Shrink } else { Seal::Nothing });
         let event_idx = shape.wishes.features & F_EVENT_IDX != 0;
         let rings: Vec<Ring> = (0..shape.queues).map(|_| Ring::new(&mem, shape.size, event_idx)).collect();

@@ -104,17 +104,15 @@ fn script(daemon: &Daemon, name: &str, text: &str) {
 #[test]
 fn a_handover_that_fails() {
     let mut daemon = Daemon::started(Sink::File(SIZE), 2);
-    let mut load = Load::new(
-        Blk::connected(Shape { queues: 2, depth: 32, ..Shape::default() }, &daemon.socket()),
-        BLOCKS,
-        12,
-    );
+    // More than a process may have that has room for the program, however much address space its allocator sets aside.
+    let shape = Shape { queues: 2, depth: 32, spare: 2 << 30, ..Shape::default() };
+    let mut load = Load::new(Blk::connected(shape, &daemon.socket()), BLOCKS, 12);
     let program = program().display().to_string();
     script(&daemon, "nothing", "exit 1");
     // Too few descriptors for those that come.
     script(&daemon, "poor", &format!("ulimit -n 24; exec {program} \"$@\""));
     // Guests' memory finds no room.
-    script(&daemon, "narrow", &format!("ulimit -v 400000; exec {program} \"$@\""));
+    script(&daemon, "narrow", &format!("ulimit -v 1500000; exec {program} \"$@\""));
     let home = daemon.home.path().to_owned();
     for name in ["nothing", "poor", "narrow", "nothing", "poor", "narrow"] {
         let said = busy(&mut load, || {
