@@ -1,10 +1,13 @@
 //! Ceph's RGW, with one monitor, one manager and one OSD whose objects are in memory. It takes seconds and half a GB.
 
 use std::ffi::OsStr;
+use std::fmt::Write;
 use std::fs::File;
+use std::iter;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 const PROGRAMS: [&str; 7] =
     ["monmaptool", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph", "radosgw", "radosgw-admin"];
@@ -13,6 +16,9 @@ const SECRET: &str = "mason-secret";
 /// There is one cluster in a folder, so these may be the same for all.
 const CLUSTER: &str = "7c1b4f2e-5a0d-4c55-9d1e-6f0c8a3b2d10";
 const OSD: &str = "0f6f0c1e-93a4-4a0e-8a53-2b9d3e7c4f21";
+
+/// How long all of it may take to start: a few seconds, but on a machine with other things to do.
+const STARTING: Duration = Duration::from_secs(180);
 
 /// A running RGW. Its processes are ended when it is dropped, and its objects are gone.
 pub struct Rgw {
@@ -67,14 +73,27 @@ impl Rgw {
         self.wait();
     }
 
+    /// Until the gateway takes connections. It does when everything behind it works.
+    #[allow(clippy::disallowed_methods, reason = "servers of a test run in real time, beside its thread")]
     fn wait(&mut self) {
-        let port = self.port;
-        let gateway = &mut self.gateway;
-        crate::until("RGW", || {
-            let ended = gateway.try_wait().unwrap();
-            assert!(ended.is_none(), "radosgw has ended: {ended:?}; see {}", self.folder.display());
-            TcpStream::connect(("127.0.0.1", port)).is_ok()
-        });
+        let begun = Instant::now();
+        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            if let Some(trouble) = self.trouble(begun) {
+                panic!("RGW: {trouble}{}", last_words(&self.folder));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Why waiting is of no use.
+    fn trouble(&mut self, begun: Instant) -> Option<String> {
+        let programs = ["radosgw", "ceph-mon", "ceph-mgr", "ceph-osd"];
+        for (program, child) in programs.into_iter().zip(iter::once(&mut self.gateway).chain(&mut self.cluster)) {
+            if let Some(ended) = child.try_wait().unwrap() {
+                return Some(format!("{program} has ended: {ended}"));
+            }
+        }
+        (begun.elapsed() > STARTING).then(|| format!("not after {STARTING:?}"))
     }
 
     fn admin(&self, args: &[&str]) {
@@ -100,10 +119,28 @@ fn installed(program: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
-/// Ports that nobody has now.
+/// Ports that nobody has now. They are below those that the kernel gives to connections: one of these could be the other end
+/// of somebody's connection before the server is there, or, on one machine, of its own.
 fn free_ports<const N: usize>() -> [u16; N] {
-    let listeners = [(); N].map(|()| TcpListener::bind(("127.0.0.1", 0)).unwrap());
+    let begin = 10_000 + (std::process::id() as u16 % 2_000) * 10;
+    let mut ports = (begin..32_000).chain(10_000..begin);
+    let listeners = [(); N].map(|()| ports.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).unwrap());
     listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
+/// The ends of what the daemons have written, which are gone with the folder.
+fn last_words(folder: &Path) -> String {
+    let mut words = String::new();
+    for entry in std::fs::read_dir(folder.join("log")).unwrap() {
+        let entry = entry.unwrap();
+        let text = String::from_utf8_lossy(&std::fs::read(entry.path()).unwrap()).into_owned();
+        let lines: Vec<&str> = text.lines().collect();
+        let _ = write!(words, "\n-- {}", entry.file_name().to_string_lossy());
+        lines.iter().skip(lines.len().saturating_sub(25)).for_each(|line| {
+            let _ = write!(words, "\n{line}");
+        });
+    }
+    words
 }
 
 fn configure(folder: &Path, monitor: u16, port: u16) {
