@@ -6,7 +6,7 @@ use std::fs::File;
 use std::iter;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 const PROGRAMS: [&str; 7] =
@@ -15,6 +15,8 @@ const ACCESS: &str = "mason";
 const SECRET: &str = "mason-secret";
 /// There is one cluster in a folder, so these may be the same for all.
 const CLUSTER: &str = "7c1b4f2e-5a0d-4c55-9d1e-6f0c8a3b2d10";
+/// The place of the OSD among the daemons.
+const OSD_DAEMON: usize = 2;
 const OSD: &str = "0f6f0c1e-93a4-4a0e-8a53-2b9d3e7c4f21";
 
 /// How long all of it may take to start: a few seconds, but on a machine with other things to do.
@@ -26,7 +28,8 @@ pub struct Rgw {
     port: u16,
     gateway: Child,
     /// Monitor, manager, OSD.
-    cluster: Vec<Child>,
+    cluster: [Child; 3],
+    osd_starts: u32,
 }
 
 impl Rgw {
@@ -44,7 +47,7 @@ impl Rgw {
         configure(folder, monitor, port);
         let cluster = start_cluster(folder, monitor);
         let gateway = start_gateway(folder);
-        let mut rgw = Rgw { folder: folder.to_owned(), port, gateway, cluster };
+        let mut rgw = Rgw { folder: folder.to_owned(), port, gateway, cluster, osd_starts: 1 };
         rgw.wait();
         let keys = [format!("--access-key={ACCESS}"), format!("--secret-key={SECRET}")];
         rgw.admin(&["user", "create", "--uid=mason", "--display-name=mason", &keys[0], &keys[1]]);
@@ -78,22 +81,26 @@ impl Rgw {
     fn wait(&mut self) {
         let begun = Instant::now();
         while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
-            if let Some(trouble) = self.trouble(begun) {
+            let trouble = self.trouble();
+            let late = (begun.elapsed() > STARTING).then(|| format!("not after {STARTING:?}"));
+            if let Some(trouble) = trouble.or(late) {
                 panic!("RGW: {trouble}{}", last_words(&self.folder));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Why waiting is of no use.
-    fn trouble(&mut self, begun: Instant) -> Option<String> {
-        let programs = ["radosgw", "ceph-mon", "ceph-mgr", "ceph-osd"];
-        for (program, child) in programs.into_iter().zip(iter::once(&mut self.gateway).chain(&mut self.cluster)) {
-            if let Some(ended) = child.try_wait().unwrap() {
-                return Some(format!("{program} has ended: {ended}"));
-            }
+    /// Which daemon has ended, if one has.
+    fn trouble(&mut self) -> Option<String> {
+        // An OSD may ask its monitor something before it has been told the cluster's identity, is refused with `wrong fsid`,
+        // and ends: elsewhere a service manager starts it again.
+        if ended(&mut self.cluster[OSD_DAEMON]).is_some() && self.osd_starts < 10 {
+            self.osd_starts += 1;
+            self.cluster[OSD_DAEMON] = start_osd(&self.folder);
         }
-        (begun.elapsed() > STARTING).then(|| format!("not after {STARTING:?}"))
+        let daemons = iter::once(&mut self.gateway).chain(&mut self.cluster);
+        let mut named = ["radosgw", "ceph-mon", "ceph-mgr", "ceph-osd"].into_iter().zip(daemons);
+        named.find_map(|(program, child)| Some(format!("{program} has ended: {}", ended(child)?)))
     }
 
     fn admin(&self, args: &[&str]) {
@@ -114,6 +121,11 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
+/// How it ended, if it has.
+fn ended(child: &mut Child) -> Option<ExitStatus> {
+    child.try_wait().unwrap()
+}
+
 fn installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
@@ -124,7 +136,8 @@ fn installed(program: &str) -> bool {
 fn free_ports<const N: usize>() -> [u16; N] {
     let begin = 10_000 + (std::process::id() as u16 % 2_000) * 10;
     let mut ports = (begin..32_000).chain(10_000..begin);
-    let listeners = [(); N].map(|()| ports.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).unwrap());
+    let listeners =
+        [(); N].map(|()| ports.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).unwrap());
     listeners.map(|listener| listener.local_addr().unwrap().port())
 }
 
@@ -155,7 +168,7 @@ fn configure(folder: &Path, monitor: u16, port: u16) {
     std::fs::write(folder.join("ceph.conf"), text).unwrap();
 }
 
-fn start_cluster(folder: &Path, monitor: u16) -> Vec<Child> {
+fn start_cluster(folder: &Path, monitor: u16) -> [Child; 3] {
     let map = folder.join("monmap");
     let map = map.to_str().unwrap();
     let address = format!("[v1:127.0.0.1:{monitor}]");
@@ -166,8 +179,11 @@ fn start_cluster(folder: &Path, monitor: u16) -> Vec<Child> {
     // Waits for the monitor.
     run(folder, "ceph", &["osd", "new", OSD]);
     run(folder, "ceph-osd", &["-i", "0", "--mkfs", "--osd-uuid", OSD]);
-    let osd = spawn(folder, "ceph-osd", &["-i", "0"]);
-    vec![monitor, manager, osd]
+    [monitor, manager, start_osd(folder)]
+}
+
+fn start_osd(folder: &Path) -> Child {
+    spawn(folder, "ceph-osd", &["-i", "0"])
 }
 
 fn start_gateway(folder: &Path) -> Child {
