@@ -120,6 +120,11 @@ pub trait Element: Any + Send + Sync {
         Ok(None)
     }
 
+    /// Of a source: whether its graph begins by [standing by](crate::live::Live::stand_by).
+    fn stands_by(&self) -> bool {
+        false
+    }
+
     /// The other end of `open`: called when no graph has this instance any more. What is in flight has
     /// ended before; of a source, whose paths go first, not what its clients have asked for. A change
     /// that is undone may open it again.

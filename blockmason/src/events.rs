@@ -31,6 +31,8 @@ const MOST_COUNTED: usize = 256;
 pub enum EventKind {
     /// A graph serves.
     Loaded,
+    /// A graph listens, and waits to be activated.
+    StandsBy,
     /// A graph serves no longer.
     Unloaded,
     /// A graph was changed while it served.
@@ -56,6 +58,7 @@ impl EventKind {
     pub fn name(self) -> &'static str {
         match self {
             EventKind::Loaded => "loaded",
+            EventKind::StandsBy => "stands_by",
             EventKind::Unloaded => "unloaded",
             EventKind::Reload => "reload",
             EventKind::ReloadFailed => "reload_failed",

@@ -2,6 +2,7 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::output::{self, printable};
+use crate::progress::lines;
 use crate::units::{Bytes, Exact, Stamp};
 use blockmason::lang::value::{Size, Uri};
 use blockmason_elements::cloud::tool::{self, Place};
@@ -14,7 +15,9 @@ use std::path::PathBuf;
   mason bucket create s3://vms/vm1 --size 100G
   mason bucket create s3://vms/vm1 --size 100G --endpoint https://s3.example.org --credentials keys
   mason bucket check s3://vms/vm1 && echo sound
-  mason bucket copy s3://vms/vm1 s3://backup/vm1
+  mason bucket backup s3://vms/vm1 s3://backup/vm1
+  mason bucket restore s3://backup/vm1 s3://vms/vm1-again
+  mason bucket copy s3://vms/vm1 s3://vms/vm2
 
 The keys are in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), in ~/.aws/credentials, in the file
 that --credentials names, or are those of the machine's role.")]
@@ -55,7 +58,7 @@ enum Command {
     ///
     /// If that host lives, its disk fails from then on.
     Take(Volume),
-    /// Delete a disk
+    /// Delete a disk, a backup, or what a restore has left that did not end
     Delete {
         #[command(flatten)]
         volume: Volume,
@@ -67,11 +70,72 @@ enum Command {
     Copy {
         #[command(flatten)]
         volume: Volume,
-        /// Where to: s3://BUCKET/PREFIX, on the same server
-        to: Url,
+        #[command(flatten)]
+        to: Target,
         #[command(flatten)]
         making: Making,
     },
+    /// Back a disk up, which may be in use, or bring a backup up to date
+    ///
+    /// The backup is what the bucket has: what a cache above still holds is not in it. Only objects that it lacks are
+    /// copied, as they are: what is encrypted stays so. Until the command returns, the backup is the one before.
+    Backup {
+        #[command(flatten)]
+        volume: Volume,
+        #[command(flatten)]
+        to: Target,
+    },
+    /// Make a disk of a backup, where there is none
+    Restore {
+        #[command(flatten)]
+        volume: Volume,
+        #[command(flatten)]
+        to: Target,
+        /// Goes on where the store ignores `If-None-Match`: two hosts that open the disk then destroy it
+        #[arg(long)]
+        unsafe_no_fencing: bool,
+    },
+}
+
+/// Another place. Where nothing is said, what is said of the first one holds.
+#[derive(clap::Args)]
+struct Target {
+    /// Where to: s3://BUCKET/PREFIX
+    to: Url,
+    /// The server there, if it is another one
+    #[arg(long)]
+    to_endpoint: Option<Uri>,
+    /// The region there
+    #[arg(long)]
+    to_region: Option<String>,
+    /// The file of keys for it
+    #[arg(long)]
+    to_credentials: Option<PathBuf>,
+    /// The profile in it
+    #[arg(long)]
+    to_profile: Option<String>,
+    /// Certificates to trust there, as PEM
+    #[arg(long)]
+    to_ca: Option<PathBuf>,
+}
+
+impl Target {
+    fn place(&self, from: Place) -> Place {
+        Place {
+            bucket: self.to.bucket.clone(),
+            prefix: self.to.prefix.clone(),
+            endpoint: self.to_endpoint.as_ref().map(|uri| uri.as_str().to_owned()).or(from.endpoint),
+            region: self.to_region.clone().unwrap_or(from.region),
+            by_path: from.by_path,
+            credentials: self.to_credentials.clone().or(from.credentials),
+            profile: self.to_profile.clone().or(from.profile),
+            ca: self.to_ca.clone().or(from.ca),
+        }
+    }
+
+    fn name(&self) -> String {
+        self.to.to_string()
+    }
 }
 
 #[derive(clap::Args)]
@@ -118,6 +182,12 @@ struct Url {
     prefix: String,
 }
 
+impl std::fmt::Display for Url {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "s3://{}/{}", self.bucket, self.prefix)
+    }
+}
+
 impl std::str::FromStr for Url {
     type Err = String;
 
@@ -147,7 +217,7 @@ impl Volume {
     }
 
     fn name(&self) -> String {
-        format!("s3://{}/{}", self.url.bucket, self.url.prefix)
+        self.url.to_string()
     }
 
     fn say(&self, found: &Value, text: impl FnOnce(&Value) -> String) -> Outcome {
@@ -187,6 +257,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
             volume.say(&gone, |gone| format!("{} objects are deleted\n", gone["objects"]))
         }
         Command::Copy { volume, to, making } => copy(volume, to, making),
+        Command::Backup { volume, to } => backup(volume, to),
+        Command::Restore { volume, to, unsafe_no_fencing } => restore(volume, to, !unsafe_no_fencing),
     }
 }
 
@@ -205,9 +277,14 @@ fn stat(found: &Value) -> String {
     said += &line("objects", number(&found["objects"]).to_string());
     said += &line("stored", Bytes(number(&found["bytes"])).to_string());
     said += &line("costs a month", dollars(&found["month"]));
-    said += &line("opened", format!("{} times", number(&found["epoch"])));
+    if found["backup"] != true {
+        said += &line("opened", format!("{} times", number(&found["epoch"])));
+    }
     if found["fenced"] == false {
         said += "the store ignores conditions: nothing keeps two hosts from destroying it\n";
+    }
+    if found["backup"] == true {
+        return said + "it is a backup\n";
     }
     match (found["open"].as_bool(), found["host"].as_str()) {
         (Some(true), Some(host)) => {
@@ -258,13 +335,28 @@ fn check(volume: &Volume, delete_stray: bool, dry_run: bool) -> Outcome {
     }
 }
 
-fn copy(volume: &Volume, to: &Url, making: &Making) -> Outcome {
-    let target = Place { bucket: to.bucket.clone(), prefix: to.prefix.clone(), ..volume.place() };
+fn copy(volume: &Volume, to: &Target, making: &Making) -> Outcome {
+    let target = to.place(volume.place());
     let block = making.block.map(|block| block.0);
     let progress = |done: u64, of: u64| tracing::info!("{} of {} looked at", Bytes(done), Bytes(of));
     let done =
         tool::copy(&volume.place(), &target, block, !making.unsafe_no_fencing, progress).map_err(failed)?;
+    volume.say(&done, |done| format!("{}: {} copied\n", to.name(), Bytes(number(&done["bytes"]))))
+}
+
+fn backup(volume: &Volume, to: &Target) -> Outcome {
+    let done = tool::backup(&volume.place(), &to.place(volume.place()), lines("objects")).map_err(failed)?;
     volume.say(&done, |done| {
-        format!("s3://{}/{}: {} copied\n", to.bucket, to.prefix, Bytes(number(&done["bytes"])))
+        let (copied, bytes) = (number(&done["objects"]), Bytes(number(&done["bytes"])));
+        let (kept, deleted) = (number(&done["kept"]), number(&done["deleted"]));
+        format!("{}: {copied} objects copied, {bytes}; {kept} were there; {deleted} deleted\n", to.name())
+    })
+}
+
+fn restore(volume: &Volume, to: &Target, fenced: bool) -> Outcome {
+    let done = tool::restore(&volume.place(), &to.place(volume.place()), fenced, lines("objects"))
+        .map_err(failed)?;
+    volume.say(&done, |done| {
+        format!("{}: {}, {} copied\n", to.name(), Exact(number(&done["size"])), Bytes(number(&done["bytes"])))
     })
 }

@@ -1,6 +1,8 @@
 //! `mason`: serves disks from graphs of block elements, and checks, shows and measures such graphs.
 //! One file for each command.
 
+mod activate;
+mod active;
 mod backup;
 mod bench;
 #[cfg(feature = "s3")]
@@ -74,6 +76,7 @@ enum Command {
     Trace(trace::Args),
     Load(load::Args),
     Unload(unload::Args),
+    Activate(activate::Args),
     Reload(reload::Args),
     Add(edit::AddArgs),
     Remove(edit::RemoveArgs),
@@ -121,6 +124,7 @@ fn main() -> ExitCode {
         Command::Trace(args) => trace::main(args),
         Command::Load(args) => load::main(args),
         Command::Unload(args) => unload::main(args),
+        Command::Activate(args) => activate::main(args),
         Command::Reload(args) => reload::main(args),
         Command::Add(args) => edit::add(args),
         Command::Remove(args) => edit::remove(args),

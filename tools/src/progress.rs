@@ -3,6 +3,7 @@
 use crate::failure::Outcome;
 use blockmason::rt;
 use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -54,6 +55,16 @@ fn due(said: &mut Instant) -> bool {
         *said = rt::now();
     }
     due
+}
+
+/// Says from time to time how many of something are done, for whoever is called with that.
+pub(crate) fn lines(what: &'static str) -> impl Fn(u64, u64) + Send + Sync + 'static {
+    let said = Mutex::new(rt::now());
+    move |done, of| {
+        if due(&mut said.lock().unwrap_or_else(PoisonError::into_inner)) {
+            eprintln!("{done} of {of} {what}");
+        }
+    }
 }
 
 /// A bar.

@@ -45,6 +45,13 @@ fn live_text(graph: &GraphView, live: &LiveView) -> String {
     if live.failed {
         out += "  failed: an element has panicked, it answers errors until it is reloaded\n";
     }
+    if live.standby {
+        let _ = writeln!(
+            out,
+            "  stands by: what clients ask for waits for `mason activate {}`",
+            printable(&graph.name)
+        );
+    }
     for export in &live.exports {
         let size = graph.element(&export.element).and_then(|element| element.geometry.as_ref());
         let size = size.map_or_else(String::new, |geometry| format!("  {}", Bytes(geometry.size)));

@@ -201,7 +201,18 @@ pub(crate) struct GraphSummary {
     pub(crate) path: PathBuf,
     /// True once an element has panicked: the graph answers errors until it is reloaded.
     pub(crate) failed: bool,
+    /// True while it only listens, until it is activated.
+    #[serde(default)]
+    pub(crate) standby: bool,
     pub(crate) exports: Vec<ExportView>,
+}
+
+/// What became of a graph that was to be activated.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Activated {
+    pub(crate) graph: String,
+    /// False if it served before.
+    pub(crate) activated: bool,
 }
 
 /// A handler of an element of a running graph.
@@ -253,7 +264,7 @@ pub(crate) struct EventView {
     time: f64,
     graph: String,
     element: Option<String>,
-    /// `loaded`, `unloaded`, `reload`, `reload_failed`, `handed_over`, `handover_failed`, `error`, `failed`,
+    /// `loaded`, `stands_by`, `unloaded`, `reload`, `reload_failed`, `handed_over`, `handover_failed`, `error`, `failed`,
     /// `notice`, `threshold`.
     kind: String,
     /// One sentence for people.
@@ -370,6 +381,9 @@ pub(crate) struct GeometryView {
 pub(crate) struct LiveView {
     /// True once an element has panicked: the graph answers errors until it is reloaded.
     pub(crate) failed: bool,
+    /// True while it only listens, until it is activated.
+    #[serde(default)]
+    pub(crate) standby: bool,
     /// Bytes of requests in flight.
     pub(crate) in_flight_bytes: u64,
     /// How often clients have had to wait while the graph was changed.

@@ -6,6 +6,7 @@
 
 mod diff;
 mod process;
+mod standby;
 #[cfg(test)]
 mod tests;
 
@@ -128,6 +129,8 @@ struct State {
     spec: Arc<Spec>,
     /// Each export's element and URI.
     exports: Vec<(String, String)>,
+    /// What heads will have to say when a graph that stands by is activated.
+    standby: Option<Heads>,
 }
 
 impl Live {
@@ -136,17 +139,38 @@ impl Live {
     /// # Errors
     /// The first element that cannot be built or opened; everything is closed again.
     pub async fn start(host: &Arc<Host>, setup: Setup, spec: Spec, heads: Heads) -> Result<Arc<Live>> {
+        Live::begin(host, setup, spec, heads, false).await
+    }
+
+    async fn begin(
+        host: &Arc<Host>,
+        setup: Setup,
+        spec: Spec,
+        heads: Heads,
+        may_stand_by: bool,
+    ) -> Result<Arc<Live>> {
         let live = Live::empty(host, setup, &spec).await?;
-        match live.change(spec, &Options { heads, ..Options::default() }).await {
-            Ok(_) => {
-                live.publish(EventKind::Loaded, "the graph serves", &[]);
-                Ok(Arc::new(live))
-            }
+        match live.begin_with(spec, heads, may_stand_by).await {
+            Ok(()) => Ok(Arc::new(live)),
             Err(error) => {
                 live.disk.stop().await?;
                 Err(error)
             }
         }
+    }
+
+    async fn begin_with(&self, spec: Spec, heads: Heads, may_stand_by: bool) -> Result<()> {
+        let (diff, next) = (self.diff(&spec), Arc::new(spec));
+        let graph = self.build(&next, &diff, &self.disk.graph(), &[]).await?;
+        if may_stand_by && graph.instances().any(|instance| instance.element.stands_by()) {
+            let exports = self.disk.stand_by(Arc::new(graph)).await?;
+            *self.state() = State { spec: next, exports, standby: Some(heads) };
+            self.publish(EventKind::StandsBy, "the graph listens, and waits to be activated", &[]);
+        } else {
+            self.change_to(next, graph, &diff, &Options { heads, ..Options::default() }).await?;
+            self.publish(EventKind::Loaded, "the graph serves", &[]);
+        }
+        Ok(())
     }
 
     /// One that serves nothing yet.
@@ -157,7 +181,7 @@ impl Live {
             setup,
             disk,
             changing: Arc::default(),
-            state: Mutex::new(State { spec: empty, exports: Vec::new() }),
+            state: Mutex::new(State { spec: empty, exports: Vec::new(), standby: None }),
             pauses: Mutex::default(),
             reloads: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -239,6 +263,7 @@ impl Live {
 
     /// Called by whoever holds `changing`.
     async fn change(&self, next: Spec, options: &Options) -> Result<Report> {
+        self.not_standing_by()?;
         let since = crate::rt::now();
         let diff = self.diff(&next);
         let next = Arc::new(next);
@@ -249,15 +274,25 @@ impl Live {
         }
         let before = self.disk.graph();
         let graph = self.build(&next, &diff, &before, &options.renames).await?;
-        let mut signed = Signing::of(&next, &graph, &options.heads)?;
-        if !options.keeps_marks {
-            let unkept = heads::Unkept::of(&next, &graph);
-            // Before anything is opened: whatever happens then, no mark is untrue.
-            unkept.forget()?;
-            signed.plan = signed.plan.without_marks(&unkept);
-        }
-        signed.plan.begin()?;
-        let settings = settings(&diff, &graph);
+        let changed = self.change_to(next, graph, &diff, options).await?;
+        Ok(Report {
+            diff,
+            pause_seconds: changed.pause.as_secs_f64(),
+            took_seconds: (crate::rt::now() - since).as_secs_f64(),
+            left: changed.left.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    /// The graph has been built.
+    async fn change_to(
+        &self,
+        next: Arc<Spec>,
+        graph: Graph,
+        diff: &Diff,
+        options: &Options,
+    ) -> Result<Changed> {
+        let signed = Signing::begin(&next, &graph, &options.heads, options.keeps_marks)?;
+        let settings = settings(diff, &graph);
         let Options { deadline, disconnect, alone, .. } = *options;
         let (commit, flush_by) = (options.commit.clone(), options.flush_by.clone());
         let unasked = options.unasked.clone();
@@ -281,12 +316,7 @@ impl Live {
             instance.element.renamed(&instance.name);
         }
         self.adopt(next, &changed);
-        Ok(Report {
-            diff,
-            pause_seconds: changed.pause.as_secs_f64(),
-            took_seconds: (crate::rt::now() - since).as_secs_f64(),
-            left: changed.left.iter().map(ToString::to_string).collect(),
-        })
+        Ok(changed)
     }
 
     /// Builds what is new, on a thread where waiting harms nobody: files and sockets are opened.
@@ -355,6 +385,7 @@ impl Live {
 
     /// Calls a handler.
     pub fn call(&self, element: &str, handler: &str, argument: &str) -> Result<String> {
+        self.not_standing_by()?;
         self.disk.graph().call(element, handler, argument)
     }
 
@@ -413,6 +444,19 @@ struct Signing {
 }
 
 impl Signing {
+    /// Before anything of the graph is opened.
+    fn begin(spec: &Spec, graph: &Graph, heads: &Heads, keeps_marks: bool) -> Result<Signing> {
+        let mut signed = Signing::of(spec, graph, heads)?;
+        if !keeps_marks {
+            let unkept = heads::Unkept::of(spec, graph);
+            // Whatever happens then, no mark is untrue.
+            unkept.forget()?;
+            signed.plan = signed.plan.without_marks(&unkept);
+        }
+        signed.plan.begin()?;
+        Ok(signed)
+    }
+
     /// Changes nothing yet.
     fn of(spec: &Spec, graph: &Graph, heads: &Heads) -> Result<Signing> {
         let none = Vec::new();

@@ -26,6 +26,7 @@ impl Live {
         let unchanged = unchanged.map_err(|_| {
             Error::new(Kind::Busy, format!("{} is being changed: try again when that is done", self.name()))
         })?;
+        self.not_standing_by()?;
         self.disk.may_hand_over()?;
         Ok(Departing { live: self.clone(), _unchanged: unchanged })
     }
@@ -46,7 +47,7 @@ impl Live {
         let graph = live.build(&spec, &live.diff(&spec), &live.disk.graph(), &[]).await?;
         built()?;
         let entering = live.disk.enter(Arc::new(graph)).await?;
-        *live.state() = State { spec, exports: entering.announced.clone() };
+        *live.state() = State { spec, exports: entering.announced.clone(), standby: None };
         Ok(Arriving { live: Arc::new(live), entering })
     }
 }

@@ -1,6 +1,6 @@
 //! Changes of graphs, with every failure and interleaving forced by hand.
 
-use super::{Diff, Fate, Live, Options};
+use super::{Diff, Fate, Heads, Live, Options, Setup};
 use crate::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use crate::element::{Children, Element, Flow, LocalBoxFuture, Open, Prepared};
 use crate::error::{Error, Kind, Result};
@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-static ALL: &[&ElementType] = &[&CLIENT, &STORE, &HOP, &HELD, &FANOUT, &WORKER];
+static ALL: &[&ElementType] = &[&CLIENT, &WAITER, &STORE, &HOP, &HELD, &FANOUT, &WORKER];
 
 crate::params! {
     /// Everything a test wants to go wrong.
@@ -64,8 +64,18 @@ static FANOUT: ElementType = ElementType {
 static WORKER: ElementType =
     ElementType { name: "worker", build: |build| make(build, Kindof::Worker), ..BASE };
 
+/// A client whose graph stands by.
+static WAITER: ElementType = ElementType {
+    name: "waiter",
+    family: Family::Export,
+    ports: Ports::SOURCE,
+    build: |build| make(build, Kindof::Waiter),
+    ..BASE
+};
+
 #[derive(Clone, Copy, PartialEq)]
 enum Kindof {
+    Waiter,
     Store,
     Hop,
     Held,
@@ -137,7 +147,7 @@ impl Element for Thing {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         match self.kind {
             Kindof::Store => Flow::Now(Ok(Answer::Done)),
-            Kindof::Hop | Kindof::Worker => cx.forward(0, req),
+            Kindof::Hop | Kindof::Worker | Kindof::Waiter => cx.forward(0, req),
             Kindof::Held => Flow::later(async move {
                 let (go, gone) = oneshot::channel();
                 HELD_BACK.with_borrow_mut(|held| held.entry(self.name.clone()).or_default().push(go));
@@ -158,6 +168,10 @@ impl Element for Thing {
                 self.note("end").unwrap();
             })
         })
+    }
+
+    fn stands_by(&self) -> bool {
+        self.kind == Kindof::Waiter
     }
 
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
@@ -657,4 +671,78 @@ fn differences_in_words() {
     let words = "! B (store) rebuilt; size: 64k -> 128k\n+ H (hop)\n- Client -> F\n+ Client -> H\n+ H -> F\n\
         ! F: its edges in another order\n  3 kept\nrequests wait at a gate while it changes\n";
     assert_eq!(Diff::between(&before, &next, ALL).to_string(), words);
+}
+
+#[test]
+fn a_graph_that_stands_by_opens_nothing_but_its_sources_until_it_is_activated() {
+    const GRAPH: &str =
+        "element Client (type waiter) element W (type worker) element S (type store) Client -> W -> S";
+    let setup = |host: &Arc<Host>| Setup {
+        catalogue: ALL,
+        name: "test".to_owned(),
+        state_dir: host.state_dir().to_owned(),
+    };
+    let stand_by =
+        async |host: &Arc<Host>| Live::stand_by(host, setup(host), checked(ALL, GRAPH)?, Heads::Verify).await;
+    run(1, async |host| {
+        fail_at("open Client red");
+        assert!(stand_by(&host).await.is_err());
+        assert_eq!(log(), ["open Client red"]);
+        fail_at("");
+
+        let live = stand_by(&host).await.unwrap();
+        let disk = TestDisk::connect(live.disk().clone());
+        assert!(live.stands_by());
+        assert_eq!(disk.size(), 65536);
+        let mut waiting = disk.send(Request::read(0, 512));
+        settle().await;
+        assert_eq!(log(), ["open Client red"]);
+        assert!(waiting.try_recv().is_err(), "it waits");
+        let error = reload(&live, FIVE).await.unwrap_err();
+        assert!(error.to_string().contains("`mason activate test`"), "{error}");
+        assert_eq!(live.call("W", "anything", "").unwrap_err().kind(), Kind::Unavailable);
+        assert_eq!(live.depart().err().unwrap().kind(), Kind::Unavailable);
+        assert!(log().is_empty());
+
+        assert!(live.activate().await.unwrap());
+        let mut opened = log();
+        opened.retain(|line| line.starts_with("open"));
+        opened.sort();
+        assert_eq!(opened, ["open S red", "open W red"]);
+        waiting.await.unwrap().unwrap();
+        assert!(!live.stands_by());
+        assert!(!live.activate().await.unwrap());
+        disk.write(0, b"x").await.unwrap();
+        assert!(reload(&live, FIVE).await.is_ok());
+    });
+    for step in ["open W red", "open S red", "panic open S red"] {
+        run(2, async |host| {
+            let live = stand_by(&host).await.unwrap();
+            let disk = TestDisk::connect(live.disk().clone());
+            let mut waiting = disk.send(Request::read(0, 512));
+            log();
+            fail_at(step);
+            assert!(live.activate().await.is_err());
+            fail_at("");
+            settle().await;
+            let done = log();
+            for line in done.iter().filter(|line| line.starts_with("open") && !step.ends_with(*line)) {
+                assert!(done.contains(&line.replace("open", "close")), "{step}: {done:?}");
+            }
+            assert!(live.stands_by() && waiting.try_recv().is_err(), "{step}: {done:?}");
+            assert!(live.activate().await.unwrap());
+            waiting.await.unwrap().unwrap();
+            live.stop().await.unwrap();
+        });
+    }
+    run(3, async |host| {
+        let live = stand_by(&host).await.unwrap();
+        let disk = TestDisk::connect(live.disk().clone());
+        let waiting = disk.send(Request::read(0, 512));
+        settle().await;
+        log();
+        live.stop().await.unwrap();
+        assert_eq!(log(), ["close Client red"], "what was not opened is not closed");
+        assert!(waiting.await.is_err() && live.activate().await.is_err());
+    });
 }

@@ -10,6 +10,7 @@
 
 mod past;
 mod process;
+mod standby;
 
 use past::start_work;
 pub(super) use past::{Past, Working};
@@ -201,6 +202,10 @@ impl Disk {
         // Replies are still being sent, for as long as their clients' patience lasts.
         while Arc::strong_count(&self.attending) > 1 {
             crate::rt::sleep(Duration::from_millis(1)).await;
+        }
+        if past.standby {
+            // Nothing else is open, and nobody has written anything.
+            return self.end_tracers();
         }
         let flushed = self.flush(&graph).await;
         self.settle(&mut past)?;

@@ -19,6 +19,9 @@ const OBJECTS: u64 = 1 << 40;
 /// The name of what the volume is to be read by.
 const FORMAT: &str = "mason-bucket";
 
+/// The same of a backup.
+const BACKUP_FORMAT: &str = "mason-bucket-backup";
+
 /// `volume`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Description {
@@ -76,6 +79,39 @@ impl Description {
     }
 }
 
+/// `backup`: what a backup is of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Backup {
+    format: String,
+    version: u32,
+    volume: Description,
+}
+
+impl Backup {
+    pub(crate) fn of(volume: Description) -> Backup {
+        Backup { format: BACKUP_FORMAT.to_owned(), version: 1, volume }
+    }
+
+    /// # Errors
+    /// It is another program's, a newer one's, or damaged.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Description> {
+        let foreign = || Error::invalid("what is there is no backup of a volume of Block Mason");
+        let found: Backup = serde_json::from_slice(bytes).map_err(|error| foreign().with_source(error))?;
+        if found.format != BACKUP_FORMAT {
+            return Err(foreign());
+        }
+        if found.version != 1 {
+            let message = format!("the backup is of format {}: a newer program has made it", found.version);
+            return Err(Error::unsupported(message));
+        }
+        Description::decode(&found.volume.encode())
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).unwrap_or_default()
+    }
+}
+
 /// Block sizes that there may be, in bytes.
 pub(crate) const BLOCKS: std::ops::RangeInclusive<u64> = 4096..=16 << 20;
 
@@ -116,6 +152,8 @@ pub(crate) mod key {
     use super::newest_first;
 
     pub(crate) const VOLUME: &str = "volume";
+    pub(crate) const BACKUP: &str = "backup";
+    pub(crate) const RESTORING: &str = "restoring";
     pub(crate) const CLAIMS: &str = "claim/";
     pub(crate) const MAPS: &str = "map/";
     pub(crate) const WALS: &str = "wal/";
@@ -173,7 +211,7 @@ pub(crate) mod key {
     /// True if a volume may have a key like that.
     pub(crate) fn is_ours(key: &str) -> bool {
         let probe = key.strip_prefix(PROBES).is_some_and(|id| super::unhex(id).is_some());
-        key == VOLUME
+        [VOLUME, BACKUP, RESTORING].contains(&key)
             || probe
             || claimed(key).is_some()
             || mapped(key).or(logged(key)).or(parted(key)).or(blocked(key)).is_some()
@@ -367,6 +405,18 @@ pub(crate) fn decode_part(bytes: &[u8], id: Id, part: u64) -> Result<Vec<u64>> {
         return Err(damaged("a part of the map"));
     }
     Ok(from.0.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
+}
+
+/// A checkpoint, part or commit of another volume.
+///
+/// # Errors
+/// It is damaged, or not of the volume `from`.
+pub(crate) fn renamed(bytes: &[u8], from: Id, to: Id) -> Result<Vec<u8>> {
+    let magic = bytes.first_chunk().ok_or_else(|| damaged("an object"))?;
+    let body = Reader::new(bytes, magic, from)?;
+    let mut renamed = Writer::new(magic, to);
+    renamed.0.extend_from_slice(body.0);
+    Ok(renamed.sealed())
 }
 
 fn damaged(what: &str) -> Error {

@@ -1,9 +1,11 @@
 //! Disks in buckets of object stores: docs/decisions/0010-cloud.md, docs/formats/bucket.md.
 
+mod backup;
 pub(crate) mod client;
 pub(crate) mod counts;
 pub(crate) mod credentials;
 mod format;
+mod found;
 mod keeper;
 mod map;
 pub(crate) mod open;

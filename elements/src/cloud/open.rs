@@ -38,12 +38,35 @@ pub(crate) struct Opening {
 pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
     match bucket.get_whole(key::VOLUME, 1 << 16).await? {
         Some(bytes) => Description::decode(&bytes.to_vec()),
+        None if bucket.get_whole(key::BACKUP, 1 << 16).await?.is_some() => Err(Error::new(
+            Kind::Unavailable,
+            "there is a backup, and no volume: `mason bucket restore` makes one of it",
+        )),
         None => Err(Error::new(Kind::Unavailable, "there is no volume in that bucket, below that prefix")),
     }
 }
 
 /// Makes a volume. Fails where there is one, and with `fenced` where the store does not take conditions seriously.
 pub(crate) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
+    for (key, what) in
+        [(key::BACKUP, "a backup"), (key::RESTORING, "what a restore has left that did not end")]
+    {
+        if bucket.get_whole(key, 1 << 16).await?.is_some() {
+            return Err(Error::new(Kind::Busy, format!("there is {what} already")));
+        }
+    }
+    let description = draw(bucket, size, block, fenced).await?;
+    match bucket.put_if_absent(key::VOLUME, Data::copy_of(&description.encode())).await? {
+        true => Ok(description),
+        false => Err(Error::new(Kind::Busy, "there is a volume already")),
+    }
+}
+
+/// The description of a new volume, which is not there yet.
+///
+/// # Errors
+/// Sizes that no volume has; with `fenced`, a store that ignores conditions.
+pub(super) async fn draw(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
     let id = unhex(&format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)));
     let description = Description::new(id.unwrap_or_default(), size, block, seconds(), fenced);
     description.check()?;
@@ -51,10 +74,6 @@ pub(crate) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool)
     if fenced && !is_fenced {
         let message = "this store ignores `If-None-Match`: two hosts that open the volume would destroy it, and nothing can keep them from it";
         return Err(Error::unsupported(message));
-    }
-    let made = bucket.put_if_absent(key::VOLUME, Data::copy_of(&description.encode())).await?;
-    if !made {
-        return Err(Error::new(Kind::Busy, "there is a volume already"));
     }
     Ok(description)
 }

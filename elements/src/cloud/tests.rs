@@ -5,6 +5,7 @@
     reason = "tests panic, and have one runtime for all"
 )]
 
+mod backups;
 mod races;
 mod stories;
 

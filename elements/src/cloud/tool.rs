@@ -1,14 +1,15 @@
 //! What `mason bucket` does with volumes that this process does not serve. Everything here blocks.
 
+use super::backup;
 use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
-use super::format::{Checkpoint, Id, LARGEST, Link, decode_part, hex, key};
+use super::format::{hex, key};
+use super::found::{Found, Seen};
 use super::keeper::keys_of;
-use super::map::Map;
 use super::open::{self, Opening};
 use super::price::STANDARD;
 use super::shared::{PATIENCE, block_on, claim, guarded, runtime};
-use super::store::{Bucket, Listed, prefix};
+use super::store::{Bucket, prefix};
 use super::volume::Volume;
 use blockmason::{Error, Kind, Op, Origin, Request, Result};
 use serde_json::{Value, json};
@@ -96,6 +97,7 @@ pub fn stat(place: &Place) -> Result<Value> {
             "size": found.size,
             "block": found.description.block,
             "fenced": found.description.fenced,
+            "backup": found.is_backup,
             "epoch": claim.as_ref().map_or(0, |claim| claim.epoch),
             "open": !closed && claim.is_some(),
             "host": claim.as_ref().map(|claim| claim.host.clone()),
@@ -106,105 +108,6 @@ pub fn stat(place: &Place) -> Result<Value> {
             "month": STANDARD.storage(stored),
         }))
     })
-}
-
-/// A volume as its newest checkpoint says it is.
-struct Found {
-    description: super::format::Description,
-    id: Id,
-    size: u64,
-    last: Option<Checkpoint>,
-    map: Map,
-    problems: Vec<String>,
-}
-
-impl Found {
-    async fn look(bucket: &Bucket) -> Result<Found> {
-        let description = open::describe(bucket).await?;
-        let id = description.id()?;
-        let last = open::last_checkpoint(bucket, id).await?;
-        let size = last.as_ref().map_or(description.size, |last| last.size);
-        let mut map = Map::new(size.div_ceil(description.block));
-        let mut problems = Vec::new();
-        for (part, version) in last.iter().flat_map(|last| last.parts.clone()) {
-            let key = key::part(part, version);
-            let found = match bucket.get_whole(&key, 1 << 20).await? {
-                Some(bytes) => decode_part(&bytes.to_vec(), id, part),
-                None => Err(Error::new(Kind::Io, "is missing")),
-            };
-            match found {
-                Ok(versions) => map.load(part, version, versions),
-                Err(error) => problems.push(format!("{key}: {error}: reads of its 8192 blocks fail")),
-            }
-        }
-        Ok(Found { description, id, size, last, map, problems })
-    }
-
-    fn blocks(&self) -> u64 {
-        self.size.div_ceil(self.description.block)
-    }
-
-    /// Objects that the map has, and their bytes.
-    fn stored(&self) -> (u64, u64) {
-        let (present, block) = (self.map.present(0..self.blocks()), self.description.block);
-        let last = self.blocks() - 1;
-        let short = if self.map.get(last) != 0 { (last + 1) * block - self.size } else { 0 };
-        (present, present * block - short)
-    }
-
-    /// Every key that something leads to, with the bytes of blocks.
-    async fn wanted(&mut self, bucket: &Bucket) -> Result<BTreeSet<String>> {
-        let mut wanted = BTreeSet::from([key::VOLUME.to_owned()]);
-        for block in (0..self.blocks()).filter(|block| self.map.get(*block) != 0) {
-            wanted.insert(key::block(block, self.map.get(block)));
-        }
-        let Some(last) = self.last.clone() else { return Ok(wanted) };
-        wanted.insert(key::map(last.epoch, last.n));
-        wanted.extend(last.parts.iter().map(|(part, version)| key::part(*part, *version)));
-        // What is named as gone is deleted by whoever opens it next.
-        wanted.extend(keys_of(&last.gone));
-        let replays = last.replays.iter().flat_map(|span| (span.first..=span.last).map(|n| (span.epoch, n)));
-        for (epoch, n) in replays.collect::<Vec<_>>() {
-            if self.commit(bucket, epoch, n, &mut wanted).await?.is_none() {
-                self.problems.push(format!("{}: is missing, and is not in the map", key::wal(epoch, n)));
-            }
-        }
-        for n in last.done + 1.. {
-            if self.commit(bucket, last.epoch, n, &mut wanted).await? != Some(false) {
-                break;
-            }
-        }
-        Ok(wanted)
-    }
-
-    /// Looks at a commit: None if there is none, else whether it is an end.
-    async fn commit(
-        &mut self,
-        bucket: &Bucket,
-        epoch: u64,
-        n: u64,
-        wanted: &mut BTreeSet<String>,
-    ) -> Result<Option<bool>> {
-        use super::format::{Commit, Entry};
-        let key = key::wal(epoch, n);
-        let Some(bytes) = bucket.get_whole(&key, LARGEST).await? else { return Ok(None) };
-        wanted.insert(key.clone());
-        match Commit::decode(&bytes, self.id, self.size) {
-            Ok(Link::End) => Ok(Some(true)),
-            Ok(Link::One(commit)) => {
-                for entry in commit.entries {
-                    if let Entry::Block { block, version } = entry {
-                        wanted.insert(key::block(block, version));
-                    }
-                }
-                Ok(Some(false))
-            }
-            Err(error) => {
-                self.problems.push(format!("{key}: {error}: the volume cannot be opened"));
-                Ok(Some(false))
-            }
-        }
-    }
 }
 
 /// What a check will cost, in dollars at the prices of S3 Standard, and of how many objects: known before it begins.
@@ -233,22 +136,15 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
         let mut found = Found::look(&bucket).await?;
         let claim = open::last_claim(&bucket).await?;
         let closed = match (&found.last, &claim) {
+            _ if found.is_backup => true,
             (Some(last), Some(claim)) => last.closed && last.epoch == claim.epoch,
             (None, None) => true,
             _ => false,
         };
-        let wanted = found.wanted(&bucket).await?;
-        let mut seen = Seen::default();
-        let mut after = String::new();
-        loop {
-            let listed = bucket.list("", &after, 1000).await?;
-            let Some(last) = listed.last() else { break };
-            after = last.key.clone();
-            listed.iter().for_each(|listed| seen.one(&found, &wanted, listed));
-        }
-        let missing: Vec<&String> = wanted.iter().filter(|key| !seen.keys.contains(*key)).collect();
+        let needed = found.needed(&bucket).await?;
+        let mut seen = Seen::list(&bucket, &found, &needed).await?;
         let gone: BTreeSet<String> = found.last.iter().flat_map(|last| keys_of(&last.gone)).collect();
-        let lost = missing.iter().filter(|key| !gone.contains(**key));
+        let lost = seen.missing(&needed).filter(|key| !gone.contains(*key));
         found.problems.extend(lost.map(|key| format!("{key}: is missing: what it held is lost")));
         found.problems.append(&mut seen.problems);
         if mend && !closed {
@@ -271,42 +167,6 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
             "month": STANDARD.storage(seen.bytes),
         }))
     })
-}
-
-/// What is no longer ends a chain, and is kept for ever.
-const END_LEN: u64 = 44;
-
-/// What a listing has shown.
-#[derive(Default)]
-struct Seen {
-    keys: BTreeSet<String>,
-    bytes: u64,
-    stray: Vec<(String, u64)>,
-    problems: Vec<String>,
-}
-
-impl Seen {
-    fn one(&mut self, found: &Found, wanted: &BTreeSet<String>, listed: &Listed) {
-        // Other volumes may lie below, and what is no volume's.
-        if !key::is_ours(&listed.key) {
-            return;
-        }
-        self.bytes += listed.len;
-        self.keys.insert(listed.key.clone());
-        let end = |key: &str| (key::mapped(key).or(key::logged(key))).is_some() && listed.len <= END_LEN;
-        if !wanted.contains(&listed.key) {
-            if key::claimed(&listed.key).is_none() && !end(&listed.key) {
-                self.stray.push((listed.key.clone(), listed.len));
-            }
-        } else if let Some((block, version)) = key::blocked(&listed.key) {
-            let start = block * found.description.block;
-            let len = (start + found.description.block).min(found.size) - start;
-            if found.map.get(block) == version && listed.len != len {
-                self.problems
-                    .push(format!("{}: has {} bytes of {len}: it is damaged", listed.key, listed.len));
-            }
-        }
-    }
 }
 
 fn opening(take: bool) -> Opening {
@@ -334,7 +194,58 @@ pub fn take(place: &Place) -> Result<Value> {
     })
 }
 
-/// Deletes a volume, its description last: what is broken off can be done again. A host that has it open loses it before; it is refused
+/// What says that something is at a place: a volume, a backup, or what a restore has left that did not end.
+///
+/// # Errors
+/// There is nothing.
+async fn root(bucket: &Bucket) -> Result<&'static str> {
+    for root in [key::VOLUME, key::BACKUP, key::RESTORING] {
+        if bucket.get_whole(root, 1 << 16).await?.is_some() {
+            return Ok(root);
+        }
+    }
+    Err(Error::new(Kind::Unavailable, "there is no volume in that bucket, below that prefix, and no backup"))
+}
+
+/// Brings a backup of a volume, which may be open, to what the volume is now; makes the backup where there is none. What it has already
+/// is not copied again. Tells `progress` how many objects are there, and of how many.
+///
+/// # Errors
+/// [`Kind::Busy`] if something else is at the other place, or the volume is written faster than it is copied; a store does not
+/// answer. The backup is what it was then.
+pub fn backup(
+    from: &Place,
+    to: &Place,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<Value> {
+    let (source, target) = (from.bucket()?, to.bucket()?);
+    block_on(async move {
+        let done = backup::back_up(&source, &target, &progress).await?;
+        let dollars = STANDARD.counted(&source.counts) + STANDARD.counted(&target.counts);
+        Ok(json!({
+            "objects": done.objects, "bytes": done.bytes, "kept": done.kept, "deleted": done.deleted, "dollars": dollars,
+        }))
+    })
+}
+
+/// Makes a volume of a backup at a place where there is none.
+///
+/// # Errors
+/// Something is at the other place, the backup is damaged, a store does not answer. What is there then is to be deleted.
+pub fn restore(
+    from: &Place,
+    to: &Place,
+    fenced: bool,
+    progress: impl Fn(u64, u64) + Send + Sync + 'static,
+) -> Result<Value> {
+    let (source, target) = (from.bucket()?, to.bucket()?);
+    block_on(async move {
+        let (made, done) = backup::restore(&source, &target, claim(), fenced, &progress).await?;
+        Ok(json!({ "id": made.id, "size": made.size, "objects": done.objects, "bytes": done.bytes }))
+    })
+}
+
+/// Deletes a volume or a backup, its description last: what is broken off can be done again. A host that has it open loses it before; it is refused
 /// without `force` then.
 ///
 /// # Errors
@@ -342,15 +253,15 @@ pub fn take(place: &Place) -> Result<Value> {
 pub fn delete(place: &Place, force: bool) -> Result<Value> {
     let bucket = place.bucket()?;
     block_on(async move {
-        // A volume that cannot be read can be deleted all the same.
-        match open::describe(&bucket).await {
-            Err(error) if error.kind() == Kind::Unavailable => return Err(error),
-            _ => {}
-        }
-        match opened(bucket.with_patience(Some(PATIENCE)), force).await {
-            Ok(volume) => open::close(&volume, Duration::from_secs(600)).await?,
-            Err(error) if force && error.kind() != Kind::Busy => tracing::warn!("{error}"),
-            Err(error) => return Err(error),
+        // The last to go.
+        let root = root(&bucket).await?;
+        if root == key::VOLUME {
+            match opened(bucket.with_patience(Some(PATIENCE)), force).await {
+                Ok(volume) => open::close(&volume, Duration::from_secs(600)).await?,
+                // A volume that cannot be read can be deleted all the same.
+                Err(error) if force && error.kind() != Kind::Busy => tracing::warn!("{error}"),
+                Err(error) => return Err(error),
+            }
         }
         let mut count = 0u64;
         let mut after = String::new();
@@ -361,12 +272,12 @@ pub fn delete(place: &Place, force: bool) -> Result<Value> {
             let keys: Vec<String> = listed
                 .into_iter()
                 .map(|listed| listed.key)
-                .filter(|key| key != key::VOLUME && key::is_ours(key))
+                .filter(|key| key != root && key::is_ours(key))
                 .collect();
             count += keys.len() as u64;
             bucket.delete_many(keys).await?;
         }
-        bucket.delete_many([key::VOLUME.to_owned()]).await?;
+        bucket.delete_many([root.to_owned()]).await?;
         Ok(json!({ "objects": count + 1 }))
     })
 }

@@ -70,6 +70,9 @@ blockmason::params! {
         /// The volume that this serves, if clients may ask what has changed since one of its snapshots, by
         /// `x-mason:changed-since:` and the snapshot's name.
         snapshots: Option<Ref<Snapshots>>,
+        /// The graph listens and says how large the disk is, and does nothing else before `mason activate`: for a virtual
+        /// machine that moves here from another host.
+        standby: bool = "no",
     }
 }
 
@@ -215,6 +218,10 @@ fn tls_policy(params: &Params) -> Result<TlsPolicy> {
 impl Element for Nbd {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         cx.forward(0, req)
+    }
+
+    fn stands_by(&self) -> bool {
+        self.params.standby
     }
 
     fn open(&self, open: &Open<'_>) -> Result<Option<String>> {

@@ -36,6 +36,9 @@ blockmason::params! {
         owner: Option<String>,
         /// Group of the socket, by name or number.
         group: Option<String>,
+        /// The graph listens and says how large the disk is, and does nothing else before `mason activate`: for a virtual
+        /// machine that moves here from another host.
+        standby: bool = "no",
     }
 }
 
@@ -113,6 +116,10 @@ impl Element for VhostUserBlk {
             ));
         }
         Ok(Prepared::of(below.above()))
+    }
+
+    fn stands_by(&self) -> bool {
+        self.params.standby
     }
 
     fn open(&self, open: &Open<'_>) -> Result<Option<String>> {

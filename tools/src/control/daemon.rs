@@ -6,6 +6,7 @@ use super::moving::{Moves, Resumed};
 use super::refusal::Refusal;
 use super::server::Ended;
 use super::trial::Trial;
+use crate::active::Active;
 use crate::graphs::{CATALOGUE, GraphFile, Reader};
 use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
@@ -149,6 +150,9 @@ impl Daemon {
             (graphs.served.remove(at), Changing { daemon: self, name: name.to_owned() })
         };
         let stopped = served.stop().await;
+        if let Err(error) = Active::of(self.host.state_dir(), &served.path).forget() {
+            tracing::warn!("{name}: that it was activated cannot be forgotten: {error}");
+        }
         drop(changing);
         stopped
     }
@@ -213,7 +217,7 @@ impl Daemon {
         let heads = if trial.is_some() || interrupted.is_some() { Heads::Ignore } else { heads };
         let shown = file.path.display().to_string();
         let live = match resumed.take_if(|resumed| resumed.goes_on()) {
-            None => self.start_live(&file, heads).await?,
+            None => self.start_live(&path, &file, heads).await?,
             Some(moves) => {
                 let (live, rest) = self.start_moving(&path, &file, heads, moves).await?;
                 resumed = Some(rest);
@@ -253,12 +257,12 @@ impl Daemon {
         mut moves: Resumed,
     ) -> Result<(Arc<Live>, Resumed), Refusal> {
         let heads = moves.heads(heads);
-        let refusal = match self.start_live(file, heads.clone()).await {
+        let refusal = match self.start_live(path, file, heads.clone()).await {
             Ok(live) => return Ok((live, moves)),
             Err(refusal) => refusal,
         };
         let alone = moves.alone(self, path, file)?;
-        match self.start_live(&alone, heads).await {
+        match self.start_live(path, &alone, heads).await {
             Ok(live) => Ok((live, moves.fell_back(self, path, &alone.spec, &refusal.message))),
             Err(_) => {
                 moves.goes_on_later(self, path)?;
@@ -267,10 +271,14 @@ impl Daemon {
         }
     }
 
-    async fn start_live(&self, file: &GraphFile, heads: Heads) -> Result<Arc<Live>, Refusal> {
+    async fn start_live(&self, path: &Path, file: &GraphFile, heads: Heads) -> Result<Arc<Live>, Refusal> {
         let state_dir = self.host.state_dir().to_owned();
+        let active = Active::of(&state_dir, path).is_set();
         let setup = Setup { catalogue: CATALOGUE, name: file.name.clone(), state_dir };
-        let live = Live::start(&self.host, setup, file.spec.clone(), heads).await;
+        let live = match active {
+            true => Live::start(&self.host, setup, file.spec.clone(), heads).await,
+            false => Live::stand_by(&self.host, setup, file.spec.clone(), heads).await,
+        };
         live.map_err(|error| Refusal::in_graph(&error, &file.spec))
     }
 }
@@ -424,6 +432,28 @@ impl Served {
         self.live.stop().await.map_err(|error| Refusal::in_graph(&error, &self.live.spec()))
     }
 
+    /// Claims what the graph needs, and serves; false if it serves already.
+    pub(crate) async fn activate(&self, daemon: &Daemon) -> Result<bool, Refusal> {
+        if !self.live.stands_by() {
+            return Ok(false);
+        }
+        // Before: whatever ends the process from here on, the next start serves, for a guest may have been answered.
+        let active = Active::of(daemon.host.state_dir(), &self.path);
+        active.remember(&self.path).map_err(|error| {
+            Refusal::new(
+                "unavailable",
+                format!("that the graph is active cannot be kept for the next start: {error}"),
+            )
+        })?;
+        let activated = self.live.activate().await;
+        if activated.is_err()
+            && let Err(error) = active.forget()
+        {
+            tracing::warn!("{}: that it is not active cannot be kept: {error}", self.path.display());
+        }
+        activated.map_err(|error| Refusal::in_graph(&error, &self.live.spec()))
+    }
+
     /// The trial that goes on, if one does.
     pub(crate) fn trial(&self) -> Option<Trial> {
         self.trial.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -493,6 +523,7 @@ impl Served {
             file: self.file.clone(),
             path: self.path.clone(),
             failed: self.live.disk().graph().is_failed(),
+            standby: self.live.stands_by(),
             exports: self.exports(),
         }
     }
@@ -503,6 +534,7 @@ impl Served {
         let sources = graph.instances().enumerate().filter(|(_, instance)| !instance.ty.ports.input);
         let live = LiveView {
             failed: graph.is_failed(),
+            standby: self.live.stands_by(),
             in_flight_bytes: self.live.disk().budget().used(),
             gated: self.live.disk().gated(),
             exports: self.exports(),

@@ -17,6 +17,8 @@ pub(in crate::sched) struct Past {
     pub(super) left: Vec<Arc<Graph>>,
     /// True if [`Element::run`](crate::Element::run) has been started for the present graph.
     pub(super) running: bool,
+    /// Only the sources of the present graph are open.
+    pub(super) standby: bool,
     pub(super) stopped: bool,
 }
 

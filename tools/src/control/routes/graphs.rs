@@ -4,7 +4,7 @@ use super::Json as Body;
 use crate::control::daemon::Daemon;
 use crate::control::refusal::{Refusal, RefusalBody};
 use crate::graphs::Reader;
-use crate::view::{GraphSummary, GraphTexts, GraphView};
+use crate::view::{Activated, GraphSummary, GraphTexts, GraphView};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -73,4 +73,23 @@ pub(super) async fn unload(
 ) -> Result<StatusCode, Refusal> {
     daemon.unload(&name).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Serve a graph that stands by
+///
+/// Claims its volumes, opens everything and lets requests in. Answered when that is done; also if it serves already.
+#[utoipa::path(post, path = "/v1/graphs/{name}/activate", tag = "graphs", operation_id = "activate_graph",
+    params(("name" = String, Path, description = "the graph's name")),
+    responses(
+        (status = 200, description = "it serves", body = Activated),
+        (status = 404, body = RefusalBody),
+        (status = "default", description = "something cannot be opened, or belongs to somebody else; it stands by as before",
+            body = RefusalBody),
+    ))]
+pub(super) async fn activate(
+    State(daemon): State<Arc<Daemon>>,
+    Path(name): Path<String>,
+) -> Result<Json<Activated>, Refusal> {
+    let activated = daemon.find(&name)?.activate(&daemon).await?;
+    Ok(Json(Activated { graph: name, activated }))
 }

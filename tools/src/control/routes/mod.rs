@@ -45,6 +45,7 @@ fn described() -> OpenApiRouter<Arc<Daemon>> {
         .routes(routes!(metrics::metrics))
         .routes(routes!(graphs::list, graphs::load))
         .routes(routes!(graphs::show, graphs::unload))
+        .routes(routes!(graphs::activate))
         .routes(routes!(changes::reload))
         .routes(routes!(changes::edit))
         .routes(routes!(changes::save))
