@@ -158,10 +158,11 @@ fn drawn(bill: &Value, month: Option<&str>) -> String {
         out += &table(&head, days.iter().flat_map(rows).collect(), 2..5);
         out.push('\n');
     }
-    let mut line = |what: &str, value: String| out += &format!(" {what:<12}{value}\n");
+    let mut line = |what: &str, value: String| out += &format!("  {what:<12}{value}\n");
     match month.filter(|month| text(&bill["month"]["month"]) != *month) {
         Some(month) => {
-            let sum: f64 = days.iter().map(|day| dollars(&day["dollars"])).sum();
+            // A sum of nothing would be -0.
+            let sum = days.iter().fold(0.0, |sum, day| sum + dollars(&day["dollars"]));
             line(month, format!("{sum:.4} $"));
         }
         None => {

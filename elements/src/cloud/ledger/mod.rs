@@ -109,7 +109,9 @@ impl Ledger {
 
     /// What a month has cost until now, in dollars.
     pub(crate) fn cost_of_month(&self, month: Month, prices: &Prices) -> f64 {
-        self.days_of(month).map(|(day, _)| self.cost_of_day(*day, prices)).sum()
+        // A sum of nothing would be -0.
+        let days = self.days_of(month).map(|(day, _)| self.cost_of_day(*day, prices));
+        days.fold(0.0, |sum, day| sum + day)
     }
 
     pub(crate) fn days_of(&self, month: Month) -> impl Iterator<Item = (&u32, &Day)> {

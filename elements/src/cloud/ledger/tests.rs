@@ -63,6 +63,7 @@ fn requests_belong_to_the_day_on_which_they_were_made() {
     assert_eq!(days, [("2026-11-30".to_owned(), 1000, DAY / 2), ("2026-12-01".to_owned(), 3000, DAY / 2)]);
     assert!((ledger.cost_of_day(ledger.today(), &STANDARD) - 0.015).abs() < 1e-9);
     assert_eq!(ledger.cost_of_day(3, &STANDARD), 0.0);
+    assert_eq!(ledger.cost_of_month(Month(3), &STANDARD).to_string(), "0");
 }
 
 /// Random times, forth and a little back, against sums over every single second.
