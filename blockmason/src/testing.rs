@@ -11,6 +11,7 @@ use crate::graph::{Connection, Graph, Instance};
 use crate::lang::{Defines, NoFiles, Spec, parse_checked, parse_str};
 use crate::live::{Heads, Live, Setup};
 use crate::request::{Answer, Extent, Op, Reply, Request};
+use crate::rt;
 use crate::sched::{Admit, Cx, Disk, Host, Served, Shard, Stream, serve};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -18,16 +19,31 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, SystemTime};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 thread_local! {
     /// The clock of this thread stands still until everything waits.
     static CLOCK_STANDS: Cell<bool> = const { Cell::new(false) };
+    /// The time of day that a test has set, and when.
+    static TIME_OF_DAY: Cell<Option<(SystemTime, Instant)>> = const { Cell::new(None) };
 }
 
 /// True within [`run`].
 pub(crate) fn clock_stands() -> bool {
     CLOCK_STANDS.get()
+}
+
+/// Sets the time of day of this thread, in seconds since 1970, until the end of [`run`]: from now on it goes with the clock that
+/// stands until everything waits.
+pub fn set_wall_clock(seconds: u64) {
+    TIME_OF_DAY.set(Some((SystemTime::UNIX_EPOCH + Duration::from_secs(seconds), rt::now())));
+}
+
+/// The time of day, where a test has set it.
+pub(crate) fn wall_clock() -> Option<SystemTime> {
+    TIME_OF_DAY.get().map(|(time, since)| time + (rt::now() - since))
 }
 
 /// Runs `body` on a shard of its own: the current thread, with a clock that stands still until
@@ -46,6 +62,7 @@ pub fn run<T>(seed: u64, body: impl AsyncFnOnce(Arc<Host>) -> T) -> T {
         done
     });
     CLOCK_STANDS.set(false);
+    TIME_OF_DAY.set(None);
     done
 }
 

@@ -27,6 +27,8 @@ pub static ALL: &[&ElementType] = &[
     &route::r#if::TYPE,
     &route::linear::TYPE,
     &migrate::log_dirty::TYPE,
+    #[cfg(feature = "s3")]
+    &route::meter::TYPE,
     &route::notify::TYPE,
     &route::on_error::TYPE,
     &route::prioritise::TYPE,

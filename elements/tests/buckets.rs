@@ -40,6 +40,49 @@ fn behaves_like_a_vector_and_keeps_it() {
     play(&kit::volume(&server, folder.path(), SIZE), 1, 300);
 }
 
+/// Whatever is asked of the server is on the bill once, over restarts too; and it is the disk that it was.
+#[test]
+fn a_meter_counts_each_request_that_the_server_sees() {
+    let (server, folder) = (Server::new(), tempfile::tempdir().unwrap());
+    let place = kit::volume(&server, folder.path(), SIZE);
+    server.clear_log();
+    let ledger = folder.path().join("vm1.ledger");
+    let text = format!(
+        "element M (type meter) (of D) (ledger {}) (day stop_background=0) {} M -> D",
+        ledger.display(),
+        disk(&place)
+    );
+    for seed in 0..3 {
+        if seed == 2 {
+            // What fails is paid for, too.
+            server.fault(Rule::once(Action::SLOW_DOWN).on(Operation::Put).skip(4));
+            server.fault(Rule::once(Action::CloseBefore).on(Operation::Get).skip(1));
+        }
+        run(seed, async |host| {
+            let disk = TestDisk::new(&host, ALL, &text, "M").await.unwrap();
+            play_against_model(&disk, seed, 60).await;
+            assert_eq!(disk.disk.graph().get("M", "state").unwrap(), "stop_background");
+            disk.disk.stop().await.unwrap();
+        });
+        let bill = blockmason_elements::cloud::ledger::read(&ledger, None).unwrap();
+        let counted = |name: &str| {
+            let days = bill["days"].as_array().unwrap().iter();
+            days.map(|day| day["operations"][name]["requests"].as_u64().unwrap()).sum::<u64>() as usize
+        };
+        let names = [
+            ("put", Operation::Put),
+            ("get", Operation::Get),
+            ("head", Operation::Head),
+            ("list", Operation::List),
+            ("delete", Operation::DeleteMany),
+        ];
+        for (name, operation) in names {
+            assert_eq!(counted(name), server.count(operation), "{name} after life {seed}");
+        }
+        assert!(bill["stored"].as_u64().unwrap() > 0);
+    }
+}
+
 #[test]
 fn a_server_that_fails_loses_answers_and_breaks_off_changes_nothing() {
     let (server, folder) = (Server::new(), tempfile::tempdir().unwrap());

@@ -104,8 +104,11 @@ const KEEPERS: &[&str] = &["cache", "crypto", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.
-const ELSEWHERE: &[(&str, &str)] =
-    &[("nbd_client", "tests/tests/nbd_client.rs"), ("s3", "elements/tests/buckets.rs")];
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("nbd_client", "tests/tests/nbd_client.rs"),
+    ("s3", "elements/tests/buckets.rs"),
+    ("meter", "elements/tests/buckets.rs"),
+];
 
 #[test]
 fn what_is_tested_elsewhere_is_tested_there() {

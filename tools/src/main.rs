@@ -6,6 +6,8 @@ mod active;
 mod backup;
 mod bench;
 #[cfg(feature = "s3")]
+mod bill;
+#[cfg(feature = "s3")]
 mod buckets;
 mod check;
 mod completions;
@@ -94,6 +96,8 @@ enum Command {
     Handover(handover::Args),
     #[cfg(feature = "s3")]
     Bucket(buckets::Args),
+    #[cfg(feature = "s3")]
+    Bill(bill::Args),
     Pool(pools::pool::Args),
     Volume(pools::volume::Args),
     Events(events::Args),
@@ -140,6 +144,8 @@ fn main() -> ExitCode {
         Command::Backup(args) => backup::main(args),
         Command::Restore(args) => restore::main(args),
         Command::Handover(args) => handover::main(args),
+        #[cfg(feature = "s3")]
+        Command::Bill(args) => bill::main(args),
         #[cfg(feature = "s3")]
         Command::Bucket(args) => buckets::main(args),
         Command::Pool(args) => pools::pool::main(args),

@@ -36,6 +36,8 @@ struct Sealed {
     /// Whole blocks, each with the version that its object gets; 0 where it becomes a hole.
     blocks: BTreeMap<u64, u64>,
     commit: Commit,
+    /// Bytes of the commit's object.
+    len: u64,
 }
 
 /// Runs until the volume is left or lost.
@@ -127,7 +129,7 @@ fn build(volume: &Volume, state: &mut State, batch: Batch) -> Result<Sealed> {
     }
     let entries = entries(volume, state.size, &batch.pieces, &blocks);
     let commit = Commit { epoch: volume.epoch, n: number, serial: state.serial, entries };
-    Ok(Sealed { number, pieces: batch.pieces, blocks, commit })
+    Ok(Sealed { number, pieces: batch.pieces, blocks, commit, len: 0 })
 }
 
 fn entries(volume: &Volume, size: u64, pieces: &Pieces, blocks: &BTreeMap<u64, u64>) -> Vec<Entry> {
@@ -214,7 +216,7 @@ async fn put_all(volume: &Arc<Volume>, objects: Vec<(String, Data)>) -> Result<(
 }
 
 /// Puts the objects of a batch, then its commit.
-async fn commit(volume: Arc<Volume>, sealed: Sealed) -> Result<Sealed> {
+async fn commit(volume: Arc<Volume>, mut sealed: Sealed) -> Result<Sealed> {
     let size = volume.state().size;
     let mut objects = Vec::new();
     for (block, version) in sealed.blocks.iter().filter(|(_, version)| **version != 0) {
@@ -223,6 +225,7 @@ async fn commit(volume: Arc<Volume>, sealed: Sealed) -> Result<Sealed> {
     }
     put_all(&volume, objects).await?;
     let body = Data::shared(sealed.commit.encode(volume.id));
+    sealed.len = body.len() as u64;
     let key = key::wal(volume.epoch, sealed.number);
     let ours = insist(&volume, || volume.bucket.put_if_absent(&key, body.clone())).await?;
     if ours { Ok(sealed) } else { Err(taken_over(&volume.bucket).await) }
@@ -245,6 +248,7 @@ fn in_order(volume: &Volume, arrived: &mut BTreeMap<u64, Sealed>) {
             apply(volume, &mut state, entry, sealed.number);
         }
         state.committed = sealed.number;
+        state.logged.insert(sealed.number, sealed.len);
         state.covered.remove(&sealed.number);
     }
     let committed = state.committed;
@@ -291,12 +295,15 @@ fn wants_settling(volume: &Volume) -> bool {
     if state.dead.is_some() {
         return false;
     }
-    let many = state.pieces.bytes() > volume.memory / 2
-        || state.pieces.len() > ENTRIES
-        || state.committed - state.done > MOST_COMMITS
-        || state.doomed.len() > MOST_DOOMED;
+    // At rest it is put off for as long as it can be. Writes find room all the same: the longest one waits only where more than
+    // three quarters of the memory are in use, of which there are three batches at least.
+    let (memory, times) = if state.rests { (volume.memory / 4 * 3, 2) } else { (volume.memory / 2, 1) };
+    let many = state.pieces.bytes() > memory
+        || state.pieces.len() > times * ENTRIES
+        || state.committed - state.done > times as u64 * MOST_COMMITS
+        || state.doomed.len() > times * MOST_DOOMED;
     let some = state.committed > state.done || !state.replays.is_empty();
-    let idle = state.touched.elapsed() >= volume.idle;
+    let idle = !state.rests && state.touched.elapsed() >= volume.idle;
     state.asked > state.answered || (state.settled != Some(state.committed) && (many || (some && idle)))
 }
 
@@ -419,6 +426,7 @@ async fn checkpoint(volume: &Arc<Volume>) -> Result<()> {
     {
         let mut state = volume.state();
         (state.done, state.checkpoint) = (root.done, root.n);
+        state.logged = state.logged.split_off(&(root.done + 1));
         state.doomed.extend(stay);
     }
     let before = (root.n > 1).then(|| key::map(root.epoch, root.n - 1));

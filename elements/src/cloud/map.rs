@@ -7,6 +7,8 @@ use std::ops::Range;
 #[derive(Debug, Default)]
 pub(crate) struct Map {
     parts: Vec<Part>,
+    /// How many blocks have an object.
+    objects: u64,
 }
 
 #[derive(Debug, Default)]
@@ -23,7 +25,7 @@ impl Map {
     pub(crate) fn new(blocks: u64) -> Map {
         let mut parts = Vec::new();
         parts.resize_with(blocks.div_ceil(PART) as usize, Part::default);
-        Map { parts }
+        Map { parts, objects: 0 }
     }
 
     /// How many parts there are.
@@ -34,6 +36,9 @@ impl Map {
     /// What is stored as a part of that version.
     pub(crate) fn load(&mut self, part: u64, version: u64, versions: Vec<u64>) {
         if let Some(to) = self.parts.get_mut(part as usize) {
+            let count = |versions: &[u64]| versions.iter().filter(|version| **version != 0).count() as u64;
+            self.objects -= to.versions.as_deref().map_or(0, count);
+            self.objects += count(&versions);
             *to = Part { versions: Some(versions.into()), stored: version, changed: false };
         }
     }
@@ -52,7 +57,14 @@ impl Map {
         }
         let versions = part.versions.get_or_insert_with(|| vec![0; PART as usize].into());
         part.changed = true;
-        std::mem::replace(&mut versions[(block % PART) as usize], version)
+        let before = std::mem::replace(&mut versions[(block % PART) as usize], version);
+        self.objects = self.objects + u64::from(version != 0) - u64::from(before != 0);
+        before
+    }
+
+    /// How many blocks have an object.
+    pub(crate) fn objects(&self) -> u64 {
+        self.objects
     }
 
     /// Takes the versions of a range of blocks away, and tells each that there was.
@@ -66,6 +78,7 @@ impl Map {
                 let version = std::mem::take(&mut versions[at as usize]);
                 if version != 0 {
                     part.changed = true;
+                    self.objects -= 1;
                     each(first + at, version);
                 }
             }
@@ -132,12 +145,12 @@ mod tests {
         map.clear(0..3 * PART + 5, |block, version| found.push((block, version)));
         assert_eq!(found, [(9, 4), (2 * PART, 5)]);
         map.set(2 * PART + 1, 6);
-        assert_eq!(map.present(0..3 * PART), 1);
+        assert_eq!((map.present(0..3 * PART), map.objects()), (1, 1));
         let stored = map.take_changed(&mut version, &mut gone).unwrap();
         assert_eq!(stored.len(), 1);
         assert_eq!((map.stored(), gone), (vec![(2, 103)], vec![(0, 101), (2, 102)]));
         let mut other = Map::new(3 * PART);
         other.load(2, 103, stored[0].2.clone());
-        assert_eq!(other.get(2 * PART + 1), 6);
+        assert_eq!((other.get(2 * PART + 1), other.objects()), (6, 1));
     }
 }

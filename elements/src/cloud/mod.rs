@@ -1,16 +1,19 @@
 //! Disks in buckets of object stores: docs/decisions/0010-cloud.md, docs/formats/bucket.md.
 
 mod backup;
+pub(crate) mod calendar;
 pub(crate) mod client;
 pub(crate) mod counts;
 pub(crate) mod credentials;
 mod format;
 mod found;
 mod keeper;
+pub mod ledger;
 mod map;
+pub(crate) mod metered;
 pub(crate) mod open;
 mod pieces;
-mod price;
+pub(crate) mod price;
 pub(crate) mod shared;
 pub(crate) mod store;
 pub mod tool;

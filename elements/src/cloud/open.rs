@@ -255,6 +255,8 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
         asked: 0,
         answered: 0,
         settled: None,
+        logged: BTreeMap::new(),
+        rests: false,
     })
 }
 

@@ -1,5 +1,6 @@
 //! The volumes that this process has open: each once, whichever elements serve it.
 
+use super::counts::Counts;
 use super::format::{Claim, Description};
 use super::keeper::keep;
 use super::open::{self, Opening};
@@ -93,7 +94,7 @@ fn find(url: &str) -> std::result::Result<Arc<Shared>, Listed> {
 }
 
 impl Shared {
-    /// The volume of that URL, opened if this process has not opened it yet. Blocks.
+    /// The volume of that URL, opened if this process has not opened it yet: then what it asks for is counted there. Blocks.
     ///
     /// # Errors
     /// Another graph has it; as [`open::open`].
@@ -102,6 +103,7 @@ impl Shared {
         graph: &str,
         store: Arc<dyn ObjectStore>,
         prefix: &str,
+        counts: Arc<Counts>,
         opening: Opening,
         say: Arc<dyn Fn(&str) + Send + Sync>,
     ) -> Result<Arc<Shared>> {
@@ -113,7 +115,7 @@ impl Shared {
             }
             Err(listed) => listed,
         };
-        let bucket = Bucket::new(store, prefix, Some(PATIENCE));
+        let bucket = Bucket::new(store, prefix, Some(PATIENCE)).counted(counts);
         let told = say.clone();
         bucket.tell(move |message| told(message));
         let volume = block_on(async move {
@@ -131,13 +133,18 @@ impl Shared {
     ///
     /// # Errors
     /// As [`open::describe`].
-    pub(crate) fn look(url: &str, store: Arc<dyn ObjectStore>, prefix: &str) -> Result<(Description, u64)> {
+    pub(crate) fn look(
+        url: &str,
+        store: Arc<dyn ObjectStore>,
+        prefix: &str,
+        counts: Arc<Counts>,
+    ) -> Result<(Description, u64)> {
         let open = all().get(url).and_then(Weak::upgrade);
         if let Some(shared) = open {
             let size = shared.volume.state().size;
             return Ok((shared.volume.description.clone(), size));
         }
-        let bucket = Bucket::new(store, prefix, Some(PATIENCE));
+        let bucket = Bucket::new(store, prefix, Some(PATIENCE)).counted(counts);
         block_on(async move {
             let description = open::describe(&bucket).await?;
             let last = open::last_checkpoint(&bucket, description.id()?).await?;

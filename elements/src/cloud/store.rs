@@ -123,6 +123,11 @@ impl Bucket {
         Bucket { store, prefix: prefix.to_owned(), patience, counts, trouble }
     }
 
+    /// The same whose requests are counted there.
+    pub(crate) fn counted(self, counts: Arc<Counts>) -> Bucket {
+        Bucket { counts, ..self }
+    }
+
     /// The same with another patience.
     pub(crate) fn with_patience(&self, patience: Option<Duration>) -> Bucket {
         let (store, prefix) = (self.store.clone(), self.prefix.clone());

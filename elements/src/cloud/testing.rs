@@ -100,6 +100,13 @@ impl Memory {
         self.0.lock().unwrap().objects.keys().cloned().collect()
     }
 
+    /// Bytes of all objects whose keys begin so, below the prefix of these tests.
+    pub(crate) fn stored(&self, prefix: &str) -> u64 {
+        let (inner, prefix) = (self.0.lock().unwrap(), format!("some/disk/{prefix}"));
+        let objects = inner.objects.iter().filter(|(key, _)| key.starts_with(&prefix));
+        objects.map(|(_, (data, _))| data.len() as u64).sum()
+    }
+
     pub(crate) fn remove(&self, key: &str) {
         self.0.lock().unwrap().objects.remove(key).unwrap();
     }

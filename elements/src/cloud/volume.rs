@@ -104,6 +104,10 @@ pub(crate) struct State {
     pub(crate) answered: u64,
     /// What was committed when blocks were last settled.
     pub(crate) settled: Option<u64>,
+    /// Bytes of the commits of this epoch that are in the bucket, by number.
+    pub(crate) logged: BTreeMap<u64, u64>,
+    /// Nothing is brought into its block but what must be.
+    pub(crate) rests: bool,
 }
 
 /// What is written between two commits.
@@ -398,6 +402,19 @@ impl Volume {
             }
         }
         join_extents(found)
+    }
+
+    /// Bytes in the bucket, as far as they are known here: blocks, those that are still to be deleted among them, and
+    /// commits. The map's own objects are small, and commits of an earlier epoch soon gone.
+    pub(crate) fn stored(&self) -> u64 {
+        let state = self.state();
+        let doomed = state.doomed.len() + state.gone.blocks.len();
+        (state.map.objects() + doomed as u64) * self.block + state.logged.values().sum::<u64>()
+    }
+
+    /// Whether what is in memory is brought into its blocks only where memory or commits get scarce.
+    pub(crate) fn rest(&self, rests: bool) {
+        self.state().rests = rests;
     }
 
     /// A text that is another one after each commit, whoever makes it.

@@ -4,6 +4,8 @@ pub mod debug_log;
 pub mod filter;
 pub mod r#if;
 pub mod linear;
+#[cfg(feature = "s3")]
+pub mod meter;
 pub mod notify;
 pub mod on_error;
 pub mod prioritise;

@@ -20,7 +20,7 @@ pub(crate) struct Bandwidth(pub(crate) Option<u64>);
 
 /// Requests in a second, or no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Frequency(Option<u64>);
+pub(crate) struct Frequency(pub(crate) Option<u64>);
 
 impl FromStr for Bandwidth {
     type Err = String;
@@ -138,7 +138,7 @@ pub const TYPE: ElementType = ElementType {
 /// Fills by `rate` tokens a second. Counted in billionths of a token, so that a nanosecond's worth is whole.
 #[derive(Default)]
 pub(crate) struct Bucket {
-    rate: Option<u64>,
+    pub(crate) rate: Option<u64>,
     /// In debt below zero.
     level: i128,
 }
@@ -182,7 +182,7 @@ impl Bucket {
 }
 
 /// What requests of one kind pass, one after the other.
-struct Gate {
+pub(crate) struct Gate {
     /// Whoever is first in the queue has it. Tokio's semaphore hands it on in the order of asking.
     turn: Semaphore,
     buckets: Mutex<Buckets>,
@@ -190,9 +190,9 @@ struct Gate {
     changed: Notify,
 }
 
-struct Buckets {
-    bytes: Bucket,
-    requests: Bucket,
+pub(crate) struct Buckets {
+    pub(crate) bytes: Bucket,
+    pub(crate) requests: Bucket,
     burst: Duration,
     /// When they were filled last.
     filled: Option<Instant>,
@@ -200,9 +200,9 @@ struct Buckets {
 
 /// What a request takes out of the buckets; nothing for a flush.
 #[derive(Clone, Copy)]
-struct Cost {
-    bytes: u64,
-    requests: u64,
+pub(crate) struct Cost {
+    pub(crate) bytes: u64,
+    pub(crate) requests: u64,
 }
 
 impl Buckets {
@@ -233,14 +233,14 @@ impl Buckets {
 }
 
 impl Gate {
-    fn new(rate: Bandwidth, iops: Frequency, burst: Time) -> Gate {
+    pub(crate) fn new(rate: Bandwidth, iops: Frequency, burst: Time) -> Gate {
         let bucket = |rate| Bucket { rate, level: 0 };
         let (bytes, requests) = (bucket(rate.0), bucket(iops.0));
         let buckets = Buckets { bytes, requests, burst: burst.0, filled: None };
         Gate { turn: Semaphore::new(1), buckets: Mutex::new(buckets), changed: Notify::new() }
     }
 
-    fn buckets(&self) -> MutexGuard<'_, Buckets> {
+    pub(crate) fn buckets(&self) -> MutexGuard<'_, Buckets> {
         // Every change of them is complete before anything can panic.
         self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -251,7 +251,7 @@ impl Gate {
         self.buckets().take(cost, cx.now()).is_zero()
     }
 
-    async fn pass(&self, cost: Cost, cx: Cx<'_>) {
+    pub(crate) async fn pass(&self, cost: Cost, cx: Cx<'_>) {
         // It is never closed; an error would let the request pass.
         let _turn = self.turn.acquire().await;
         loop {
@@ -266,7 +266,7 @@ impl Gate {
     }
 
     /// Changes limits as of now.
-    fn set(&self, change: impl FnOnce(&mut Buckets)) {
+    pub(crate) fn set(&self, change: impl FnOnce(&mut Buckets)) {
         let mut buckets = self.buckets();
         if buckets.filled.is_some() {
             buckets.fill(rt::now());

@@ -1,8 +1,10 @@
 //! A disk in a bucket of S3, or of what speaks like it.
 
 use crate::cloud::client::{S3, Target, read_ca};
-use crate::cloud::counts::Call;
+use crate::cloud::counts::{Call, Counts, Sum};
 use crate::cloud::credentials::{Source, profile};
+use crate::cloud::ledger::Book;
+use crate::cloud::metered::Metered;
 use crate::cloud::open::Opening;
 use crate::cloud::shared::{self, Shared, claim};
 use crate::cloud::store::{ObjectStore, prefix};
@@ -10,12 +12,13 @@ use crate::cloud::volume::LONGEST;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::events::{Event, EventKind};
 use blockmason::heads::HeadPlace;
-use blockmason::lang::value::{FilePath, Size, Time, Uri};
+use blockmason::lang::value::{FilePath, Service, Size, Time, Uri};
 use blockmason::{
     Answer, Children, Cx, Element, Error, Flow, Geometry, Kind, Op, Open, Ops, Prepared, Request, Result, rt,
 };
+use std::any::Any;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 blockmason::words! {
@@ -109,6 +112,7 @@ pub const TYPE: ElementType = ElementType {
     example: "element Guest (type nbd) (listen unix:cloud.sock)\n\
               element Disk (type s3) (bucket vms) (prefix vm1) (endpoint http://127.0.0.1:9000)\n\
               Guest -> Disk\n",
+    provides: &["metered"],
     check: Params::check,
     build: |build: &Build<'_>| Ok(Arc::new(Disk::new(build)?)),
     ..ElementType::BASE
@@ -144,16 +148,73 @@ struct Disk {
     state_dir: PathBuf,
     store: Arc<dyn ObjectStore>,
     geometry: Geometry,
+    served: Arc<Served>,
+}
+
+/// The volume itself, for those who refer to it, too.
+struct Served {
+    id: [u8; 16],
+    /// What was asked for before the volume was open, and since if it was opened here.
+    counts: Arc<Counts>,
     /// Between `open` and `close`.
     shared: Mutex<Option<Arc<Shared>>>,
+    book: Mutex<Weak<Book>>,
+}
+
+impl Served {
+    fn shared(&self) -> MutexGuard<'_, Option<Arc<Shared>>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self) {
+        // Leaving takes a while: not under the lock.
+        let shared = self.shared().take();
+        let counts = shared.as_ref().map(|shared| shared.volume.bucket.counts.clone());
+        drop(shared);
+        let book = self.book.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        if let (Some(counts), Some(book)) = (counts, book)
+            && let Err(error) = book.finish(&counts.take_unbilled())
+        {
+            tracing::warn!("what leaving has cost is on no bill: {error}");
+        }
+    }
+}
+
+impl Metered for Served {
+    fn volume(&self) -> [u8; 16] {
+        self.id
+    }
+
+    fn take_unbilled(&self) -> Sum {
+        let mut sum = self.counts.take_unbilled();
+        if let Some(shared) = &*self.shared() {
+            sum.add(&shared.volume.bucket.counts.take_unbilled());
+        }
+        sum
+    }
+
+    fn stored(&self) -> Option<u64> {
+        self.shared().as_ref().map(|shared| shared.volume.stored())
+    }
+
+    fn rest(&self, rests: bool) {
+        if let Some(shared) = &*self.shared() {
+            shared.volume.rest(rests);
+        }
+    }
+
+    fn finish_in(&self, book: Weak<Book>) {
+        *self.book.lock().unwrap_or_else(PoisonError::into_inner) = book;
+    }
 }
 
 impl Disk {
     fn new(build: &Build<'_>) -> Result<Disk> {
         let params = build.read(Params::from)?;
         let store: Arc<dyn ObjectStore> = Arc::new(S3::new(&params.target()?)?);
-        let found =
-            Shared::look(&params.url(), store.clone(), &prefix(params.prefix.as_deref().unwrap_or_default()));
+        let (counts, shared, book) = Default::default();
+        let below = prefix(params.prefix.as_deref().unwrap_or_default());
+        let found = Shared::look(&params.url(), store.clone(), &below, Arc::clone(&counts));
         let (description, size) = found.map_err(|error| error.with_path(params.url()))?;
         let geometry = Geometry {
             preferred_block: description.block.min(1 << 16) as u32,
@@ -164,11 +225,12 @@ impl Disk {
             ..Geometry::new(size)
         };
         let (graph, state_dir) = (build.graph.to_owned(), build.state_dir.to_owned());
-        Ok(Disk { params, graph, state_dir, store, geometry, shared: Mutex::new(None) })
+        let served = Arc::new(Served { id: description.id()?, counts, shared, book });
+        Ok(Disk { params, graph, state_dir, store, geometry, served })
     }
 
     fn shared(&self) -> Result<Arc<Shared>> {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let shared = self.served.shared().clone();
         shared.ok_or_else(|| Error::internal("a request came before the volume was opened"))
     }
 
@@ -207,16 +269,15 @@ impl Element for Disk {
         let opening =
             Opening { claim: claim(), memory: self.params.memory.0, idle: IDLE, take: false, patience: None };
         let (url, prefix) = (self.params.url(), prefix(self.params.prefix.as_deref().unwrap_or_default()));
-        let shared = Shared::open(&url, &self.graph, self.store.clone(), &prefix, opening, Arc::new(say));
+        let (store, counts) = (self.store.clone(), self.served.counts.clone());
+        let shared = Shared::open(&url, &self.graph, store, &prefix, counts, opening, Arc::new(say));
         let shared = shared.map_err(|error| error.with_path(&url))?;
-        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(shared);
+        *self.served.shared() = Some(shared);
         Ok(None)
     }
 
     fn close(&self) {
-        // Leaving takes a while: not under the lock.
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(shared);
+        self.served.leave();
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
@@ -243,6 +304,11 @@ impl Element for Disk {
         Err(Error::unsupported(
             "a disk in a bucket is not handed over to another process: stop this one, then start the other",
         ))
+    }
+
+    fn provide(&self, service: &str) -> Option<Box<dyn Any>> {
+        let metered = || Box::new(self.served.clone() as Arc<dyn Metered>) as Box<dyn Any>;
+        (service == <dyn Metered>::NAME).then(metered)
     }
 
     fn get(&self, handler: &str) -> Result<String> {

@@ -21,6 +21,7 @@ mod migrate_volumes;
 mod refused;
 mod server;
 mod soak;
+mod standby;
 mod volumes_crash;
 mod volumes_dump;
 mod volumes_room;

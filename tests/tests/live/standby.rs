@@ -47,11 +47,12 @@ fn a_disk_goes_from_one_host_to_the_other_while_its_guest_is_connected() {
     // The guest is connected to both; what it asks the one that waits is answered by the one that serves.
     let mut early = Raw::ready(waits.socket());
     early.request(READ, 0, 4096);
-    let refused = new.mason(&["reload", "vm.mason", "--force"]).failed();
+    let refused = new.mason(&["reload", "vm.mason", "--force"]).refused();
     assert!(refused.contains("`mason activate vm` first"), "{refused}");
     old.mason(&["unload", "vm"]).done();
     assert_eq!(new.mason(&["activate"]).done(), "vm serves\n");
-    assert_eq!(early.reply(4096)[0], 7);
+    assert_eq!(early.reply(), 0);
+    assert_eq!(early.bytes(4096)[0], 7);
     assert_eq!(new.mason(&["activate", "vm"]).done(), "vm served before\n");
     Raw::ready(waits.socket()).write(0, &[8; 4096]);
 
@@ -81,9 +82,9 @@ fn what_cannot_be_activated_stands_by_as_before() {
     blockmason_tests::control::mason(site.folder(), &[&disk[..], &place].concat()).done();
     let waits = site.run(&["vm.mason"]);
     let volume = server.store().keys("vms").into_iter().find(|key| key.ends_with("/volume")).unwrap();
-    let kept = server.store().get("vms", &volume).unwrap().body;
+    let kept = server.store().get("vms", &volume).unwrap().bytes;
     server.store().put("vms", &volume, "not a volume");
-    let refused = site.mason(&["activate", "vm"]).failed();
+    let refused = site.mason(&["activate", "vm"]).refused();
     assert!(refused.contains("no volume of Block Mason"), "{refused}");
     assert!(status(&site).contains("stands by"));
     // And so does the next daemon.

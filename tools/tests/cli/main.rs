@@ -4,6 +4,8 @@
 #![allow(clippy::disallowed_methods, reason = "the program under test lives by the real clock")]
 
 mod bench;
+#[cfg(feature = "s3")]
+mod bill;
 mod changes;
 mod check;
 mod control;

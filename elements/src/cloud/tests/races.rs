@@ -302,3 +302,75 @@ fn a_generation_is_another_one_after_each_commit_and_the_same_after_a_crash() {
         assert_ne!(volume.generation(), first);
     });
 }
+
+/// What is stored is known while the disk is written, whatever is still to be deleted.
+#[test]
+fn the_bytes_stored_are_those_of_the_objects() {
+    let memory = Memory::new(3);
+    let mut rng = fastrand::Rng::with_seed(3);
+    runtime().block_on(async {
+        // A multiple of its blocks, so that all objects are of one size.
+        open::create(&bucket(&memory), 12 * BLOCK, BLOCK, true).await.unwrap();
+        let volume = open(&memory, opening("a")).await.unwrap();
+        for step in 0..200 {
+            let start = rng.u64(..11 * BLOCK);
+            let len = rng.u64(1..(12 * BLOCK - start).min(3 * BLOCK));
+            let req = match rng.u8(..8) {
+                0 => op(Op::Discard, start, len),
+                1 => op(Op::Flush, 0, 0),
+                _ => write(start, &vec![rng.u8(1..); len as usize], Origin::Guest),
+            };
+            volume.clone().serve(req).await.unwrap();
+            if step % 20 == 0 {
+                volume.settle().await.unwrap();
+            }
+            let found = memory.stored("b/") + memory.stored("wal/");
+            assert_eq!(volume.stored(), found, "step {step}");
+        }
+    });
+}
+
+/// A keeper at rest costs nothing when nothing happens, lets nobody wait, and goes on when it may.
+#[test]
+fn a_keeper_at_rest_does_what_it_must_and_no_more() {
+    const BLOCK: u64 = 1 << 20;
+    const HALF: usize = 512 << 10;
+    let memory = Memory::new(1);
+    runtime().block_on(async {
+        open::create(&bucket(&memory), 512 * BLOCK, BLOCK, true).await.unwrap();
+        let volume = open(&memory, Opening { memory: 96 << 20, ..opening("a") }).await.unwrap();
+        volume.rest(true);
+        put(&volume, 0, 1, 100).await.unwrap();
+        let settled = |volume: &Volume| volume.state().map.objects();
+        blockmason::rt::sleep(Duration::from_secs(3600)).await;
+        let puts = volume.bucket.counts.requests(Call::Put);
+        blockmason::rt::sleep(Duration::from_secs(3600)).await;
+        assert_eq!((settled(&volume), volume.bucket.counts.requests(Call::Put)), (0, puts));
+        // More than what fits into memory, in pieces of blocks: at rest it is put off, and done before anybody waits for good.
+        let mut most = 0;
+        for n in 0..400 {
+            let written = put(&volume, n * BLOCK, 2, HALF as u64);
+            blockmason::rt::timeout(Duration::from_secs(60), written).await.expect("a write waits").unwrap();
+            let bytes = volume.state().pieces.bytes();
+            if settled(&volume) == 0 {
+                most = bytes;
+            }
+            assert!(bytes <= 96 << 20, "{bytes}");
+        }
+        // At work it begins at half of the memory.
+        assert!((71 << 20..=96 << 20).contains(&most), "{most}");
+        assert!(settled(&volume) > 0);
+        // Whoever asks for it is not kept waiting either.
+        volume.settle().await.unwrap();
+        assert_eq!((settled(&volume), volume.state().pieces.bytes()), (400, 0));
+        put(&volume, 0, 3, 100).await.unwrap();
+        let before = volume.state().checkpoint;
+        volume.rest(false);
+        blockmason::rt::sleep(Duration::from_secs(20)).await;
+        assert!(volume.state().pieces.bytes() == 0 && volume.state().checkpoint > before);
+        assert_eq!(
+            (get(&volume, 0).await, get(&volume, 100).await, get(&volume, 399 * BLOCK).await),
+            (3, 2, 2)
+        );
+    });
+}

@@ -190,6 +190,13 @@ fn nothing_is_left_behind_where_nothing_fails() {
                         step(&volume, &mut rng, &model, false).await;
                     }
                     open::close(&volume, Duration::from_secs(60)).await.unwrap();
+                    // The last block is shorter than the others.
+                    let bytes = memory.stored("b/") + memory.stored("wal/");
+                    assert!(
+                        (bytes..bytes + BLOCK).contains(&volume.stored()),
+                        "{bytes}, {}",
+                        volume.stored()
+                    );
                     let state = volume.state();
                     let present = state.map.present(0..SIZE.div_ceil(BLOCK));
                     let count = |prefix: &str| {
