@@ -43,6 +43,7 @@ pub static ALL: &[&ElementType] = &[
     #[cfg(feature = "s3")]
     &sink::s3::TYPE,
     &sink::volatile::TYPE,
+    &transform::blocksize::TYPE,
     &transform::cache::TYPE,
     &transform::cow::TYPE,
     #[cfg(feature = "crypto")]

@@ -74,6 +74,7 @@ const FRAGMENTS: &[Fragment] = &[
     ),
     disk("tee", "element X (type tee) element S {odd} (X, only) -> S"),
     disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
+    disk("blocksize", "element X (type blocksize) (block 4k) (gather 1ms) element S {odd} X -> S"),
     disk(
         "cache",
         "element X (type cache) (path {folder}/x.cache) (size 400k) (line 4k) (mode write_back) element S {odd} X -> S",
