@@ -45,6 +45,7 @@ pub static ALL: &[&ElementType] = &[
     &sink::volatile::TYPE,
     &transform::blocksize::TYPE,
     &transform::cache::TYPE,
+    &transform::checksum::TYPE,
     &transform::cow::TYPE,
     #[cfg(feature = "crypto")]
     &transform::crypto::TYPE,

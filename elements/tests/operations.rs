@@ -80,6 +80,10 @@ const FRAGMENTS: &[Fragment] = &[
         "element X (type cache) (path {folder}/x.cache) (size 400k) (line 4k) (mode write_back) element S {odd} X -> S",
     ),
     disk(
+        "checksum",
+        "element X (type checksum) (block 512) (create yes) element S (type mem) (size 90k) X -> S",
+    ),
+    disk(
         "cow",
         "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
     ),
@@ -101,7 +105,7 @@ const FRAGMENTS: &[Fragment] = &[
 
 /// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there; and one
 /// whose requests have another length below. What reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["cache", "crypto", "wal", "radix"];
+const KEEPERS: &[&str] = &["cache", "checksum", "crypto", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.

@@ -2,8 +2,12 @@
 
 pub mod blocksize;
 pub mod cache;
+pub mod checksum;
 pub mod cow;
 #[cfg(feature = "crypto")]
 pub mod crypto;
+mod label;
+mod own;
 mod power;
+mod slots;
 pub mod wal;
