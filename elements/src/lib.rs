@@ -46,6 +46,8 @@ pub static ALL: &[&ElementType] = &[
     &transform::blocksize::TYPE,
     &transform::cache::TYPE,
     &transform::checksum::TYPE,
+    #[cfg(feature = "compress")]
+    &transform::compress::TYPE,
     &transform::cow::TYPE,
     #[cfg(feature = "crypto")]
     &transform::crypto::TYPE,

@@ -84,6 +84,10 @@ const FRAGMENTS: &[Fragment] = &[
         "element X (type checksum) (block 512) (create yes) element S (type mem) (size 90k) X -> S",
     ),
     disk(
+        "compress",
+        "element X (type compress) (cluster 16k) (create yes) element S (type mem) (size 120k) X -> S",
+    ),
+    disk(
         "cow",
         "element X (type cow) (block 4k) element B {odd} element O {roomy} (X, base) -> B (X, overlay) -> O",
     ),
@@ -105,7 +109,7 @@ const FRAGMENTS: &[Fragment] = &[
 
 /// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there; and one
 /// whose requests have another length below. What reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["cache", "checksum", "crypto", "wal", "radix"];
+const KEEPERS: &[&str] = &["cache", "checksum", "compress", "crypto", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.

@@ -3,6 +3,8 @@
 pub mod blocksize;
 pub mod cache;
 pub mod checksum;
+#[cfg(feature = "compress")]
+pub mod compress;
 pub mod cow;
 #[cfg(feature = "crypto")]
 pub mod crypto;

@@ -14,10 +14,20 @@ pub(super) type Block = Power<512, { 64 << 10 }>;
 pub(super) type Chunk = Power<{ 4 << 10 }, { 1 << 20 }>;
 /// A block of whatever lies below.
 pub(super) type Unit = Power<512, { 16 << 20 }>;
+/// What is compressed together.
+#[cfg(feature = "compress")]
+pub(super) type Cluster = Power<{ 16 << 10 }, { 4 << 20 }>;
+/// What room is taken and given back in.
+#[cfg(feature = "compress")]
+pub(super) type Room = Power<512, { 1 << 20 }>;
 
 blockmason::text_value!(Block, "size");
 blockmason::text_value!(Chunk, "size");
 blockmason::text_value!(Unit, "size");
+#[cfg(feature = "compress")]
+blockmason::text_value!(Cluster, "size");
+#[cfg(feature = "compress")]
+blockmason::text_value!(Room, "size");
 
 impl<const MIN: u64, const MAX: u64> Power<MIN, MAX> {
     /// True if it may be so many bytes.
