@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::events::{Event, EventKind};
-use crate::geometry::Geometry;
+use crate::geometry::{Geometry, NO_LIMIT};
 use crate::luggage::Luggage;
 use crate::request::{Reply, Request};
 use crate::sched::Cx;
@@ -263,17 +263,39 @@ pub struct Prepared {
     pub geometry: Geometry,
     /// What the element keeps for this graph; see [`Cx::prepared`].
     pub state: Option<Box<dyn Any + Send + Sync>>,
+    /// How its own requests are made to fit, beyond what lies below asks for.
+    pub demand: Demand,
+}
+
+/// What is asked of the requests that leave an element, in the words of [`Geometry`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// They start and end at multiples of this, a power of two. Whoever else reaches the same disk changes
+    /// nothing of a block while the rest of it is read and written.
+    pub min_block: u32,
+    /// The longest of them, `min_block` at least.
+    pub max_len: u32,
+}
+
+impl Demand {
+    /// Nothing is asked for.
+    pub const NONE: Demand = Demand { min_block: 1, max_len: NO_LIMIT };
 }
 
 impl Prepared {
     /// Only a geometry.
     pub fn of(geometry: Geometry) -> Prepared {
-        Prepared { geometry, state: None }
+        Prepared { geometry, state: None, demand: Demand::NONE }
     }
 
     /// A geometry and something to keep.
     pub fn with(geometry: Geometry, state: impl Any + Send + Sync) -> Prepared {
-        Prepared { geometry, state: Some(Box::new(state)) }
+        Prepared { geometry, state: Some(Box::new(state)), demand: Demand::NONE }
+    }
+
+    /// The same, with a demand on the requests that the element sends down.
+    pub fn asking(self, demand: Demand) -> Prepared {
+        Prepared { demand, ..self }
     }
 }
 

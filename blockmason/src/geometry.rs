@@ -56,6 +56,13 @@ impl Geometry {
         Geometry { min_block: 1, max_len: NO_LIMIT, atomic: self.atomic.min(self.max_len), ..self }
     }
 
+    /// How much can be written at once, all or nothing, by whoever stands above: what is read and written to
+    /// complete blocks counts, too. In bytes, [`MAX_REQUEST`] at the most.
+    pub fn reach(&self) -> u64 {
+        let around = if self.min_block > 1 { 2 * u64::from(self.min_block) } else { 0 };
+        u64::from(self.above().atomic.min(MAX_REQUEST)).saturating_sub(around)
+    }
+
     /// What two disks side by side or in a row have in common: their size is the caller's business.
     pub fn meet(self, other: Geometry) -> Geometry {
         Geometry {

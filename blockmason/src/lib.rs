@@ -24,7 +24,7 @@ pub mod sched;
 pub mod testing;
 
 pub use data::{Data, PoolBuf, Segment};
-pub use element::{Children, Element, Flow, LocalBoxFuture, Open, Prepared};
+pub use element::{Children, Demand, Element, Flow, LocalBoxFuture, Open, Prepared};
 pub use error::{Errno, Error, Kind, Result};
 pub use geometry::{Geometry, Ops};
 pub use graph::{Connection, Graph, Instance};

@@ -45,7 +45,11 @@ pub static ALL: &[&ElementType] = &[
     #[cfg(feature = "s3")]
     &sink::s3::TYPE,
     &sink::volatile::TYPE,
+    &transform::blocksize::TYPE,
     &transform::cache::TYPE,
+    &transform::checksum::TYPE,
+    #[cfg(feature = "compress")]
+    &transform::compress::TYPE,
     &transform::cow::TYPE,
     #[cfg(feature = "crypto")]
     &transform::crypto::TYPE,

@@ -46,6 +46,20 @@ fn who_stops_writes_and_reads() {
     }
 }
 
+#[test]
+fn what_is_encrypted_is_not_compressed_behind_it() {
+    let rule = "no path crypto -> compress";
+    let (key, disk) = ("(type crypto) (key_file vm1.key)", "(type mem) (size 64M)");
+    let graph = |upper: &str, lower: &str| {
+        let text = format!(
+            "element Guest (type nbd) (listen unix:x) element U {upper} element L {lower} element Disk {disk}\n\
+             Guest -> U -> L -> Disk invariant \"x\": {rule}"
+        );
+        parse_checked(&NoFiles, "t".as_ref(), "/t".into(), text, &Defines::new(), ALL).is_ok()
+    };
+    assert!(graph("(type compress)", key) && !graph(key, "(type compress)"));
+}
+
 /// "All data is encrypted before it reaches the disk", whatever is put in between later.
 #[test]
 fn encryption_can_be_demanded_of_every_write() {

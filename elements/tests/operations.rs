@@ -74,9 +74,18 @@ const FRAGMENTS: &[Fragment] = &[
     ),
     disk("tee", "element X (type tee) element S {odd} (X, only) -> S"),
     disk("throttle", "element X (type throttle) (rate 50M/s) (write_iops 5000) element S {odd} X -> S"),
+    disk("blocksize", "element X (type blocksize) (block 4k) (gather 1ms) element S {odd} X -> S"),
     disk(
         "cache",
         "element X (type cache) (path {folder}/x.cache) (size 400k) (line 4k) (mode write_back) element S {odd} X -> S",
+    ),
+    disk(
+        "checksum",
+        "element X (type checksum) (block 512) (create yes) element S (type mem) (size 90k) X -> S",
+    ),
+    disk(
+        "compress",
+        "element X (type compress) (cluster 16k) (create yes) element S (type mem) (size 120k) X -> S",
     ),
     disk(
         "cow",
@@ -100,7 +109,7 @@ const FRAGMENTS: &[Fragment] = &[
 
 /// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there; and one
 /// whose requests have another length below. What reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["cache", "crypto", "wal", "radix"];
+const KEEPERS: &[&str] = &["cache", "checksum", "compress", "crypto", "wal", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.

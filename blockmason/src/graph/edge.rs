@@ -1,5 +1,6 @@
 //! An edge, and what may travel it without help.
 
+use crate::element::Demand;
 use crate::geometry::{Geometry, NO_LIMIT};
 use crate::request::{Op, Request};
 use crate::sched::{Order, Traced};
@@ -10,8 +11,11 @@ pub(crate) struct Edge {
     pub(crate) from: u32,
     pub(crate) to: u32,
     pub(crate) port: Box<str>,
-    /// Bits that offset and length of a request must not have: the block size below, less one.
+    /// Bits that offset and length of a request must not have: the block size, less one.
     pub(crate) mask: u64,
+    /// True if changes hold their range: somebody reads, modifies and writes blocks of the element below, here
+    /// or on another edge.
+    pub(crate) locks: bool,
     /// The longest request.
     pub(crate) max_len: u64,
     /// Bit `op` is set if the element below can be handed requests of that operation as they are.
@@ -27,28 +31,37 @@ pub(crate) struct Edge {
 }
 
 impl Edge {
-    pub(crate) fn new(from: u32, port: &str, to: u32, below: &Geometry) -> Edge {
-        let mut ops = 0;
-        for op in Op::ALL {
-            // Where blocks are read, modified and written, every change has to hold its range, whole
-            // blocks too: a write between the reading and the writing would be lost.
-            let ordered = below.min_block > 1 && op.changes_data();
-            if below.ops.has(op) && !ordered {
-                ops |= 1 << op as u8;
-            }
-        }
-        Edge {
+    pub(crate) fn new(from: u32, port: &str, to: u32, below: &Geometry, demand: Demand) -> Edge {
+        let ops = Op::ALL.into_iter().filter(|op| below.ops.has(*op)).fold(0, |ops, op| ops | 1 << op as u8);
+        let max_len = below.max_len.min(demand.max_len);
+        let mut edge = Edge {
             from,
             to,
             port: port.into(),
-            mask: u64::from(below.min_block) - 1,
-            max_len: if below.max_len >= NO_LIMIT { u64::MAX } else { u64::from(below.max_len) },
+            mask: u64::from(below.min_block.max(demand.min_block)) - 1,
+            locks: false,
+            max_len: if max_len >= NO_LIMIT { u64::MAX } else { u64::from(max_len) },
             ops,
             unordered: ops,
             order: None,
             size: below.size,
             traced: Arc::default(),
+        };
+        if edge.mask > 0 {
+            edge.lock_changes();
         }
+        edge
+    }
+
+    /// Where blocks are read, modified and written, every change has to hold its range, whole blocks too: a
+    /// write between the reading and the writing would be lost.
+    pub(crate) fn lock_changes(&mut self) {
+        self.locks = true;
+        self.ops = Op::ALL
+            .into_iter()
+            .filter(|op| op.changes_data())
+            .fold(self.ops, |ops, op| ops & !(1 << op as u8));
+        self.unordered = self.ops;
     }
 
     /// Makes this a place where overlapping requests are ordered.

@@ -179,7 +179,7 @@ impl Graph {
             geometries[ix] = Some(prepared.geometry);
             let first_edge = edges.len() as u32;
             for ((port, to), (_, geometry)) in ports[ix].iter().zip(&children) {
-                edges.push(Edge::new(ix as u32, port, *to as u32, geometry));
+                edges.push(Edge::new(ix as u32, port, *to as u32, geometry, prepared.demand));
             }
             nodes[ix] = Some(Node {
                 instance: instance.clone(),
@@ -192,6 +192,8 @@ impl Graph {
             });
         }
         let mut nodes: Vec<Node> = nodes.into_iter().flatten().collect();
+        let locked: HashSet<u32> = edges.iter().filter(|edge| edge.locks).map(|edge| edge.to).collect();
+        edges.iter_mut().filter(|edge| locked.contains(&edge.to)).for_each(Edge::lock_changes);
         let places = order::apply(&mut nodes, &mut edges)?;
         let tallies = (0..shards).map(|_| Arc::new(Tally::new(&nodes, edges.len()))).collect();
         Ok(Graph {

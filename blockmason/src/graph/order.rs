@@ -63,7 +63,8 @@ pub(super) fn apply(nodes: &mut [Node], edges: &mut [Edge]) -> Result<Vec<Vec<us
         let Some(leader) = group.members.iter().min_by_key(rank) else { continue };
         let leader = nodes[*leader].instance.clone();
         // Whoever completes a block changes all of it, wherever that is done.
-        let block = group.below.iter().map(|ix| nodes[*ix].geometry.min_block).max().unwrap_or(1);
+        let within = edges.iter().filter(|edge| group.below.contains(&(edge.to as usize)));
+        let block = within.map(|edge| edge.mask + 1).max().unwrap_or(1);
         let order = Order::new(leader, block);
         group.places.iter().for_each(|edge| edges[*edge].set_order(order.clone()));
         for ix in group.members.iter().filter(|ix| types[**ix].serialises) {

@@ -152,7 +152,7 @@ impl<'a> Below<'a> {
     }
 
     async fn write(self, req: Request) -> Reply {
-        if self.edge.mask == 0 {
+        if !self.edge.locks {
             self.split(req, self.piece()).await?;
             return Ok(Answer::Done);
         }
@@ -209,9 +209,9 @@ impl<'a> Below<'a> {
         Ok(Answer::Done)
     }
 
-    /// Holds whole blocks against read-modify-write, where that happens at all.
+    /// Holds a range against read-modify-write, where that happens at all.
     async fn hold(self, req: &Request, range: &Range<u64>) -> Option<super::RangeGuard<'a>> {
-        if self.edge.mask == 0 {
+        if !self.edge.locks {
             return None;
         }
         let ranges = &self.cx.lane.graph.nodes[self.cx.node as usize].instance.ranges;

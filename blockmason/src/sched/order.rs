@@ -25,8 +25,8 @@ pub(crate) struct Order {
 
 impl Order {
     /// By the map of `leader`, in blocks of `block` bytes, a power of two.
-    pub(crate) fn new(leader: Arc<Instance>, block: u32) -> Order {
-        Order { leader, mask: u64::from(block) - 1 }
+    pub(crate) fn new(leader: Arc<Instance>, block: u64) -> Order {
+        Order { leader, mask: block - 1 }
     }
 
     /// Whose map it is.

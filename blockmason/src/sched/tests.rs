@@ -3,8 +3,8 @@
 mod conflicts;
 mod ranges;
 
-use crate::describe::{Build, ElementType, Family, Ports, Survives};
-use crate::element::{Children, Element, Flow, LocalBoxFuture, Prepared};
+use crate::describe::{Build, ElementType, Family, Outs, Ports, Survives};
+use crate::element::{Children, Demand, Element, Flow, LocalBoxFuture, Prepared};
 use crate::error::{Error, Kind, Result};
 use crate::geometry::{Geometry, Ops};
 use crate::graph::Graph;
@@ -27,7 +27,7 @@ const BASE: ElementType = ElementType {
 
 const THROUGH: ElementType = ElementType { ports: Ports::THROUGH, passes_through: true, ..BASE };
 
-static ALL: &[&ElementType] = &[&PARK, &HOP, &PANIC, &BLOCKS, &BEHIND];
+static ALL: &[&ElementType] = &[&PARK, &HOP, &PANIC, &BLOCKS, &BEHIND, &ASKS, &HALVES];
 static PARK: ElementType = ElementType {
     name: "park",
     build: |build: &Build<'_>| Ok(Arc::new(Park(build.name.to_owned()))),
@@ -39,6 +39,14 @@ static BLOCKS: ElementType =
     ElementType { name: "blocks", build: |_| Ok(Arc::new(Blocks::default())), ..BASE };
 static BEHIND: ElementType =
     ElementType { name: "behind", ports: Ports::THROUGH, build: |_| Ok(Arc::new(Behind)), ..BASE };
+
+static ASKS: ElementType = ElementType { name: "asks", build: |_| Ok(Arc::new(Asks)), ..THROUGH };
+static HALVES: ElementType = ElementType {
+    name: "halves",
+    ports: Ports { input: true, out: Outs::Named(&["low", "high"]) },
+    build: |_| Ok(Arc::new(Halves)),
+    ..BASE
+};
 
 thread_local! {
     /// What lets each parked request go, by element.
@@ -114,6 +122,37 @@ impl Element for Behind {
         }
         drop(cx.detach(0, cx.child(&req)));
         Flow::done()
+    }
+}
+
+/// Asks for larger and shorter requests than what lies below, and passes on what it is given.
+struct Asks;
+
+impl Element for Asks {
+    fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
+        let geometry = children.single()?.above();
+        Ok(Prepared::of(geometry).asking(Demand { min_block: 1024, max_len: 1024 }))
+    }
+
+    fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
+        cx.forward(0, req)
+    }
+}
+
+/// Two ways to one disk, each with a half of the addresses.
+struct Halves;
+
+impl Element for Halves {
+    fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
+        let below = children.ports[0].1.above();
+        Ok(Prepared::of(Geometry { size: 2 * below.size, ..below }))
+    }
+
+    fn submit<'a>(&'a self, mut req: Request, cx: Cx<'a>) -> Flow<'a> {
+        let half = cx.geometry().size / 2;
+        let high = req.op.has_range() && req.offset >= half;
+        req.offset -= if high { half } else { 0 };
+        cx.forward(usize::from(high), req)
     }
 }
 
@@ -379,6 +418,42 @@ fn neighbours_in_one_block_do_not_lose_each_others_writes() {
         let expected: Vec<u8> = (0..64).chain(std::iter::repeat_n(9, 448)).collect();
         assert!(block == expected, "{block:?}");
     });
+}
+
+#[test]
+fn any_request_fits_what_an_element_asks_of_its_own() {
+    for seed in 0..10 {
+        run(seed, async |host| {
+            let text = "element A (type asks) element B (type blocks) A -> B";
+            let disk = TestDisk::new(&host, ALL, text, "A").await.unwrap();
+            play_against_model(&disk, seed, 200).await;
+        });
+    }
+}
+
+/// One of the ways reads, modifies and writes; whoever comes by the other one waits for that.
+#[test]
+fn neighbours_by_another_way_do_not_lose_their_writes() {
+    for seed in 0..20 {
+        run(seed, async |host| {
+            let text = "element H (type halves) element A (type asks) element B (type blocks) (H, low) -> A -> B (H, high) -> B";
+            let disk = TestDisk::new(&host, ALL, text, "H").await.unwrap();
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let mut order: Vec<u64> = (0..16).collect();
+            rng.shuffle(&mut order);
+            let write = |ix: &u64| {
+                // Whole blocks of the disk: the other way has nothing to complete.
+                let past = if ix % 2 == 1 { BLOCKS_SIZE as u64 } else { 0 };
+                disk.send(Request::write(past + ix * 512, Data::copy_of(&[*ix as u8 + 1; 512])))
+            };
+            let sent: Vec<_> = order.iter().map(write).collect();
+            for reply in sent {
+                reply.await.unwrap().unwrap();
+            }
+            let expected: Vec<u8> = (1..=16).flat_map(|ix| [ix; 512]).collect();
+            assert!(disk.read(0, 16 * 512).await.unwrap() == expected, "seed {seed}");
+        });
+    }
 }
 
 #[test]

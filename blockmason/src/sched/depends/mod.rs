@@ -207,7 +207,7 @@ pub(super) fn hold<'a>(
 ) -> Flow<'a> {
     let issued = issue(&req);
     reach(below, &mut req);
-    let locks = edge.mask != 0 && req.op.changes_data();
+    let locks = edge.locks && req.op.changes_data();
     if !(is_end(below) || locks) || below.is_independent(&req) {
         return issued.over(go(req));
     }

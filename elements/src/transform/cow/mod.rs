@@ -13,9 +13,10 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
+use super::power::Chunk;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
 use blockmason::element::BoxFuture;
-use blockmason::lang::value::{Rate, Size};
+use blockmason::lang::value::Rate;
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Luggage, Op, Open, Origin, Prepared,
     Request, Result,
@@ -25,10 +26,8 @@ use futures::future::{Either, select};
 use io::Io;
 use overlay::Overlay;
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::future::ready;
 use std::pin::pin;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -40,31 +39,9 @@ blockmason::params! {
     struct Params {
         /// Bytes that are copied when the first of them is changed: a power of two from 4k to 1M. Of an
         /// overlay that exists it must be its own.
-        block: Block = "64k",
+        block: Chunk = "64k",
     }
 }
-
-/// A power of two from 4 KiB to 1 MiB.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Block(u64);
-
-impl FromStr for Block {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Block, String> {
-        let Size(bytes) = text.parse()?;
-        let fits = bytes.is_power_of_two() && (4 << 10..=1 << 20).contains(&bytes);
-        fits.then_some(Block(bytes)).ok_or(format!("expected a power of two from 4k to 1M, found `{text}`"))
-    }
-}
-
-impl fmt::Display for Block {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Size(self.0).fmt(f)
-    }
-}
-
-blockmason::text_value!(Block, "size");
 
 /// See the module.
 pub const TYPE: ElementType = ElementType {

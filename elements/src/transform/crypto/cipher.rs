@@ -2,6 +2,7 @@
 
 use super::format::{Cipher, Id, MAGIC, TAG, TRAILER, Trailer};
 use super::keys::Secret;
+use crate::transform::slots::flat;
 use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce};
 use blockmason::data::is_zero;
 use blockmason::{Data, Error, PoolBuf, Result};
@@ -142,16 +143,4 @@ pub(super) fn trailers(block: usize, slots: &Data) -> Vec<Trailer> {
         Trailer::decode(&bytes)
     };
     (0..slots.len() / len).map(trailer).collect()
-}
-
-/// The bytes in one piece: where they are, or copied.
-fn flat<'a>(data: &'a Data, scratch: &'a mut Vec<u8>) -> &'a [u8] {
-    match data.as_slice() {
-        Some(bytes) => bytes,
-        None => {
-            scratch.resize(data.len(), 0);
-            data.copy_to(scratch);
-            scratch
-        }
-    }
 }

@@ -1,8 +1,8 @@
 //! What is on the disk below, as docs/formats/crypto.md has it: places, header, session table, slots.
 
 use super::keys::{Secret, Wrapped};
-use blockmason::{Error, Kind, Result};
-use std::ops::Range;
+use crate::transform::power::Block;
+use crate::transform::slots::Layout;
 
 /// Bytes of a copy of the header.
 pub(super) const HEADER: usize = 4096;
@@ -61,39 +61,9 @@ impl Cipher {
     }
 }
 
-/// Where blocks are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
-    /// Bytes of a block.
-    pub(super) block: u64,
-    /// Bytes of the plain disk.
-    pub(super) size: u64,
-}
-
-impl Layout {
-    /// As many blocks as fit on a disk.
-    pub(super) fn new(block: u64, below: u64) -> Result<Layout> {
-        let slot = block + TRAILER as u64;
-        let blocks = below.saturating_sub(DATA) / slot;
-        if blocks == 0 {
-            let needed = DATA + slot;
-            let message =
-                format!("the disk below has {below} bytes; the smallest encrypted one has {needed}");
-            return Err(Error::new(Kind::NoSpace, message));
-        }
-        Ok(Layout { block, size: blocks * block })
-    }
-
-    /// Bytes of a slot.
-    pub(super) fn slot(self) -> u64 {
-        self.block + TRAILER as u64
-    }
-
-    /// Where the slots of a range of whole blocks are.
-    pub(super) fn slots(self, range: &Range<u64>) -> Range<u64> {
-        let place = |at: u64| DATA + at / self.block * self.slot();
-        place(range.start)..place(range.end)
-    }
+/// Where the blocks of a disk of so many bytes are.
+pub(super) fn layout(block: u64, size: u64) -> Layout {
+    Layout { block, slot: block + TRAILER as u64, start: DATA, size }
 }
 
 /// What a passphrase costs to try.
@@ -248,8 +218,10 @@ impl Header {
         let block = u64::from(u32_at(bytes, 44));
         let size = u64_at(bytes, 48);
         let places = (u64_at(bytes, 56), u32_at(bytes, 64), u64_at(bytes, 72));
-        let sane =
-            is_block(block) && size > 0 && size.is_multiple_of(block) && places == (TABLE, SESSIONS, DATA);
+        let sane = Block::may_be(block)
+            && size > 0
+            && size.is_multiple_of(block)
+            && places == (TABLE, SESSIONS, DATA);
         let (Some(cipher), true, state @ 0..=1) = (Cipher::from(u32_at(bytes, 40)), sane, u32_at(bytes, 68))
         else {
             return Err(refused("makes no sense, although its checksum is right"));
@@ -273,7 +245,7 @@ impl Header {
             id: array(bytes, 16),
             sequence: u64_at(bytes, 32),
             cipher,
-            layout: Layout { block, size },
+            layout: layout(block, size),
             erased: state == 1,
             rotated: u64_at(bytes, 80),
             slots,
@@ -295,11 +267,6 @@ impl Header {
     pub(super) fn oldest(&self) -> u32 {
         self.keys.first().map_or(0, |key| key.id)
     }
-}
-
-/// True if blocks may have so many bytes.
-pub(super) fn is_block(bytes: u64) -> bool {
-    bytes.is_power_of_two() && (512..=64 << 10).contains(&bytes)
 }
 
 impl Slot {

@@ -5,7 +5,6 @@
 
 mod cipher;
 mod format;
-mod io;
 mod keys;
 mod rotate;
 mod serve;
@@ -13,52 +12,27 @@ mod serve;
 mod tests;
 mod volume;
 
+use super::own::{Io, OUT};
+use super::power::Block;
+use super::slots::{self, Layout};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
-use blockmason::geometry::MAX_REQUEST;
-use blockmason::lang::value::{FilePath, Size};
+use blockmason::lang::value::FilePath;
 use blockmason::lang::{ParamError, Params as Given};
-use blockmason::{
-    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Prepared, Request, Result,
-};
-use format::{Cipher, HEADER, Layout, Opener, SESSIONS};
+use blockmason::{Children, Cx, Element, Error, Flow, Kind, LocalBoxFuture, Op, Prepared, Request, Result};
+use format::{Cipher, DATA, HEADER, Opener, SESSIONS, TRAILER};
 use futures::future::{Either, select};
-use io::{Io, OUT};
 use keys::{Credential, Source};
 use rotate::Rotation;
 use std::collections::VecDeque;
-use std::fmt;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use volume::{Volume, Wanted, hex};
-
-/// A power of two from 512 bytes to 64 KiB.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Block(u64);
-
-impl FromStr for Block {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Block, String> {
-        let Size(bytes) = text.parse()?;
-        let found = format::is_block(bytes).then_some(Block(bytes));
-        found.ok_or_else(|| format!("expected a power of two from 512 to 64k, found `{text}`"))
-    }
-}
-
-impl fmt::Display for Block {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Size(self.0).fmt(f)
-    }
-}
-
-blockmason::text_value!(Block, "size");
 
 blockmason::params! {
     /// Encryption.
@@ -258,13 +232,6 @@ struct Place {
 enum Next {
     Asked,
     After(Duration),
-}
-
-/// How much of the disk below can be written at once, all or nothing. What it reads and writes to complete its own blocks
-/// counts, too.
-fn reach(below: &Geometry) -> u64 {
-    let around = if below.min_block > 1 { 2 * u64::from(below.min_block) } else { 0 };
-    u64::from(below.above().atomic.min(MAX_REQUEST)).saturating_sub(around)
 }
 
 impl Crypto {
@@ -506,7 +473,7 @@ fn backup(volume: &Volume, path: &Path) -> Result<String> {
 }
 
 /// The key slots, as people read them.
-fn slots(volume: &Volume) -> String {
+fn key_slots(volume: &Volume) -> String {
     let state = volume.state();
     let used = state.header.slots.iter().enumerate();
     let used = used.filter_map(|(number, slot)| slot.as_ref().map(|slot| (number, slot.opener)));
@@ -522,46 +489,22 @@ fn slots(volume: &Volume) -> String {
 impl Element for Crypto {
     fn prepare(&self, children: Children<'_>) -> Result<Prepared> {
         let below = children.single()?;
-        let layout = Layout::new(self.block, below.size)?;
-        let (reach, slot) = (reach(&below), layout.slot());
+        let slot = self.block + TRAILER as u64;
+        let layout = Layout::new(self.block, slot, DATA, below.size, "encrypted")?;
         // A header that is torn while the volume is made would look like one that is lost.
-        let needed = slot.max(HEADER as u64);
-        if reach < needed {
-            let message = format!(
-                "the disk below promises atomic writes of {reach} bytes, and {needed} are needed: a block that is torn by a \
-                 loss of power could not be told from one that was changed; put a `wal` in between"
-            );
-            return Err(Error::unsupported(message));
-        }
-        let longest = (reach / slot * layout.block) as u32;
-        let zeroes = below.ops.write_zeroes;
-        let ops = Ops {
-            discard: zeroes,
-            write_zeroes: zeroes,
-            fast_zero: zeroes && below.ops.fast_zero,
-            cache: below.ops.cache,
-            extents: below.ops.extents,
-        };
-        let geometry = Geometry {
-            size: layout.size,
-            min_block: layout.block as u32,
-            preferred_block: below.preferred_block.max(layout.block as u32),
-            max_len: longest,
-            ops,
-            atomic: longest,
-            ..below
-        };
+        let geometry =
+            layout.geometry(&below, HEADER as u64, "could not be told from one that was changed")?;
         Ok(Prepared::with(geometry, Place { layout, volume: OnceLock::new() }))
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         match cx.prepared::<Place>().volume.get() {
-            Some(volume) => volume.serve(req, cx),
+            Some(volume) => slots::serve(&**volume, req, cx),
             // Nothing was written here that is not there: a volume that nothing opens must not keep its graph.
             None if matches!(req.op, Op::Flush | Op::Control) => cx.forward(OUT, req),
             None => cx.later(&req.clone(), async move {
                 let volume = self.volume(cx).await?;
-                volume.serve(req, cx).await
+                slots::serve(volume, req, cx).await
             }),
         }
     }
@@ -581,7 +524,7 @@ impl Element for Crypto {
     fn get(&self, handler: &str) -> Result<String> {
         match handler {
             "volume" => Ok(hex(&self.opened()?.state().header.id)),
-            "slots" => Ok(slots(&*self.opened()?)),
+            "slots" => Ok(key_slots(&*self.opened()?)),
             "sessions" => Ok(format!("{} of {SESSIONS}", self.opened()?.state().used())),
             "rotation" => {
                 let reached = self.now().reached;

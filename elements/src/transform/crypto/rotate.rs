@@ -1,8 +1,9 @@
 //! A new data key, and every block encrypted again with it while guests go on.
 
 use super::cipher::Session;
-use super::io::Io;
 use super::volume::Volume;
+use crate::transform::own::Io;
+use crate::transform::slots::Slotted;
 use blockmason::sched::Mode;
 use blockmason::{Error, Kind, Result};
 use std::ops::Range;
@@ -100,13 +101,13 @@ impl Volume {
     /// Encrypts blocks again whose key is not the newest. Their range is held.
     async fn renew(&self, io: &Io<'_>, range: Range<u64>, rotation: &mut Rotation) -> Result<()> {
         let (layout, first) = (self.layout, range.start / self.layout.block);
-        let places = layout.slots(&range);
+        let places = layout.places(&range);
         let slots = io.read(places.start, places.end - places.start).await?;
         if slots.is_known_zero() {
             return Ok(());
         }
         let newest = self.state().header.newest();
-        let slot = layout.slot() as usize;
+        let slot = layout.slot as usize;
         let is_old = |session: &Option<Arc<Session>>| session.as_ref().is_some_and(|it| it.key != newest);
         // The most common case at once: everything can be read.
         let old: Vec<bool> = match self.sessions(first, &slots) {
@@ -121,7 +122,7 @@ impl Volume {
         };
         for run in runs(&old) {
             let part = slots.slice(run.start * slot..run.end * slot);
-            match self.open_slots(first + run.start as u64, part, io.cx).await {
+            match self.open(first + run.start as u64, part, io.cx).await {
                 Ok(plain) => self.rewrite(io, first + run.start as u64, plain).await?,
                 Err(_) => self.rewrite_each(io, first, run, &slots, rotation).await?,
             }
@@ -131,8 +132,8 @@ impl Volume {
 
     async fn rewrite(&self, io: &Io<'_>, first: u64, plain: blockmason::Data) -> Result<()> {
         let range = first * self.layout.block..first * self.layout.block + plain.len() as u64;
-        let sealed = self.seal_blocks(first, plain, io.cx).await?;
-        io.write(self.layout.slots(&range).start, sealed).await
+        let sealed = self.seal(first, plain, io.cx).await?;
+        io.write(self.layout.places(&range).start, sealed).await
     }
 
     /// Of a run in which something cannot be read, what can be.
@@ -144,10 +145,10 @@ impl Volume {
         slots: &blockmason::Data,
         rotation: &mut Rotation,
     ) -> Result<()> {
-        let slot = self.layout.slot() as usize;
+        let slot = self.layout.slot as usize;
         for ix in run {
             let number = first + ix as u64;
-            match self.open_slots(number, slots.slice(ix * slot..(ix + 1) * slot), io.cx).await {
+            match self.open(number, slots.slice(ix * slot..(ix + 1) * slot), io.cx).await {
                 Ok(plain) => self.rewrite(io, number, plain).await?,
                 Err(_) => {
                     rotation.bad += 1;

@@ -2,12 +2,13 @@
 
 use super::cipher::Session;
 use super::format::{
-    COPIES, Cipher, DATA, ENTRY, Entry, Fault, HEADER, Header, Id, Layout, RESERVED, SESSIONS, SLOTS, TABLE,
+    COPIES, Cipher, DATA, ENTRY, Entry, Fault, HEADER, Header, Id, RESERVED, SESSIONS, SLOTS, TABLE,
 };
-use super::io::Io;
 use super::keys::{Credential, Master, Secret, Source, random};
+use crate::transform::own::Io;
+use crate::transform::slots::{Layout, aside};
 use blockmason::sched::RangeLock;
-use blockmason::{Cx, Data, Error, Kind, Result, rt};
+use blockmason::{Cx, Data, Error, Kind, Result};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,11 +44,6 @@ pub(super) struct State {
     table: Vec<Entry>,
     sessions: HashMap<u32, Arc<Session>>,
     current: Option<Arc<Session>>,
-}
-
-/// Runs what takes the processor for long where that harms nobody.
-pub(super) async fn aside<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    rt::blocking(body).await.ok_or_else(|| Error::internal("work beside the shards has panicked"))
 }
 
 fn denied(message: impl Into<String>) -> Error {

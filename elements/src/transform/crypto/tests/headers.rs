@@ -1,6 +1,6 @@
 //! Headers that are damaged, hostile, half written, or somebody else's.
 
-use super::super::format::{COPIES, Cost, DataKey, Fault, HEADER, Header, Layout, Opener, SLOTS, Slot};
+use super::super::format::{COPIES, Cost, DataKey, Fault, HEADER, Header, Opener, SLOTS, Slot, layout};
 use super::super::format::{Cipher, Entry};
 use super::super::keys::Wrapped;
 use super::kit::{Bench, call, get, tapped};
@@ -203,7 +203,7 @@ fn header() -> impl Strategy<Value = Header> {
             id,
             sequence,
             cipher: if rotated % 2 == 0 { Cipher::Gcm } else { Cipher::GcmSiv },
-            layout: Layout { block: 4096, size: blocks * 4096 },
+            layout: layout(4096, blocks * 4096),
             erased: false,
             rotated,
             slots: slots.try_into().unwrap(),

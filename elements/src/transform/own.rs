@@ -52,6 +52,14 @@ impl<'a> Io<'a> {
         self.send(write).await.map(drop)
     }
 
+    #[cfg(feature = "compress")]
+    pub(super) async fn discard(&self, range: std::ops::Range<u64>) -> Result<()> {
+        let discard = |req: &mut Request| {
+            (req.op, req.offset, req.len) = (Op::Discard, range.start, range.end - range.start);
+        };
+        self.send(discard).await.map(drop)
+    }
+
     pub(super) async fn flush(&self) -> Result<()> {
         self.send(|_| ()).await.map(drop)
     }
