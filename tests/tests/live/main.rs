@@ -6,6 +6,8 @@ mod backup;
 mod backup_marks;
 mod changes;
 mod clients;
+mod cloud;
+mod cloud_crash;
 mod crashes;
 mod handover;
 mod heirs;
