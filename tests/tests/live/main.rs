@@ -8,6 +8,7 @@ mod changes;
 mod clients;
 mod cloud;
 mod cloud_crash;
+mod cloud_plain;
 mod crashes;
 mod handover;
 mod heirs;
