@@ -2,6 +2,7 @@
 
 use super::credentials::Source;
 use super::store::{Attempt, Failure, Head, Listed, ObjectStore, Put};
+use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
@@ -114,9 +115,10 @@ where
         let text = DisplayErrorContext(error).to_string();
         return match error {
             SdkError::ConstructionFailure(_) => never(Kind::Invalid, text),
-            // Where credentials cannot be had, nothing was sent.
-            _ if text.contains("credentials") => never(Kind::Denied, no_credentials(&text)),
-            _ => again(short(&text)),
+            _ => match lack_of_credentials(error) {
+                Some(why) => never(Kind::Denied, why),
+                None => again(short(&text)),
+            },
         };
     };
     let status = status(error);
@@ -153,8 +155,16 @@ fn status<E>(error: &SdkError<E>) -> u16 {
     error.raw_response().map_or(0, |response| response.status().as_u16())
 }
 
-fn no_credentials(text: &str) -> String {
-    format!("there are no credentials: {}", short(text))
+/// Why there are none, if that is so: then nothing was sent. That they cannot be had just now is another thing.
+fn lack_of_credentials(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    let lacking = chain.filter_map(|error| error.downcast_ref::<CredentialsError>());
+    let lacking =
+        lacking.filter(|error| matches!(error, CredentialsError::CredentialsNotLoaded(_))).last()?;
+    let why = std::error::Error::source(lacking).map_or_else(|| lacking.to_string(), ToString::to_string);
+    let nowhere =
+        "there are no credentials in the environment or in ~/.aws/credentials, and the machine has no role";
+    Some(format!("{nowhere}: {}", short(&why)))
 }
 
 /// The first line of what a library says, without its debugging output.
