@@ -9,7 +9,7 @@ use aws_sdk_s3::config::{
     BehaviorVersion, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedHttpClient,
     StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use aws_smithy_http_client::tls::{self, TlsContext, TrustStore};
@@ -112,12 +112,11 @@ where
     let again = |why: String| Refusal::Failed(Failure::Again(why));
     let never = |kind, why: String| Refusal::Failed(Failure::Never(Error::new(kind, why)));
     let Some(service) = error.as_service_error() else {
-        let text = DisplayErrorContext(error).to_string();
         return match error {
-            SdkError::ConstructionFailure(_) => never(Kind::Invalid, text),
+            SdkError::ConstructionFailure(_) => never(Kind::Invalid, cause(error)),
             _ => match lack_of_credentials(error) {
                 Some(why) => never(Kind::Denied, why),
-                None => again(short(&text)),
+                None => again(cause(error)),
             },
         };
     };
@@ -161,16 +160,15 @@ fn lack_of_credentials(error: &(dyn std::error::Error + 'static)) -> Option<Stri
     let lacking = chain.filter_map(|error| error.downcast_ref::<CredentialsError>());
     let lacking =
         lacking.filter(|error| matches!(error, CredentialsError::CredentialsNotLoaded(_))).last()?;
-    let why = std::error::Error::source(lacking).map_or_else(|| lacking.to_string(), ToString::to_string);
     let nowhere =
         "there are no credentials in the environment or in ~/.aws/credentials, and the machine has no role";
-    Some(format!("{nowhere}: {}", short(&why)))
+    Some(format!("{nowhere}: {}", cause(lacking)))
 }
 
-/// The first line of what a library says, without its debugging output.
-fn short(text: &str) -> String {
-    let text = text.split(" (").next().unwrap_or(text);
-    text.chars().take(200).collect()
+/// What is at the bottom of an error: all above it is about the library.
+fn cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let last = std::iter::successors(Some(error), |error| error.source()).last();
+    last.map_or_else(String::new, ToString::to_string).chars().take(200).collect()
 }
 
 /// Bytes that a body shares.
