@@ -11,6 +11,7 @@ mod cloud_crash;
 mod cloud_down;
 mod cloud_plain;
 mod cloud_refused;
+mod cloud_stale;
 mod crashes;
 mod handover;
 mod heirs;
