@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 /// A connection.
@@ -124,7 +124,11 @@ pub fn command(folder: &Path, args: &[&str]) -> Command {
 
 /// Runs `mason` to its end.
 pub fn mason(folder: &Path, args: &[&str]) -> Ended {
-    let output = command(folder, args).output().unwrap_or_else(|error| panic!("mason: {error}"));
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ended { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
+    ended(&command(folder, args).output().unwrap_or_else(|error| panic!("mason: {error}")))
+}
+
+/// What a program has said and done.
+pub fn ended(output: &Output) -> Ended {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ended { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr) }
 }

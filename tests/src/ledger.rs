@@ -70,32 +70,12 @@ impl Ledger {
         (0..count).map(|number| Ledger::new(number + 1, number * share, share, seed)).collect()
     }
 
-    /// Makes one random request, and checks what it reads.
-    ///
-    /// # Errors
-    /// The connection has ended: the change may have been made or not.
-    fn step(&mut self, raw: &mut Raw) -> io::Result<()> {
-        let longest = if self.rng.u8(..8) == 0 { LONGEST } else { 64 };
-        let length = self.rng.u64(1..=longest.min(self.sectors.len() as u64));
-        let at = self.rng.u64(..=self.sectors.len() as u64 - length);
-        match self.rng.u8(..32) {
-            0 => self.answered(raw.ask(FLUSH, 0, 0, &[])),
-            1 => self.change(raw, TRIM, at, length, Sector::Any),
-            2..4 => self.change(raw, ZEROES, at, length, Sector::Is(0)),
-            4..12 => self.check(raw, at, length),
-            _ => {
-                self.count += 1;
-                self.change(raw, WRITE, at, length, Sector::Is(self.count))
-            }
-        }
-    }
-
     fn answered(&self, answer: io::Result<u32>) -> io::Result<()> {
         answer.map(|error| assert_eq!(error, 0, "a request of guest {} has failed", self.number))
     }
 
     fn change(&mut self, raw: &mut Raw, command: u16, at: u64, length: u64, next: Sector) -> io::Result<()> {
-        let stamps = (at..at + length).flat_map(|ix| self.stamp(self.count, self.first + ix));
+        let stamps = (at..at + length).flat_map(|ix| stamp(self.count, self.number, self.first + ix));
         let data: Vec<u8> = if command == WRITE { stamps.collect() } else { Vec::new() };
         let bytes = (length * SECTOR) as u32;
         let answer = self.answered(raw.ask(command, (self.first + at) * SECTOR, bytes, &data));
@@ -112,8 +92,7 @@ impl Ledger {
         let data = raw.try_bytes(bytes as usize)?;
         for (ix, found) in (at..).zip(data.chunks(SECTOR as usize)) {
             let place = self.first + ix;
-            let count = u64::from_le_bytes(found[..8].try_into().unwrap());
-            let stamp = (found == self.stamp(count, place)).then_some(count);
+            let stamp = stamp_in(found, self.number, place);
             let may_be = self.sectors[ix as usize].may_be(stamp);
             assert!(
                 may_be,
@@ -137,17 +116,6 @@ impl Ledger {
         }
     }
 
-    /// What a sector is filled with; zeros for no stamp.
-    fn stamp(&self, count: u64, place: u64) -> Vec<u8> {
-        match count {
-            0 => vec![0; SECTOR as usize],
-            _ => [count, self.number, place, !count]
-                .map(u64::to_le_bytes)
-                .concat()
-                .repeat(SECTOR as usize / 32),
-        }
-    }
-
     /// Reads everything.
     pub fn verify(&mut self, socket: &Path) {
         let mut raw = Raw::ready(socket);
@@ -158,30 +126,71 @@ impl Ledger {
     }
 }
 
-/// Guests at work, one request of each in flight.
-pub struct Guests {
-    stop: Arc<AtomicBool>,
-    requests: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<(Ledger, bool)>>,
+/// What a sector is filled with; zeros for no stamp.
+pub(crate) fn stamp(count: u64, number: u64, place: u64) -> Vec<u8> {
+    match count {
+        0 => vec![0; SECTOR as usize],
+        _ => [count, number, place, !count].map(u64::to_le_bytes).concat().repeat(SECTOR as usize / 32),
+    }
 }
 
-impl Guests {
+/// The stamp of a sector; 0 for zeros, None for anything else.
+pub(crate) fn stamp_in(found: &[u8], number: u64, place: u64) -> Option<u64> {
+    let count = u64::from_le_bytes(found[..8].try_into().unwrap());
+    (found == stamp(count, number, place)).then_some(count)
+}
+
+/// Somebody who makes requests and knows what must come of them.
+pub trait Guest: Send + 'static {
+    /// Makes one random request, and checks what it reads.
+    ///
+    /// # Errors
+    /// The connection has ended: a change may have been made or not.
+    fn step(&mut self, raw: &mut Raw) -> io::Result<()>;
+}
+
+impl Guest for Ledger {
+    fn step(&mut self, raw: &mut Raw) -> io::Result<()> {
+        let longest = if self.rng.u8(..8) == 0 { LONGEST } else { 64 };
+        let length = self.rng.u64(1..=longest.min(self.sectors.len() as u64));
+        let at = self.rng.u64(..=self.sectors.len() as u64 - length);
+        match self.rng.u8(..32) {
+            0 => self.answered(raw.ask(FLUSH, 0, 0, &[])),
+            1 => self.change(raw, TRIM, at, length, Sector::Any),
+            2..4 => self.change(raw, ZEROES, at, length, Sector::Is(0)),
+            4..12 => self.check(raw, at, length),
+            _ => {
+                self.count += 1;
+                self.change(raw, WRITE, at, length, Sector::Is(self.count))
+            }
+        }
+    }
+}
+
+/// Guests at work, one request of each in flight.
+pub struct Guests<G: Guest = Ledger> {
+    stop: Arc<AtomicBool>,
+    requests: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<(G, bool)>>,
+}
+
+impl<G: Guest> Guests<G> {
     /// Each with a connection of its own.
-    pub fn start(socket: &Path, ledgers: Vec<Ledger>) -> Guests {
+    pub fn start(socket: &Path, guests: Vec<G>) -> Guests<G> {
         let (stop, requests) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let thread = |mut ledger: Ledger| {
+        let thread = |mut guest: G| {
             let (mut raw, stop, requests) = (Raw::ready(socket), stop.clone(), requests.clone());
             std::thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
-                    if ledger.step(&mut raw).is_err() {
-                        return (ledger, true);
+                    if guest.step(&mut raw).is_err() {
+                        return (guest, true);
                     }
                     requests.fetch_add(1, Ordering::Relaxed);
                 }
-                (ledger, false)
+                (guest, false)
             })
         };
-        let threads = ledgers.into_iter().map(thread).collect();
+        let threads = guests.into_iter().map(thread).collect();
         Guests { stop, requests, threads }
     }
 
@@ -200,27 +209,29 @@ impl Guests {
     }
 
     /// Ends them; no connection may have ended before.
-    pub fn stop(self) -> Vec<Ledger> {
+    pub fn stop(self) -> Vec<G> {
         self.end(|broken| assert!(!broken, "a guest's connection has ended"))
     }
 
     /// Ends them, whatever the daemon has done to them.
-    pub fn part(self) -> Vec<Ledger> {
+    pub fn part(self) -> Vec<G> {
         self.end(|_| ())
     }
 
-    fn end(self, look: impl Fn(bool)) -> Vec<Ledger> {
+    fn end(self, look: impl Fn(bool)) -> Vec<G> {
         self.stop.store(true, Ordering::Relaxed);
         let ended = self.threads.into_iter().map(|thread| match thread.join() {
-            Ok((ledger, broken)) => {
+            Ok((guest, broken)) => {
                 look(broken);
-                ledger
+                guest
             }
             Err(panic) => std::panic::resume_unwind(panic),
         });
         ended.collect()
     }
+}
 
+impl Guests {
     /// Ends them and reads everything. Returns what they know.
     pub fn finish(self, socket: &Path) -> Vec<Ledger> {
         let mut ledgers = self.stop();

@@ -4,6 +4,7 @@
 pub mod control;
 pub mod fuzz;
 pub mod handover;
+pub mod history;
 pub mod ledger;
 pub mod mason;
 pub mod mounts;

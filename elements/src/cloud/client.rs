@@ -2,13 +2,14 @@
 
 use super::credentials::Source;
 use super::store::{Attempt, Failure, Head, Listed, ObjectStore, Put};
+use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
     BehaviorVersion, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedHttpClient,
     StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use aws_smithy_http_client::tls::{self, TlsContext, TrustStore};
@@ -111,12 +112,12 @@ where
     let again = |why: String| Refusal::Failed(Failure::Again(why));
     let never = |kind, why: String| Refusal::Failed(Failure::Never(Error::new(kind, why)));
     let Some(service) = error.as_service_error() else {
-        let text = DisplayErrorContext(error).to_string();
         return match error {
-            SdkError::ConstructionFailure(_) => never(Kind::Invalid, text),
-            // Where credentials cannot be had, nothing was sent.
-            _ if text.contains("credentials") => never(Kind::Denied, no_credentials(&text)),
-            _ => again(short(&text)),
+            SdkError::ConstructionFailure(_) => never(Kind::Invalid, cause(error)),
+            _ => match lack_of_credentials(error) {
+                Some(why) => never(Kind::Denied, why),
+                None => again(cause(error)),
+            },
         };
     };
     let status = status(error);
@@ -153,14 +154,21 @@ fn status<E>(error: &SdkError<E>) -> u16 {
     error.raw_response().map_or(0, |response| response.status().as_u16())
 }
 
-fn no_credentials(text: &str) -> String {
-    format!("there are no credentials: {}", short(text))
+/// Why there are none, if that is so: then nothing was sent. That they cannot be had just now is another thing.
+fn lack_of_credentials(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    let lacking = chain.filter_map(|error| error.downcast_ref::<CredentialsError>());
+    let lacking =
+        lacking.filter(|error| matches!(error, CredentialsError::CredentialsNotLoaded(_))).last()?;
+    let nowhere =
+        "there are no credentials in the environment or in ~/.aws/credentials, and the machine has no role";
+    Some(format!("{nowhere}: {}", cause(lacking)))
 }
 
-/// The first line of what a library says, without its debugging output.
-fn short(text: &str) -> String {
-    let text = text.split(" (").next().unwrap_or(text);
-    text.chars().take(200).collect()
+/// What is at the bottom of an error: all above it is about the library.
+fn cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let last = std::iter::successors(Some(error), |error| error.source()).last();
+    last.map_or_else(String::new, ToString::to_string).chars().take(200).collect()
 }
 
 /// Bytes that a body shares.

@@ -9,6 +9,7 @@ use hyper::Request;
 use hyper_util::rt::TokioIo;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 /// Where they come from.
@@ -39,7 +40,7 @@ impl Source {
         let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".aws/credentials"));
         match home.filter(|path| path.exists()) {
             Some(path) => read_file(&path, &profile()).map(SharedCredentialsProvider::new),
-            None => Ok(SharedCredentialsProvider::new(Instance)),
+            None => Ok(SharedCredentialsProvider::new(Instance::default())),
         }
     }
 }
@@ -83,18 +84,34 @@ fn read_file(path: &Path, profile: &str) -> Result<Credentials> {
 }
 
 /// The role of the machine. The client asks anew before what it got expires.
-#[derive(Debug)]
-struct Instance;
+#[derive(Debug, Default)]
+struct Instance {
+    /// It had keys: that none can be had now does not mean that there are none.
+    had: AtomicBool,
+}
+
+impl Instance {
+    fn told(&self, answer: Answer<Credentials>) -> std::result::Result<Credentials, CredentialsError> {
+        match answer {
+            Ok(found) => {
+                self.had.store(true, Ordering::Relaxed);
+                Ok(found)
+            }
+            Err(error) if self.had.load(Ordering::Relaxed) => Err(CredentialsError::provider_error(error)),
+            Err(error) => Err(CredentialsError::not_loaded(error)),
+        }
+    }
+}
 
 impl ProvideCredentials for Instance {
     fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
     where
         Self: 'a,
     {
-        future::ProvideCredentials::new(async {
+        future::ProvideCredentials::new(async move {
             let asked = blockmason::rt::timeout(METADATA_TIME, ask()).await;
             let late = || Err("no metadata service answers".into());
-            asked.unwrap_or_else(late).map_err(CredentialsError::not_loaded)
+            self.told(asked.unwrap_or_else(late))
         })
     }
 }
@@ -174,5 +191,13 @@ mod tests {
         assert!(error.contains("no aws_secret_access_key") && !error.contains("AAA"), "{error}");
         let error = read_file(&folder.path().join("none"), "vm").unwrap_err().to_string();
         assert!(error.contains("cannot be read"), "{error}");
+    }
+
+    #[test]
+    fn a_role_that_had_keys_still_has_them() {
+        let (instance, silent) = (Instance::default(), || Err("nobody answers".into()));
+        assert!(matches!(instance.told(silent()), Err(CredentialsError::CredentialsNotLoaded(_))));
+        assert!(instance.told(Ok(Credentials::new("id", "secret", None, None, "instance"))).is_ok());
+        assert!(matches!(instance.told(silent()), Err(CredentialsError::ProviderError(_))));
     }
 }

@@ -9,6 +9,7 @@ use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;
 use super::volume::{Batch, State, Volume};
+use aws_sdk_s3::primitives::{DateTime, DateTimeFormat};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
 use futures::stream::{StreamExt, TryStreamExt};
@@ -81,6 +82,12 @@ pub(super) async fn draw(bucket: &Bucket, size: u64, block: u64, fenced: bool) -
 /// Seconds since 1970.
 pub(crate) fn seconds() -> u64 {
     rt::wall_clock().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Such seconds, for people; as they are where no date can be that.
+fn date(seconds: u64) -> String {
+    let date = DateTime::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)).fmt(DateTimeFormat::DateTime);
+    date.unwrap_or_else(|_| seconds.to_string())
 }
 
 /// The newest claim, if there is any.
@@ -168,7 +175,9 @@ fn may_be_taken(base: Option<&Checkpoint>, last: Option<&Claim>, opening: &Openi
     }
     let message = format!(
         "the host {} has had it open since {} (process {}): if that host is dead, say so with `mason bucket take`",
-        last.host, last.time, last.process
+        last.host,
+        date(last.time),
+        last.process
     );
     Err(Error::new(Kind::Busy, message))
 }

@@ -162,7 +162,7 @@ impl Bucket {
                     }
                     return Ok(done);
                 }
-                Err(Failure::Never(error)) => return Err(error.with_path(key)),
+                Err(Failure::Never(error)) => return Err(refused(error, what).with_path(key)),
                 Err(Failure::Again(why)) => why,
             };
             // The first failures are every day's business.
@@ -299,6 +299,16 @@ impl Bucket {
         let kept = found.as_deref() == Some(b"first");
         self.delete_many([key]).await?;
         Ok(fenced && kept)
+    }
+}
+
+/// Which right is lacking is told by what was to be done.
+fn refused(error: Error, what: &str) -> Error {
+    match error.kind() {
+        Kind::Denied => {
+            Error::new(Kind::Denied, format!("the store does not {what} it: {}", error.message()))
+        }
+        _ => error,
     }
 }
 

@@ -69,8 +69,8 @@ pub const TYPE: ElementType = ElementType {
           **Durability.** A write is answered when it is durable in the bucket: as part of a commit, an object that holds what was written \
           since the one before. So a flush has nothing left to do, and what is in the bucket is at each instant what the disk was at \
           one. Latency is that of one or two requests to the store; put a `cache` on an SSD above for less. Writes of such a cache \
-          (origin `write_back`) are answered at once and durable at its next flush; what it writes between two flushes, up to 32 MiB, \
-          is in the bucket as a whole or not at all.\n\n\
+          (origin `write_back`) are answered at once and durable at its next flush; what it writes between two flushes, up to 32 MiB \
+          in 65,536 pieces, is in the bucket as a whole or not at all.\n\n\
           **One owner.** Whoever opens a volume last owns it; the former owner's disk then fails, with an event. A \
           volume that another host has open is not opened, until `mason bucket take` says that this host is dead. The \
           store must honour `If-None-Match: *`, which `mason bucket create` tries.\n\n\

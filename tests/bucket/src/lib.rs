@@ -2,6 +2,7 @@
 //! Ceph's, which is somebody else's reading of the same interface.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests panic")]
 
+mod capture;
 mod faults;
 mod operation;
 mod rgw;

@@ -1,5 +1,6 @@
 //! The server: its port, its connections, and what tests see and set of it.
 
+use crate::capture::{Captured, Recorded};
 use crate::wire::Wire;
 use crate::{Entry, Operation, Rule, Store};
 use hyper::server::conn::http1;
@@ -22,6 +23,7 @@ pub struct Server {
     secret: String,
     store: Store,
     wire: Arc<Wire>,
+    captured: Captured,
     /// While its port is open.
     open: Option<Open>,
 }
@@ -54,7 +56,6 @@ impl Server {
             rules: Mutex::default(),
             log: Mutex::default(),
             latency: Mutex::default(),
-            captured: Mutex::default(),
         };
         // Two threads, so that requests that race do.
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -66,6 +67,7 @@ impl Server {
             secret: secret.to_owned(),
             store,
             wire: Arc::new(wire),
+            captured: Captured::default(),
             open: None,
         };
         server.accept(listener)?;
@@ -122,9 +124,10 @@ impl Server {
         self.wire.log.lock().unwrap().iter().filter(|entry| entry.operation == operation).count()
     }
 
-    /// Keeps all bodies from now on, both ways. Returns those kept so far.
-    pub fn capture(&self) -> Vec<u8> {
-        self.wire.captured.lock().unwrap().replace(Vec::new()).unwrap_or_default()
+    /// Keeps all bytes that come and go over TCP, of connections that begin from now on. Returns those kept so far: of each
+    /// connection what came, and what went.
+    pub fn capture(&self) -> Vec<[Vec<u8>; 2]> {
+        self.captured.begin()
     }
 
     /// Closes the port and all connections. Objects stay, and requests that have arrived are carried out.
@@ -156,7 +159,8 @@ impl Server {
         let _entered = runtime.enter();
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (open, closed) = mpsc::channel();
-        let accepting = runtime.spawn(accepting(open, listener, self.wire.clone())).abort_handle();
+        let accepting = accepting(open, listener, self.wire.clone(), self.captured.clone());
+        let accepting = runtime.spawn(accepting).abort_handle();
         self.open = Some(Open { accepting, closed });
         Ok(())
     }
@@ -170,7 +174,12 @@ impl Drop for Server {
 }
 
 /// Takes connections until it is aborted, which closes them all. `open` goes last, for it tells that the rest has gone.
-async fn accepting(open: mpsc::Sender<()>, listener: tokio::net::TcpListener, wire: Arc<Wire>) {
+async fn accepting(
+    open: mpsc::Sender<()>,
+    listener: tokio::net::TcpListener,
+    wire: Arc<Wire>,
+    captured: Captured,
+) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -180,13 +189,15 @@ async fn accepting(open: mpsc::Sender<()>, listener: tokio::net::TcpListener, wi
         // A client that has gone already is no matter.
         let Ok((stream, _)) = accepted else { continue };
         let (wire, open) = (wire.clone(), open.clone());
+        let record = captured.record();
         connections.spawn(async move {
             let _open = open;
             // Without it an answer waits for the client's acknowledgement.
             let _ = stream.set_nodelay(true);
             let service = service_fn(|request| wire.clone().serve(request));
             // Cut by the client or by a rule: both are meant.
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let _ =
+                http1::Builder::new().serve_connection(TokioIo::new(Recorded(stream, record)), service).await;
         });
     }
 }

@@ -37,8 +37,6 @@ pub(crate) struct Wire {
     pub(crate) rules: Mutex<Vec<Rule>>,
     pub(crate) log: Mutex<Vec<Entry>>,
     pub(crate) latency: Mutex<Duration>,
-    /// All bodies of both ways, once a test has asked for them.
-    pub(crate) captured: Mutex<Option<Vec<u8>>>,
 }
 
 impl Wire {
@@ -56,27 +54,18 @@ impl Wire {
         let (operation, key) = Operation::of(&parts);
         let received = body.len() as u64;
         let actions = self.happening(operation, &key);
-        self.capture(&body);
         let answer = self.answer(parts, body, &actions).await;
         let (status, sent) = match &answer {
             Ok(answer) => (Some(answer.status().as_u16()), answer.body().len() as u64),
             Err(_) => (None, 0),
         };
         self.log.lock().unwrap().push(Entry { operation, key, received, sent, status });
-        let answer = answer?;
-        self.capture(answer.body());
-        Ok(sent_off(answer, &actions))
+        Ok(sent_off(answer?, &actions))
     }
 
     fn happening(&self, operation: Operation, key: &str) -> Vec<Action> {
         let mut rules = self.rules.lock().unwrap();
         rules.iter_mut().filter_map(|rule| rule.happens(operation, key)).collect()
-    }
-
-    fn capture(&self, bytes: &[u8]) {
-        if let Some(captured) = &mut *self.captured.lock().unwrap() {
-            captured.extend_from_slice(bytes);
-        }
     }
 
     async fn answer(&self, parts: Parts, body: Bytes, actions: &[Action]) -> Result<Response<Bytes>> {

@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 /// Bytes of one batch at the most: what a disk below may have to take as one commit.
-const BATCH: u64 = 24 << 20;
+pub(super) const BATCH: u64 = 24 << 20;
 
 /// Writes of a batch that are below at once.
 const PARALLEL: usize = 16;
@@ -205,7 +205,7 @@ impl Cache {
 }
 
 /// The requests that make a disk what it is after some changes: the newest bytes of each place, neighbours together.
-fn newest(records: &[Record]) -> Vec<Request> {
+pub(super) fn newest(records: &[Record]) -> Vec<Request> {
     let mut index = Index::default();
     for (number, record) in (0..).zip(records).filter(|(_, record)| record.kind != Kind::Turn) {
         index.insert(&record.range, number);

@@ -11,7 +11,7 @@ FUA, is answered when all that was answered before is below and the disk below h
 A flush, and FUA, is answered when the file has been flushed, and what it covers outlives a loss of power; with `(durability remote)` when \
 the disk below has it and has been flushed. After a loss of power the disk is what it was after some change: a prefix, which reaches at least to the last \
 flush. A write of up to 1 MiB, or a quarter of the log, is there as a whole or not at all (`atomic`). Discards become zeros.\n\n\
-Changes go below in their order, in batches of up to 24 MiB, each followed by a flush, with the origin `write_back`. The next batch begins when that has \
+Changes go below in their order, in batches of up to 24 MiB and 8192 changes, each followed by a flush, with the origin `write_back`. The next batch begins when that has \
 been answered. So a disk that commits what comes between two flushes is a prefix at any time, also when the SSD is lost. \
 Within a batch the newest bytes of each place are written, in any order: any other disk may be between two batches.\n\n\
 When the log is full, or the disk below fails, changes wait; reads of what the cache has go on. It is tried again after 1 to 30 seconds, and \

@@ -8,6 +8,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use tokio::time::Instant;
 
+/// Changes of one batch at the most, however small: each may take a piece out of the middle of another, so they are up to
+/// twice as many writes, and a disk that commits takes no more than 65,536 as one.
+pub(super) const CHANGES: usize = 8192;
+
 /// A change.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
@@ -325,7 +329,7 @@ impl Journal {
     /// The oldest changes that are not below, up to so many bytes; one at least. None if there are none.
     pub(super) fn batch(&self, most: u64) -> Option<Batch> {
         let from = (self.cleaned - self.first) as usize;
-        let count = (self.published - self.cleaned) as usize;
+        let count = CHANGES.min((self.published - self.cleaned) as usize);
         let mut bytes = 0;
         let fits = |entry: &&Entry| {
             bytes += entry.size;

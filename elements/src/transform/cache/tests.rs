@@ -1,5 +1,6 @@
 //! What tests of the cache share: an element below it that holds, counts and refuses requests.
 
+mod batches;
 mod crash;
 mod file;
 mod policy;

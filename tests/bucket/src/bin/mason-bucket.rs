@@ -32,7 +32,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Other {
-    /// Ceph's RGW instead.
+    /// Ceph's RGW instead. A line `restart` on standard input kills its gateway and starts it again; then there is a line
+    /// as at first
     Rgw {
         /// An empty folder for it.
         #[arg(long)]
@@ -44,38 +45,48 @@ fn main() {
     let cli = Cli::parse();
     if let Some(Other::Rgw { folder }) = cli.other {
         std::fs::create_dir_all(&folder).unwrap();
-        let Some(rgw) = Rgw::start(&folder.canonicalize().unwrap()) else { std::process::exit(1) };
+        let Some(mut rgw) = Rgw::start(&folder.canonicalize().unwrap()) else { std::process::exit(1) };
         say(&rgw.endpoint(), rgw.access(), rgw.secret());
-        return wait();
+        return wait(|line| {
+            assert_eq!(line, "restart", "there is nothing else to be asked for");
+            rgw.restart_radosgw();
+            say(&rgw.endpoint(), rgw.access(), rgw.secret());
+        });
     }
     let server = Server::on(cli.listen, &cli.access, &cli.secret)
         .unwrap_or_else(|error| panic!("{} cannot be listened on: {error}", cli.listen));
     server.set_latency(Duration::from_millis(cli.latency));
     cli.bucket.iter().for_each(|bucket| server.store().create_bucket(bucket));
     say(&server.endpoint(), server.access(), server.secret());
-    wait();
+    wait(|line| panic!("there is nothing to be asked for, as `{line}`"));
 }
 
 fn say(endpoint: &str, access: &str, secret: &str) {
     println!("{}", serde_json::json!({ "endpoint": endpoint, "access": access, "secret": secret }));
 }
 
-/// Until somebody wants it to end.
-fn wait() {
-    let (closed, ended) = tokio::sync::oneshot::channel();
+/// Until somebody wants it to end; what he asks for before is done.
+fn wait(mut asked: impl FnMut(&str)) {
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
     std::thread::spawn(move || {
-        // What is read, and how it ends, is no matter.
-        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-        let _ = closed.send(());
+        // How it ends is no matter.
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            let _ = tell.send(line);
+        }
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).unwrap();
         let mut interrupt = signal(SignalKind::interrupt()).unwrap();
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = ended => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return,
+                _ = interrupt.recv() => return,
+                line = told.recv() => match line {
+                    Some(line) => asked(&line),
+                    None => return,
+                },
+            }
         }
     });
 }

@@ -156,9 +156,8 @@ fn rules_choose_by_operation_key_and_count() {
 }
 
 #[test]
-fn the_log_latency_and_capture_show_what_was_sent() {
+fn the_log_and_latency_show_what_was_sent() {
     let (server, client) = Client::of_server();
-    assert!(server.capture().is_empty());
     let latency = Duration::from_millis(30);
     server.set_latency(latency);
     let begun = now();
@@ -180,12 +179,30 @@ fn the_log_latency_and_capture_show_what_was_sent() {
     ];
     assert_eq!(server.log(), expected);
     assert_eq!(server.count(Operation::Put), 1);
-    assert_eq!(server.capture(), b"going incoming out");
     client.wait(client.s3.list_objects_v2().bucket(BUCKET).prefix("a b").send()).unwrap();
     let last = server.log().pop().unwrap();
     assert_eq!((last.operation, last.key.as_str()), (Operation::List, "a b"));
     server.clear_log();
     assert!(server.log().is_empty());
+}
+
+#[test]
+fn every_byte_that_comes_and_goes_is_kept_once_that_is_wanted() {
+    let (server, client) = Client::of_server();
+    client.put("before", b"unseen").unwrap();
+    assert!(server.capture().is_empty());
+    // Connections that are there already are not looked at.
+    let client = Client::new(&server.endpoint(), server.access(), server.secret());
+    client.put("key", b"going in").unwrap();
+    server.store().put(BUCKET, "key", "coming out");
+    client.get("key").unwrap();
+    let captured = server.capture();
+    let holds = |way: usize, text: &str| {
+        captured.iter().any(|both| both[way].windows(text.len()).any(|some| some == text.as_bytes()))
+    };
+    assert!(holds(0, "going in") && holds(0, "authorization: AWS4") && !holds(0, "unseen"));
+    assert!(holds(1, "coming out") && holds(1, "HTTP/1.1 200") && !holds(1, "going in"));
+    assert!(server.capture().is_empty());
 }
 
 #[test]
