@@ -1,6 +1,5 @@
-//! `docs/live.md`, `docs/migrate.md`, `docs/backup.md` and `docs/parallax.md` are sessions: the console blocks of each run in order, in one
-//! shell and one fresh
-//! folder, and print what stands there.
+//! `docs/live.md`, `docs/migrate.md`, `docs/backup.md`, `docs/parallax.md` and `docs/cloud.md` are sessions: the console blocks of each run in
+//! order, in one shell and one fresh folder, and print what stands there.
 //!
 //! What differs from run to run is masked on both sides, and nothing else ([`masked`]).
 
@@ -13,6 +12,9 @@ use std::time::Duration;
 
 /// What stands for the fresh folder in the document.
 const FOLDER: &str = "/srv/vm";
+
+/// What stands for a server of buckets.
+const STORE: &str = "https://s3.example.org";
 
 /// A line of its own that ends a command's output.
 const MARK: &str = "--- the command has ended";
@@ -53,13 +55,16 @@ struct Shell {
 }
 
 impl Shell {
-    fn start(home: &Home) -> Shell {
+    fn start(home: &Home, server: Option<&mason_bucket::Server>) -> Shell {
         let (read, write) = std::io::pipe().unwrap();
         let programs = Path::new(MASON).parent().unwrap().display();
         let path = format!("{programs}:{}", std::env::var("PATH").unwrap());
         let mut command = home.command("bash", &["--norc"]);
         let errors = write.try_clone().unwrap();
         command.env("PATH", &path).stdin(Stdio::piped()).stdout(write).stderr(errors);
+        if let Some(server) = server {
+            command.env("AWS_ACCESS_KEY_ID", server.access()).env("AWS_SECRET_ACCESS_KEY", server.secret());
+        }
         // Whatever becomes of the test, what runs in the background ends with the shell.
         let mut child = command.spawn().unwrap();
         drop(command);
@@ -105,8 +110,16 @@ impl Drop for Shell {
 }
 
 /// Commands whose output is measurements: every number of it is masked, and columns are as wide as they are.
-const MEASUREMENTS: [&str; 5] =
-    ["mason top", "mason status", "mason get Probe", "mason events", "mason migrate"];
+const MEASUREMENTS: [&str; 8] = [
+    "mason top",
+    "mason status",
+    "mason get Probe",
+    "mason events",
+    "mason migrate",
+    "mason bucket backup",
+    "mason bucket restore",
+    "mason bill",
+];
 
 /// A slow machine takes long enough for `mason migrate` to say how far it is.
 fn is_progress(line: &str) -> bool {
@@ -192,17 +205,34 @@ fn the_session_of_backup_md_is_what_happens() {
     session("docs/backup.md", 15);
 }
 
+#[test]
+fn the_session_of_cloud_md_is_what_happens() {
+    ["bash", "qemu-io"].into_iter().for_each(needs);
+    let server = mason_bucket::Server::new();
+    ["vms", "backup"].into_iter().for_each(|bucket| server.store().create_bucket(bucket));
+    session_with("docs/cloud.md", 20, Some(&server));
+}
+
 /// Runs a document with more than so many commands.
 fn session(document: &str, least: usize) {
+    session_with(document, least, None);
+}
+
+fn session_with(document: &str, least: usize, server: Option<&mason_bucket::Server>) {
     let text = std::fs::read_to_string(repository().join(document)).unwrap();
     let steps = steps(&text);
     assert!(steps.len() > least, "only {} commands", steps.len());
     let home = Home::new();
     let folder = home.path("").canonicalize().unwrap().display().to_string();
-    let mut shell = Shell::start(&home);
-    for step in &steps {
+    let mut shell = Shell::start(&home, server);
+    let endpoint = server.map_or_else(|| STORE.to_owned(), mason_bucket::Server::endpoint);
+    for mut step in steps {
         let measurements = MEASUREMENTS.iter().any(|command| step.command.contains(command));
-        let mask = |line: &String| masked(&line.replace(&folder, FOLDER), measurements);
+        step.command = step.command.replace(STORE, &endpoint);
+        let step = &step;
+        let mask = |line: &String| {
+            masked(&line.replace(&folder, FOLDER).replace(&endpoint, STORE), measurements)
+        };
         let happens: Vec<_> = shell.run(step).iter().filter(|line| !is_progress(line)).map(mask).collect();
         let stands: Vec<_> = step.output.iter().map(mask).collect();
         assert_eq!(happens, stands, "{document} line {}: {}", step.line, step.command);
