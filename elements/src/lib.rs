@@ -1,5 +1,6 @@
 //! The element library of Block Mason: one file for each element, one visible table of them all.
 
+mod advice;
 #[cfg(feature = "s3")]
 pub mod cloud;
 pub mod export;
@@ -13,6 +14,8 @@ pub mod sink;
 pub mod transform;
 #[cfg(feature = "vhost")]
 pub mod vhost;
+
+pub use advice::advice;
 
 use blockmason::describe::ElementType;
 

@@ -2,7 +2,8 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::graphs::{GraphArgs, say};
-use crate::output::json;
+use crate::output::{json, printable};
+use blockmason::lang::Spec;
 use std::path::PathBuf;
 
 /// Check graph files without opening anything that they name.
@@ -13,7 +14,8 @@ use std::path::PathBuf;
   mason check vm1.mason -D image=/srv/vm1.img
   mason check --json vm1.mason | jq '.graphs[].errors[].message'
 
-Exits with 0 if all graphs are good, else with 1. Errors go to stderr, with --json to stdout.")]
+Exits with 0 if all graphs are good, else with 1. Errors go to stderr, with --json to stdout; so do notes on what is good
+and hardly ever meant, such as a cache on an SSD above the element that encrypts.")]
 pub(crate) struct Args {
     /// Graph files
     #[arg(required = true, value_name = "GRAPH")]
@@ -27,6 +29,12 @@ pub(crate) struct Args {
     json: bool,
 }
 
+fn advise(spec: &Spec) {
+    for line in blockmason_elements::advice(spec) {
+        eprintln!("note: {}", printable(&line));
+    }
+}
+
 pub(crate) fn main(args: &Args) -> Outcome {
     let reader = args.graph.reader()?;
     let mut reports = Vec::new();
@@ -35,13 +43,17 @@ pub(crate) fn main(args: &Args) -> Outcome {
         let read = reader.read(path);
         good &= read.is_ok();
         let mut report = match &read {
-            Ok(_) => serde_json::json!({ "count": 0, "errors": [] }),
+            Ok(file) => {
+                serde_json::json!({ "count": 0, "errors": [], "advice": blockmason_elements::advice(&file.spec) })
+            }
             Err(diagnostics) => diagnostics.to_json(),
         };
         report["graph"] = path.display().to_string().into();
         reports.push(report);
-        if let (Err(diagnostics), false) = (&read, args.json) {
-            say(diagnostics);
+        match &read {
+            _ if args.json => {}
+            Ok(file) => advise(&file.spec),
+            Err(diagnostics) => say(diagnostics),
         }
     }
     if args.json {

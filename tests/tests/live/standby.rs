@@ -37,7 +37,8 @@ fn a_disk_goes_from_one_host_to_the_other_while_its_guest_is_connected() {
     graph(&old, &server, "no");
     graph(&new, &server, "yes");
     let endpoint = server.endpoint();
-    let disk = ["bucket", "create", "s3://vms/vm", "--size", "8M", "--credentials", "keys", "--endpoint", &endpoint];
+    let disk =
+        ["bucket", "create", "s3://vms/vm", "--size", "8M", "--credentials", "keys", "--endpoint", &endpoint];
     blockmason_tests::control::mason(old.folder(), &disk).done();
 
     let serves = old.run(&["vm.mason"]);

@@ -216,6 +216,9 @@ impl Daemon {
         // Over overlays heads have nothing to say.
         let heads = if trial.is_some() || interrupted.is_some() { Heads::Ignore } else { heads };
         let shown = file.path.display().to_string();
+        for line in blockmason_elements::advice(&file.spec) {
+            tracing::warn!("{line}");
+        }
         let live = match resumed.take_if(|resumed| resumed.goes_on()) {
             None => self.start_live(&path, &file, heads).await?,
             Some(moves) => {

@@ -230,9 +230,8 @@ fn session_with(document: &str, least: usize, server: Option<&mason_bucket::Serv
         let measurements = MEASUREMENTS.iter().any(|command| step.command.contains(command));
         step.command = step.command.replace(STORE, &endpoint);
         let step = &step;
-        let mask = |line: &String| {
-            masked(&line.replace(&folder, FOLDER).replace(&endpoint, STORE), measurements)
-        };
+        let mask =
+            |line: &String| masked(&line.replace(&folder, FOLDER).replace(&endpoint, STORE), measurements);
         let happens: Vec<_> = shell.run(step).iter().filter(|line| !is_progress(line)).map(mask).collect();
         let stands: Vec<_> = step.output.iter().map(mask).collect();
         assert_eq!(happens, stands, "{document} line {}: {}", step.line, step.command);
