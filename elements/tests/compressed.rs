@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "tests panic")]
 
 #[path = "kit/buckets.rs"]
+#[allow(dead_code, reason = "other tests make their volumes by it")]
 mod kit;
 
 use blockmason::testing::{TestDisk, run};
@@ -130,7 +131,8 @@ fn room_is_saved_where_holes_are() {
             assert!(used * 100 < plain * most, "{params}: {used} of {plain}");
         }
         for (params, object, most) in [
-            ("(cluster 64k)", MIB, 110),
+            // Objects hold the gaps, too: nothing is saved.
+            ("(cluster 64k)", MIB, 125),
             ("(cluster 1M) (unit 64k)", 64 << 10, most),
             ("(cluster 1M) (unit 128k)", 128 << 10, most + 15),
         ] {

@@ -371,3 +371,15 @@ impl Trailer {
         put(bytes, 8, &self.counter.to_le_bytes());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_where_the_format_says() {
+        let layout = layout(4096, 1 << 20);
+        assert_eq!(layout.places(&(0..4096)), 2_129_920..2_129_920 + 4128);
+        assert_eq!(layout.places(&(8192..16384)), 2_129_920 + 2 * 4128..2_129_920 + 4 * 4128);
+    }
+}
