@@ -161,6 +161,9 @@ struct Volume {
     /// The region that requests are signed for
     #[arg(long, default_value = "us-east-1")]
     region: String,
+    /// Where the bucket's name goes: into the path of a URL, the default where there is an endpoint, or into the host's name
+    #[arg(long)]
+    addressing: Option<Addressing>,
     /// A file of keys, in the form of ~/.aws/credentials
     #[arg(long)]
     credentials: Option<PathBuf>,
@@ -173,6 +176,12 @@ struct Volume {
     /// Writes one JSON object
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Addressing {
+    Path,
+    Host,
 }
 
 /// A bucket and what keys begin with.
@@ -209,7 +218,7 @@ impl Volume {
             prefix: self.url.prefix.clone(),
             endpoint: self.endpoint.as_ref().map(|uri| uri.as_str().to_owned()),
             region: self.region.clone(),
-            by_path: None,
+            by_path: self.addressing.map(|addressing| matches!(addressing, Addressing::Path)),
             credentials: self.credentials.clone(),
             profile: self.profile.clone(),
             ca: self.ca.clone(),

@@ -210,7 +210,7 @@ fn the_session_of_cloud_md_is_what_happens() {
     ["bash", "qemu-io"].into_iter().for_each(needs);
     let server = mason_bucket::Server::new();
     ["vms", "backup"].into_iter().for_each(|bucket| server.store().create_bucket(bucket));
-    session_with("docs/cloud.md", 20, Some(&server));
+    session_with("docs/cloud.md", 15, Some(&server));
 }
 
 /// Runs a document with more than so many commands.

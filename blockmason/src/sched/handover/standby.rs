@@ -15,10 +15,15 @@ impl Disk {
     /// The first source that cannot be opened; the others are closed again.
     pub async fn stand_by(self: &Arc<Self>, graph: Arc<Graph>) -> Result<Vec<(String, String)>> {
         let mut past = self.changing.lock().await;
+        let before = self.graph();
         // Clients are told of this one as soon as a source is open.
         self.set_graph(graph.clone());
-        past.standby = true;
-        self.open_some(&graph, |instance| !instance.ty.ports.input)
+        let announced = self.open_some(&graph, |instance| !instance.ty.ports.input);
+        match &announced {
+            Ok(_) => past.standby = true,
+            Err(_) => self.set_graph(before),
+        }
+        announced
     }
 
     /// Opens the rest of a graph that [stands by](Self::stand_by), and then the gate.
