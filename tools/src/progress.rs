@@ -3,7 +3,6 @@
 use crate::failure::Outcome;
 use blockmason::rt;
 use std::io::IsTerminal;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -58,10 +57,11 @@ fn due(said: &mut Instant) -> bool {
 }
 
 /// Says from time to time how many of something are done, for whoever is called with that.
+#[cfg(feature = "s3")]
 pub(crate) fn lines(what: &'static str) -> impl Fn(u64, u64) + Send + Sync + 'static {
-    let said = Mutex::new(rt::now());
+    let said = std::sync::Mutex::new(rt::now());
     move |done, of| {
-        if due(&mut said.lock().unwrap_or_else(PoisonError::into_inner)) {
+        if due(&mut said.lock().unwrap_or_else(std::sync::PoisonError::into_inner)) {
             eprintln!("{done} of {of} {what}");
         }
     }

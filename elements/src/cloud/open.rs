@@ -1,5 +1,6 @@
 //! Making a volume, and becoming its owner: docs/formats/bucket.md, "Opening".
 
+use super::calendar::{DAY, date, day_of};
 use super::format::{
     Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, key,
     unhex,
@@ -9,7 +10,6 @@ use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;
 use super::volume::{Batch, State, Volume};
-use aws_sdk_s3::primitives::{DateTime, DateTimeFormat};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
 use futures::stream::{StreamExt, TryStreamExt};
@@ -84,10 +84,10 @@ pub(crate) fn seconds() -> u64 {
     rt::wall_clock().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Such seconds, for people; as they are where no date can be that.
-fn date(seconds: u64) -> String {
-    let date = DateTime::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)).fmt(DateTimeFormat::DateTime);
-    date.unwrap_or_else(|_| seconds.to_string())
+/// Such seconds, for people.
+fn time(seconds: u64) -> String {
+    let (of_day, date) = (seconds % DAY, date(day_of(seconds)));
+    format!("{date} {:02}:{:02}:{:02} UTC", of_day / 3600, of_day / 60 % 60, of_day % 60)
 }
 
 /// The newest claim, if there is any.
@@ -176,7 +176,7 @@ fn may_be_taken(base: Option<&Checkpoint>, last: Option<&Claim>, opening: &Openi
     let message = format!(
         "the host {} has had it open since {} (process {}): if that host is dead, say so with `mason bucket take`",
         last.host,
-        date(last.time),
+        time(last.time),
         last.process
     );
     Err(Error::new(Kind::Busy, message))

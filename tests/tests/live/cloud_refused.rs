@@ -96,7 +96,7 @@ const OPENING: &[Case] = &[
             let claim = r#"{"epoch":1,"host":"elsewhere","machine":"another","process":7,"time":1764475200}"#;
             cloud.server.store().put("vms", &format!("vm1/claim/{:016x}", u64::MAX - 1), claim);
         },
-        says: "has had it open since 2025-11-30T04:00:00Z (process 7): if that host is dead, say so with `mason bucket take`",
+        says: "has had it open since 2025-11-30 04:00:00 UTC (process 7): if that host is dead, say so with `mason bucket take`",
     },
 ];
 
