@@ -743,6 +743,7 @@ fn a_graph_that_stands_by_opens_nothing_but_its_sources_until_it_is_activated() 
         log();
         live.stop().await.unwrap();
         assert_eq!(log(), ["close Client red"], "what was not opened is not closed");
+        drop(disk);
         assert!(waiting.await.is_err() && live.activate().await.is_err());
     });
 }
