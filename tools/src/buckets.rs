@@ -78,7 +78,8 @@ enum Command {
     /// Back a disk up, which may be in use, or bring a backup up to date
     ///
     /// The backup is what the bucket has: what a cache above still holds is not in it. Only objects that it lacks are
-    /// copied, as they are: what is encrypted stays so. Until the command returns, the backup is the one before.
+    /// copied, as they are: what is encrypted stays so. Until the command returns, the backup is the one before,
+    /// or the disk at a commit since.
     Backup {
         #[command(flatten)]
         volume: Volume,

@@ -32,7 +32,7 @@ pub(super) struct Copied {
 pub(super) type Progress = dyn Fn(u64, u64) + Send + Sync;
 
 /// Brings a backup to what the volume is at some instant after the call; makes it where there is none. Until that is done, the
-/// backup is what it was. The volume may be open meanwhile, and is not written.
+/// backup is what it was, or a later commit of what is copied. The volume may be open meanwhile, and is not written.
 ///
 /// # Errors
 /// [`Kind::Busy`] if something else is at the target, or the owner deletes objects faster than they are copied; what
@@ -59,7 +59,7 @@ pub(super) async fn back_up(source: &Bucket, target: &Bucket, progress: &Progres
 /// Says what the backup is of, before anything is there; or finds that it is a backup of the same volume.
 async fn begin(target: &Bucket, description: &Description) -> Result<()> {
     if backup_of(target).await?.is_none() {
-        vacant(target, &[key::VOLUME, key::RESTORING]).await?;
+        open::vacant(target, &[key::VOLUME, key::RESTORING]).await?;
         let backup = Backup::of(description.clone()).encode();
         // If somebody else was faster: whose it is shows below.
         target.put_if_absent(key::BACKUP, Data::copy_of(&backup)).await?;
@@ -73,20 +73,6 @@ async fn begin(target: &Bucket, description: &Description) -> Result<()> {
         }
         None => Err(Error::new(Kind::Busy, "the backup has been deleted meanwhile")),
     }
-}
-
-async fn vacant(target: &Bucket, keys: &[&str]) -> Result<()> {
-    for key in keys {
-        if target.get_whole(key, 1 << 16).await?.is_some() {
-            let what = match *key {
-                key::VOLUME => "there is a volume already",
-                key::BACKUP => "there is a backup already",
-                _ => "there is what a restore has left that did not end: `mason bucket delete` it first",
-            };
-            return Err(Error::new(Kind::Busy, what));
-        }
-    }
-    Ok(())
 }
 
 async fn keys(bucket: &Bucket) -> Result<BTreeSet<String>> {
@@ -135,10 +121,10 @@ async fn copy_missing(
     let plain: Vec<String> = needed.plain.iter().filter(|key| !there.contains(*key)).cloned().collect();
     let all = (needed.plain.len() + needed.commits.len()) as u64;
     let mut done = all - plain.len() as u64;
-    let at_once = (ON_THE_WAY / found.description.block).clamp(1, 16) as usize;
+    let most = largest(&found.description);
     let mut copies = futures::stream::iter(plain)
-        .map(|key| async move { copy_one(source, target, &key).await.map(|len| (key, len)) })
-        .buffer_unordered(at_once);
+        .map(|key| async move { copy_one(source, target, &key, most).await.map(|len| (key, len)) })
+        .buffer_unordered(at_once(most));
     let mut complete = true;
     while let Some(one) = copies.next().await {
         let (key, len) = one?;
@@ -154,7 +140,7 @@ async fn copy_missing(
     let last = found.last.iter().map(|last| key::map(last.epoch, last.n));
     for key in needed.commits.iter().cloned().chain(last) {
         if !there.contains(&key) {
-            let len = copy_one(source, target, &key).await?;
+            let len = copy_one(source, target, &key, LARGEST).await?;
             if !count(&key, len, there, copied) {
                 return Ok(false);
             }
@@ -163,9 +149,19 @@ async fn copy_missing(
     Ok(true)
 }
 
+/// The largest block or part.
+fn largest(description: &Description) -> u64 {
+    description.block.max(1 << 20)
+}
+
+/// How many such objects may be in memory.
+fn at_once(most: u64) -> usize {
+    (ON_THE_WAY / most).clamp(1, 16) as usize
+}
+
 /// Its bytes; None if it has gone.
-async fn copy_one(source: &Bucket, target: &Bucket, key: &str) -> Result<Option<u64>> {
-    let Some(data) = source.get_whole(key, LARGEST).await? else { return Ok(None) };
+async fn copy_one(source: &Bucket, target: &Bucket, key: &str, most: u64) -> Result<Option<u64>> {
+    let Some(data) = source.get_whole(key, most).await? else { return Ok(None) };
     let len = data.len() as u64;
     target.put(key, data).await?;
     Ok(Some(len))
@@ -211,7 +207,7 @@ pub(super) async fn restore(
         return Err(Error::invalid("that is no backup; `mason bucket copy` copies volumes"));
     }
     let (found, needed) = settled(backup).await?;
-    vacant(target, &[key::VOLUME, key::BACKUP, key::RESTORING]).await?;
+    open::vacant(target, &[key::VOLUME, key::BACKUP, key::RESTORING]).await?;
     let description = open::draw(target, found.size, found.description.block, fenced).await?;
     let id = description.id()?;
     if !target.put_if_absent(key::RESTORING, Data::copy_of(description.id.as_bytes())).await? {
@@ -219,18 +215,21 @@ pub(super) async fn restore(
     }
     let mut copied = Copied::default();
     let all = needed.keys().count() as u64;
-    let at_once = (ON_THE_WAY / description.block).clamp(1, 16) as usize;
-    let from = found.id;
-    let keys: Vec<String> = needed.keys().cloned().collect();
-    let mut copies = futures::stream::iter(keys)
-        .map(|key| async move { restore_one(backup, target, &key, from, id).await })
-        .buffer_unordered(at_once);
+    let (from, most) = (found.id, largest(&found.description));
+    let mut copies = futures::stream::iter(needed.plain.clone())
+        .map(|key| async move { restore_one(backup, target, &key, most, from, id).await })
+        .buffer_unordered(at_once(most));
     while let Some(len) = copies.next().await {
         copied.bytes += len?;
         copied.objects += 1;
         progress(copied.objects, all);
     }
     drop(copies);
+    for key in &needed.commits {
+        copied.bytes += restore_one(backup, target, key, LARGEST, from, id).await?;
+        copied.objects += 1;
+        progress(copied.objects, all);
+    }
     if let Some(last) = &found.last {
         // Nobody has it open, and the next who opens it goes on after its epoch.
         let claim = Claim { epoch: last.epoch, time: open::seconds(), ..claim };
@@ -246,8 +245,15 @@ pub(super) async fn restore(
     Ok((description, copied))
 }
 
-async fn restore_one(backup: &Bucket, target: &Bucket, key: &str, from: Id, to: Id) -> Result<u64> {
-    let data = backup.get_whole(key, LARGEST).await?;
+async fn restore_one(
+    backup: &Bucket,
+    target: &Bucket,
+    key: &str,
+    most: u64,
+    from: Id,
+    to: Id,
+) -> Result<u64> {
+    let data = backup.get_whole(key, most).await?;
     let data = data.ok_or_else(|| Error::new(Kind::Io, "it is missing in the backup").with_path(key))?;
     let data = match key::blocked(key) {
         Some(_) => data,

@@ -49,18 +49,28 @@ pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
 
 /// Makes a volume. Fails where there is one, and with `fenced` where the store does not take conditions seriously.
 pub(crate) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
-    for (key, what) in
-        [(key::BACKUP, "a backup"), (key::RESTORING, "what a restore has left that did not end")]
-    {
-        if bucket.get_whole(key, 1 << 16).await?.is_some() {
-            return Err(Error::new(Kind::Busy, format!("there is {what} already")));
-        }
-    }
+    vacant(bucket, &[key::BACKUP, key::RESTORING]).await?;
     let description = draw(bucket, size, block, fenced).await?;
     match bucket.put_if_absent(key::VOLUME, Data::copy_of(&description.encode())).await? {
         true => Ok(description),
         false => Err(Error::new(Kind::Busy, "there is a volume already")),
     }
+}
+
+/// # Errors
+/// [`Kind::Busy`] if one of these says that something is there.
+pub(super) async fn vacant(bucket: &Bucket, roots: &[&str]) -> Result<()> {
+    for root in roots {
+        if bucket.get_whole(root, 1 << 16).await?.is_some() {
+            let what = match *root {
+                key::VOLUME => "there is a volume already",
+                key::BACKUP => "there is a backup already",
+                _ => "there is what a restore has left that did not end: `mason bucket delete` it first",
+            };
+            return Err(Error::new(Kind::Busy, what));
+        }
+    }
+    Ok(())
 }
 
 /// The description of a new volume, which is not there yet.

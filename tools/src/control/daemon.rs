@@ -149,10 +149,11 @@ impl Daemon {
             graphs.changing.push(name.to_owned());
             (graphs.served.remove(at), Changing { daemon: self, name: name.to_owned() })
         };
-        let stopped = served.stop().await;
+        // First: whatever ends the process meanwhile, the next start does not serve what another host is about to.
         if let Err(error) = Active::of(self.host.state_dir(), &served.path).forget() {
             tracing::warn!("{name}: that it was activated cannot be forgotten: {error}");
         }
+        let stopped = served.stop().await;
         drop(changing);
         stopped
     }
