@@ -15,8 +15,9 @@ use std::path::PathBuf;
   mason bucket create s3://vms/vm1 --size 100G
   mason bucket create s3://vms/vm1 --size 100G --endpoint https://s3.example.org --credentials keys
   mason bucket check s3://vms/vm1 && echo sound
-  mason bucket backup s3://vms/vm1 s3://backup/vm1
-  mason bucket restore s3://backup/vm1 s3://vms/vm1-again
+  mason bucket backup s3://vms/vm1 s3://backup/vm1 --keep-daily 7 --keep-weekly 8
+  mason bucket points s3://backup/vm1
+  mason bucket restore s3://backup/vm1 s3://vms/vm1-again --point 3
   mason bucket copy s3://vms/vm1 s3://vms/vm2
 
 The keys are in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), in ~/.aws/credentials, in the file
@@ -75,16 +76,45 @@ enum Command {
         #[command(flatten)]
         making: Making,
     },
-    /// Back a disk up, which may be in use, or bring a backup up to date
+    /// Back a disk up, which may be in use: adds a point in time to a backup, or begins one
     ///
-    /// The backup is what the bucket has: what a cache above still holds is not in it. Only objects that it lacks are
-    /// copied, as they are: what is encrypted stays so. Until the command returns, the backup is the one before,
-    /// or the disk at a commit since.
+    /// The point is what the bucket has: what a cache above still holds is not in it. Only objects that the backup lacks are
+    /// copied, as they are: what is encrypted stays so. Points that nothing says to keep are deleted once the new one is there;
+    /// without any --keep all of them stay.
     Backup {
         #[command(flatten)]
         volume: Volume,
         #[command(flatten)]
         to: Target,
+        #[command(flatten)]
+        keep: Keep,
+        /// Whoever was at work on the backup is dead
+        #[arg(long)]
+        take: bool,
+    },
+    /// List the points in time of a backup
+    Points(Volume),
+    /// Delete points in time of a backup, and what only they lead to
+    #[command(after_help = "Examples:
+  mason bucket prune s3://backup/vm1 --keep-daily 7 --keep-weekly 8 --keep-monthly 12
+  mason bucket prune s3://backup/vm1 --point 3 --dry-run")]
+    #[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args([
+        "keep", "keep_daily", "keep_weekly", "keep_monthly", "point"
+    ]))]
+    Prune {
+        #[command(flatten)]
+        volume: Volume,
+        #[command(flatten)]
+        keep: Keep,
+        /// Deletes this one, too; may be given more than once
+        #[arg(long)]
+        point: Vec<u64>,
+        /// Whoever was at work on the backup is dead
+        #[arg(long)]
+        take: bool,
+        /// Says what would go, and deletes nothing
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Make a disk of a backup, where there is none
     Restore {
@@ -92,10 +122,41 @@ enum Command {
         volume: Volume,
         #[command(flatten)]
         to: Target,
+        /// The point in time, as `mason bucket points` numbers them; the newest without it
+        #[arg(long)]
+        point: Option<u64>,
         /// Goes on where the store ignores `If-None-Match`: two hosts that open the disk then destroy it
         #[arg(long)]
         unsafe_no_fencing: bool,
     },
+}
+
+/// Which points of a backup stay. The newest does in any case.
+#[derive(clap::Args)]
+struct Keep {
+    /// Keeps so many of the newest
+    #[arg(long, value_name = "COUNT")]
+    keep: Option<u32>,
+    /// Keeps the newest of each of so many days (of UTC) that have any
+    #[arg(long, value_name = "COUNT")]
+    keep_daily: Option<u32>,
+    /// The same of weeks
+    #[arg(long, value_name = "COUNT")]
+    keep_weekly: Option<u32>,
+    /// The same of months
+    #[arg(long, value_name = "COUNT")]
+    keep_monthly: Option<u32>,
+}
+
+impl Keep {
+    fn rules(&self) -> tool::Keep {
+        tool::Keep {
+            last: self.keep,
+            daily: self.keep_daily,
+            weekly: self.keep_weekly,
+            monthly: self.keep_monthly,
+        }
+    }
 }
 
 /// Another place. Where nothing is said, what is said of the first one holds.
@@ -267,8 +328,19 @@ pub(crate) fn main(args: &Args) -> Outcome {
             volume.say(&gone, |gone| format!("{} objects are deleted\n", gone["objects"]))
         }
         Command::Copy { volume, to, making } => copy(volume, to, making),
-        Command::Backup { volume, to } => backup(volume, to),
-        Command::Restore { volume, to, unsafe_no_fencing } => restore(volume, to, !unsafe_no_fencing),
+        Command::Backup { volume, to, keep, take } => backup(volume, to, keep, *take),
+        Command::Points(volume) => {
+            let found = tool::points(&volume.place()).map_err(failed)?;
+            volume.say(&found, points)
+        }
+        Command::Prune { volume, keep, point, take, dry_run } => {
+            let gone =
+                tool::prune(&volume.place(), keep.rules(), point, *take, *dry_run).map_err(failed)?;
+            volume.say(&gone, pruned)
+        }
+        Command::Restore { volume, to, point, unsafe_no_fencing } => {
+            restore(volume, to, *point, !unsafe_no_fencing)
+        }
     }
 }
 
@@ -354,19 +426,62 @@ fn copy(volume: &Volume, to: &Target, making: &Making) -> Outcome {
     volume.say(&done, |done| format!("{}: {} copied\n", to.name(), Bytes(number(&done["bytes"]))))
 }
 
-fn backup(volume: &Volume, to: &Target) -> Outcome {
-    let done = tool::backup(&volume.place(), &to.place(volume.place()), lines("objects")).map_err(failed)?;
+fn backup(volume: &Volume, to: &Target, keep: &Keep, take: bool) -> Outcome {
+    let target = to.place(volume.place());
+    let done = tool::backup(&volume.place(), &target, keep.rules(), take, lines("objects")).map_err(failed)?;
     volume.say(&done, |done| {
+        let (point, name) = (number(&done["point"]), to.name());
         let (copied, bytes) = (number(&done["objects"]), Bytes(number(&done["bytes"])));
         let (kept, deleted) = (number(&done["kept"]), number(&done["deleted"]));
-        format!("{}: {copied} objects copied, {bytes}; {kept} were there; {deleted} deleted\n", to.name())
-    })
+        format!("{name}: point {point}, {copied} objects copied, {bytes}; {kept} were there; {deleted} deleted\n")
+    })?;
+    let problems = done["problems"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let problems: Vec<String> = problems.map(printable).collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let message = "the new point is whole, but not all that was there before is";
+    Err(Failure::new(format!("{}: {message}:\n{}", to.name(), problems.join("\n"))))
 }
 
-fn restore(volume: &Volume, to: &Target, fenced: bool) -> Outcome {
-    let done = tool::restore(&volume.place(), &to.place(volume.place()), fenced, lines("objects"))
+fn points(found: &Value) -> String {
+    let points = found["points"].as_array().map_or(&[][..], |points| points);
+    if points.is_empty() {
+        return "no point yet: the backup was never completed\n".to_owned();
+    }
+    let mut said = format!("{:>5}  {:<24} {:>8} {:>8} {:>8}\n", "point", "made", "size", "stored", "own");
+    for point in points {
+        let bytes = |what: &str| Bytes(number(&point[what])).to_string();
+        said += &format!(
+            "{:>5}  {:<24} {:>8} {:>8} {:>8}\n",
+            number(&point["point"]),
+            Stamp(number(&point["time"]) as f64).to_string(),
+            bytes("size"),
+            bytes("bytes"),
+            bytes("own")
+        );
+    }
+    said
+}
+
+fn pruned(gone: &Value) -> String {
+    let points: Vec<String> =
+        gone["pruned"].as_array().into_iter().flatten().map(|point| point.to_string()).collect();
+    let (objects, bytes) = (number(&gone["objects"]), Bytes(number(&gone["bytes"])));
+    let done = if gone["dry"] == true { "would be" } else { "are" };
+    match &points[..] {
+        [] => "all points stay\n".to_owned(),
+        [point] => format!("point {point}, {objects} objects and {bytes} of blocks {done} deleted\n"),
+        _ => format!("points {}, {objects} objects and {bytes} of blocks {done} deleted\n", points.join(", ")),
+    }
+}
+
+fn restore(volume: &Volume, to: &Target, point: Option<u64>, fenced: bool) -> Outcome {
+    let done = tool::restore(&volume.place(), &to.place(volume.place()), point, fenced, lines("objects"))
         .map_err(failed)?;
     volume.say(&done, |done| {
-        format!("{}: {}, {} copied\n", to.name(), Exact(number(&done["size"])), Bytes(number(&done["bytes"])))
+        let (point, time) = (number(&done["point"]), Stamp(number(&done["time"]) as f64));
+        let (size, bytes) = (Exact(number(&done["size"])), Bytes(number(&done["bytes"])));
+        format!("{}: {size}, {bytes} copied; point {point} of {time}\n", to.name())
     })
 }

@@ -138,6 +138,17 @@ impl FileIo {
         self.read_later(req, cx, buf)
     }
 
+    /// Bytes that the page cache has, without waiting. None if it has not all of them, or they cannot be read; [`FileIo::read`]
+    /// says then what is wrong.
+    pub fn read_now(&self, offset: u64, len: u64) -> Option<Data> {
+        if len > INLINE_READ || !(self.memory || self.nowait) {
+            return None;
+        }
+        let mut buf = PoolBuf::new(len as usize);
+        self.read_inline(&mut buf, offset)?.ok()?;
+        Some(buf.freeze())
+    }
+
     fn read_later<'a>(&'a self, req: Request, cx: Cx<'a>, buf: PoolBuf) -> Flow<'a> {
         let (offset, len, dest) = (req.offset, req.len as usize, req.data.clone());
         cx.later(&req, async move {

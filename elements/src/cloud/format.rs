@@ -112,6 +112,37 @@ impl Backup {
     }
 }
 
+/// `point/<~number>`: a volume at one commit, as a backup has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Point {
+    /// That of the run that made it.
+    pub(crate) number: u64,
+    /// Seconds since 1970: the volume is not older.
+    pub(crate) time: u64,
+    /// Bytes of the disk.
+    pub(crate) size: u64,
+    /// Of the checkpoint.
+    pub(crate) epoch: u64,
+    pub(crate) n: u64,
+    /// The last commit of that epoch that belongs to it.
+    pub(crate) commit: u64,
+}
+
+impl Point {
+    /// # Errors
+    /// It is damaged, or not the one that its key says.
+    pub(crate) fn decode(bytes: &[u8], number: u64) -> Result<Point> {
+        let damaged = || Error::new(Kind::Io, "the point is damaged");
+        let found: Point = serde_json::from_slice(bytes).map_err(|error| damaged().with_source(error))?;
+        let fits = found.number == number && (1..=MAX_SIZE).contains(&found.size);
+        if fits { Ok(found) } else { Err(damaged()) }
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).unwrap_or_default()
+    }
+}
+
 /// Block sizes that there may be, in bytes.
 pub(crate) const BLOCKS: std::ops::RangeInclusive<u64> = 4096..=16 << 20;
 
@@ -141,87 +172,6 @@ pub(crate) fn version(epoch: u64, n: u64) -> Result<u64> {
         ));
     }
     Ok(epoch * OBJECTS + n)
-}
-
-fn newest_first(number: u64) -> u64 {
-    u64::MAX - number
-}
-
-/// Keys, below the volume's prefix.
-pub(crate) mod key {
-    use super::newest_first;
-
-    pub(crate) const VOLUME: &str = "volume";
-    pub(crate) const BACKUP: &str = "backup";
-    pub(crate) const RESTORING: &str = "restoring";
-    pub(crate) const CLAIMS: &str = "claim/";
-    pub(crate) const MAPS: &str = "map/";
-    pub(crate) const WALS: &str = "wal/";
-    pub(crate) const PARTS: &str = "part/";
-    pub(crate) const BLOCKS: &str = "b/";
-    pub(crate) const PROBES: &str = "probe/";
-
-    pub(crate) fn claim(epoch: u64) -> String {
-        format!("{CLAIMS}{:016x}", newest_first(epoch))
-    }
-
-    pub(crate) fn map(epoch: u64, n: u64) -> String {
-        format!("{MAPS}{:016x}-{:016x}", newest_first(epoch), newest_first(n))
-    }
-
-    pub(crate) fn part(part: u64, version: u64) -> String {
-        format!("{PARTS}{part:016x}.{version:016x}")
-    }
-
-    pub(crate) fn wal(epoch: u64, n: u64) -> String {
-        format!("{WALS}{epoch:016x}-{n:016x}")
-    }
-
-    pub(crate) fn block(block: u64, version: u64) -> String {
-        format!("{BLOCKS}{:02x}/{block:016x}.{version:016x}", block & 0xff)
-    }
-
-    fn pair(text: &str, between: char) -> Option<(u64, u64)> {
-        let (a, b) = text.split_once(between)?;
-        let number = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok())?;
-        Some((number(a)?, number(b)?))
-    }
-
-    /// The epoch of a claim's key.
-    pub(crate) fn claimed(key: &str) -> Option<u64> {
-        let number = key.strip_prefix(CLAIMS).filter(|text| text.len() == 16)?;
-        u64::from_str_radix(number, 16).ok().map(newest_first)
-    }
-
-    /// Epoch and number of a checkpoint's key.
-    pub(crate) fn mapped(key: &str) -> Option<(u64, u64)> {
-        pair(key.strip_prefix(MAPS)?, '-').map(|(epoch, n)| (newest_first(epoch), newest_first(n)))
-    }
-
-    /// Epoch and number of a commit's key.
-    pub(crate) fn logged(key: &str) -> Option<(u64, u64)> {
-        pair(key.strip_prefix(WALS)?, '-')
-    }
-
-    /// Number and version of a part's key.
-    pub(crate) fn parted(key: &str) -> Option<(u64, u64)> {
-        pair(key.strip_prefix(PARTS)?, '.')
-    }
-
-    /// True if a volume may have a key like that.
-    pub(crate) fn is_ours(key: &str) -> bool {
-        let probe = key.strip_prefix(PROBES).is_some_and(|id| super::unhex(id).is_some());
-        [VOLUME, BACKUP, RESTORING].contains(&key)
-            || probe
-            || claimed(key).is_some()
-            || mapped(key).or(logged(key)).or(parted(key)).or(blocked(key)).is_some()
-    }
-
-    /// Block and version of a block's key.
-    pub(crate) fn blocked(key: &str) -> Option<(u64, u64)> {
-        let (spread, rest) = key.strip_prefix(BLOCKS)?.split_once('/')?;
-        pair(rest, '.').filter(|(block, _)| spread == format!("{:02x}", block & 0xff))
-    }
 }
 
 /// A checkpoint.
@@ -622,18 +572,9 @@ mod tests {
         assert!(decode_part(&encode_part(ID, 3, &versions), ID, 4).is_err());
         let description = Description::new(ID, 1 << 30, 1 << 20, 9, true);
         assert_eq!(Description::decode(&description.encode()).unwrap(), description);
-    }
-
-    #[test]
-    fn keys_are_read_back_and_the_newest_comes_first() {
-        assert!(key::claim(2) < key::claim(1));
-        assert!(key::map(2, 1) < key::map(1, 9) && key::map(2, 2) < key::map(2, 1));
-        assert_eq!(key::claimed(&key::claim(77)), Some(77));
-        assert_eq!(key::mapped(&key::map(5, 6)), Some((5, 6)));
-        assert_eq!(key::logged(&key::wal(5, 6)), Some((5, 6)));
-        assert_eq!(key::parted(&key::part(5, 6)), Some((5, 6)));
-        assert_eq!(key::blocked(&key::block(0x1234, 6)), Some((0x1234, 6)));
-        assert_eq!(key::blocked("b/00/0000000000001234.0000000000000006"), None);
+        let point = Point { number: 3, time: 9, size: 1 << 30, epoch: 1, n: 2, commit: 4 };
+        assert_eq!(Point::decode(&point.encode(), 3).unwrap(), point);
+        assert!(Point::decode(&point.encode(), 4).is_err());
     }
 
     #[test]

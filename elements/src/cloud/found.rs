@@ -1,37 +1,43 @@
-//! A volume, or a backup of one, as it is found in a bucket by somebody who does not own it.
+//! A volume, or a point of a backup of one, as it is found in a bucket by somebody who does not own it.
 
-use super::format::{Backup, Checkpoint, Commit, Description, Entry, Id, LARGEST, Link, decode_part, key};
+use super::backup::points::{newest, points};
+use super::format::{Backup, Checkpoint, Commit, Description, Entry, Id, LARGEST, Link, Point, decode_part};
 use super::keeper::keys_of;
+use super::key;
 use super::map::Map;
 use super::open;
 use super::store::{Bucket, Listed};
 use blockmason::{Error, Kind, Result};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// What its newest checkpoint says.
+/// What a checkpoint says, and the commits after it.
 pub(super) struct Found {
     pub(super) description: Description,
-    /// It is a backup of that volume.
+    /// It is of a backup of that volume.
     pub(super) is_backup: bool,
     pub(super) id: Id,
     pub(super) size: u64,
     pub(super) last: Option<Checkpoint>,
     pub(super) map: Map,
     pub(super) problems: Vec<String>,
+    /// The last commit of the checkpoint's epoch that counts; None if all that are there do.
+    through: Option<u64>,
 }
 
-/// Where the contents of a disk are, besides in its newest checkpoint.
+/// Where the contents of a disk are, besides in its checkpoint.
 #[derive(Default)]
 pub(super) struct Needed {
-    /// Blocks and parts.
-    pub(super) plain: BTreeSet<String>,
+    /// Blocks, with their lengths, and parts.
+    pub(super) plain: BTreeMap<String, Option<u64>>,
     /// Commits, in their order.
     pub(super) commits: Vec<String>,
+    /// The last commit of the checkpoint's epoch.
+    pub(super) commit: u64,
 }
 
 impl Needed {
     pub(super) fn keys(&self) -> impl Iterator<Item = &String> {
-        self.plain.iter().chain(&self.commits)
+        self.plain.keys().chain(&self.commits)
     }
 }
 
@@ -53,10 +59,40 @@ pub(super) async fn backup_of(bucket: &Bucket) -> Result<Option<Description>> {
 }
 
 impl Found {
+    /// A volume as it is now, or the newest point of a backup.
     pub(super) async fn look(bucket: &Bucket) -> Result<Found> {
         let (description, is_backup) = describe(bucket).await?;
+        if !is_backup {
+            let last = open::last_checkpoint(bucket, description.id()?).await?;
+            return Found::of(bucket, description, false, last, None).await;
+        }
+        match newest(bucket).await? {
+            Some(point) => Found::at(bucket, &description, &point).await,
+            None => Found::of(bucket, description, true, None, None).await,
+        }
+    }
+
+    /// A point of a backup.
+    pub(super) async fn at(bucket: &Bucket, description: &Description, point: &Point) -> Result<Found> {
+        let last = open::checkpoint(bucket, description.id()?, point.epoch, point.n).await?;
+        let through = Some(point.commit);
+        let is_there = last.is_some();
+        let mut found = Found::of(bucket, description.clone(), true, last, through).await?;
+        if !is_there {
+            found.size = point.size;
+            found.problems.push(format!("{}: is missing", key::map(point.epoch, point.n)));
+        }
+        Ok(found)
+    }
+
+    async fn of(
+        bucket: &Bucket,
+        description: Description,
+        is_backup: bool,
+        last: Option<Checkpoint>,
+        through: Option<u64>,
+    ) -> Result<Found> {
         let id = description.id()?;
-        let last = open::last_checkpoint(bucket, id).await?;
         let size = last.as_ref().map_or(description.size, |last| last.size);
         let mut map = Map::new(size.div_ceil(description.block));
         let mut problems = Vec::new();
@@ -72,38 +108,49 @@ impl Found {
                 Err(error) => problems.push(format!("{key}: {error}: reads of its 8192 blocks fail")),
             }
         }
-        Ok(Found { description, is_backup, id, size, last, map, problems })
+        Ok(Found { description, is_backup, id, size, last, map, problems, through })
     }
 
     fn blocks(&self) -> u64 {
         self.size.div_ceil(self.description.block)
     }
 
+    /// Bytes of a block: the last one may be short.
+    fn len_of(&self, block: u64) -> u64 {
+        let start = block * self.description.block;
+        (start + self.description.block).min(self.size).saturating_sub(start)
+    }
+
     /// Objects that the map has, and their bytes.
     pub(super) fn stored(&self) -> (u64, u64) {
         let (present, block) = (self.map.present(0..self.blocks()), self.description.block);
         let last = self.blocks() - 1;
-        let short = if self.map.get(last) != 0 { (last + 1) * block - self.size } else { 0 };
+        let short = if self.map.get(last) != 0 { block - self.len_of(last) } else { 0 };
         (present, present * block - short)
     }
 
-    /// Every key that the newest checkpoint and the commits after it lead to.
+    /// Every key that the checkpoint and the commits after it lead to.
     pub(super) async fn needed(&mut self, bucket: &Bucket) -> Result<Needed> {
         let mut needed = Needed::default();
         for block in (0..self.blocks()).filter(|block| self.map.get(*block) != 0) {
-            needed.plain.insert(key::block(block, self.map.get(block)));
+            needed.plain.insert(key::block(block, self.map.get(block)), Some(self.len_of(block)));
         }
         let Some(last) = self.last.clone() else { return Ok(needed) };
-        needed.plain.extend(last.parts.iter().map(|(part, version)| key::part(*part, *version)));
+        needed.plain.extend(last.parts.iter().map(|(part, version)| (key::part(*part, *version), None)));
         let replays = last.replays.iter().flat_map(|span| (span.first..=span.last).map(|n| (span.epoch, n)));
         for (epoch, n) in replays {
             if self.commit(bucket, epoch, n, &mut needed).await?.is_none() {
                 self.problems.push(format!("{}: is missing, and is not in the map", key::wal(epoch, n)));
             }
         }
-        for n in last.done + 1.. {
-            if self.commit(bucket, last.epoch, n, &mut needed).await? != Some(false) {
-                break;
+        needed.commit = last.done;
+        for n in last.done + 1..=self.through.unwrap_or(u64::MAX) {
+            match self.commit(bucket, last.epoch, n, &mut needed).await? {
+                Some(false) => needed.commit = n,
+                _ if self.through.is_some() => {
+                    self.problems.push(format!("{}: is missing", key::wal(last.epoch, n)));
+                }
+                _ => break,
             }
         }
         Ok(needed)
@@ -124,7 +171,7 @@ impl Found {
             Ok(Link::One(commit)) => {
                 for entry in commit.entries {
                     if let Entry::Block { block, version } = entry {
-                        needed.plain.insert(key::block(block, version));
+                        needed.plain.insert(key::block(block, version), Some(self.len_of(block)));
                     }
                 }
             }
@@ -135,13 +182,107 @@ impl Found {
     }
 }
 
+/// Why an object is there.
+#[derive(Clone, Copy, Default)]
+struct Reason {
+    /// Its length, where that is known.
+    len: Option<u64>,
+    /// Nothing is lost if it has gone.
+    may_be_gone: bool,
+    /// How many lead to it.
+    leads: u32,
+}
+
+/// All that is at a place for a reason: because of the volume as it is now, or of any point of a backup.
+#[derive(Default)]
+pub(super) struct Reasons {
+    known: BTreeMap<String, Reason>,
+    pub(super) problems: Vec<String>,
+}
+
+impl Reasons {
+    pub(super) async fn of(bucket: &Bucket) -> Result<Reasons> {
+        let (description, is_backup) = describe(bucket).await?;
+        let mut reasons = Reasons::default();
+        if is_backup {
+            for point in points(bucket).await? {
+                reasons.point(bucket, &description, &point).await?;
+            }
+            reasons.lead_to(key::BACKUP.to_owned(), None);
+            return Ok(reasons);
+        }
+        let mut found = Found::look(bucket).await?;
+        reasons.found(bucket, &mut found).await?;
+        reasons.lead_to(key::VOLUME.to_owned(), None);
+        for key in found.last.iter().flat_map(|last| keys_of(&last.gone)) {
+            // Deleted by whoever opens the volume next.
+            reasons.known.entry(key).or_default().may_be_gone = true;
+        }
+        Ok(reasons)
+    }
+
+    /// A point of a backup, and what it leads to.
+    pub(super) async fn point(&mut self, bucket: &Bucket, of: &Description, point: &Point) -> Result<()> {
+        self.contents(bucket, of, point).await?;
+        self.lead_to(key::point(point.number), None);
+        Ok(())
+    }
+
+    /// What a point of a backup leads to.
+    pub(super) async fn contents(&mut self, bucket: &Bucket, of: &Description, point: &Point) -> Result<()> {
+        let mut found = Found::at(bucket, of, point).await?;
+        let before = self.problems.len();
+        self.found(bucket, &mut found).await?;
+        for problem in &mut self.problems[before..] {
+            *problem = format!("point {}: {problem}", point.number);
+        }
+        Ok(())
+    }
+
+    async fn found(&mut self, bucket: &Bucket, found: &mut Found) -> Result<()> {
+        let needed = found.needed(bucket).await?;
+        self.problems.append(&mut found.problems);
+        needed.plain.into_iter().for_each(|(key, len)| self.lead_to(key, len));
+        needed.commits.into_iter().for_each(|key| self.lead_to(key, None));
+        if let Some(last) = &found.last {
+            self.lead_to(key::map(last.epoch, last.n), None);
+        }
+        Ok(())
+    }
+
+    fn lead_to(&mut self, key: String, len: Option<u64>) {
+        let reason = self.known.entry(key).or_default();
+        reason.len = len;
+        reason.leads += 1;
+    }
+
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.known.contains_key(key)
+    }
+
+    pub(super) fn keys(&self) -> impl Iterator<Item = &String> {
+        self.known.keys()
+    }
+
+    /// Bytes of those blocks.
+    pub(super) fn bytes(&self, which: impl Fn(&String) -> bool) -> u64 {
+        let lens = self.known.iter().filter(|(key, _)| which(key));
+        lens.filter_map(|(_, why)| why.len).sum()
+    }
+
+    /// True if nothing else leads there.
+    pub(super) fn is_alone(&self, key: &String) -> bool {
+        self.known.get(key).is_some_and(|why| why.leads == 1)
+    }
+}
+
 /// What is no longer ends a chain, and is kept for ever.
 const END_LEN: u64 = 44;
 
 /// What a listing has shown.
 #[derive(Default)]
 pub(super) struct Seen {
-    pub(super) keys: BTreeSet<String>,
+    pub(super) objects: u64,
     pub(super) bytes: u64,
     /// What nothing leads to, with its bytes.
     pub(super) stray: Vec<(String, u64)>,
@@ -150,55 +291,44 @@ pub(super) struct Seen {
 
 impl Seen {
     /// Lists every object.
-    pub(super) async fn list(bucket: &Bucket, found: &Found, needed: &Needed) -> Result<Seen> {
-        let known = known(found, needed);
+    pub(super) async fn list(bucket: &Bucket, reasons: &Reasons) -> Result<Seen> {
         let mut seen = Seen::default();
-        let mut after = String::new();
+        let (mut there, mut after) = (BTreeSet::new(), String::new());
         loop {
             let listed = bucket.list("", &after, 1000).await?;
-            let Some(last) = listed.last() else { return Ok(seen) };
+            let Some(last) = listed.last() else { break };
             after = last.key.clone();
-            listed.iter().for_each(|listed| seen.one(found, &known, listed));
+            for listed in &listed {
+                seen.one(reasons, listed);
+                if reasons.has(&listed.key) {
+                    there.insert(listed.key.clone());
+                }
+            }
         }
+        let missing = reasons.known.iter().filter(|(key, why)| !why.may_be_gone && !there.contains(*key));
+        seen.problems.extend(missing.map(|(key, _)| format!("{key}: is missing: what it held is lost")));
+        Ok(seen)
     }
 
-    fn one(&mut self, found: &Found, known: &BTreeSet<String>, listed: &Listed) {
+    fn one(&mut self, reasons: &Reasons, listed: &Listed) {
+        let key = &listed.key;
         // Other volumes may lie below, and what is no volume's.
-        if !key::is_ours(&listed.key) {
+        if !key::is_ours(key) {
             return;
         }
+        self.objects += 1;
         self.bytes += listed.len;
-        self.keys.insert(listed.key.clone());
-        let end = |key: &str| (key::mapped(key).or(key::logged(key))).is_some() && listed.len <= END_LEN;
-        if !known.contains(&listed.key) {
-            if key::claimed(&listed.key).is_none() && !end(&listed.key) {
-                self.stray.push((listed.key.clone(), listed.len));
+        match reasons.known.get(key) {
+            Some(Reason { len: Some(len), .. }) if *len != listed.len => {
+                self.problems.push(format!("{key}: has {} bytes of {len}: it is damaged", listed.len));
             }
-        } else if let Some((block, version)) = key::blocked(&listed.key) {
-            let start = block * found.description.block;
-            let len = (start + found.description.block).min(found.size) - start;
-            if found.map.get(block) == version && listed.len != len {
-                self.problems
-                    .push(format!("{}: has {} bytes of {len}: it is damaged", listed.key, listed.len));
+            Some(_) => {}
+            None => {
+                let is_end = (key::mapped(key).or(key::logged(key))).is_some() && listed.len <= END_LEN;
+                if !is_end && key::claimed(key).is_none() && key::ran(key).is_none() {
+                    self.stray.push((key.clone(), listed.len));
+                }
             }
         }
     }
-
-    /// What is needed and was not seen.
-    pub(super) fn missing<'a>(&self, needed: &'a Needed) -> impl Iterator<Item = &'a String> {
-        needed.keys().filter(|key| !self.keys.contains(*key))
-    }
-}
-
-/// All that is there for a reason.
-fn known(found: &Found, needed: &Needed) -> BTreeSet<String> {
-    let root = if found.is_backup { key::BACKUP } else { key::VOLUME };
-    let mut known: BTreeSet<String> = needed.keys().cloned().collect();
-    known.insert(root.to_owned());
-    if let Some(last) = &found.last {
-        known.insert(key::map(last.epoch, last.n));
-        // What is named as gone is deleted by whoever opens the volume next.
-        known.extend(keys_of(&last.gone).filter(|_| !found.is_backup));
-    }
-    known
 }

@@ -1,6 +1,7 @@
 //! What goes to the bucket, and when: commits, blocks, checkpoints, deletions. One task for each open volume.
 
-use super::format::{Checkpoint, Commit, Entry, Gone, Span, encode_part, key};
+use super::format::{Checkpoint, Commit, Entry, Gone, Span, encode_part};
+use super::key;
 use super::open::last_claim;
 use super::pieces::{Fill, Pieces};
 use super::store::Bucket;

@@ -8,6 +8,7 @@ pub(crate) mod credentials;
 mod format;
 mod found;
 mod keeper;
+mod key;
 pub mod ledger;
 mod map;
 pub(crate) mod metered;

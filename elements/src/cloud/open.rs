@@ -2,9 +2,10 @@
 
 use super::calendar::{DAY, date, day_of};
 use super::format::{
-    Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, key,
+    Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part,
     unhex,
 };
+use super::key;
 use super::keeper::{self, keys_of, taken_over};
 use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
@@ -95,7 +96,7 @@ pub(crate) fn seconds() -> u64 {
 }
 
 /// Such seconds, for people.
-fn time(seconds: u64) -> String {
+pub(crate) fn time(seconds: u64) -> String {
     let (of_day, date) = (seconds % DAY, date(day_of(seconds)));
     format!("{date} {:02}:{:02}:{:02} UTC", of_day / 3600, of_day / 60 % 60, of_day % 60)
 }
@@ -143,6 +144,14 @@ async fn read_map(bucket: &Bucket, id: Id, key: &str) -> Result<Option<Link<Chec
             Checkpoint::decode(&bytes.to_vec(), id).map(Some).map_err(|error| error.with_path(key))
         }
         None => Ok(None),
+    }
+}
+
+/// That checkpoint, if it is there.
+pub(super) async fn checkpoint(bucket: &Bucket, id: Id, epoch: u64, n: u64) -> Result<Option<Checkpoint>> {
+    match read_map(bucket, id, &key::map(epoch, n)).await? {
+        Some(Link::One(found)) if (found.epoch, found.n) == (epoch, n) => Ok(Some(found)),
+        _ => Ok(None),
     }
 }
 

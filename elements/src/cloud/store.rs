@@ -291,7 +291,7 @@ impl Bucket {
     /// # Errors
     /// It does not answer, or does not allow what a disk needs.
     pub(crate) async fn probe(&self) -> Result<bool> {
-        let key = format!("{}{}", super::format::key::PROBES, put_id());
+        let key = format!("{}{}", super::key::PROBES, put_id());
         let (first, second) = (Data::copy_of(b"first"), Data::copy_of(b"second"));
         self.put_if_absent(&key, first).await?;
         let fenced = !self.put_if_absent(&key, second).await?;

@@ -1,11 +1,12 @@
 //! What `mason bucket` does with volumes that this process does not serve. Everything here blocks.
 
-use super::backup;
+pub use super::backup::points::Keep;
+use super::backup::{self, By};
 use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
-use super::format::{hex, key};
-use super::found::{Found, Seen};
-use super::keeper::keys_of;
+use super::format::hex;
+use super::found::{Found, Reasons, Seen};
+use super::key;
 use super::open::{self, Opening};
 use super::price::STANDARD;
 use super::shared::{PATIENCE, block_on, claim, guarded, runtime};
@@ -13,7 +14,6 @@ use super::store::{Bucket, prefix};
 use super::volume::Volume;
 use blockmason::{Error, Kind, Op, Origin, Request, Result};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -133,7 +133,7 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
     let bucket = place.bucket()?;
     block_on(async move {
         let dangers = bucket.dangers().await?;
-        let mut found = Found::look(&bucket).await?;
+        let found = Found::look(&bucket).await?;
         let claim = open::last_claim(&bucket).await?;
         let closed = match (&found.last, &claim) {
             _ if found.is_backup => true,
@@ -141,12 +141,9 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
             (None, None) => true,
             _ => false,
         };
-        let needed = found.needed(&bucket).await?;
-        let mut seen = Seen::list(&bucket, &found, &needed).await?;
-        let gone: BTreeSet<String> = found.last.iter().flat_map(|last| keys_of(&last.gone)).collect();
-        let lost = seen.missing(&needed).filter(|key| !gone.contains(*key));
-        found.problems.extend(lost.map(|key| format!("{key}: is missing: what it held is lost")));
-        found.problems.append(&mut seen.problems);
+        let mut reasons = Reasons::of(&bucket).await?;
+        let mut seen = Seen::list(&bucket, &reasons).await?;
+        reasons.problems.append(&mut seen.problems);
         if mend && !closed {
             let message = "somebody has the volume open: what nothing leads to may be just on its way";
             return Err(Error::new(Kind::Busy, message));
@@ -155,9 +152,9 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
             bucket.delete_many(seen.stray.iter().map(|(key, _)| key.clone())).await?;
         }
         Ok(json!({
-            "problems": found.problems,
+            "problems": reasons.problems,
             "dangers": dangers,
-            "objects": seen.keys.len(),
+            "objects": seen.objects,
             "bytes": seen.bytes,
             "stray": seen.stray.len(),
             "stray_bytes": seen.stray.iter().map(|(_, len)| len).sum::<u64>(),
@@ -207,41 +204,83 @@ async fn root(bucket: &Bucket) -> Result<&'static str> {
     Err(Error::new(Kind::Unavailable, "there is no volume in that bucket, below that prefix, and no backup"))
 }
 
-/// Brings a backup of a volume, which may be open, to what the volume is now; makes the backup where there is none. What it has already
-/// is not copied again. Tells `progress` how many objects are there, and of how many.
+/// Adds a point to a backup of a volume, which may be open: what the volume is now; makes the backup where there is none. What the backup has
+/// already is not copied again. Then deletes the points that `keep` does not name. Tells `progress` how many objects are there, and of how
+/// many. `take` says that whoever was at work on the backup is dead.
 ///
 /// # Errors
-/// [`Kind::Busy`] if something else is at the other place, or the volume is written faster than it is copied; a store does not
-/// answer. The backup is what it was then.
+/// [`Kind::Busy`] if something else is at the other place, somebody works on the backup, or the volume is written faster than it is copied; a
+/// store does not answer. The points before are there then.
 pub fn backup(
     from: &Place,
     to: &Place,
+    keep: Keep,
+    take: bool,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Value> {
     let (source, target) = (from.bucket()?, to.bucket()?);
     block_on(async move {
-        let done = backup::back_up(&source, &target, &progress).await?;
+        let by = By { claim: claim(), take };
+        let done = backup::back_up(&source, &target, keep, by, &progress).await?;
         let dollars = STANDARD.counted(&source.counts) + STANDARD.counted(&target.counts);
         Ok(json!({
-            "objects": done.objects, "bytes": done.bytes, "kept": done.kept, "deleted": done.deleted, "dollars": dollars,
+            "point": done.point, "objects": done.objects, "bytes": done.bytes, "kept": done.kept,
+            "pruned": done.pruned.points, "deleted": done.pruned.objects, "problems": done.problems,
+            "dollars": dollars,
         }))
     })
 }
 
-/// Makes a volume of a backup at a place where there is none.
+/// The points of a backup, the newest first.
 ///
 /// # Errors
-/// Something is at the other place, the backup is damaged, a store does not answer. What is there then is to be deleted.
+/// There is no backup, or it is damaged; the store does not answer.
+pub fn points(place: &Place) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let listed = backup::list(&bucket).await?;
+        let points = listed.into_iter().map(|(point, bytes, alone)| {
+            json!({
+                "point": point.number, "time": point.time, "size": point.size, "bytes": bytes, "own": alone,
+            })
+        });
+        Ok(json!({ "points": points.collect::<Vec<_>>() }))
+    })
+}
+
+/// Deletes the points of a backup that `keep` does not name, or that are `named`, and what only they lead to. With `dry` it says only
+/// what would go.
+///
+/// # Errors
+/// There is no backup; somebody works on it; a point is named that is not there, or is the newest.
+pub fn prune(place: &Place, keep: Keep, named: &[u64], take: bool, dry: bool) -> Result<Value> {
+    let (bucket, named) = (place.bucket()?, named.to_vec());
+    block_on(async move {
+        let by = By { claim: claim(), take };
+        let gone = backup::prune(&bucket, keep, &named, by, dry).await?;
+        Ok(json!({ "pruned": gone.points, "objects": gone.objects, "bytes": gone.bytes, "dry": dry }))
+    })
+}
+
+/// Makes a volume of a point of a backup, the newest if none is named, at a place where there is none.
+///
+/// # Errors
+/// There is no such point; something is at the other place, the backup is damaged, a store does not answer. What is there then is to be
+/// deleted.
 pub fn restore(
     from: &Place,
     to: &Place,
+    point: Option<u64>,
     fenced: bool,
     progress: impl Fn(u64, u64) + Send + Sync + 'static,
 ) -> Result<Value> {
     let (source, target) = (from.bucket()?, to.bucket()?);
     block_on(async move {
-        let (made, done) = backup::restore(&source, &target, claim(), fenced, &progress).await?;
-        Ok(json!({ "id": made.id, "size": made.size, "objects": done.objects, "bytes": done.bytes }))
+        let (made, point, bytes) =
+            backup::restore(&source, &target, point, claim(), fenced, &progress).await?;
+        Ok(json!({
+            "id": made.id, "size": made.size, "point": point.number, "time": point.time, "bytes": bytes,
+        }))
     })
 }
 

@@ -1,6 +1,7 @@
 //! An open volume: what is in memory of it, and what requests do with that. What goes to the bucket when: keeper.rs.
 
-use super::format::{Description, Gone, Id, Span, key, version};
+use super::format::{Description, Gone, Id, Span, version};
+use super::key;
 use super::map::Map;
 use super::open::Opening;
 use super::pieces::{Fill, Piece, Pieces};

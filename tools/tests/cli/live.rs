@@ -110,13 +110,15 @@ impl Drop for Shell {
 }
 
 /// Commands whose output is measurements: every number of it is masked, and columns are as wide as they are.
-const MEASUREMENTS: [&str; 8] = [
+const MEASUREMENTS: [&str; 10] = [
     "mason top",
     "mason status",
     "mason get Probe",
     "mason events",
     "mason migrate",
     "mason bucket backup",
+    "mason bucket points",
+    "mason bucket prune",
     "mason bucket restore",
     "mason bill",
 ];

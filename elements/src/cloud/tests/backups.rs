@@ -1,7 +1,8 @@
 //! Backups of a volume that is written meanwhile, in a store that fails.
 
 use super::*;
-use crate::cloud::backup::{Copied, back_up, restore};
+use crate::cloud::backup::points::Keep;
+use crate::cloud::backup::{By, Copied, Pruned, back_up, list, prune, restore};
 use crate::cloud::testing::Odds;
 use blockmason::Kind;
 use std::cell::{Cell, RefCell};
@@ -12,17 +13,26 @@ fn below(memory: &Memory, prefix: &str) -> Bucket {
 }
 
 async fn back(memory: &Memory) -> Result<Copied> {
-    back_up(&bucket(memory), &below(memory, "backup/"), &|_, _| {}).await
+    back_keeping(memory, 1).await
 }
 
-/// What a volume has that is made of the backup.
+async fn back_keeping(memory: &Memory, last: u32) -> Result<Copied> {
+    let keep = Keep { last: Some(last), ..Keep::default() };
+    back_up(&bucket(memory), &below(memory, "backup/"), keep, By::default(), &|_, _| {}).await
+}
+
+/// What a volume has that is made of the newest point.
 async fn restored(memory: &Memory) -> Vec<u8> {
+    restored_at(memory, None).await
+}
+
+/// What a volume has that is made of a point.
+async fn restored_at(memory: &Memory, point: Option<u64>) -> Vec<u8> {
     let memory = memory.copy();
     memory.set_odds(Odds::default());
     memory.release();
-    restore(&below(&memory, "backup/"), &below(&memory, "new/"), Claim::default(), true, &|_, _| {})
-        .await
-        .unwrap();
+    let (from, to) = (below(&memory, "backup/"), below(&memory, "new/"));
+    restore(&from, &to, point, Claim::default(), true, &|_, _| {}).await.unwrap();
     // On any host.
     let volume =
         open::open(below(&memory, "new/"), opening("elsewhere"), Arc::new(|_: &str| {})).await.unwrap();
@@ -53,7 +63,8 @@ fn the_second_backup_copies_what_has_changed_and_deletes_what_it_replaces() {
         put(&volume, 0, 1, SIZE).await;
         volume.settle().await.unwrap();
         let first = back(&memory).await.unwrap();
-        assert_eq!((first.kept, first.deleted), (0, 0));
+        // The number of the one that failed is not used again.
+        assert_eq!((first.point, first.kept, first.pruned), (2, 0, Pruned::default()));
         // 13 blocks, a part, the checkpoint.
         assert_eq!(first.objects, 15);
         assert_eq!(restored(&memory).await, vec![1; SIZE as usize]);
@@ -61,14 +72,16 @@ fn the_second_backup_copies_what_has_changed_and_deletes_what_it_replaces() {
         put(&volume, BLOCK, 2, BLOCK).await;
         put(&volume, 10, 3, 1).await;
         let second = back(&memory).await.unwrap();
-        // The block and the two commits; nothing has been replaced yet.
-        assert_eq!(second, Copied { objects: 3, bytes: second.bytes, kept: 14, deleted: 0 });
+        // The block and the two commits; nothing has been replaced yet but the point, which has gone itself.
+        let pruned = Pruned { points: vec![2], ..Pruned::default() };
+        let expected = Copied { point: 3, objects: 3, bytes: second.bytes, kept: 14, pruned, problems: vec![] };
+        assert_eq!(second, expected);
         volume.settle().await.unwrap();
         let third = back(&memory).await.unwrap();
         // A block, the part, the checkpoint. Of the block that was written whole there is the object.
         assert_eq!((third.objects, third.kept), (3, 12), "{third:?}");
         // Two blocks, the part, the checkpoint, two commits.
-        assert_eq!(third.deleted, 6);
+        assert_eq!(third.pruned.objects, 6);
         let mut expected = vec![1; SIZE as usize];
         expected[BLOCK as usize..2 * BLOCK as usize].fill(2);
         expected[10] = 3;
@@ -141,14 +154,14 @@ fn a_backup_that_breaks_off_leaves_the_one_before() {
         });
         memory.held(1).await;
         let error =
-            restore(&below(&memory, "backup/"), &below(&memory, "x/"), Claim::default(), true, &|_, _| {})
+            restore(&below(&memory, "backup/"), &below(&memory, "x/"), None, Claim::default(), true, &|_, _| {})
                 .await
                 .unwrap_err();
         assert!(error.to_string().contains("never completed"), "{error}");
         broken.abort();
         memory.release();
         back(&memory).await.unwrap();
-        for place in ["backup/b/", "backup/part/", "backup/wal/", "backup/map/"] {
+        for place in ["backup/b/", "backup/part/", "backup/wal/", "backup/map/", "backup/point/"] {
             let before = restored(&memory).await;
             put(&volume, 0, before[0] + 1, SIZE).await;
             if place != "backup/wal/" {
@@ -185,9 +198,13 @@ fn what_is_not_meant_is_refused() {
             assert!(error.to_string().contains(what), "{error}");
         };
         let restore_to = async |from: &Bucket, to: &str| {
-            restore(from, &below(&memory, to), Claim::default(), true, &|_, _| {}).await.map(|(_, done)| done)
+            let to = below(&memory, to);
+            restore(from, &to, None, Claim::default(), true, &|_, _| {}).await.map(|_| Copied::default())
         };
-        says(back_up(&disk, &disk, &|_, _| {}).await, "a volume already");
+        let to = async |from: &Bucket, to: &Bucket| {
+            back_up(from, to, Keep::default(), By::default(), &|_, _| {}).await
+        };
+        says(to(&disk, &disk).await, "a volume already");
         says(restore_to(&disk, "x/").await, "no backup");
         says(restore_to(&backup, "backup/").await, "a backup already");
         says(restore_to(&backup, "some/disk/").await, "a volume already");
@@ -195,7 +212,7 @@ fn what_is_not_meant_is_refused() {
         let opened =
             open::open(below(&memory, "other/"), opening("a"), Arc::new(|_: &str| {})).await.unwrap();
         drop(opened);
-        says(back_up(&below(&memory, "other/"), &backup, &|_, _| {}).await, &other.id);
+        says(to(&below(&memory, "other/"), &backup).await, &other.id);
         let error = open::create(&backup, SIZE, BLOCK, true).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Busy, "{error}");
         let opened = open::open(below(&memory, "backup/"), opening("a"), Arc::new(|_: &str| {})).await;
@@ -207,7 +224,7 @@ fn what_is_not_meant_is_refused() {
             let memory = memory.clone();
             async move {
                 let (from, to) = (below(&memory, "backup/"), below(&memory, "y/"));
-                restore(&from, &to, Claim::default(), true, &|_, _| {}).await
+                restore(&from, &to, None, Claim::default(), true, &|_, _| {}).await
             }
         });
         memory.held(1).await;
@@ -220,6 +237,135 @@ fn what_is_not_meant_is_refused() {
         let block = memory.keys().into_iter().find(|key| key.starts_with("backup/b/")).unwrap();
         memory.remove(&block);
         says(restore_to(&backup, "z/").await, "missing in the backup");
+    });
+}
+
+/// Names the host that makes a backup.
+fn by(machine: &str, take: bool) -> By {
+    By { claim: opening(machine).claim, take }
+}
+
+#[test]
+fn points_stay_whole_until_they_are_pruned() {
+    runtime().block_on(async {
+        let memory = Memory::new(1);
+        create(&memory).await;
+        let volume = open(&memory, opening("a")).await.unwrap();
+        let mut states = vec![Vec::new()];
+        for byte in 1..=5 {
+            put(&volume, u64::from(byte) * BLOCK, byte, BLOCK).await;
+            if byte % 2 == 0 {
+                volume.settle().await.unwrap();
+            }
+            let done = back_keeping(&memory, 9).await.unwrap();
+            assert_eq!((done.point, done.pruned.points.len()), (u64::from(byte), 0), "{done:?}");
+            assert_eq!(done.problems, Vec::<String>::new());
+            states.push(read_all(&volume).await);
+        }
+        for (point, state) in states.iter().enumerate().skip(1) {
+            assert_eq!(restored_at(&memory, Some(point as u64)).await, *state, "{point}");
+        }
+        assert_eq!(restored(&memory).await, states[5]);
+        let backup = below(&memory, "backup/");
+        // Each has the block of those before it, and one more; none has one that no other has, but for the newest.
+        let listed = list(&backup).await.unwrap();
+        let listed: Vec<_> = listed.iter().map(|(point, bytes, own)| (point.number, *bytes, *own)).collect();
+        let expected = [(5, 5, 1), (4, 4, 0), (3, 3, 0), (2, 2, 0), (1, 1, 0)];
+        assert_eq!(listed, expected.map(|(point, bytes, own)| (point, bytes * BLOCK, own * BLOCK)));
+
+        let all = Keep::default();
+        let error = prune(&backup, all, &[5], by("a", false), false).await.unwrap_err();
+        assert!(error.to_string().contains("newest"), "{error}");
+        let error = prune(&backup, all, &[7], by("a", false), false).await.unwrap_err();
+        assert!(error.to_string().contains("no point 7"), "{error}");
+        let before = memory.keys();
+        let dry = prune(&backup, all, &[2, 3], by("a", false), true).await.unwrap();
+        assert_eq!((&dry.points[..], memory.keys()), (&[3, 2][..], before));
+        assert_eq!(prune(&backup, all, &[2, 3], by("a", false), false).await.unwrap(), dry);
+        for point in [1, 4, 5] {
+            assert_eq!(restored_at(&memory, Some(point)).await, states[point as usize], "{point}");
+        }
+        let lost = restore(&backup, &below(&memory, "x/"), Some(2), Claim::default(), true, &|_, _| {}).await;
+        assert!(lost.unwrap_err().to_string().contains("no point 2"));
+        let last = Keep { last: Some(1), ..Keep::default() };
+        let pruned = prune(&backup, last, &[], by("a", false), false).await.unwrap();
+        assert_eq!(pruned.points, [4, 1]);
+        assert_eq!(restored(&memory).await, states[5]);
+        // Nothing is left of those that went: a backup from scratch has as much.
+        let fresh = below(&memory, "fresh/");
+        back_up(&bucket(&memory), &fresh, all, by("a", false), &|_, _| {}).await.unwrap();
+        let count = |prefix: &str| memory.keys().iter().filter(|key| key.starts_with(prefix)).count();
+        assert_eq!(count("backup/"), count("fresh/"));
+    });
+}
+
+#[test]
+fn one_at_a_time_works_on_a_backup() {
+    runtime().block_on(async {
+        let memory = Memory::new(1);
+        create(&memory).await;
+        let volume = open(&memory, opening("a")).await.unwrap();
+        put(&volume, 0, 1, SIZE).await;
+        volume.settle().await.unwrap();
+        let make = async |by: By| {
+            back_up(&bucket(&memory), &below(&memory, "backup/"), Keep::default(), by, &|_, _| {}).await
+        };
+        // One hangs, and another host may not go on, unless it is said to be dead.
+        memory.hold(|what, key| what == "put" && key.starts_with("backup/map/"));
+        let hanging = tokio::spawn({
+            let memory = memory.clone();
+            async move {
+                let (from, to) = (bucket(&memory), below(&memory, "backup/"));
+                back_up(&from, &to, Keep::default(), by("a", false), &|_, _| {}).await
+            }
+        });
+        memory.held(1).await;
+        let error = make(by("b", false)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Busy, "{error}");
+        assert!(error.to_string().contains("--take"), "{error}");
+        memory.release();
+        let held = memory.clone();
+        memory.hold(|what, key| what == "put" && key.starts_with("backup/point/"));
+        let taking = tokio::spawn(async move {
+            let (from, to) = (bucket(&held), below(&held, "backup/"));
+            back_up(&from, &to, Keep::default(), by("b", true), &|_, _| {}).await
+        });
+        // That one has the backup now; the first finds out before it adds anything.
+        memory.held(1).await;
+        let error = hanging.await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("taken over"), "{error}");
+        memory.release();
+        assert_eq!(taking.await.unwrap().unwrap().point, 2);
+        // It is over, and anybody may go on; so is one that failed.
+        assert_eq!(make(by("c", false)).await.unwrap().point, 3);
+        let prune_lost = prune(&below(&memory, "backup/"), Keep::default(), &[9], by("d", false), false).await;
+        assert!(prune_lost.is_err());
+        assert_eq!(make(by("e", false)).await.unwrap().point, 4);
+        assert_eq!(restored(&memory).await, vec![1; SIZE as usize]);
+    });
+}
+
+#[test]
+fn what_is_damaged_in_a_backup_is_copied_anew() {
+    runtime().block_on(async {
+        let memory = Memory::new(1);
+        create(&memory).await;
+        let volume = open(&memory, opening("a")).await.unwrap();
+        put(&volume, 0, 1, SIZE).await;
+        volume.settle().await.unwrap();
+        back_keeping(&memory, 9).await.unwrap();
+        let block = memory.keys().into_iter().find(|key| key.starts_with("backup/b/")).unwrap();
+        memory.overwrite(&block, b"short");
+        let done = back_keeping(&memory, 9).await.unwrap();
+        assert_eq!((done.objects, done.problems.len()), (1, 0), "{done:?}");
+        // What only an older point needs is gone for good, and is said.
+        put(&volume, 0, 2, SIZE).await;
+        volume.settle().await.unwrap();
+        memory.remove(&block);
+        let done = back_keeping(&memory, 9).await.unwrap();
+        assert_eq!(done.problems.len(), 1, "{done:?}");
+        assert!(block.ends_with(done.problems[0].split(':').next().unwrap()), "{:?}", done.problems);
+        assert_eq!(restored(&memory).await, vec![2; SIZE as usize]);
     });
 }
 
@@ -260,19 +406,32 @@ fn story(seed: u64) {
                 }
             }
         });
-        for round in 0..rng.u32(1..5) {
+        // What each point that there is has.
+        let mut points: Vec<(u64, Vec<u8>)> = Vec::new();
+        for round in 0..rng.u32(1..6) {
             tokio::time::sleep(Duration::from_millis(rng.u64(..200))).await;
             let least = answered.get();
-            let done = back(&memory).await;
+            let done = back_keeping(&memory, 3).await;
             let most = states.borrow().len() - 1;
             match done {
-                Ok(_) => {
+                Ok(done) => {
+                    assert_eq!(done.problems, Vec::<String>::new(), "seed {seed}, round {round}");
                     let found = restored(&memory).await;
-                    let states = states.borrow();
-                    let fits = (least..=most).any(|state| states[state] == found);
+                    let fits = (least..=most).any(|state| states.borrow()[state] == found);
                     assert!(fits, "seed {seed}, round {round}: it is no state from {least} to {most}");
+                    points.push((done.point, found));
+                    points.retain(|(point, _)| !done.pruned.points.contains(point));
+                    assert!(points.len() <= 3, "seed {seed}");
                 }
                 Err(error) => assert_eq!(error.kind(), Kind::Busy, "seed {seed}, round {round}: {error}"),
+            }
+            if rng.u8(..4) == 0 && points.len() > 1 {
+                let point = points.remove(rng.usize(..points.len() - 1)).0;
+                prune(&below(&memory, "backup/"), Keep::default(), &[point], By::default(), false).await.unwrap();
+            }
+            memory.land(rng.f64());
+            for (point, state) in &points {
+                assert_eq!(restored_at(&memory, Some(*point)).await, *state, "seed {seed}, point {point}");
             }
         }
         ends.set(true);

@@ -74,7 +74,7 @@ fn an_owner_that_was_replaced_deletes_nothing() {
         put(&first, 0, 1, SIZE).await.unwrap();
         first.settle().await.unwrap();
         put(&first, 0, 2, SIZE).await.unwrap();
-        memory.hold(|what, key| what == "put" && key.ends_with(&crate::cloud::format::key::map(1, 3)));
+        memory.hold(|what, key| what == "put" && key.ends_with(&crate::cloud::key::map(1, 3)));
         let late = tokio::spawn({
             let first = first.clone();
             async move { first.settle().await }
@@ -102,7 +102,7 @@ fn an_owner_that_makes_checkpoints_meanwhile_is_found_out() {
         first.settle().await.unwrap();
         // Only the first who puts something there waits: the end, and not the checkpoints that go by it.
         let (end, first_time) =
-            (crate::cloud::format::key::map(1, 3), std::sync::atomic::AtomicBool::new(true));
+            (crate::cloud::key::map(1, 3), std::sync::atomic::AtomicBool::new(true));
         memory.hold(move |what, key| {
             what == "put"
                 && key.ends_with(&end)

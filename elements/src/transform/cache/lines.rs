@@ -152,6 +152,12 @@ impl Part {
         }
     }
 
+    /// A line of which these units are valid.
+    fn find(&self, line: u64, wanted: u128) -> Option<Found> {
+        let found = self.get(line).filter(|found| found.valid & wanted == wanted)?;
+        Some(Found { place: found.place.clone(), stamp: found.stamp })
+    }
+
     /// Somebody asks for `within`, which is valid.
     fn touch(&mut self, line: u64, within: &Range<u64>) {
         if self.protected.promote(&line) {
@@ -296,14 +302,21 @@ impl Lines {
     /// Looks for a part of a line, on behalf of somebody who wants it.
     pub(super) fn look(&self, line: u64, within: &Range<u64>) -> Look {
         let mut part = self.part(line);
-        let wanted = self.touched(within);
-        let valid = |found: &&Line| found.valid & wanted == wanted;
-        let found = part.get(line).filter(valid);
-        if let Some(found) = found.map(|found| Found { place: found.place.clone(), stamp: found.stamp }) {
+        if let Some(found) = part.find(line, self.touched(within)) {
             part.touch(line, within);
             return Look::Here(found);
         }
         part.flights.get(&line).map_or(Look::Missing, |flight| Look::Coming(flight.clone()))
+    }
+
+    /// The same on behalf of somebody who may not take it: whoever does says so with [`Lines::touch`].
+    pub(super) fn peek(&self, line: u64, within: &Range<u64>) -> Option<Found> {
+        self.part(line).find(line, self.touched(within))
+    }
+
+    /// Somebody has taken what `peek` found.
+    pub(super) fn touch(&self, line: u64, within: &Range<u64>) {
+        self.part(line).touch(line, within);
     }
 
     /// Registers a flight, unless there is one; or, if all of the line up to `len` is valid, none is needed.

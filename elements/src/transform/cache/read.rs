@@ -37,7 +37,7 @@ impl Cache {
         if !advice.ahead.is_empty() {
             self.prefetch(advice.ahead.clone(), cx);
         }
-        if let Some(data) = self.in_memory(&range) {
+        if let Some(data) = self.at_hand(&range) {
             self.count(true);
             if !advice.keep {
                 self.spent(&range);
@@ -65,24 +65,48 @@ impl Cache {
         lines.for_each(|(line, _)| self.lines().spent(line));
     }
 
-    /// All of a range, if that can be had without waiting.
-    fn in_memory(&self, range: &Range<u64>) -> Option<Data> {
-        if self.ssd.is_some() {
-            return None;
+    /// All of a range, if that can be had without waiting: it is in memory, or in the page cache of the SSD.
+    fn at_hand(&self, range: &Range<u64>) -> Option<Data> {
+        let (mut pieces, mut touched) = (Vec::with_capacity(1), Vec::with_capacity(1));
+        for (part, known) in self.known(range) {
+            match known {
+                Known::Zeros => pieces.push(Data::zeros((part.end - part.start) as usize)),
+                Known::Memory(data) => pieces.push(data),
+                Known::Ring(at, number) => {
+                    pieces.push(self.ssd.as_ref()?.ring_now(at, part.end - part.start)?);
+                    self.journal().as_ref().filter(|journal| journal.has(number))?;
+                }
+                Known::Gap => {
+                    for (line, within) in self.lines().of(&part) {
+                        pieces.push(self.line_at_hand(line, &within)?);
+                        touched.push((line, within));
+                    }
+                }
+            }
         }
-        let lines = self.lines().of(range);
-        let mut pieces = Vec::new();
-        if self.journal().as_ref().is_some_and(|journal| !journal.touching(range).is_empty()) {
-            return None;
-        }
-        for (line, within) in lines {
-            let Look::Here(Found { place: Place::Memory(data), .. }) = self.lines().look(line, &within)
-            else {
-                return None;
-            };
-            pieces.push(data.slice(within.start as usize..within.end as usize));
-        }
+        touched.iter().for_each(|(line, within)| self.lines().touch(*line, within));
         Some(if pieces.len() == 1 { pieces.swap_remove(0) } else { Data::concat(pieces) })
+    }
+
+    fn line_at_hand(&self, line: u64, within: &Range<u64>) -> Option<Data> {
+        let found = self.lines().peek(line, within)?;
+        match &found.place {
+            Place::Memory(data) => Some(data.slice(within.start as usize..within.end as usize)),
+            // What was loaded has still to be compared with its checksum.
+            Place::Slot(slot) if slot.proven && !self.is_broken() => {
+                let data = self.ssd.as_ref()?.slot_now(*slot, within)?;
+                self.lines().is_still(line, &found).then_some(data)
+            }
+            Place::Slot(_) => None,
+        }
+    }
+
+    /// What the journal knows of a range.
+    fn known(&self, range: &Range<u64>) -> Vec<(Range<u64>, Known)> {
+        match &*self.journal() {
+            Some(journal) if !journal.knows_nothing() => journal.find(range, HEADER),
+            _ => vec![(range.clone(), Known::Gap)],
+        }
     }
 
     async fn read_later(self: &Arc<Self>, req: Request, keep: bool, cx: Cx<'_>) -> Reply {
@@ -106,12 +130,8 @@ impl Cache {
 
     /// Where the bytes of a range come from; `plain`, without lines. Every line that this request has to read from below is registered by then.
     fn sources(self: &Arc<Self>, range: &Range<u64>, keep: bool, plain: bool) -> Vec<Source> {
-        let known = match &*self.journal() {
-            Some(journal) if !journal.knows_nothing() => journal.find(range, HEADER),
-            _ => vec![(range.clone(), Known::Gap)],
-        };
         let mut sources = Vec::new();
-        for (part, known) in known {
+        for (part, known) in self.known(range) {
             let len = part.end - part.start;
             match known {
                 Known::Zeros => sources.push(Source::Here(Data::zeros(len as usize))),

@@ -7,7 +7,8 @@ use blockmason::io::FileIo;
 use blockmason::request::Extra;
 use blockmason::{Answer, Cx, Data, Error, Flow, Kind as ErrorKind, Op, Origin, Reply, Request, Result};
 use futures::future::try_join_all;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Where the device is.
 pub(super) enum Media {
@@ -22,7 +23,7 @@ pub(super) enum Media {
 pub(super) struct Ssd {
     pub(super) media: OnceLock<Media>,
     /// None until the cache has been opened.
-    label: Mutex<Option<Label>>,
+    label: Mutex<Option<Arc<Label>>>,
     /// Labels are written one after the other.
     labelling: tokio::sync::Mutex<()>,
 }
@@ -46,7 +47,7 @@ impl Ssd {
         Ssd { media: OnceLock::new(), label: Mutex::new(None), labelling: tokio::sync::Mutex::new(()) }
     }
 
-    fn locked(&self) -> MutexGuard<'_, Option<Label>> {
+    fn locked(&self) -> MutexGuard<'_, Option<Arc<Label>>> {
         // It is replaced as a whole.
         self.label.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -56,12 +57,12 @@ impl Ssd {
     }
 
     /// The label as it was written last.
-    pub(super) fn label(&self) -> Result<Label> {
+    pub(super) fn label(&self) -> Result<Arc<Label>> {
         self.locked().clone().ok_or_else(|| Error::internal("a request came before the cache was opened"))
     }
 
     pub(super) fn set_label(&self, label: Option<Label>) {
-        *self.locked() = label;
+        *self.locked() = label.map(Arc::new);
     }
 
     async fn submit(&self, req: Request, cx: Cx<'_>) -> Reply {
@@ -137,15 +138,35 @@ impl Ssd {
     }
 
     /// The bytes of a slot.
-    pub(super) async fn slot(&self, slot: Slot, within: std::ops::Range<u64>, cx: Cx<'_>) -> Result<Data> {
+    pub(super) async fn slot(&self, slot: Slot, within: Range<u64>, cx: Cx<'_>) -> Result<Data> {
         let at = self.label()?.slot_at(slot.number);
         self.read(at + within.start, within.end - within.start, cx).await
+    }
+
+    /// Bytes of a slot or of the ring, if they can be had without waiting: else they are read as ever.
+    pub(super) fn slot_now(&self, slot: Slot, within: &Range<u64>) -> Option<Data> {
+        let at = self.label().ok()?.slot_at(slot.number);
+        self.read_now(at + within.start..at + within.end)
+    }
+
+    /// The same of the ring.
+    pub(super) fn ring_now(&self, at: u64, len: u64) -> Option<Data> {
+        let pieces = self.label().ok()?.pieces(at, len).map(|piece| self.read_now(piece));
+        pieces.collect::<Option<Vec<Data>>>().map(Data::concat)
+    }
+
+    fn read_now(&self, range: Range<u64>) -> Option<Data> {
+        match self.media.get()? {
+            Media::Image(io, _) => io.read_now(range.start, range.end - range.start),
+            #[cfg(test)]
+            Media::Port(_) => None,
+        }
     }
 
     /// Writes the next label; what it says is then durable.
     pub(super) async fn publish(&self, change: impl FnOnce(&mut Label), cx: Cx<'_>) -> Result<()> {
         let _alone = self.labelling.lock().await;
-        let mut label = self.label()?;
+        let mut label = Label::clone(&*self.label()?);
         label.generation += 1;
         change(&mut label);
         self.write(label.place(), Data::copy_of(&label.encode()), cx).await?;
@@ -179,7 +200,7 @@ impl Ssd {
         }
         let text = generation(cx).await?.unwrap_or_default();
         if let Some(label) = &mut *self.locked() {
-            label.text = text;
+            Arc::make_mut(label).text = text;
         }
         Ok(())
     }
