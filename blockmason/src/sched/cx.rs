@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -115,6 +116,19 @@ impl<'a> Cx<'a> {
         Flow::later(
             async move { body.await.map_err(|error| error.in_element(self.name()).at(op.name(), offset)) },
         )
+    }
+
+    /// As [`later`](Self::later), for a body that seldom waits: it begins here and now, and what it answers without waiting is
+    /// answered at once.
+    pub fn begun(self, req: &Request, body: impl Future<Output = Reply> + 'a) -> Flow<'a> {
+        match self.later(req, body) {
+            // Whoever is given the rest polls it with a waker of his own before he waits.
+            Flow::Later(mut flow) => match flow.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(reply) => Flow::Now(reply),
+                Poll::Pending => Flow::Later(flow),
+            },
+            now => now,
+        }
     }
 
     /// Answers `req` with an error that carries the element's name, the operation and the offset.

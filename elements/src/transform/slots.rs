@@ -129,8 +129,8 @@ pub(super) fn serve<'a>(slotted: &'a impl Slotted, req: Request, cx: Cx<'a>) -> 
         };
     }
     match req.op {
-        Op::Read => cx.later(&req.clone(), read(slotted, req, cx)),
-        Op::Write => cx.later(&req.clone(), write(slotted, req, cx)),
+        Op::Read => cx.begun(&req.clone(), read(slotted, req, cx)),
+        Op::Write => cx.begun(&req.clone(), write(slotted, req, cx)),
         Op::WriteZeroes | Op::Discard => cx.later(&req.clone(), zero(slotted, req, cx)),
         Op::Extents if req.extra.as_ref().is_some_and(|extra| extra.map.is_some()) => {
             cx.fail(&req, Error::unsupported("a disk in slots knows of no such map"))

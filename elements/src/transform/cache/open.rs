@@ -285,7 +285,7 @@ impl Cache {
         if io.image().has_failed() {
             return Err(Error::new(ErrorKind::Io, "a flush has failed before"));
         }
-        let mut label = ssd.label()?;
+        let mut label = Label::clone(&*ssd.label()?);
         let mut table = vec![0; label.table_len() as usize];
         table.as_chunks_mut().0.fill(encode_entry(EMPTY, 0, 0));
         for (line, valid, slot) in self.lines().slots() {
