@@ -33,12 +33,17 @@ impl Raw {
 
     /// Connects and goes through the shortest handshake: the default export, simple replies.
     pub fn ready(socket: &Path) -> Raw {
+        Raw::ready_with_size(socket).0
+    }
+
+    /// The same, and how many bytes the disk has.
+    pub fn ready_with_size(socket: &Path) -> (Raw, u64) {
         let mut raw = Raw::connect(socket);
         raw.greet();
         raw.option(OPT_EXPORT_NAME, 0, b"");
         // Size and flags; the zeros after them were declined.
-        raw.bytes(10);
-        raw
+        let size = u64::from_be_bytes(raw.bytes(10)[..8].try_into().unwrap());
+        (raw, size)
     }
 
     /// Takes the server's greeting and answers it.

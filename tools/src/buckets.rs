@@ -15,6 +15,7 @@ use std::path::PathBuf;
   mason bucket create s3://vms/vm1 --size 100G
   mason bucket create s3://vms/vm1 --size 100G --endpoint https://s3.example.org --credentials keys
   mason bucket check s3://vms/vm1 && echo sound
+  mason bucket grow s3://vms/vm1 --size 200G
   mason bucket backup s3://vms/vm1 s3://backup/vm1 --keep-daily 7 --keep-weekly 8
   mason bucket points s3://backup/vm1
   mason bucket restore s3://backup/vm1 s3://vms/vm1-again --point 3
@@ -59,6 +60,14 @@ enum Command {
     ///
     /// If that host lives, its disk fails from then on.
     Take(Volume),
+    /// Make a disk larger that nobody has open: what is new reads as zeros
+    Grow {
+        #[command(flatten)]
+        volume: Volume,
+        /// Bytes that the disk is to have
+        #[arg(long)]
+        size: Size,
+    },
     /// Delete a disk, a backup, or what a restore has left that did not end
     Delete {
         #[command(flatten)]
@@ -321,6 +330,13 @@ pub(crate) fn main(args: &Args) -> Outcome {
             volume.say(&taken, |taken| match taken["host"].as_str() {
                 Some(host) => format!("taken from {}; any host may open it\n", printable(host)),
                 None => "nobody had it; any host may open it\n".to_owned(),
+            })
+        }
+        Command::Grow { volume, size } => {
+            let done = tool::grow(&volume.place(), size.0).map_err(failed)?;
+            volume.say(&done, |done| {
+                let (before, size) = (Exact(number(&done["before"])), Exact(number(&done["size"])));
+                format!("{}: {size}, {before} before\n", volume.name())
             })
         }
         Command::Delete { volume, force } => {

@@ -70,6 +70,11 @@ impl Description {
         self.id().map(|_| ())
     }
 
+    /// The same volume with another size.
+    pub(crate) fn sized(&self, size: u64) -> Description {
+        Description { size, ..self.clone() }
+    }
+
     pub(crate) fn id(&self) -> Result<Id> {
         unhex(&self.id).ok_or_else(|| Error::invalid("the volume's id is damaged"))
     }
@@ -159,6 +164,8 @@ pub(crate) struct Claim {
     /// What tells one host from another.
     pub(crate) machine: String,
     pub(crate) process: u32,
+    /// What tells it from another process that has that number on that machine.
+    pub(crate) born: String,
     /// Seconds since 1970.
     pub(crate) time: u64,
 }

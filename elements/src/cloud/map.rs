@@ -28,6 +28,14 @@ impl Map {
         Map { parts, objects: 0 }
     }
 
+    /// Makes room for so many blocks: those that are new have no object.
+    pub(crate) fn grow(&mut self, blocks: u64) {
+        let parts = blocks.div_ceil(PART) as usize;
+        if parts > self.parts.len() {
+            self.parts.resize_with(parts, Part::default);
+        }
+    }
+
     /// How many parts there are.
     pub(crate) fn parts(&self) -> u64 {
         self.parts.len() as u64

@@ -7,6 +7,7 @@ pub(crate) mod counts;
 pub(crate) mod credentials;
 mod format;
 mod found;
+mod grow;
 mod keeper;
 mod key;
 pub mod ledger;
@@ -19,6 +20,7 @@ pub(crate) mod shared;
 pub(crate) mod store;
 pub mod tool;
 pub(crate) mod volume;
+pub(crate) mod who;
 
 #[cfg(test)]
 mod testing;

@@ -11,6 +11,7 @@ use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;
 use super::volume::{Batch, State, Volume};
+use super::who::has_died;
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
 use futures::stream::{StreamExt, TryStreamExt};
@@ -189,15 +190,17 @@ pub(crate) async fn open(
 fn may_be_taken(base: Option<&Checkpoint>, last: Option<&Claim>, opening: &Opening) -> Result<()> {
     let Some(last) = last else { return Ok(()) };
     let closed = base.is_some_and(|base| base.closed && base.epoch == last.epoch);
-    if closed || opening.take || last.machine == opening.claim.machine {
+    if closed || opening.take || has_died(last, &opening.claim) {
         return Ok(());
     }
-    let message = format!(
-        "the host {} has had it open since {} (process {}): if that host is dead, say so with `mason bucket take`",
-        last.host,
-        time(last.time),
-        last.process
-    );
+    let since = time(last.time);
+    let message = match last.machine == opening.claim.machine {
+        true => format!("the process {} of this host has had it open since {since}: it is to let go first", last.process),
+        false => format!(
+            "the host {} has had it open since {since} (process {}): if that host is dead, say so with `mason bucket take`",
+            last.host, last.process
+        ),
+    };
     Err(Error::new(Kind::Busy, message))
 }
 

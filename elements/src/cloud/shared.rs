@@ -1,7 +1,7 @@
 //! The volumes that this process has open: each once, whichever elements serve it.
 
 use super::counts::Counts;
-use super::format::{Claim, Description};
+use super::format::Description;
 use super::keeper::keep;
 use super::open::{self, Opening};
 use super::store::{Bucket, ObjectStore};
@@ -162,12 +162,4 @@ pub(crate) async fn guarded(volume: Arc<Volume>) {
             "what keeps the volume has panicked: nothing is served until it is opened anew",
         );
     }
-}
-
-/// Who this process is, for others who want to open the volume.
-pub(crate) fn claim() -> Claim {
-    let read = |path: &str| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
-    let host = read("/proc/sys/kernel/hostname").unwrap_or_default();
-    let machine = read("/etc/machine-id").filter(|id| !id.is_empty()).unwrap_or_else(|| host.clone());
-    Claim { host, machine, process: std::process::id(), ..Claim::default() }
 }

@@ -6,6 +6,7 @@
 )]
 
 mod backups;
+mod grows;
 mod races;
 mod stories;
 

@@ -6,12 +6,14 @@ use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
 use super::format::hex;
 use super::found::{Found, Reasons, Seen};
+use super::grow;
 use super::key;
 use super::open::{self, Opening};
 use super::price::STANDARD;
-use super::shared::{PATIENCE, block_on, claim, guarded, runtime};
+use super::shared::{PATIENCE, block_on, guarded, runtime};
 use super::store::{Bucket, prefix};
 use super::volume::Volume;
+use super::who::claim;
 use blockmason::{Error, Kind, Op, Origin, Request, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -188,6 +190,22 @@ pub fn take(place: &Place) -> Result<Value> {
         let volume = opened(bucket, true).await?;
         open::close(&volume, Duration::from_secs(600)).await?;
         Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host) }))
+    })
+}
+
+/// Makes a volume larger that nobody has open. What is new reads as zeros.
+///
+/// # Errors
+/// It is larger already; somebody has it open; the store does not answer.
+pub fn grow(place: &Place, size: u64) -> Result<Value> {
+    let bucket = place.bucket()?;
+    block_on(async move {
+        let volume = opened(bucket, false).await?;
+        let before = volume.state().size;
+        let grown = grow::grow(&volume, size).await;
+        let left = open::close(&volume, Duration::from_secs(60)).await;
+        grown.and(left)?;
+        Ok(json!({ "before": before, "size": size }))
     })
 }
 

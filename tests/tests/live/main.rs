@@ -9,6 +9,7 @@ mod clients;
 mod cloud;
 mod cloud_crash;
 mod cloud_down;
+mod cloud_grow;
 mod cloud_plain;
 mod cloud_refused;
 mod cloud_stale;

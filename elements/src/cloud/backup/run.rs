@@ -4,9 +4,9 @@ use super::super::format::Claim;
 use super::super::key;
 use super::super::open::{seconds, time};
 use super::super::store::Bucket;
+use super::super::who::has_died;
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
-use std::path::Path;
 
 /// The right to change a backup, until somebody takes it.
 pub(super) struct Run<'a> {
@@ -56,10 +56,7 @@ async fn may_follow(backup: &Bucket, before: u64, claim: &Claim) -> Result<()> {
     let Some(bytes) = backup.get_whole(&key::run(before), 1 << 16).await? else { return Ok(()) };
     let owner: Claim = serde_json::from_slice(&bytes.to_vec()).unwrap_or_default();
     // A process makes one backup at a time.
-    let is_alive =
-        owner.process != claim.process && Path::new(&format!("/proc/{}", owner.process)).exists();
-    let has_died = owner.machine == claim.machine && !is_alive;
-    if has_died {
+    if has_died(&owner, claim) {
         return Ok(());
     }
     let message = format!(

@@ -1,12 +1,12 @@
 //! Brings changes below in their order: a batch, a flush, the next batch.
 
-use super::Cache;
+use super::{Cache, lock};
 use super::format::{Kind, Record};
 use super::index::Index;
 use super::journal::{Batch, Journal, Standing};
 use super::ssd::generation;
 use blockmason::{Class, Cx, Data, Error, Flags, Op, Origin, Request, Result};
-use futures::future::{Either, select};
+use futures::future::{Either, join, select};
 use futures::stream::{self, StreamExt};
 use std::pin::pin;
 use std::time::Duration;
@@ -45,14 +45,57 @@ impl Cache {
     }
 
     async fn clean_once(&self, class: Class, cx: Cx<'_>) -> Result<()> {
-        let Some(batch) = self.journal().as_ref().and_then(|journal| journal.batch(BATCH)) else {
-            return Ok(());
-        };
+        let Some((batch, records)) = self.loaded(cx).await? else { return Ok(()) };
         if class == Class::Background {
             self.pace(&batch, cx).await;
         }
+        let (sent, ahead) = join(self.send(&batch, &records, class, cx), self.load_ahead(batch.end, cx)).await;
+        sent?;
+        *lock(&self.ahead) = ahead;
+        self.update(|journal| journal.clean_to(batch.end));
+        if self.is_broken() {
+            self.update(Journal::forget_cleaned);
+        }
+        Ok(())
+    }
+
+    /// The next batch, with the bytes of its changes.
+    async fn loaded(&self, cx: Cx<'_>) -> Result<Option<(Batch, Vec<Record>)>> {
+        let ahead = lock(&self.ahead).take();
+        let batch = {
+            let journal = self.journal();
+            let Some(journal) = &*journal else { return Ok(None) };
+            let begins = |(batch, _): &(Batch, _)| batch.entries.first().map(|(number, _)| *number);
+            if ahead.as_ref().is_some_and(|ahead| begins(ahead) == Some(journal.cleaned())) {
+                return Ok(ahead);
+            }
+            journal.batch(BATCH)
+        };
+        let Some(batch) = batch else { return Ok(None) };
         let records = self.load(&batch, cx).await?;
-        let writes = newest(&records).into_iter().map(|write| {
+        Ok(Some((batch, records)))
+    }
+
+    /// The batch after a number, if there is a whole one, while the one before is on its way. What cannot be read is found out
+    /// when it is its turn.
+    async fn load_ahead(&self, begin: u64, cx: Cx<'_>) -> Option<(Batch, Vec<Record>)> {
+        let ssd = self.ssd.as_ref().filter(|_| !self.is_broken())?;
+        let batch = self.journal().as_ref()?.batch_from(begin, BATCH)?;
+        let bytes: u64 = batch.entries.iter().map(|(_, entry)| entry.size).sum();
+        if bytes < BATCH / 2 {
+            return None;
+        }
+        ssd.sync(cx).await.ok()?;
+        let mut records = Vec::with_capacity(batch.entries.len());
+        for (number, entry) in &batch.entries {
+            records.push(ssd.record(*number, entry, cx).await.ok()?);
+        }
+        Some((batch, records))
+    }
+
+    /// Writes a batch below, durably.
+    async fn send(&self, batch: &Batch, records: &[Record], class: Class, cx: Cx<'_>) -> Result<()> {
+        let writes = newest(records).into_iter().map(|write| {
             let write = cx.child(&Request { origin: Origin::WriteBack, class, ..write });
             cx.forward(0, Request { root: write.id, ..write })
         });
@@ -62,12 +105,7 @@ impl Cache {
             outcome = outcome.and(reply.map(drop));
         }
         outcome?;
-        self.flush_below(batch.tail, cx).await?;
-        self.update(|journal| journal.clean_to(batch.end));
-        if self.is_broken() {
-            self.update(Journal::forget_cleaned);
-        }
-        Ok(())
+        self.flush_below(batch.tail, cx).await
     }
 
     /// A flush of a batch, after which the log begins at `tail`.

@@ -328,18 +328,28 @@ impl Journal {
 
     /// The oldest changes that are not below, up to so many bytes; one at least. None if there are none.
     pub(super) fn batch(&self, most: u64) -> Option<Batch> {
-        let from = (self.cleaned - self.first) as usize;
-        let count = CHANGES.min((self.published - self.cleaned) as usize);
+        self.batch_from(self.cleaned, most)
+    }
+
+    /// The number of the first change that may not be below.
+    pub(super) fn cleaned(&self) -> u64 {
+        self.cleaned
+    }
+
+    /// The same from a number on, before which there is nothing that has gone.
+    pub(super) fn batch_from(&self, begin: u64, most: u64) -> Option<Batch> {
+        let from = (begin - self.first) as usize;
+        let count = CHANGES.min(self.published.saturating_sub(begin) as usize);
         let mut bytes = 0;
         let fits = |entry: &&Entry| {
             bytes += entry.size;
             bytes <= most || bytes == entry.size
         };
         let entries: Vec<_> = self.entries.iter().skip(from).take(count).take_while(fits).cloned().collect();
-        let end = self.cleaned + entries.len() as u64;
+        let end = begin + entries.len() as u64;
         let next = self.entries.get((end - self.first) as usize);
         let tail = next.map_or(self.head(), |entry| Tail { at: entry.at, number: end, life: entry.life });
-        let entries: Vec<_> = (self.cleaned..).zip(entries).collect();
+        let entries: Vec<_> = (begin..).zip(entries).collect();
         (!entries.is_empty()).then_some(Batch { entries, end, tail })
     }
 

@@ -146,6 +146,8 @@ struct Cache {
     /// Whoever waits for room waits here for its turn.
     turn: tokio::sync::Mutex<()>,
     cleaning: Coalesced,
+    /// The next batch that goes below, read while the one before was on its way.
+    ahead: Mutex<Option<(journal::Batch, Vec<format::Record>)>>,
     ssd: Option<Ssd>,
     /// Opening: one at a time.
     opening: Coalesced,
@@ -200,6 +202,7 @@ impl Cache {
             changed: Notify::new(),
             turn: tokio::sync::Mutex::new(()),
             cleaning: Coalesced::default(),
+            ahead: Mutex::default(),
             is_open: AtomicBool::new(ssd.is_none()),
             ssd,
             opening: Coalesced::default(),

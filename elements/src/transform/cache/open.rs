@@ -345,7 +345,11 @@ async fn find(ssd: &Ssd, disk: u64, size: u64, cx: Cx<'_>) -> Result<Option<Labe
             Found::Other => {}
         }
     }
-    let Some(found) = found else { return Ok(None) };
+    let Some(mut found) = found else { return Ok(None) };
+    // A disk that has grown was written by whoever has made it grow: where it says its generation, that is noticed as ever.
+    if found.disk < disk && !found.text.is_empty() {
+        found.disk = disk;
+    }
     if found.disk != disk {
         let message = format!("the cache belongs to a disk of {} bytes, not to one of {disk}", found.disk);
         return Err(Error::invalid(message));

@@ -207,12 +207,16 @@ impl Element for Store {
         Flow::done()
     }
 
-    /// `lose` what is pending, or be written by `others`.
-    fn call(&self, handler: &str, _argument: &str) -> Result<String> {
+    /// `lose` what is pending, or be written by `others`, or made larger by them.
+    fn call(&self, handler: &str, argument: &str) -> Result<String> {
         let mut far = lock(&self.0);
         match handler {
             "lose" | "cut" => far.pending.clear(),
             "others" => far.others += 1,
+            "grow" => {
+                far.others += 1;
+                far.committed.resize(argument.parse().unwrap(), 0);
+            }
             _ => {}
         }
         Ok(String::new())

@@ -226,6 +226,40 @@ fn changes_for_a_disk_that_others_have_written_wait_for_the_operator() {
 }
 
 #[test]
+fn a_disk_that_has_grown_keeps_its_cache_unless_that_has_changes() {
+    plug_in();
+    for drained in [true, false] {
+        run(1, async |host| {
+            let back = ported("(mode write_back)");
+            let disk = TestDisk::new(&host, *TYPES, &back, "C").await.unwrap();
+            // The last line is not whole.
+            disk.write(98304, &[1; 4096]).await.unwrap();
+            element(&disk.disk.graph(), "C").call("flush", "").unwrap();
+            settle().await;
+            if !drained {
+                disk.write(0, &[2; 4096]).await.unwrap();
+            }
+            disk.disk.stop().await.unwrap();
+            let before = disk.disk.graph();
+            element(&before, "S").call("grow", "150000").unwrap();
+            for _ in 0..2 {
+                let (disk, _) = again(&host, &before, &back).await;
+                assert_eq!(disk.size(), 150_000);
+                let found = disk.read(98304, 8192).await;
+                if !drained {
+                    assert!(found.unwrap_err().to_string().contains("(stale discard)"));
+                    return;
+                }
+                assert_eq!(found.unwrap(), [vec![1; 4096], vec![0; 4096]].concat());
+                disk.write(149_000, &[3; 1000]).await.unwrap();
+                assert_eq!(disk.read(148_999, 1001).await.unwrap(), [vec![0], vec![3; 1000]].concat());
+                disk.disk.stop().await.unwrap();
+            }
+        });
+    }
+}
+
+#[test]
 fn an_ssd_that_fails_is_done_without_as_long_as_nothing_is_lost() {
     plug_in();
     for mode in ["(mode write_through)", "(mode write_back)"] {
