@@ -14,7 +14,7 @@ use crate::request::{Answer, Extent, Op, Reply, Request};
 use crate::rt;
 use crate::sched::{Admit, Cx, Disk, Host, Served, Shard, Stream, serve};
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -82,6 +82,29 @@ pub static CLIENT: ElementType = ElementType {
     family: Family::Export,
     ports: Ports::SOURCE,
     build: |_| Ok(Arc::new(Client)),
+    ..ElementType::BASE
+};
+
+thread_local! {
+    static SINKS: RefCell<HashMap<String, Arc<dyn Element>>> = RefCell::default();
+}
+
+/// Makes the element `(type shared)` of that name in every graph of this thread one and the same: what outlives a process that a
+/// test lets die. `text` is what stands behind its name.
+pub fn share(host: &Host, catalogue: Catalogue, name: &str, text: &str) -> Arc<dyn Element> {
+    let graph = graph(host, catalogue, &format!("element {name} {text}"), name).unwrap();
+    let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
+    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
+    element
+}
+
+/// What [`share`] has made, for catalogues of tests.
+pub static SHARED: ElementType = ElementType {
+    name: "shared",
+    summary: "is the same in every graph",
+    family: Family::Sink,
+    ports: Ports::SINK,
+    build: |build| Ok(SINKS.with_borrow(|sinks| sinks[build.name].clone())),
     ..ElementType::BASE
 };
 

@@ -51,7 +51,7 @@ mod tests {
         child.kill().unwrap();
         // Nobody has waited for it yet.
         while !has_died(&other, &me) {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::yield_now();
         }
         child.wait().unwrap();
         assert!(has_died(&other, &me));

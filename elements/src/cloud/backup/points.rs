@@ -24,28 +24,30 @@ pub struct Keep {
 impl Keep {
     /// The numbers of those that stay, of points with the newest first.
     pub(crate) fn of(&self, points: &[Point]) -> BTreeSet<u64> {
-        let day = |point: &Point| day_of(point.time);
-        let rules: [(Option<u32>, &dyn Fn(&Point) -> u64); 4] = [
-            (self.last, &|point| point.number),
-            (self.daily, &|point| u64::from(day(point))),
-            // The first day of 1970 was a Thursday.
-            (self.weekly, &|point| u64::from((day(point) + 3) / 7)),
-            (self.monthly, &|point| u64::from(Month::of(day(point)).0)),
-        ];
-        if rules.iter().all(|(count, _)| count.is_none()) {
+        if [self.last, self.daily, self.weekly, self.monthly].iter().all(Option::is_none) {
             return points.iter().map(|point| point.number).collect();
         }
-        let mut kept: BTreeSet<u64> = points.first().map(|newest| newest.number).into_iter().collect();
-        for (count, span) in rules {
-            let mut spans = BTreeSet::new();
-            for point in points {
-                if spans.len() < count.unwrap_or(0) as usize && spans.insert(span(point)) {
-                    kept.insert(point.number);
-                }
-            }
-        }
-        kept
+        let day = |point: &Point| day_of(point.time);
+        let newest = points.iter().take(1).map(|point| point.number);
+        newest
+            .chain(firsts(points, self.last, |point| point.number))
+            .chain(firsts(points, self.daily, day))
+            // The first day of 1970 was a Thursday.
+            .chain(firsts(points, self.weekly, |point| (day(point) + 3) / 7))
+            .chain(firsts(points, self.monthly, |point| Month::of(day(point))))
+            .collect()
     }
+}
+
+/// The first of each of so many spans of time.
+fn firsts<S: Ord>(points: &[Point], count: Option<u32>, span: impl Fn(&Point) -> S) -> Vec<u64> {
+    let (mut spans, mut firsts) = (BTreeSet::new(), Vec::new());
+    for point in points {
+        if spans.len() < count.unwrap_or(0) as usize && spans.insert(span(point)) {
+            firsts.push(point.number);
+        }
+    }
+    firsts
 }
 
 /// All points of a backup, the newest first.

@@ -1,11 +1,10 @@
 //! The disk that it is; every byte that it stores, by other means than the element's; damage, crashes, comparing.
 
 use super::sum::TRAILER;
-use blockmason::describe::{Build, Catalogue, ElementType, Family, Ports};
-use blockmason::testing::{TestDisk, graph, play_against_model, run};
+use blockmason::describe::{Catalogue, ElementType, Family};
+use blockmason::testing::{self, SHARED, TestDisk, play_against_model, run};
 use blockmason::{Cx, Data, Element, Flow, Host, Kind, Op, Request, Result};
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,25 +21,13 @@ static CATALOGUE: Catalogue = &[
 ];
 
 thread_local! {
-    static SINKS: RefCell<HashMap<String, Arc<dyn Element>>> = RefCell::default();
     static TEARS: RefCell<bool> = RefCell::default();
 }
 
-/// The element of that name in every graph of type `shared` is this one.
+/// [`testing::share`], of these types.
 fn share(host: &Host, name: &str, text: &str) -> Arc<dyn Element> {
-    let graph = graph(host, CATALOGUE, &format!("element {name} {text}"), name).unwrap();
-    let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
-    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
-    element
+    testing::share(host, CATALOGUE, name, text)
 }
-
-static SHARED: ElementType = ElementType {
-    name: "shared",
-    family: Family::Sink,
-    ports: Ports::SINK,
-    build: |build: &Build<'_>| Ok(SINKS.with_borrow(|sinks| sinks[build.name].clone())),
-    ..ElementType::BASE
-};
 
 /// Writes half of what is written, and waits a while before the other half, when it is told to.
 struct Half;

@@ -1,11 +1,9 @@
 //! The disk that it is; every byte that it stores; what it saves; damage and hostile bytes; crashes.
 
 use super::codec::{Algorithm, Codec, HEAD};
-use blockmason::describe::{Build, Catalogue, ElementType, Family, Ports};
-use blockmason::testing::{CLIENT, TestDisk, checked, graph, play_against_model, run};
+use blockmason::describe::Catalogue;
+use blockmason::testing::{self, CLIENT, SHARED, TestDisk, checked, play_against_model, run};
 use blockmason::{Data, Element, Extent, Host, Kind, Op, Request, Result};
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,25 +18,10 @@ static CATALOGUE: Catalogue = &[
     &crate::transform::wal::TYPE,
 ];
 
-thread_local! {
-    static SINKS: RefCell<HashMap<String, Arc<dyn Element>>> = RefCell::default();
-}
-
-/// The element of that name in every graph of type `shared` is this one.
+/// [`testing::share`], of these types.
 fn share(host: &Host, name: &str, text: &str) -> Arc<dyn Element> {
-    let graph = graph(host, CATALOGUE, &format!("element {name} {text}"), name).unwrap();
-    let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
-    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
-    element
+    testing::share(host, CATALOGUE, name, text)
 }
-
-static SHARED: ElementType = ElementType {
-    name: "shared",
-    family: Family::Sink,
-    ports: Ports::SINK,
-    build: |build: &Build<'_>| Ok(SINKS.with_borrow(|sinks| sinks[build.name].clone())),
-    ..ElementType::BASE
-};
 
 const CLUSTER: u64 = 16384;
 /// A slot of such a cluster, in units of 4k.

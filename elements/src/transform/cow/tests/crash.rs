@@ -117,8 +117,8 @@ struct Story {
 
 impl Story {
     async fn new(host: &Arc<Host>, seed: u64) -> Story {
-        let base = share(host, "B", &format!("(type volatile) (size {SIZE}) (seed {seed})")).await;
-        let overlay = share(host, "O", &format!("(type volatile) (size 40000) (seed {})", seed + 1)).await;
+        let base = share(host, "B", &format!("(type volatile) (size {SIZE}) (seed {seed})"));
+        let overlay = share(host, "O", &format!("(type volatile) (size 40000) (seed {})", seed + 1));
         let image = TestDisk::new(host, CATALOGUE, "element B (type shared)", "B").await.unwrap();
         let bytes: Vec<u8> = (0..SIZE).map(|at| 200 + (at / 512) as u8).collect();
         image.write(0, &bytes).await.unwrap();

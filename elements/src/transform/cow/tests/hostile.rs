@@ -94,7 +94,7 @@ fn a_damaged_overlay_is_refused_and_nothing_panics() {
     for seed in 0..300 {
         run(seed, async |host| {
             let mut rng = fastrand::Rng::with_seed(seed);
-            share(&host, "O", "(type mem) (size 300k)").await;
+            share(&host, "O", "(type mem) (size 300k)");
             let graph = text("4k", "(type mem) (size 200000)", "(type shared)");
             let served = Served::new(&host, &graph).await.unwrap();
             for _ in 0..10 {

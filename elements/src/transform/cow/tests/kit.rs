@@ -1,10 +1,9 @@
 //! Disks that several graphs in a row lead to, processes that die, and requests that are held.
 
-use blockmason::describe::{Build, Catalogue, ElementType, Family, Ports};
-use blockmason::testing::{TestDisk, graph};
+use blockmason::describe::{Catalogue, ElementType, Family};
+use blockmason::testing::{self, SHARED, TestDisk, graph};
 use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Host, Kind, Op, Prepared, Request, Result};
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::sync::oneshot;
@@ -23,27 +22,14 @@ pub(super) static CATALOGUE: Catalogue = &[
 ];
 
 thread_local! {
-    static SINKS: RefCell<HashMap<String, Arc<dyn Element>>> = RefCell::default();
     static FUSE: RefCell<Arc<Fuse>> = RefCell::default();
     static HELD: RefCell<Vec<(String, oneshot::Sender<()>)>> = RefCell::default();
 }
 
-/// The element of that name in every graph of type `shared` is this one.
-pub(super) async fn share(host: &Host, name: &str, text: &str) -> Arc<dyn Element> {
-    let text = format!("element {name} {text}");
-    let graph = graph(host, CATALOGUE, &text, name).unwrap();
-    let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
-    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
-    element
+/// [`testing::share`], of these types.
+pub(super) fn share(host: &Host, name: &str, text: &str) -> Arc<dyn Element> {
+    testing::share(host, CATALOGUE, name, text)
 }
-
-static SHARED: ElementType = ElementType {
-    name: "shared",
-    family: Family::Sink,
-    ports: Ports::SINK,
-    build: |build: &Build<'_>| Ok(SINKS.with_borrow(|sinks| sinks[build.name].clone())),
-    ..ElementType::BASE
-};
 
 /// When a process dies, counted in requests to its disks.
 #[derive(Default)]

@@ -63,8 +63,8 @@ fn behaves_like_a_vector_over_disks_with_demands_and_without_an_incarnation() {
 #[test]
 fn the_base_is_not_written_before_a_commit_and_has_everything_after() {
     run(1, async |host| {
-        share(&host, "B", &mem(100_000)).await;
-        share(&host, "O", &mem(300_000)).await;
+        share(&host, "B", &mem(100_000));
+        share(&host, "O", &mem(300_000));
         let base = TestDisk::new(&host, CATALOGUE, "element B (type shared)", "B").await.unwrap();
         let image: Vec<u8> = (0..100_000u32).map(|ix| (ix % 251) as u8).collect();
         base.write(0, &image).await.unwrap();
@@ -150,8 +150,8 @@ fn requests_are_few() {
 #[test]
 fn extents_are_those_of_where_the_blocks_are() {
     run(1, async |host| {
-        share(&host, "B", &mem(1 << 20)).await;
-        share(&host, "O", &mem(2 << 20)).await;
+        share(&host, "B", &mem(1 << 20));
+        share(&host, "O", &mem(2 << 20));
         let base = TestDisk::new(&host, CATALOGUE, "element B (type shared)", "B").await.unwrap();
         base.write(0, &[1; 16 << 10]).await.unwrap();
         base.write(64 << 10, &[1; 16 << 10]).await.unwrap();
@@ -188,7 +188,7 @@ fn what_is_refused_is_said_in_numbers() {
 #[test]
 fn an_overlay_of_something_else_is_refused_and_not_overwritten() {
     run(1, async |host| {
-        share(&host, "O", &mem(2 << 20)).await;
+        share(&host, "O", &mem(2 << 20));
         let overlay = TestDisk::new(&host, CATALOGUE, "element O (type shared)", "O").await.unwrap();
         overlay.write(4000, b"mine").await.unwrap();
         let refused = async |block: &str, size: u64| {
@@ -220,7 +220,7 @@ fn an_overlay_of_something_else_is_refused_and_not_overwritten() {
 #[test]
 fn a_graph_that_is_only_built_formats_nothing() {
     run(1, async |host| {
-        share(&host, "O", &mem(2 << 20)).await;
+        share(&host, "O", &mem(2 << 20));
         let overlay = TestDisk::new(&host, CATALOGUE, "element O (type shared)", "O").await.unwrap();
         let text = text("4k", &mem(1 << 20), "(type shared)");
         drop(blockmason::testing::graph(&host, CATALOGUE, &text, "C").unwrap());

@@ -50,8 +50,8 @@ impl Order {
 
 /// A cow over an image, opened, and the image by itself.
 async fn opened(host: &std::sync::Arc<blockmason::Host>) -> (Served, TestDisk) {
-    share(host, "B", "(type mem) (size 20000)").await;
-    share(host, "O", "(type mem) (size 64k)").await;
+    share(host, "B", "(type mem) (size 20000)");
+    share(host, "O", "(type mem) (size 64k)");
     let base = TestDisk::new(host, CATALOGUE, "element B (type shared)", "B").await.unwrap();
     base.write(0, &[IMAGE; 20_000]).await.unwrap();
     let served = Served::new(host, GRAPH).await.unwrap();

@@ -4,8 +4,8 @@
 use super::super::format::{self, COPIES, DATA, ENTRY, HEADER, SESSIONS, TABLE};
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm_siv::aead::{Aead as SivAead, KeyInit as SivKeyInit, Payload as SivPayload};
-use blockmason::describe::{Build, Catalogue, ElementType, Family, Ports};
-use blockmason::testing::{TestDisk, graph};
+use blockmason::describe::{Catalogue, ElementType, Family};
+use blockmason::testing::{self, SHARED, TestDisk};
 use blockmason::{Children, Cx, Element, Error, Flow, Host, Kind, Op, Prepared, Request, Result};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -25,7 +25,6 @@ pub(super) static CATALOGUE: Catalogue = &[
 ];
 
 thread_local! {
-    static SINKS: RefCell<HashMap<String, Arc<dyn Element>>> = RefCell::default();
     static TAPPED: RefCell<Tapped> = RefCell::default();
 }
 
@@ -34,21 +33,10 @@ pub(super) fn share(host: &Host, name: &str, size: u64) {
     share_as(host, name, &format!("(type mem) (size {size})"));
 }
 
-/// The element of that name in every graph of type `shared` is this one.
+/// [`testing::share`], of these types.
 pub(super) fn share_as(host: &Host, name: &str, text: &str) -> Arc<dyn Element> {
-    let graph = graph(host, CATALOGUE, &format!("element {name} {text}"), name).unwrap();
-    let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
-    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
-    element
+    testing::share(host, CATALOGUE, name, text)
 }
-
-static SHARED: ElementType = ElementType {
-    name: "shared",
-    family: Family::Sink,
-    ports: Ports::SINK,
-    build: |build: &Build<'_>| Ok(SINKS.with_borrow(|sinks| sinks[build.name].clone())),
-    ..ElementType::BASE
-};
 
 /// What the tap has seen, and what it is to do.
 #[derive(Default)]
