@@ -91,7 +91,7 @@ fn a_crash_before_the_checkpoint_leaves_the_old_disk() {
             memory.held(1).await;
             growing.abort();
             memory.release();
-            let volume = open(&memory, opening("b")).await.unwrap();
+            let volume = open(&memory, opening("a")).await.unwrap();
             // The checkpoint, which is the last of them, is what counts.
             let mut expected = vec![1; SIZE as usize];
             assert!(all(&volume).await == expected, "{place}");
