@@ -292,6 +292,11 @@ impl Journal {
         self.index.find(range).map(|(part, _)| part).collect()
     }
 
+    /// True if nothing of a range has to be read elsewhere.
+    pub(super) fn has_all(&self, range: &Range<u64>) -> bool {
+        self.index.find(range).map(|(part, _)| part.end - part.start).sum::<u64>() == range.end - range.start
+    }
+
     pub(super) fn knows_nothing(&self) -> bool {
         self.index.is_empty()
     }

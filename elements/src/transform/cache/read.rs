@@ -331,6 +331,10 @@ impl Cache {
         let range = range.start.min(end)..range.end.min(end);
         let mut runs: Vec<Vec<Lead>> = Vec::new();
         for (line, _) in self.lines().of(&range) {
+            let whole = line * size..end.min((line + 1) * size);
+            if self.journal().as_ref().is_some_and(|journal| journal.has_all(&whole)) {
+                continue;
+            }
             let Some(lead) = self.lines().lead(line, size.min(end - line * size)) else { continue };
             let goes_on = |run: &&mut Vec<Lead>| {
                 run.last().is_some_and(|last| last.line + 1 == line) && (run.len() as u64 + 1) * size <= FILL

@@ -18,6 +18,8 @@ struct Stream {
     next: u64,
     /// Bytes that were read in a row.
     run: u64,
+    /// Reads in a row, more than one of which is no accident.
+    reads: u64,
     /// Up to where it has been read ahead.
     ahead: u64,
     used: u64,
@@ -55,14 +57,17 @@ impl Streams {
             let keep = self.bypass == 0 || range.end - range.start <= self.bypass;
             return Advice { keep, ahead: 0..0 };
         };
+        // Where guests read here and there, one read lies near another now and then, and what is read ahead then costs requests.
+        let is_sure = stream.next == range.start || stream.reads > 1;
         stream.used = self.clock;
         stream.run += range.end - range.start;
+        stream.reads += 1;
         stream.next = range.end;
         let keep = self.bypass == 0 || stream.run <= self.bypass;
         let window = stream.run.max(FIRST).min(self.read_ahead);
         let (from, to) = (stream.ahead.max(range.end), (range.end + window).min(size));
         // In halves of the window: not a read below for each read above.
-        if window == 0 || from >= to || stream.ahead > range.end + window / 2 {
+        if !is_sure || window == 0 || from >= to || stream.ahead > range.end + window / 2 {
             return Advice { keep, ahead: 0..0 };
         }
         stream.ahead = to;
@@ -71,7 +76,7 @@ impl Streams {
 
     fn begin(&mut self, range: &Range<u64>) {
         let new =
-            Stream { next: range.end, run: range.end - range.start, ahead: range.end, used: self.clock };
+            Stream { next: range.end, run: range.end - range.start, reads: 1, ahead: range.end, used: self.clock };
         if self.streams.len() < STREAMS {
             return self.streams.push(new);
         }
@@ -115,6 +120,14 @@ mod tests {
         for at in [5, 900, 17].map(|at: u64| (at << 20) + 4096) {
             assert_eq!(streams.read(&(at..at + 4096), 1 << 30).ahead, at + 4096..at + 4096 + FIRST);
         }
+    }
+
+    #[test]
+    fn a_read_near_another_is_no_stream_and_two_are() {
+        let mut streams = Streams::new(1 << 20, 0);
+        let mut ahead = |at: u64| streams.read(&(at..at + 4096), 1 << 30).ahead;
+        assert!(ahead(0).is_empty() && ahead(20_480).is_empty());
+        assert_eq!(ahead(40_960), 45_056..45_056 + FIRST);
     }
 
     #[test]

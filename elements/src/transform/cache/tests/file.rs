@@ -226,6 +226,28 @@ fn changes_for_a_disk_that_others_have_written_wait_for_the_operator() {
 }
 
 #[test]
+fn what_the_log_has_is_not_read_ahead() {
+    plug_in();
+    run(1, async |host| {
+        let disk = TestDisk::new(&host, *TYPES, &ported("(mode write_back)"), "C").await.unwrap();
+        let cache = element(&disk.disk.graph(), "C");
+        disk.write(0, &[1; 65536]).await.unwrap();
+        cache.call("flush", "").unwrap();
+        settle().await;
+        seen();
+        cache.call("warm", "0-64k").unwrap();
+        disk.op(Op::Cache, 0, 65536).await.unwrap();
+        settle().await;
+        assert!(seen().iter().all(|(op, ..)| *op != Op::Read));
+        // A line of which a part is missing is read.
+        cache.call("warm", "60k-80k").unwrap();
+        settle().await;
+        let reads: Vec<_> = seen().into_iter().filter(|(op, ..)| *op == Op::Read).map(|(.., range)| range).collect();
+        assert_eq!((reads.first().unwrap().start, reads.last().unwrap().end), (65536, 81920));
+    });
+}
+
+#[test]
 fn a_disk_that_has_grown_keeps_its_cache_unless_that_has_changes() {
     plug_in();
     for drained in [true, false] {
