@@ -1,7 +1,9 @@
 //! Days and months of UTC, counted from January 1970.
 
+use blockmason::rt;
 use std::fmt;
 use std::str::FromStr;
+use std::time::UNIX_EPOCH;
 
 /// Seconds of a day: UTC as computers keep it has no leap seconds.
 pub(crate) const DAY: u64 = 86_400;
@@ -94,6 +96,17 @@ impl FromStr for Month {
 pub(crate) fn date(day: u32) -> String {
     let month = Month::of(day);
     format!("{month}-{:02}", day - month.first_day() + 1)
+}
+
+/// Seconds since 1970.
+pub(crate) fn seconds() -> u64 {
+    rt::wall_clock().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A time of day, `2026-11-30 12:00:00 UTC`.
+pub(crate) fn clock(seconds: u64) -> String {
+    let (of_day, date) = (seconds % DAY, date(day_of(seconds)));
+    format!("{date} {:02}:{:02}:{:02} UTC", of_day / 3600, of_day / 60 % 60, of_day % 60)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What goes to the bucket, and when: commits, blocks, checkpoints, deletions. One task for each open volume.
 
 use super::format::{Checkpoint, Commit, Entry, Gone, Span, encode_part};
+use super::claims::taken_over;
 use super::key;
-use super::open::last_claim;
 use super::pieces::{Fill, Pieces};
 use super::store::Bucket;
 use super::volume::{BATCH, Batch, ENTRIES, State, Volume};
@@ -230,15 +230,6 @@ async fn commit(volume: Arc<Volume>, mut sealed: Sealed) -> Result<Sealed> {
     let key = key::wal(volume.epoch, sealed.number);
     let ours = insist(&volume, || volume.bucket.put_if_absent(&key, body.clone())).await?;
     if ours { Ok(sealed) } else { Err(taken_over(&volume.bucket).await) }
-}
-
-/// Somebody else has opened the volume.
-pub(crate) async fn taken_over(bucket: &Bucket) -> Error {
-    let who = match last_claim(bucket).await {
-        Ok(Some(claim)) => format!("process {} on {}", claim.process, claim.host),
-        _ => "somebody else".to_owned(),
-    };
-    Error::new(Kind::Busy, format!("{who} has opened the volume and owns it now: this disk has ended"))
 }
 
 /// Lets commits count, each after those before it.

@@ -2,6 +2,7 @@
 
 mod backup;
 pub(crate) mod calendar;
+pub(crate) mod claims;
 pub(crate) mod client;
 pub(crate) mod counts;
 pub(crate) mod credentials;
@@ -20,7 +21,6 @@ pub(crate) mod shared;
 pub(crate) mod store;
 pub mod tool;
 pub(crate) mod volume;
-pub(crate) mod who;
 
 #[cfg(test)]
 mod testing;

@@ -1,41 +1,26 @@
 //! Making a volume, and becoming its owner: docs/formats/bucket.md, "Opening".
 
-use super::calendar::{DAY, date, day_of};
 use super::format::{
-    Checkpoint, Claim, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part,
+    Checkpoint, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part,
     unhex,
 };
+use super::calendar::seconds;
+use super::claims::{self, last_claim, may_be_taken, taken_over};
 use super::key;
-use super::keeper::{self, keys_of, taken_over};
+use super::keeper::{self, keys_of};
 use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;
-use super::volume::{Batch, State, Volume};
-use super::who::has_died;
+use super::volume::{Batch, Opening, State, Volume};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
 use futures::stream::{StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Requests at once while a volume is opened.
 const AT_ONCE: usize = 16;
-
-/// How a volume is opened.
-#[derive(Clone, Debug)]
-pub(crate) struct Opening {
-    /// Who opens it.
-    pub(crate) claim: Claim,
-    /// Bytes that may wait in memory for their blocks.
-    pub(crate) memory: u64,
-    /// How long they may where nothing is written any more.
-    pub(crate) idle: Duration,
-    /// Another host may have it open: it is taken from it.
-    pub(crate) take: bool,
-    /// How long requests are tried again while it is served.
-    pub(crate) patience: Option<Duration>,
-}
 
 /// What is in a bucket, before anything is claimed.
 pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
@@ -91,25 +76,6 @@ pub(super) async fn draw(bucket: &Bucket, size: u64, block: u64, fenced: bool) -
     Ok(description)
 }
 
-/// Seconds since 1970.
-pub(crate) fn seconds() -> u64 {
-    rt::wall_clock().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// Such seconds, for people.
-pub(crate) fn time(seconds: u64) -> String {
-    let (of_day, date) = (seconds % DAY, date(day_of(seconds)));
-    format!("{date} {:02}:{:02}:{:02} UTC", of_day / 3600, of_day / 60 % 60, of_day % 60)
-}
-
-/// The newest claim, if there is any.
-pub(crate) async fn last_claim(bucket: &Bucket) -> Result<Option<Claim>> {
-    match bucket.list(key::CLAIMS, "", 1).await?.first() {
-        Some(listed) => read_claim(bucket, &listed.key).await.map(Some),
-        None => Ok(None),
-    }
-}
-
 /// The newest checkpoint, if there is any.
 pub(crate) async fn last_checkpoint(bucket: &Bucket, id: Id) -> Result<Option<Checkpoint>> {
     let mut after = String::new();
@@ -129,14 +95,6 @@ pub(crate) async fn last_checkpoint(bucket: &Bucket, id: Id) -> Result<Option<Ch
             }
         }
     }
-}
-
-async fn read_claim(bucket: &Bucket, key: &str) -> Result<Claim> {
-    let damaged = || Error::new(Kind::Io, "the claim is damaged").with_path(key);
-    let epoch = key::claimed(key).ok_or_else(damaged)?;
-    let bytes = bucket.get_whole(key, 1 << 16).await?.ok_or_else(damaged)?;
-    let claim: Claim = serde_json::from_slice(&bytes.to_vec()).map_err(|_| damaged())?;
-    if claim.epoch == epoch { Ok(claim) } else { Err(damaged()) }
 }
 
 async fn read_map(bucket: &Bucket, id: Id, key: &str) -> Result<Option<Link<Checkpoint>>> {
@@ -165,8 +123,8 @@ pub(crate) async fn open(
     let description = describe(&bucket).await?;
     let id = description.id()?;
     let (base, last) = (last_checkpoint(&bucket, id).await?, last_claim(&bucket).await?);
-    may_be_taken(base.as_ref(), last.as_ref(), &opening)?;
-    let epoch = claim(&bucket, last.map_or(0, |last| last.epoch), &opening.claim).await?;
+    may_be_taken(base.as_ref(), last.as_ref(), &opening.claim, opening.take)?;
+    let epoch = claims::next(&bucket, last.map_or(0, |last| last.epoch), &opening.claim).await?;
     let base = end_checkpoints(&bucket, id, base, epoch).await?;
     let base = base.unwrap_or_else(|| Checkpoint { size: description.size, ..Checkpoint::default() });
     let mut state = load(&bucket, id, &description, &base).await?;
@@ -183,38 +141,6 @@ pub(crate) async fn open(
     let volume = Arc::new(volume);
     first_checkpoint(&bucket, &volume, &base).await?;
     Ok(volume)
-}
-
-/// # Errors
-/// Another host has it open, as far as is known, and nobody has said that it is dead.
-fn may_be_taken(base: Option<&Checkpoint>, last: Option<&Claim>, opening: &Opening) -> Result<()> {
-    let Some(last) = last else { return Ok(()) };
-    let closed = base.is_some_and(|base| base.closed && base.epoch == last.epoch);
-    if closed || opening.take || has_died(last, &opening.claim) {
-        return Ok(());
-    }
-    let since = time(last.time);
-    let message = match last.machine == opening.claim.machine {
-        true => format!("the process {} of this host has had it open since {since}: it is to let go first", last.process),
-        false => format!(
-            "the host {} has had it open since {since} (process {}): if that host is dead, say so with `mason bucket take`",
-            last.host, last.process
-        ),
-    };
-    Err(Error::new(Kind::Busy, message))
-}
-
-/// Claims the next epoch.
-async fn claim(bucket: &Bucket, last: u64, who: &Claim) -> Result<u64> {
-    for epoch in last + 1.. {
-        super::format::version(epoch, 0)?;
-        let claim = Claim { epoch, time: seconds(), ..who.clone() };
-        let body = serde_json::to_vec(&claim).map_err(|_| Error::internal("a claim cannot be written"))?;
-        if bucket.put_if_absent(&key::claim(epoch), Data::copy_of(&body)).await? {
-            return Ok(epoch);
-        }
-    }
-    Err(Error::internal("there is no epoch left"))
 }
 
 /// Ends the chains of checkpoints of all earlier epochs that may be alive, and returns the last checkpoint.

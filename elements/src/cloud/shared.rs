@@ -3,9 +3,9 @@
 use super::counts::Counts;
 use super::format::Description;
 use super::keeper::keep;
-use super::open::{self, Opening};
+use super::open;
 use super::store::{Bucket, ObjectStore};
-use super::volume::Volume;
+use super::volume::{Opening, Volume};
 use blockmason::{Error, Kind, Result};
 use futures::FutureExt;
 use std::collections::BTreeMap;

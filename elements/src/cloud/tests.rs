@@ -12,10 +12,10 @@ mod stories;
 
 use super::format::Claim;
 use super::keeper;
-use super::open::{self, Opening};
+use super::open;
 use super::store::Bucket;
 use super::testing::Memory;
-use super::volume::Volume;
+use super::volume::{Opening, Volume};
 use blockmason::{Data, Op, Origin, Request, Result};
 use std::sync::Arc;
 use std::time::Duration;

@@ -2,18 +2,18 @@
 
 pub use super::backup::points::Keep;
 use super::backup::{self, By};
+use super::claims::{claim, last_claim};
 use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
 use super::format::hex;
 use super::found::{Found, Reasons, Seen};
 use super::grow;
 use super::key;
-use super::open::{self, Opening};
+use super::open;
 use super::price::STANDARD;
 use super::shared::{PATIENCE, block_on, guarded, runtime};
 use super::store::{Bucket, prefix};
-use super::volume::Volume;
-use super::who::claim;
+use super::volume::{Opening, Volume};
 use blockmason::{Error, Kind, Op, Origin, Request, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -91,7 +91,7 @@ pub fn stat(place: &Place) -> Result<Value> {
         let found = Found::look(&bucket).await?;
         let (present, stored) = found.stored();
         let last = found.last.as_ref();
-        let claim = open::last_claim(&bucket).await?;
+        let claim = last_claim(&bucket).await?;
         let closed =
             last.is_none_or(|last| last.closed && claim.as_ref().is_some_and(|it| it.epoch == last.epoch));
         Ok(json!({
@@ -136,7 +136,7 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
     block_on(async move {
         let dangers = bucket.dangers().await?;
         let found = Found::look(&bucket).await?;
-        let claim = open::last_claim(&bucket).await?;
+        let claim = last_claim(&bucket).await?;
         let closed = match (&found.last, &claim) {
             _ if found.is_backup => true,
             (Some(last), Some(claim)) => last.closed && last.epoch == claim.epoch,
@@ -186,7 +186,7 @@ async fn opened(bucket: Bucket, take: bool) -> Result<Arc<Volume>> {
 pub fn take(place: &Place) -> Result<Value> {
     let bucket = place.bucket()?;
     block_on(async move {
-        let before = open::last_claim(&bucket).await?;
+        let before = last_claim(&bucket).await?;
         let volume = opened(bucket, true).await?;
         open::close(&volume, Duration::from_secs(600)).await?;
         Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host) }))

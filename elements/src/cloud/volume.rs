@@ -1,9 +1,8 @@
 //! An open volume: what is in memory of it, and what requests do with that. What goes to the bucket when: keeper.rs.
 
-use super::format::{Description, Gone, Id, Span, version};
+use super::format::{Claim, Description, Gone, Id, Span, version};
 use super::key;
 use super::map::Map;
-use super::open::Opening;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;
 use blockmason::data::Data;
@@ -109,6 +108,21 @@ pub(crate) struct State {
     pub(crate) logged: BTreeMap<u64, u64>,
     /// Nothing is brought into its block but what must be.
     pub(crate) rests: bool,
+}
+
+/// How a volume is opened.
+#[derive(Clone, Debug)]
+pub(crate) struct Opening {
+    /// Who opens it.
+    pub(crate) claim: Claim,
+    /// Bytes that may wait in memory for their blocks.
+    pub(crate) memory: u64,
+    /// How long they may where nothing is written any more.
+    pub(crate) idle: Duration,
+    /// Another host may have it open: it is taken from it.
+    pub(crate) take: bool,
+    /// How long requests are tried again while it is served.
+    pub(crate) patience: Option<Duration>,
 }
 
 /// What is written between two commits.

@@ -1,15 +1,14 @@
 //! A disk in a bucket of S3, or of what speaks like it.
 
+use crate::cloud::claims::claim;
 use crate::cloud::client::{S3, Target, read_ca};
 use crate::cloud::counts::{Call, Counts, Sum};
 use crate::cloud::credentials::{Source, profile};
 use crate::cloud::ledger::Book;
 use crate::cloud::metered::Metered;
-use crate::cloud::open::Opening;
 use crate::cloud::shared::{self, Shared};
 use crate::cloud::store::{ObjectStore, prefix};
-use crate::cloud::volume::LONGEST;
-use crate::cloud::who::claim;
+use crate::cloud::volume::{LONGEST, Opening};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::events::{Event, EventKind};
 use blockmason::heads::HeadPlace;

@@ -4,6 +4,7 @@
 pub(super) mod points;
 mod run;
 
+use super::calendar::seconds;
 use super::format::{Backup, Checkpoint, Claim, Description, Id, LARGEST, Point, renamed};
 use super::found::{Found, Needed, Reasons, Seen, backup_of, describe};
 use super::key;
@@ -89,7 +90,7 @@ async fn add_point(
     let before = objects(target).await?;
     let mut copies = Copies { from: source, to: target, there: before.clone(), objects: 0, bytes: 0 };
     for _ in 0..PASSES {
-        let time = open::seconds();
+        let time = seconds();
         let (found, last, needed) = settled(source).await?;
         if !copies.all(&found.description, &last, &needed, progress).await? {
             continue;
@@ -429,7 +430,7 @@ pub(super) async fn restore(
 
 /// The checkpoint of a restored volume: nobody has it open, and the next who opens it goes on after its epoch.
 async fn leave(target: &Bucket, last: &Checkpoint, id: Id, claim: Claim) -> Result<()> {
-    let claim = Claim { epoch: last.epoch, time: open::seconds(), ..claim };
+    let claim = Claim { epoch: last.epoch, time: seconds(), ..claim };
     let claim = serde_json::to_vec(&claim).map_err(|_| Error::internal("a claim cannot be written"))?;
     target.put(&key::claim(last.epoch), Data::copy_of(&claim)).await?;
     let root = Checkpoint { closed: true, gone: Default::default(), ..last.clone() };

@@ -1,10 +1,10 @@
 //! One at a time makes a backup or deletes points of it: docs/formats/bucket.md, "Runs".
 
+use super::super::calendar::{clock, seconds};
+use super::super::claims::has_died;
 use super::super::format::Claim;
 use super::super::key;
-use super::super::open::{seconds, time};
 use super::super::store::Bucket;
-use super::super::who::has_died;
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
 
@@ -63,7 +63,7 @@ async fn may_follow(backup: &Bucket, before: u64, claim: &Claim) -> Result<()> {
         "the process {} on {} has been at work on it since {}: if that one is dead, say so with --take",
         owner.process,
         owner.host,
-        time(owner.time)
+        clock(owner.time)
     );
     Err(Error::new(Kind::Busy, message))
 }
