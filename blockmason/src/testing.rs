@@ -94,8 +94,13 @@ thread_local! {
 pub fn share(host: &Host, catalogue: Catalogue, name: &str, text: &str) -> Arc<dyn Element> {
     let graph = graph(host, catalogue, &format!("element {name} {text}"), name).unwrap();
     let element = graph.instances().find(|found| found.name == name).unwrap().element.clone();
-    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element.clone()));
+    share_this(name, element.clone());
     element
+}
+
+/// The same with an element that is there already.
+pub fn share_this(name: &str, element: Arc<dyn Element>) {
+    SINKS.with_borrow_mut(|sinks| sinks.insert(name.to_owned(), element));
 }
 
 /// What [`share`] has made, for catalogues of tests.

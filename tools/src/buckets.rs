@@ -350,8 +350,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
             volume.say(&found, points)
         }
         Command::Prune { volume, keep, point, take, dry_run } => {
-            let gone =
-                tool::prune(&volume.place(), keep.rules(), point, *take, *dry_run).map_err(failed)?;
+            let gone = tool::prune(&volume.place(), keep.rules(), point, *take, *dry_run).map_err(failed)?;
             volume.say(&gone, pruned)
         }
         Command::Restore { volume, to, point, unsafe_no_fencing } => {
@@ -444,12 +443,15 @@ fn copy(volume: &Volume, to: &Target, making: &Making) -> Outcome {
 
 fn backup(volume: &Volume, to: &Target, keep: &Keep, take: bool) -> Outcome {
     let target = to.place(volume.place());
-    let done = tool::backup(&volume.place(), &target, keep.rules(), take, lines("objects")).map_err(failed)?;
+    let done =
+        tool::backup(&volume.place(), &target, keep.rules(), take, lines("objects")).map_err(failed)?;
     volume.say(&done, |done| {
         let (point, name) = (number(&done["point"]), to.name());
         let (copied, bytes) = (number(&done["objects"]), Bytes(number(&done["bytes"])));
         let (kept, deleted) = (number(&done["kept"]), number(&done["deleted"]));
-        format!("{name}: point {point}, {copied} objects copied, {bytes}; {kept} were there; {deleted} deleted\n")
+        format!(
+            "{name}: point {point}, {copied} objects copied, {bytes}; {kept} were there; {deleted} deleted\n"
+        )
     })?;
     let problems = done["problems"].as_array().into_iter().flatten().filter_map(Value::as_str);
     let problems: Vec<String> = problems.map(printable).collect();
@@ -488,7 +490,9 @@ fn pruned(gone: &Value) -> String {
     match &points[..] {
         [] => "all points stay\n".to_owned(),
         [point] => format!("point {point}, {objects} objects and {bytes} of blocks {done} deleted\n"),
-        _ => format!("points {}, {objects} objects and {bytes} of blocks {done} deleted\n", points.join(", ")),
+        _ => {
+            format!("points {}, {objects} objects and {bytes} of blocks {done} deleted\n", points.join(", "))
+        }
     }
 }
 

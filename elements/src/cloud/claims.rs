@@ -69,7 +69,10 @@ pub(super) fn may_be_taken(
     }
     let since = clock(last.time);
     let message = match last.machine == me.machine {
-        true => format!("the process {} of this host has had it open since {since}: it is to let go first", last.process),
+        true => format!(
+            "the process {} of this host has had it open since {since}: it is to let go first",
+            last.process
+        ),
         false => format!(
             "the host {} has had it open since {since} (process {}): if that host is dead, say so with `mason bucket take`",
             last.host, last.process

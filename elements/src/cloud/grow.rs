@@ -18,7 +18,9 @@ pub(super) async fn grow(volume: &Arc<Volume>, size: u64) -> Result<()> {
         (state.size, last, state.map.get(last), state.version(volume.epoch)?)
     };
     if size < before {
-        return Err(Error::invalid(format!("it has {before} bytes: a disk in a bucket cannot become smaller")));
+        return Err(Error::invalid(format!(
+            "it has {before} bytes: a disk in a bucket cannot become smaller"
+        )));
     }
     volume.description.sized(size).check()?;
     // Nothing waits in memory for the last block.

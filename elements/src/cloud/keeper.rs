@@ -1,13 +1,12 @@
 //! What goes to the bucket, and when: commits, blocks, checkpoints, deletions. One task for each open volume.
 
-use super::format::{Checkpoint, Commit, Entry, Gone, Span, encode_part};
 use super::claims::taken_over;
+use super::format::{Checkpoint, Commit, Entry, Gone, Span, encode_part};
 use super::key;
 use super::pieces::{Fill, Pieces};
-use super::store::Bucket;
 use super::volume::{BATCH, Batch, ENTRIES, State, Volume};
 use blockmason::data::Data;
-use blockmason::{Error, Kind, Result, rt};
+use blockmason::{Result, rt};
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt, TryStreamExt};
 use std::collections::BTreeMap;

@@ -1,13 +1,12 @@
 //! Making a volume, and becoming its owner: docs/formats/bucket.md, "Opening".
 
-use super::format::{
-    Checkpoint, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part,
-    unhex,
-};
 use super::calendar::seconds;
 use super::claims::{self, last_claim, may_be_taken, taken_over};
-use super::key;
+use super::format::{
+    Checkpoint, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, unhex,
+};
 use super::keeper::{self, keys_of};
+use super::key;
 use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::Bucket;

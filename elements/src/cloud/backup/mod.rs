@@ -265,9 +265,7 @@ async fn complete(target: &Bucket, description: &Description, point: &Point) -> 
     let seen = Seen::list(target, &reasons).await?;
     match reasons.problems.iter().chain(&seen.problems).next() {
         None => Ok(()),
-        Some(problem) => {
-            Err(Error::new(Kind::Io, format!("the backup is not what it should be: {problem}")))
-        }
+        Some(problem) => Err(Error::new(Kind::Io, format!("the backup is not what it should be: {problem}"))),
     }
 }
 
@@ -285,7 +283,8 @@ async fn tidy(
     let seen = Seen::list(target, &reasons).await?;
     copied.problems = [reasons.problems, seen.problems].concat();
     run.is_ours().await?;
-    let old: Vec<(String, u64)> = seen.stray.into_iter().filter(|(key, _)| before.contains_key(key)).collect();
+    let old: Vec<(String, u64)> =
+        seen.stray.into_iter().filter(|(key, _)| before.contains_key(key)).collect();
     copied.pruned.objects = old.len() as u64;
     copied.pruned.bytes = old.iter().map(|(_, len)| len).sum();
     target.delete_many(old.into_iter().map(|(key, _)| key)).await
@@ -391,8 +390,7 @@ pub(super) async fn restore(
     progress: &Progress,
 ) -> Result<(Description, Point, u64)> {
     let of = backup_of(backup).await?;
-    let of =
-        of.ok_or_else(|| Error::invalid("that is no backup; `mason bucket copy` copies volumes"))?;
+    let of = of.ok_or_else(|| Error::invalid("that is no backup; `mason bucket copy` copies volumes"))?;
     let point = points::find(backup, number).await?;
     let mut found = Found::at(backup, &of, &point).await?;
     let needed = found.needed(backup).await?;

@@ -117,14 +117,8 @@ mod tests {
 
     /// One in six hours, from the day `days` on, which is a Thursday.
     fn points(days: u64) -> Vec<Point> {
-        let one = |number: u64| Point {
-            number,
-            time: number * DAY / 4,
-            size: 1,
-            epoch: 1,
-            n: number,
-            commit: 0,
-        };
+        let one =
+            |number: u64| Point { number, time: number * DAY / 4, size: 1, epoch: 1, n: number, commit: 0 };
         (1..=days * 4).rev().map(one).collect()
     }
 

@@ -74,7 +74,8 @@ fn the_second_backup_copies_what_has_changed_and_deletes_what_it_replaces() {
         let second = back(&memory).await.unwrap();
         // The block and the two commits; nothing has been replaced yet but the point, which has gone itself.
         let pruned = Pruned { points: vec![2], ..Pruned::default() };
-        let expected = Copied { point: 3, objects: 3, bytes: second.bytes, kept: 14, pruned, problems: vec![] };
+        let expected =
+            Copied { point: 3, objects: 3, bytes: second.bytes, kept: 14, pruned, problems: vec![] };
         assert_eq!(second, expected);
         volume.settle().await.unwrap();
         let third = back(&memory).await.unwrap();
@@ -153,10 +154,16 @@ fn a_backup_that_breaks_off_leaves_the_one_before() {
             async move { back(&memory).await }
         });
         memory.held(1).await;
-        let error =
-            restore(&below(&memory, "backup/"), &below(&memory, "x/"), None, Claim::default(), true, &|_, _| {})
-                .await
-                .unwrap_err();
+        let error = restore(
+            &below(&memory, "backup/"),
+            &below(&memory, "x/"),
+            None,
+            Claim::default(),
+            true,
+            &|_, _| {},
+        )
+        .await
+        .unwrap_err();
         assert!(error.to_string().contains("never completed"), "{error}");
         broken.abort();
         memory.release();
@@ -338,7 +345,8 @@ fn one_at_a_time_works_on_a_backup() {
         assert_eq!(taking.await.unwrap().unwrap().point, 2);
         // It is over, and anybody may go on; so is one that failed.
         assert_eq!(make(by("c", false)).await.unwrap().point, 3);
-        let prune_lost = prune(&below(&memory, "backup/"), Keep::default(), &[9], by("d", false), false).await;
+        let prune_lost =
+            prune(&below(&memory, "backup/"), Keep::default(), &[9], by("d", false), false).await;
         assert!(prune_lost.is_err());
         assert_eq!(make(by("e", false)).await.unwrap().point, 4);
         assert_eq!(restored(&memory).await, vec![1; SIZE as usize]);
@@ -427,7 +435,9 @@ fn story(seed: u64) {
             }
             if rng.u8(..4) == 0 && points.len() > 1 {
                 let point = points.remove(rng.usize(..points.len() - 1)).0;
-                prune(&below(&memory, "backup/"), Keep::default(), &[point], By::default(), false).await.unwrap();
+                prune(&below(&memory, "backup/"), Keep::default(), &[point], By::default(), false)
+                    .await
+                    .unwrap();
             }
             memory.land(rng.f64());
             for (point, state) in &points {

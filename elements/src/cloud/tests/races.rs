@@ -101,8 +101,7 @@ fn an_owner_that_makes_checkpoints_meanwhile_is_found_out() {
         put(&first, 0, 1, SIZE).await.unwrap();
         first.settle().await.unwrap();
         // Only the first who puts something there waits: the end, and not the checkpoints that go by it.
-        let (end, first_time) =
-            (crate::cloud::key::map(1, 3), std::sync::atomic::AtomicBool::new(true));
+        let (end, first_time) = (crate::cloud::key::map(1, 3), std::sync::atomic::AtomicBool::new(true));
         memory.hold(move |what, key| {
             what == "put"
                 && key.ends_with(&end)

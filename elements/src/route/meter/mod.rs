@@ -5,9 +5,9 @@ mod budget;
 mod tests;
 
 use super::throttle::{Bandwidth, Cost, Frequency, Gate};
+use crate::cloud::calendar::seconds;
 use crate::cloud::ledger::{Book, bill};
 use crate::cloud::metered::Metered;
-use crate::cloud::calendar::seconds;
 use crate::cloud::price::{self, Dollars, Prices, Word};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::events::{Event, EventKind, Events};

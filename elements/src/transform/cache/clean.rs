@@ -1,10 +1,10 @@
 //! Brings changes below in their order: a batch, a flush, the next batch.
 
-use super::{Cache, lock};
 use super::format::{Kind, Record};
 use super::index::Index;
 use super::journal::{Batch, Journal, Standing};
 use super::ssd::generation;
+use super::{Cache, lock};
 use blockmason::{Class, Cx, Data, Error, Flags, Op, Origin, Request, Result};
 use futures::future::{Either, join, select};
 use futures::stream::{self, StreamExt};
@@ -49,7 +49,8 @@ impl Cache {
         if class == Class::Background {
             self.pace(&batch, cx).await;
         }
-        let (sent, ahead) = join(self.send(&batch, &records, class, cx), self.load_ahead(batch.end, cx)).await;
+        let (sent, ahead) =
+            join(self.send(&batch, &records, class, cx), self.load_ahead(batch.end, cx)).await;
         sent?;
         *lock(&self.ahead) = ahead;
         self.update(|journal| journal.clean_to(batch.end));

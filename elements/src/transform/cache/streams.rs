@@ -75,8 +75,13 @@ impl Streams {
     }
 
     fn begin(&mut self, range: &Range<u64>) {
-        let new =
-            Stream { next: range.end, run: range.end - range.start, reads: 1, ahead: range.end, used: self.clock };
+        let new = Stream {
+            next: range.end,
+            run: range.end - range.start,
+            reads: 1,
+            ahead: range.end,
+            used: self.clock,
+        };
         if self.streams.len() < STREAMS {
             return self.streams.push(new);
         }

@@ -482,7 +482,7 @@ fn a_loss_of_power_leaves_the_old_or_the_new_cluster() {
     for seed in 0..150 {
         run(seed, async |host| {
             let lazy = lazy::Lazy::new(room(12) as usize);
-            SINKS.with_borrow_mut(|sinks| sinks.insert("D".to_owned(), lazy.clone()));
+            testing::share_this("D", lazy.clone());
             let mut rng = fastrand::Rng::with_seed(seed);
             let mut model = vec![vec![vec![0u8; CLUSTER as usize]]; 12];
             for life in 0..4 {

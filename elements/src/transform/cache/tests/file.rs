@@ -242,7 +242,8 @@ fn what_the_log_has_is_not_read_ahead() {
         // A line of which a part is missing is read.
         cache.call("warm", "60k-80k").unwrap();
         settle().await;
-        let reads: Vec<_> = seen().into_iter().filter(|(op, ..)| *op == Op::Read).map(|(.., range)| range).collect();
+        let reads: Vec<_> =
+            seen().into_iter().filter(|(op, ..)| *op == Op::Read).map(|(.., range)| range).collect();
         assert_eq!((reads.first().unwrap().start, reads.last().unwrap().end), (65536, 81920));
     });
 }

@@ -1,6 +1,6 @@
 //! Disks that several graphs in a row lead to, processes that die, and requests that are held.
 
-use blockmason::describe::{Catalogue, ElementType, Family};
+use blockmason::describe::{Catalogue, ElementType};
 use blockmason::testing::{self, SHARED, TestDisk, graph};
 use blockmason::{Children, Cx, Element, Error, Flow, Geometry, Host, Kind, Op, Prepared, Request, Result};
 use std::cell::RefCell;
