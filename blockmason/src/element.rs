@@ -183,6 +183,15 @@ pub trait Element: Any + Send + Sync {
         Ok(())
     }
 
+    /// Whether the graph may end although others might open the same disks afterwards. Asked before a graph is unloaded; never
+    /// when the process ends, which comes back.
+    ///
+    /// # Errors
+    /// What only this machine has of the disk below: it is not unloaded, unless the operator says so.
+    fn may_be_left(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Of a source: whether the clients that are connected can live with another disk `below`, or,
     /// if there is none, without this source. Asked before a graph is replaced.
     ///

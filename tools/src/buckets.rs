@@ -58,8 +58,14 @@ enum Command {
     },
     /// Say that the host that has a disk open is dead, so that another one may open it
     ///
-    /// If that host lives, its disk fails from then on.
-    Take(Volume),
+    /// If that host lives, its disk fails from then on. A process of this host that lives is left alone without --force.
+    Take {
+        #[command(flatten)]
+        volume: Volume,
+        /// Even if a process of this host has it open, and lives
+        #[arg(long)]
+        force: bool,
+    },
     /// Make a disk larger that nobody has open: what is new reads as zeros
     Grow {
         #[command(flatten)]
@@ -325,8 +331,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
             volume.say(&found, stat)
         }
         Command::Check { volume, delete_stray, dry_run } => check(volume, *delete_stray, *dry_run),
-        Command::Take(volume) => {
-            let taken = tool::take(&volume.place()).map_err(failed)?;
+        Command::Take { volume, force } => {
+            let taken = tool::take(&volume.place(), *force).map_err(failed)?;
             volume.say(&taken, |taken| match taken["host"].as_str() {
                 Some(host) => format!("taken from {}; any host may open it\n", printable(host)),
                 None => "nobody had it; any host may open it\n".to_owned(),
@@ -489,9 +495,9 @@ fn pruned(gone: &Value) -> String {
     let done = if gone["dry"] == true { "would be" } else { "are" };
     match &points[..] {
         [] => "all points stay\n".to_owned(),
-        [point] => format!("point {point}, {objects} objects and {bytes} of blocks {done} deleted\n"),
+        [point] => format!("point {point}, {objects} objects and {bytes} {done} deleted\n"),
         _ => {
-            format!("points {}, {objects} objects and {bytes} of blocks {done} deleted\n", points.join(", "))
+            format!("points {}, {objects} objects and {bytes} {done} deleted\n", points.join(", "))
         }
     }
 }

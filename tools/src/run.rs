@@ -32,7 +32,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 When every export accepts, one line on stdout for each: ready ELEMENT URI
 SIGTERM or SIGINT: exports close, requests in flight end, everything is flushed, exit 0.
-A second SIGINT leaves at once."#)]
+A second one leaves at once."#)]
 pub(crate) struct Args {
     /// Graph files
     #[arg(required = true, value_name = "GRAPH")]
@@ -71,8 +71,9 @@ pub(crate) struct Args {
     inherit: bool,
 }
 
-/// What a second SIGINT leaves with: 128 and the number of the signal.
+/// What a second SIGINT or SIGTERM leaves with: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
+const TERMINATED: i32 = 143;
 
 /// How long whoever has asked for a handover may take to hear of it.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -123,11 +124,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
         }
         notify(sd_notify::NotifyState::Stopping);
         drop(published);
-        tokio::select! {
-            biased;
-            () = signals.interrupt() => std::process::exit(INTERRUPTED),
-            stopped = daemon.stop() => Ok(stopped?),
-        }
+        // On a thread of its own: what is stopped may wait where it stands for a disk that does not answer.
+        tokio::spawn(async move { std::process::exit(signals.second().await) });
+        Ok(daemon.stop().await?)
     })
 }
 
@@ -243,8 +242,12 @@ impl Signals {
         }
     }
 
-    async fn interrupt(&mut self) {
-        self.interrupt.recv().await;
+    /// The one after it, as the status to leave with.
+    async fn second(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.terminate.recv() => TERMINATED,
+            _ = self.interrupt.recv() => INTERRUPTED,
+        }
     }
 }
 

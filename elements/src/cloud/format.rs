@@ -12,6 +12,9 @@ pub(crate) const PART: u64 = 8192;
 /// The largest checkpoint, commit or part that is read; a commit has at most 32 MiB of data.
 pub(crate) const LARGEST: u64 = 96 << 20;
 
+/// Bytes of what ends a chain; a commit and a checkpoint have more.
+pub(crate) const END_LEN: u64 = 44;
+
 /// How many epochs and objects of an epoch a version has room for.
 const EPOCHS: u64 = 1 << 24;
 const OBJECTS: u64 = 1 << 40;

@@ -1,7 +1,9 @@
 //! A volume, or a point of a backup of one, as it is found in a bucket by somebody who does not own it.
 
 use super::backup::points::{newest, points};
-use super::format::{Backup, Checkpoint, Commit, Description, Entry, Id, LARGEST, Link, Point, decode_part};
+use super::format::{
+    Backup, Checkpoint, Commit, Description, END_LEN, Entry, Id, LARGEST, Link, Point, decode_part,
+};
 use super::keeper::keys_of;
 use super::key;
 use super::map::Map;
@@ -29,15 +31,15 @@ pub(super) struct Found {
 pub(super) struct Needed {
     /// Blocks, with their lengths, and parts.
     pub(super) plain: BTreeMap<String, Option<u64>>,
-    /// Commits, in their order.
-    pub(super) commits: Vec<String>,
+    /// Commits with their lengths, in their order.
+    pub(super) commits: Vec<(String, u64)>,
     /// The last commit of the checkpoint's epoch.
     pub(super) commit: u64,
 }
 
 impl Needed {
     pub(super) fn keys(&self) -> impl Iterator<Item = &String> {
-        self.plain.keys().chain(&self.commits)
+        self.plain.keys().chain(self.commits.iter().map(|(key, _)| key))
     }
 }
 
@@ -64,7 +66,10 @@ impl Found {
         let (description, is_backup) = describe(bucket).await?;
         if !is_backup {
             let last = open::last_checkpoint(bucket, description.id()?).await?;
-            return Found::of(bucket, description, false, last, None).await;
+            let lost = open::begun(bucket, last.as_ref()).await.err();
+            let mut found = Found::of(bucket, description, false, last, None).await?;
+            found.problems.extend(lost.map(|error| error.to_string()));
+            return Ok(found);
         }
         match newest(bucket).await? {
             Some(point) => Found::at(bucket, &description, &point).await,
@@ -150,7 +155,14 @@ impl Found {
                 _ if self.through.is_some() => {
                     self.problems.push(format!("{}: is missing", key::wal(last.epoch, n)));
                 }
-                _ => break,
+                None => match open::ends(bucket, last.epoch, n).await {
+                    Ok(_) => break,
+                    Err(error) => {
+                        self.problems.push(error.to_string());
+                        break;
+                    }
+                },
+                Some(_) => break,
             }
         }
         Ok(needed)
@@ -177,7 +189,7 @@ impl Found {
             }
             Err(error) => self.problems.push(format!("{key}: {error}: the volume cannot be opened")),
         }
-        needed.commits.push(key);
+        needed.commits.push((key, bytes.len() as u64));
         Ok(Some(false))
     }
 }
@@ -243,7 +255,7 @@ impl Reasons {
         let needed = found.needed(bucket).await?;
         self.problems.append(&mut found.problems);
         needed.plain.into_iter().for_each(|(key, len)| self.lead_to(key, len));
-        needed.commits.into_iter().for_each(|key| self.lead_to(key, None));
+        needed.commits.into_iter().for_each(|(key, len)| self.lead_to(key, Some(len)));
         if let Some(last) = &found.last {
             self.lead_to(key::map(last.epoch, last.n), None);
         }
@@ -264,7 +276,7 @@ impl Reasons {
         self.known.keys()
     }
 
-    /// Bytes of those blocks.
+    /// Bytes of those blocks and commits.
     pub(super) fn bytes(&self, which: impl Fn(&String) -> bool) -> u64 {
         let lens = self.known.iter().filter(|(key, _)| which(key));
         lens.filter_map(|(_, why)| why.len).sum()
@@ -275,9 +287,6 @@ impl Reasons {
         self.known.get(key).is_some_and(|why| why.leads == 1)
     }
 }
-
-/// What is no longer ends a chain, and is kept for ever.
-const END_LEN: u64 = 44;
 
 /// What a listing has shown.
 #[derive(Default)]

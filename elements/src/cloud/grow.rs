@@ -12,19 +12,20 @@ use std::sync::Arc;
 /// It is smaller, or larger than a volume can be; the store does not answer. The size is the one before, or, if the
 /// answer was lost, the new one.
 pub(super) async fn grow(volume: &Arc<Volume>, size: u64) -> Result<()> {
-    let (before, last, old, version) = {
-        let mut state = volume.state();
-        let last = state.size.saturating_sub(1) / volume.block;
-        (state.size, last, state.map.get(last), state.version(volume.epoch)?)
-    };
+    let before = volume.state().size;
     if size < before {
         return Err(Error::invalid(format!(
             "it has {before} bytes: a disk in a bucket cannot become smaller"
         )));
     }
     volume.description.sized(size).check()?;
-    // Nothing waits in memory for the last block.
+    // Nothing waits in memory for the last block, and its object is the one that stays.
     volume.settle().await?;
+    let (last, old, version) = {
+        let mut state = volume.state();
+        let last = before.saturating_sub(1) / volume.block;
+        (last, state.map.get(last), state.version(volume.epoch)?)
+    };
     let (is, will_be) = (volume.range_of(last, before), volume.range_of(last, size));
     let is_short = old != 0 && is.end < will_be.end;
     if is_short {

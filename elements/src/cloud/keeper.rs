@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Commits that may be on their way at once.
-const COMMITS: usize = 4;
+pub(super) const COMMITS: usize = 4;
 /// A second commit begins beside the first only if it has so much.
 const WORTH: u64 = BATCH / 4;
 /// Objects that are put at once for one commit, or when blocks are settled.
@@ -46,7 +46,7 @@ pub(crate) async fn keep(volume: Arc<Volume>) {
     let mut arrived: BTreeMap<u64, Sealed> = BTreeMap::new();
     let mut settling: Option<BoxFuture<'static, Result<()>>> = None;
     loop {
-        match seal(&volume, commits.len()) {
+        match seal(&volume, commits.len() + arrived.len()) {
             Ok(Some(sealed)) => {
                 // The next batch has room for those who found this one full.
                 volume.progress.send_modify(|progress| progress.freed += 1);
@@ -95,7 +95,8 @@ fn is_over(volume: &Volume, idle: bool) -> bool {
         || (state.closing && idle && state.asked == state.answered && state.open.pieces.is_empty())
 }
 
-/// Closes the open batch, if it is time.
+/// Closes the open batch, if it is time. Of those under way, one may be missing in the bucket while all others are there: more than
+/// [`COMMITS`] would be taken for a loss.
 fn seal(volume: &Volume, under_way: usize) -> Result<Option<Sealed>> {
     let mut state = volume.state();
     let batch = &state.open;
@@ -107,6 +108,7 @@ fn seal(volume: &Volume, under_way: usize) -> Result<Option<Sealed>> {
     let batch = std::mem::take(&mut state.open);
     state.sealed += 1;
     state.serial += 1;
+    state.committer = volume.epoch;
     build(volume, &mut state, batch).map(Some)
 }
 

@@ -14,6 +14,9 @@ pub(crate) const PROBES: &str = "probe/";
 pub(crate) const RUNS: &str = "run/";
 pub(crate) const POINTS: &str = "point/";
 
+/// What keys begin with that have more than one part.
+pub(crate) const FOLDERS: [&str; 8] = [CLAIMS, MAPS, WALS, PARTS, BLOCKS, PROBES, RUNS, POINTS];
+
 /// What the key of a run has behind its number once it is over.
 const OVER: &str = ".over";
 

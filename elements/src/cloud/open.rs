@@ -3,13 +3,13 @@
 use super::calendar::seconds;
 use super::claims::{self, last_claim, may_be_taken, taken_over};
 use super::format::{
-    Checkpoint, Commit, Description, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, unhex,
+    Checkpoint, Commit, Description, END_LEN, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, unhex,
 };
 use super::keeper::{self, keys_of};
 use super::key;
 use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
-use super::store::Bucket;
+use super::store::{Bucket, Listed};
 use super::volume::{Batch, Opening, State, Volume};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
@@ -18,8 +18,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// What is said where a volume was to be made.
+const THERE: &str = "there is a volume already: choose another prefix, or `mason bucket delete` it first";
+
 /// Requests at once while a volume is opened.
 const AT_ONCE: usize = 16;
+
+/// The same of commits, which may be large.
+const COMMITS_AT_ONCE: usize = 4;
 
 /// What is in a bucket, before anything is claimed.
 pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
@@ -35,22 +41,36 @@ pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
 
 /// Makes a volume. Fails where there is one, and with `fenced` where the store does not take conditions seriously.
 pub(crate) async fn create(bucket: &Bucket, size: u64, block: u64, fenced: bool) -> Result<Description> {
-    vacant(bucket, &[key::BACKUP, key::RESTORING]).await?;
+    vacant(bucket, &[key::VOLUME, key::BACKUP, key::RESTORING]).await?;
     let description = draw(bucket, size, block, fenced).await?;
+    // A claim or a checkpoint of another volume would be taken for one of this.
+    for left in [key::CLAIMS, key::MAPS, key::WALS] {
+        if !bucket.list(left, "", 1).await?.is_empty() {
+            let message = "there is what is left of another volume: `mason bucket delete --force` it first, or choose another prefix";
+            return Err(Error::new(Kind::Busy, message));
+        }
+    }
     match bucket.put_if_absent(key::VOLUME, Data::copy_of(&description.encode())).await? {
         true => Ok(description),
-        false => Err(Error::new(Kind::Busy, "there is a volume already")),
+        false => Err(Error::new(Kind::Busy, THERE)),
     }
 }
 
 /// # Errors
 /// [`Kind::Busy`] if one of these says that something is there.
 pub(super) async fn vacant(bucket: &Bucket, roots: &[&str]) -> Result<()> {
+    if let Some(name) = bucket.is_within() {
+        let message =
+            format!("keys of a disk one level higher may begin with `{name}`: choose another prefix");
+        return Err(Error::invalid(message));
+    }
     for root in roots {
         if bucket.get_whole(root, 1 << 16).await?.is_some() {
             let what = match *root {
-                key::VOLUME => "there is a volume already",
-                key::BACKUP => "there is a backup already",
+                key::VOLUME => THERE,
+                key::BACKUP => {
+                    "there is a backup already: choose another prefix, or `mason bucket delete` it first"
+                }
                 _ => "there is what a restore has left that did not end: `mason bucket delete` it first",
             };
             return Err(Error::new(Kind::Busy, what));
@@ -125,21 +145,55 @@ pub(crate) async fn open(
     may_be_taken(base.as_ref(), last.as_ref(), &opening.claim, opening.take)?;
     let epoch = claims::next(&bucket, last.map_or(0, |last| last.epoch), &opening.claim).await?;
     let base = end_checkpoints(&bucket, id, base, epoch).await?;
+    begun(&bucket, base.as_ref()).await?;
     let base = base.unwrap_or_else(|| Checkpoint { size: description.size, ..Checkpoint::default() });
     let mut state = load(&bucket, id, &description, &base).await?;
-    let (spans, commits) = replay(&bucket, id, &base, epoch).await?;
-    (state.replays, state.gone) = (spans, base.gone.clone());
+    state.gone = base.gone.clone();
     let served = bucket.with_patience(opening.patience);
     let volume = Volume::new(served, description, epoch, &opening, state, say)?;
-    for commit in &commits {
-        bring_back(&volume, commit);
-    }
-    if commits.is_empty() {
-        volume.state().replays.clear();
-    }
+    // One after the other: together they may be far more than what is left of them.
+    let spans = replay(&bucket, id, &base, epoch, |commit| bring_back(&volume, &commit)).await?;
+    volume.state().replays = spans;
     let volume = Arc::new(volume);
     first_checkpoint(&bucket, &volume, &base).await?;
     Ok(volume)
+}
+
+/// # Errors
+/// Something has been written, and there is no checkpoint: it is lost.
+pub(super) async fn begun(bucket: &Bucket, base: Option<&Checkpoint>) -> Result<()> {
+    if base.is_some() {
+        return Ok(());
+    }
+    for place in [key::PARTS, key::BLOCKS, key::WALS] {
+        // Nothing is put before the first checkpoint, and commits that have ended were never begun.
+        let listed = bucket.list(place, "", 16).await?;
+        let is_data = |listed: &Listed| key::logged(&listed.key).is_none() || listed.len > END_LEN;
+        if listed.iter().any(|listed| key::is_ours(&listed.key) && is_data(listed)) {
+            return Err(Error::new(
+                Kind::Io,
+                "the volume has been written, and its newest checkpoint is missing",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether an epoch's commits end with the one before `n`, which was not there; false if it is there by now.
+///
+/// # Errors
+/// It is lost: there are more after it than can have been under way with it.
+pub(super) async fn ends(bucket: &Bucket, epoch: u64, n: u64) -> Result<bool> {
+    let (key, after) = (key::wal(epoch, n), key::wal(epoch, n + keeper::COMMITS as u64 - 1));
+    let listed = bucket.list(key::WALS, &after, 1).await?;
+    let later = listed.first().and_then(|listed| key::logged(&listed.key));
+    if later.is_none_or(|(other, _)| other != epoch) {
+        return Ok(true);
+    }
+    match bucket.get_whole(&key, LARGEST).await? {
+        Some(_) => Ok(false),
+        None => Err(Error::new(Kind::Io, "it is missing, and later commits are there").with_path(key)),
+    }
 }
 
 /// Ends the chains of checkpoints of all earlier epochs that may be alive, and returns the last checkpoint.
@@ -197,6 +251,7 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
         settling: BTreeMap::new(),
         open: Batch::default(),
         sealed: 0,
+        committer: base.epoch,
         committed: 0,
         next: 1,
         serial: base.serial,
@@ -216,29 +271,39 @@ async fn load(bucket: &Bucket, id: Id, description: &Description, base: &Checkpo
     })
 }
 
-/// The commits that are not in the map of the base, and where they are; ends the chain of the base's epoch.
-async fn replay(bucket: &Bucket, id: Id, base: &Checkpoint, by: u64) -> Result<(Vec<Span>, Vec<Commit>)> {
-    let (mut spans, mut commits) = (base.replays.clone(), Vec::new());
+/// Tells the commits that are not in the map of the base, in their order, and returns where they are; ends the chain of the base's epoch.
+async fn replay(
+    bucket: &Bucket,
+    id: Id,
+    base: &Checkpoint,
+    by: u64,
+    mut tell: impl FnMut(Commit),
+) -> Result<Vec<Span>> {
+    let mut spans = base.replays.clone();
     for span in base.replays.clone() {
         let found = (span.first..=span.last).map(|n| read_commit(bucket, id, base.size, span.epoch, n));
-        let mut found = futures::stream::iter(found).buffered(AT_ONCE);
+        let mut found = futures::stream::iter(found).buffered(COMMITS_AT_ONCE);
         while let Some(found) = found.try_next().await? {
             match found {
-                Some(Link::One(commit)) => commits.push(commit),
+                Some(Link::One(commit)) => tell(commit),
                 _ => return Err(Error::new(Kind::Io, "a commit that is not in the map is missing")),
             }
         }
     }
     // Before its first checkpoint an open commits nothing.
     if base.epoch == 0 {
-        return Ok((spans, commits));
+        return Ok(spans);
     }
     let mut n = base.done + 1;
     loop {
         match read_commit(bucket, id, base.size, base.epoch, n).await? {
-            Some(Link::One(commit)) => commits.push(commit),
+            Some(Link::One(commit)) => tell(commit),
             Some(Link::End) => break,
             None => {
+                // Before it has an end: that is for ever.
+                if !ends(bucket, base.epoch, n).await? {
+                    continue;
+                }
                 let end = Data::shared(End { epoch: base.epoch, by }.encode(id));
                 if bucket.put_if_absent(&key::wal(base.epoch, n), end).await? {
                     break;
@@ -251,7 +316,7 @@ async fn replay(bucket: &Bucket, id: Id, base: &Checkpoint, by: u64) -> Result<(
     if n > base.done + 1 {
         spans.push(Span { epoch: base.epoch, first: base.done + 1, last: n - 1 });
     }
-    Ok((spans, commits))
+    Ok(spans)
 }
 
 async fn read_commit(bucket: &Bucket, id: Id, size: u64, epoch: u64, n: u64) -> Result<Option<Link<Commit>>> {
@@ -284,6 +349,7 @@ fn bring_back(volume: &Volume, commit: &Commit) {
         keeper::apply(volume, &mut state, entry, 0);
     }
     state.serial = commit.serial.max(state.serial);
+    state.committer = commit.epoch;
 }
 
 /// The checkpoint that begins this epoch: the map of the base, and what has to be replayed. From then on it may be written.

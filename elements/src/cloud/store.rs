@@ -266,6 +266,12 @@ impl Bucket {
         Ok(())
     }
 
+    /// The end of the prefix, if objects of a volume that lies one level higher may be there.
+    pub(crate) fn is_within(&self) -> Option<&str> {
+        let name = self.prefix.trim_end_matches('/').rsplit('/').next()?;
+        super::key::FOLDERS.iter().any(|folder| folder.trim_end_matches('/') == name).then_some(name)
+    }
+
     /// The first `most` objects (at most 1000) below a prefix whose keys come after `after`.
     pub(crate) async fn list(&self, prefix: &str, after: &str, most: u32) -> Result<Vec<Listed>> {
         let (whole, after) =
@@ -275,6 +281,15 @@ impl Bucket {
             self.store.list(&whole, &after, most)
         });
         let mut found = found.await?;
+        // Whoever lists goes on after the last one that it was told.
+        let mut last = &after;
+        for listed in &found {
+            if !listed.key.starts_with(&whole) || listed.key <= *last {
+                let message = "the store does not list what comes after a key, in their order: nothing can be found there";
+                return Err(Error::new(Kind::Io, message).with_path(&whole));
+            }
+            last = &listed.key;
+        }
         for listed in &mut found {
             listed.key = listed.key.strip_prefix(&self.prefix).unwrap_or_default().to_owned();
         }

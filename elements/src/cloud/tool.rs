@@ -2,10 +2,10 @@
 
 pub use super::backup::points::Keep;
 use super::backup::{self, By};
-use super::claims::{claim, last_claim};
+use super::claims::{claim, has_died, last_claim};
 use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
-use super::format::hex;
+use super::format::{Claim, hex};
 use super::found::{Found, Reasons, Seen};
 use super::grow;
 use super::key;
@@ -180,13 +180,24 @@ async fn opened(bucket: Bucket, take: bool) -> Result<Arc<Volume>> {
 }
 
 /// Says that the host that has the volume open is dead: it is opened, brought in order and left. If that host lives, its disk ends.
+/// `force` goes on although it is a process of this host, and lives.
 ///
 /// # Errors
-/// The store does not answer, or the volume is damaged.
-pub fn take(place: &Place) -> Result<Value> {
+/// The store does not answer, or the volume is damaged; its owner is known to live.
+pub fn take(place: &Place, force: bool) -> Result<Value> {
     let bucket = place.bucket()?;
     block_on(async move {
         let before = last_claim(&bucket).await?;
+        let here = |owner: &&Claim| owner.machine == claim().machine && !has_died(owner, &claim());
+        if let Some(owner) = before.as_ref().filter(here).filter(|_| !force)
+            && !is_closed(&bucket, owner).await?
+        {
+            let message = format!(
+                "the process {} of this host has it open, and lives: stop it, or unload its graph",
+                owner.process
+            );
+            return Err(Error::new(Kind::Busy, message));
+        }
         let volume = opened(bucket, true).await?;
         open::close(&volume, Duration::from_secs(600)).await?;
         Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host) }))
@@ -207,6 +218,13 @@ pub fn grow(place: &Place, size: u64) -> Result<Value> {
         grown.and(left)?;
         Ok(json!({ "before": before, "size": size }))
     })
+}
+
+/// Whether whoever claimed the volume last has left it in order.
+async fn is_closed(bucket: &Bucket, owner: &Claim) -> Result<bool> {
+    let id = open::describe(bucket).await?.id()?;
+    let last = open::last_checkpoint(bucket, id).await?;
+    Ok(last.is_some_and(|last| last.closed && last.epoch == owner.epoch))
 }
 
 /// What says that something is at a place: a volume, a backup, or what a restore has left that did not end.
@@ -311,7 +329,11 @@ pub fn delete(place: &Place, force: bool) -> Result<Value> {
     let bucket = place.bucket()?;
     block_on(async move {
         // The last to go.
-        let root = root(&bucket).await?;
+        let root = match root(&bucket).await {
+            // What was put after the volume had been deleted.
+            Err(error) if force && error.kind() == Kind::Unavailable => "",
+            found => found?,
+        };
         if root == key::VOLUME {
             match opened(bucket.with_patience(Some(PATIENCE)), force).await {
                 Ok(volume) => open::close(&volume, Duration::from_secs(600)).await?,
@@ -334,8 +356,9 @@ pub fn delete(place: &Place, force: bool) -> Result<Value> {
             count += keys.len() as u64;
             bucket.delete_many(keys).await?;
         }
-        bucket.delete_many([root.to_owned()]).await?;
-        Ok(json!({ "objects": count + 1 }))
+        let last = (!root.is_empty()).then(|| root.to_owned());
+        bucket.delete_many(last).await?;
+        Ok(json!({ "objects": count + u64::from(!root.is_empty()) }))
     })
 }
 

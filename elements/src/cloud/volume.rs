@@ -79,6 +79,8 @@ pub(crate) struct State {
     pub(crate) settling: BTreeMap<u64, bool>,
     /// The last batch that is on its way. A batch is commit of the same number.
     pub(crate) sealed: u64,
+    /// The epoch of the newest commit; where that is in no commit any more, of the newest checkpoint.
+    pub(crate) committer: u64,
     /// The last batch that is durable, with all before it.
     pub(crate) committed: u64,
     /// The number of the next version.
@@ -432,9 +434,24 @@ impl Volume {
         self.state().rests = rests;
     }
 
-    /// A text that is another one after each commit, whoever makes it.
+    /// A text that says which commit is the newest, and who has the volume open. It is another one after each commit.
     pub(crate) fn generation(&self) -> String {
         let state = self.state();
-        format!("{} {}", self.description.id, state.serial + u64::from(!state.open.pieces.is_empty()))
+        let serial = state.serial + u64::from(!state.open.pieces.is_empty());
+        format!("{} {} {serial}", self.description.id, self.epoch)
+    }
+
+    /// What has been committed since [`Volume::generation`] said that: nothing (`same`), only what came through the one who had the volume open
+    /// then (`own`), or anything else (`other`).
+    pub(crate) fn since(&self, generation: &str) -> &'static str {
+        let words: Vec<&str> = generation.split(' ').collect();
+        let [id, epoch, serial] = words[..] else { return "other" };
+        let (Ok(epoch), Ok(serial)) = (epoch.parse::<u64>(), serial.parse::<u64>()) else { return "other" };
+        let state = self.state();
+        match id == self.description.id && serial <= state.serial {
+            true if serial == state.serial => "same",
+            true if epoch == state.committer => "own",
+            _ => "other",
+        }
     }
 }

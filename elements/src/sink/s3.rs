@@ -240,6 +240,7 @@ impl Disk {
         let text = match control.map(|(verb, argument)| (verb.as_str(), argument.as_str())) {
             Some(("incarnation", _)) => Some(format!("bucket {} {}", volume.description.id, volume.epoch)),
             Some(("generation", _)) => Some(volume.generation()),
+            Some(("since", generation)) => Some(volume.since(generation).to_owned()),
             _ => None,
         };
         match text {
@@ -272,6 +273,14 @@ impl Element for Disk {
         let (store, counts) = (self.store.clone(), self.served.counts.clone());
         let shared = Shared::open(&url, &self.graph, store, &prefix, counts, opening, Arc::new(say));
         let shared = shared.map_err(|error| error.with_path(&url))?;
+        let size = shared.volume.state().size;
+        if size != self.geometry.size {
+            let message = format!(
+                "it has {size} bytes now, and had {} when the graph was loaded: unload the graph and load it again",
+                self.geometry.size
+            );
+            return Err(Error::new(Kind::Busy, message).with_path(&url));
+        }
         *self.served.shared() = Some(shared);
         Ok(None)
     }

@@ -139,3 +139,27 @@ fn a_daemon_that_dies_meanwhile_has_everything_when_the_store_is_back() {
     drop(raw);
     daemon.stop_well();
 }
+
+#[test]
+fn a_second_signal_ends_a_daemon_whose_store_is_away() {
+    use rustix::process::Signal;
+    for (signals, code) in [([Signal::TERM, Signal::TERM], 143), ([Signal::INT, Signal::INT], 130)] {
+        let (mut cloud, daemon) = served();
+        cloud.server.stop();
+        let written = writer(&daemon);
+        let first: Vec<u64> = written.iter().take(LOG as usize - 2).collect();
+        daemon.signal(signals[0]);
+        // What comes while the first is being taken in counts as the second all the same.
+        daemon.signal(signals[1]);
+        let (status, _) = daemon.stop();
+        assert!(status.code() == Some(code) || status.code() == Some(143), "{status}");
+        cloud.server.start();
+        let daemon = cloud.run();
+        let mut raw = Raw::ready(daemon.socket());
+        for number in (0..4).chain(first) {
+            assert!(raw.read(number * MIB, MIB as u32) == piece(number), "MiB {number}");
+        }
+        drop(raw);
+        daemon.stop_well();
+    }
+}

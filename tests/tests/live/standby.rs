@@ -14,8 +14,9 @@ fn graph(site: &Site, server: &Server, standby: &str) {
     site.write("keys", keys);
     let text = format!(
         "element Guest (type nbd) (listen unix:vm.nbd) (standby {standby})\n\
+         element Ram (type cache) (size 8M)\n\
          element Disk (type s3) (bucket vms) (prefix vm) (endpoint {}) (credentials keys)\n\
-         Guest -> Disk\n",
+         Guest -> Ram -> Disk\n",
         server.endpoint()
     );
     site.write("vm.mason", text);
@@ -88,6 +89,14 @@ fn what_cannot_be_activated_stands_by_as_before() {
     let refused = site.mason(&["activate", "vm"]).refused();
     assert!(refused.contains("no volume of Block Mason"), "{refused}");
     assert!(status(&site).contains("stands by"));
+    // Nothing is left of the attempt.
+    server.store().put("vms", &volume, kept.clone());
+    site.mason(&["activate", "vm"]).done();
+    assert_eq!(first_byte(waits.socket()), 0);
+    site.mason(&["unload", "vm"]).done();
+    site.mason(&["load", "vm.mason"]).done();
+    server.store().put("vms", &volume, "not a volume");
+    site.mason(&["activate", "vm"]).refused();
     // And so does the next daemon.
     waits.kill();
     server.store().put("vms", &volume, kept);

@@ -136,10 +136,14 @@ impl Daemon {
         Ok(served)
     }
 
-    /// Ends service of a graph: its exports close, requests in flight end, everything is flushed.
-    pub(crate) async fn unload(&self, name: &str) -> Result<(), Refusal> {
+    /// Ends service of a graph: its exports close, requests in flight end, everything is flushed. What only a cache on this
+    /// machine has must have gone below before, unless `undrained` says that it may stay.
+    pub(crate) async fn unload(&self, name: &str, undrained: bool) -> Result<(), Refusal> {
         let (served, changing) = {
             let served = self.find(name)?;
+            if !undrained {
+                served.may_be_left()?;
+            }
             let mut graphs = self.graphs();
             graphs.not_leaving()?;
             // Somebody else may have been faster.
@@ -279,11 +283,24 @@ impl Daemon {
         let state_dir = self.host.state_dir().to_owned();
         let active = Active::of(&state_dir, path).is_set();
         let setup = Setup { catalogue: CATALOGUE, name: file.name.clone(), state_dir };
-        let live = match active {
-            true => Live::start(&self.host, setup, file.spec.clone(), heads).await,
-            false => Live::stand_by(&self.host, setup, file.spec.clone(), heads).await,
+        let refused = match active {
+            false => None,
+            true => match Live::start(&self.host, setup.clone(), file.spec.clone(), heads.clone()).await {
+                Ok(live) => return Ok(live),
+                Err(error) => Some(error),
+            },
         };
-        live.map_err(|error| Refusal::in_graph(&error, &file.spec))
+        match (Live::stand_by(&self.host, setup, file.spec.clone(), heads).await, refused) {
+            (Ok(live), None) => Ok(live),
+            // Its guest may be elsewhere by now.
+            (Ok(live), Some(error)) if live.stands_by() => {
+                tracing::warn!("{}: it stands by, though it was activated before: {error}", file.name);
+                Ok(live)
+            }
+            (Ok(_), Some(error)) | (Err(_), Some(error)) | (Err(error), None) => {
+                Err(Refusal::in_graph(&error, &file.spec))
+            }
+        }
     }
 }
 
@@ -432,6 +449,20 @@ fn on_trial(refusal: Refusal, tried: bool) -> Refusal {
 }
 
 impl Served {
+    /// # Errors
+    /// An element has what nobody finds who opens the disk elsewhere.
+    fn may_be_left(&self) -> Result<(), Refusal> {
+        for instance in self.live.disk().graph().instances() {
+            if let Err(error) = instance.element.may_be_left() {
+                let error = error.in_element(&instance.name);
+                let mut refusal = Refusal::in_graph(&error, &self.live.spec());
+                refusal.message += "; --undrained leaves it here, for when the graph is loaded here again";
+                return Err(refusal);
+            }
+        }
+        Ok(())
+    }
+
     async fn stop(&self) -> Result<(), Refusal> {
         self.live.stop().await.map_err(|error| Refusal::in_graph(&error, &self.live.spec()))
     }

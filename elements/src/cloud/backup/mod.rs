@@ -202,15 +202,16 @@ impl Copies<'_> {
         let plain = needed.plain.iter().filter(|(key, len)| lacks(key, **len));
         let plain: Vec<String> = plain.map(|(key, _)| key.clone()).collect();
         let root = key::map(last.epoch, last.n);
-        let others = needed.commits.iter().chain([&root]).filter(|key| lacks(key, None));
-        let others: Vec<String> = others.cloned().collect();
+        let commits = needed.commits.iter().filter(|(key, len)| lacks(key, Some(*len)));
+        let mut others: Vec<String> = commits.map(|(key, _)| key.clone()).collect();
+        others.extend(lacks(&root, None).then_some(root));
         let all = needed.keys().count() as u64 + 1;
         let mut done = all - (plain.len() + others.len()) as u64;
         // A commit is larger than a block.
-        for (keys, most) in [(plain, largest(of)), (others, LARGEST)] {
+        for (keys, most) in [(plain, largest(of)), (others, longest(needed))] {
             let (from, to) = (self.from, self.to);
             let copies = keys.into_iter().map(|key| async move {
-                let copied = copy_one(from, to, &key, most, None).await?;
+                let copied = copy_one(from, to, &key, None).await?;
                 Ok::<_, Error>((key, copied))
             });
             let mut copies = futures::stream::iter(copies).buffer_unordered(at_once(most));
@@ -227,6 +228,11 @@ impl Copies<'_> {
     }
 }
 
+/// The longest commit, or what a checkpoint usually has at the most.
+fn longest(needed: &Needed) -> u64 {
+    needed.commits.iter().map(|(_, len)| *len).max().unwrap_or(0).max(1 << 20)
+}
+
 /// The largest block or part.
 fn largest(description: &Description) -> u64 {
     description.block.max(1 << 20)
@@ -238,14 +244,8 @@ fn at_once(most: u64) -> usize {
 }
 
 /// Copies an object, for another volume with `ids`, its own and that one's. Its bytes; None if it has gone.
-async fn copy_one(
-    from: &Bucket,
-    to: &Bucket,
-    key: &str,
-    most: u64,
-    ids: Option<(Id, Id)>,
-) -> Result<Option<u64>> {
-    let Some(data) = from.get_whole(key, most).await? else { return Ok(None) };
+async fn copy_one(from: &Bucket, to: &Bucket, key: &str, ids: Option<(Id, Id)>) -> Result<Option<u64>> {
+    let Some(data) = from.get_whole(key, LARGEST).await? else { return Ok(None) };
     let data = match ids {
         Some((id, new)) if key::blocked(key).is_none() => {
             Data::shared(renamed(&data.to_vec(), id, new).map_err(|error| error.with_path(key))?)
@@ -358,7 +358,7 @@ async fn delete(target: &Bucket, keys: Vec<String>, run: &Run<'_>) -> Result<()>
     Ok(())
 }
 
-/// The points of a backup, the newest first, with the bytes of blocks that each leads to, and that it alone leads to.
+/// The points of a backup, the newest first, with the bytes that each leads to, and that it alone leads to; maps are not counted.
 ///
 /// # Errors
 /// There is no backup, or it is damaged.
@@ -403,10 +403,12 @@ pub(super) async fn restore(
     }
     let all = needed.keys().count() as u64;
     let (mut done, mut bytes) = (0, 0);
-    let plain = needed.plain.into_keys().collect();
-    for (keys, most) in [(plain, largest(&of)), (needed.commits, LARGEST)] {
+    let longest = longest(&needed);
+    let plain: Vec<String> = needed.plain.into_keys().collect();
+    let commits = needed.commits.into_iter().map(|(key, _)| key).collect();
+    for (keys, most) in [(plain, largest(&of)), (commits, longest)] {
         let copies = keys.into_iter().map(|key| async move {
-            let copied = copy_one(backup, target, &key, most, Some(ids)).await?;
+            let copied = copy_one(backup, target, &key, Some(ids)).await?;
             copied.ok_or_else(|| Error::new(Kind::Io, "it is missing in the backup").with_path(key))
         });
         let mut copies = futures::stream::iter(copies).buffer_unordered(at_once(most));

@@ -274,11 +274,12 @@ fn points_stay_whole_until_they_are_pruned() {
         }
         assert_eq!(restored(&memory).await, states[5]);
         let backup = below(&memory, "backup/");
-        // Each has the block of those before it, and one more; none has one that no other has, but for the newest.
+        // In whole blocks: each has those of the points before it, and one more; none has one of its own, but for the newest.
         let listed = list(&backup).await.unwrap();
-        let listed: Vec<_> = listed.iter().map(|(point, bytes, own)| (point.number, *bytes, *own)).collect();
+        let listed: Vec<_> =
+            listed.iter().map(|(point, bytes, own)| (point.number, bytes / BLOCK, own / BLOCK)).collect();
         let expected = [(5, 5, 1), (4, 4, 0), (3, 3, 0), (2, 2, 0), (1, 1, 0)];
-        assert_eq!(listed, expected.map(|(point, bytes, own)| (point, bytes * BLOCK, own * BLOCK)));
+        assert_eq!(listed, expected);
 
         let all = Keep::default();
         let error = prune(&backup, all, &[5], by("a", false), false).await.unwrap_err();
@@ -330,18 +331,17 @@ fn one_at_a_time_works_on_a_backup() {
         let error = make(by("b", false)).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Busy, "{error}");
         assert!(error.to_string().contains("--take"), "{error}");
-        memory.release();
         let held = memory.clone();
         memory.hold(|what, key| what == "put" && key.starts_with("backup/point/"));
         let taking = tokio::spawn(async move {
             let (from, to) = (bucket(&held), below(&held, "backup/"));
             back_up(&from, &to, Keep::default(), by("b", true), &|_, _| {}).await
         });
-        // That one has the backup now; the first finds out before it adds anything.
-        memory.held(1).await;
+        // That one has the backup now, with the first still where it was; it finds out before it adds anything.
+        memory.held(2).await;
+        memory.release();
         let error = hanging.await.unwrap().unwrap_err();
         assert!(error.to_string().contains("taken over"), "{error}");
-        memory.release();
         assert_eq!(taking.await.unwrap().unwrap().point, 2);
         // It is over, and anybody may go on; so is one that failed.
         assert_eq!(make(by("c", false)).await.unwrap().point, 3);

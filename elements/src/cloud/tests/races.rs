@@ -295,10 +295,22 @@ fn a_generation_is_another_one_after_each_commit_and_the_same_after_a_crash() {
         let volume = open(&memory, opening("a")).await.unwrap();
         put(&volume, 0, 1, 1).await.unwrap();
         let first = volume.generation();
-        let volume = open(&memory, opening("a")).await.unwrap();
-        assert_eq!(volume.generation(), first);
-        put(&volume, 0, 2, 1).await.unwrap();
-        assert_ne!(volume.generation(), first);
+        assert_eq!(volume.since(&first), "same");
+        let again = open(&memory, opening("a")).await.unwrap();
+        assert_eq!(again.since(&first), "same");
+        // What the first one had on its way when its cache died.
+        put(&again, 0, 2, 1).await.unwrap();
+        let second = again.generation();
+        assert_ne!(second, first);
+        put(&again, 0, 3, 1).await.unwrap();
+        assert_eq!(again.since(&second), "own");
+        let third = open(&memory, opening("a")).await.unwrap();
+        assert_eq!((third.since(&second), third.since(&first)), ("own", "other"));
+        put(&third, 0, 4, 1).await.unwrap();
+        assert_eq!(third.since(&second), "other");
+        for odd in ["", "x", "1 2", "1 2 3", "a b c d"] {
+            assert_eq!(third.since(odd), "other");
+        }
     });
 }
 
@@ -371,5 +383,49 @@ fn a_keeper_at_rest_does_what_it_must_and_no_more() {
             (get(&volume, 0).await, get(&volume, 100).await, get(&volume, 399 * BLOCK).await),
             (3, 2, 2)
         );
+    });
+}
+
+/// What is missing is never taken for what was never there.
+#[test]
+fn a_lost_checkpoint_and_a_lost_commit_keep_the_volume_closed() {
+    story(async |memory| {
+        // One who died before its first checkpoint has lost nothing.
+        memory.hold(|what, key| what == "put" && key.starts_with("some/disk/map/"));
+        let early = tokio::spawn({
+            let memory = memory.clone();
+            async move { open(&memory, opening("a")).await.map(drop) }
+        });
+        memory.held(1).await;
+        early.abort();
+        memory.release();
+        let volume = open(&memory, opening("a")).await.unwrap();
+        for byte in 1..=20 {
+            put(&volume, u64::from(byte), byte, 1).await.unwrap();
+        }
+        let refused = async |memory: &Memory, why: &str| {
+            let error = open(memory, opening("a")).await.err().unwrap().to_string();
+            assert!(error.contains(why), "{error}");
+            let reasons = crate::cloud::found::Reasons::of(&bucket(memory)).await.unwrap();
+            assert!(reasons.problems.iter().any(|problem| problem.contains(why)), "{:?}", reasons.problems);
+        };
+        for lost in 1..=16 {
+            let memory = memory.copy();
+            memory.remove(&format!("some/disk/{}", crate::cloud::key::wal(volume.epoch, lost)));
+            refused(&memory, "later commits are there").await;
+        }
+        // Of the last ones it is not known whether they were ever there.
+        let cut = memory.copy();
+        cut.remove(&format!("some/disk/{}", crate::cloud::key::wal(volume.epoch, 17)));
+        assert_eq!(get(&open(&cut, opening("a")).await.unwrap(), 16).await, 16);
+        for settled in [false, true] {
+            if settled {
+                open::close(&volume, Duration::from_secs(60)).await.unwrap();
+            }
+            let memory = memory.copy();
+            let maps = memory.keys().into_iter().filter(|key| key.starts_with("some/disk/map/"));
+            maps.filter(|key| memory.bytes(key).len() > 44).for_each(|key| memory.remove(&key));
+            refused(&memory, "newest checkpoint is missing").await;
+        }
     });
 }

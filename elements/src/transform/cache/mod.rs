@@ -461,6 +461,10 @@ impl Element for Handle {
         Err(Error::new(Kind::Busy, message))
     }
 
+    fn may_be_left(&self) -> Result<()> {
+        self.may_leave()
+    }
+
     fn may_hand_over(&self) -> Result<()> {
         if self.0.ssd.is_none() {
             return Ok(());

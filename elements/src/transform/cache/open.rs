@@ -5,7 +5,7 @@ use super::format::{EMPTY, ENTRY, Found, Label, PLACE, SECTOR, decode_entry, enc
 use super::journal::{Journal, Standing, Tail};
 use super::lines::{Lines, Slot};
 use super::params::{Mode, Stale};
-use super::ssd::{Media, Ssd, generation};
+use super::ssd::{Media, Ssd, generation, since};
 use super::{Cache, lock};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Data, Error, Kind as ErrorKind, Result};
@@ -183,7 +183,7 @@ impl Cache {
         self.longest.store(label.payload(), Ordering::Relaxed);
         let mut journal = self.replay(&label, cx).await?;
         let text = generation(cx).await?.unwrap_or_default();
-        let stale = !label.text.is_empty() && text != label.text && !label.flushing;
+        let stale = is_stale(&label, &text, cx).await?;
         if stale && journal.is_dirty() {
             self.decide(&mut journal)?;
         }
@@ -264,7 +264,8 @@ impl Cache {
 
     /// Writes down which lines there are, so that the next open finds them. Nothing is in flight.
     pub(super) fn close(&self) {
-        if !self.is_open.swap(false, Ordering::AcqRel) || self.ssd.is_none() {
+        // What is in memory is open as long as it lives.
+        if self.ssd.is_none() || !self.is_open.swap(false, Ordering::AcqRel) {
             return;
         }
         if !self.is_broken()
@@ -359,6 +360,18 @@ async fn find(ssd: &Ssd, disk: u64, size: u64, cx: Cx<'_>) -> Result<Option<Labe
         return Err(Error::invalid(message));
     }
     Ok(Some(found))
+}
+
+/// True if somebody else has written the disk below since this cache last has. A disk that cannot tell who has is trusted where
+/// the cache died while it was about to flush there.
+async fn is_stale(label: &Label, text: &str, cx: Cx<'_>) -> Result<bool> {
+    if label.text.is_empty() {
+        return Ok(false);
+    }
+    match since(&label.text, cx).await?.as_deref() {
+        Some(since) => Ok(since == "other"),
+        None => Ok(text != label.text && !label.flushing),
+    }
 }
 
 /// Takes the lines that were there when the cache was closed.

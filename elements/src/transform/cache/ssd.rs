@@ -208,13 +208,22 @@ impl Ssd {
 
 /// What the disk below calls its generation: it changes whenever the disk is written by anybody. None if it knows no such thing.
 pub(super) async fn generation(cx: Cx<'_>) -> Result<Option<String>> {
+    let text = ask_below("generation", "", cx).await?;
+    Ok(text.map(|text| super::format::cut(&text).to_owned()).filter(|text| !text.is_empty()))
+}
+
+/// Whether the disk below was written since it called itself so, as far as it can tell: not at all (`same`), only through whoever
+/// had it open then (`own`), or by `other`s. None if it knows no such thing.
+pub(super) async fn since(text: &str, cx: Cx<'_>) -> Result<Option<String>> {
+    ask_below("since", text, cx).await
+}
+
+async fn ask_below(verb: &str, argument: &str, cx: Cx<'_>) -> Result<Option<String>> {
     let mut ask = Request { origin: Origin::Internal, ..Request::new(Op::Control, 0, 0) };
-    let control = Some(("generation".to_owned(), String::new()));
+    let control = Some((verb.to_owned(), argument.to_owned()));
     ask.extra = Some(Box::new(Extra { control, ..Extra::default() }));
     match cx.forward(0, cx.child(&ask)).await {
-        Ok(Answer::Text(text)) => {
-            Ok(Some(super::format::cut(&text).to_owned()).filter(|text| !text.is_empty()))
-        }
+        Ok(Answer::Text(text)) => Ok(Some(text)),
         Ok(_) => Ok(None),
         Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
         Err(error) => Err(error),

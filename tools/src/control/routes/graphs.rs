@@ -6,9 +6,11 @@ use crate::control::refusal::{Refusal, RefusalBody};
 use crate::graphs::Reader;
 use crate::view::{Activated, GraphSummary, GraphTexts, GraphView};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use blockmason::live::Heads;
+use serde::Deserialize;
 use std::sync::Arc;
 
 /// The graphs that serve
@@ -54,24 +56,34 @@ pub(super) async fn show(
     Ok(Json(daemon.find(&name)?.view()))
 }
 
+/// How a graph is unloaded.
+#[derive(Deserialize)]
+pub(super) struct Unload {
+    undrained: Option<bool>,
+}
+
 /// End service of a graph
 ///
 /// Its exports close, requests in flight end, what was written is flushed; then comes the answer. A flush that
 /// failed is an error, and the graph has gone all the same.
 #[utoipa::path(delete, path = "/v1/graphs/{name}", tag = "graphs", operation_id = "unload_graph",
-    params(("name" = String, Path, description = "the graph's name")),
+    params(("name" = String, Path, description = "the graph's name"),
+        ("undrained" = Option<bool>, Query,
+            description = "leaves what only a cache on this machine has, for when the graph is loaded here again")),
     responses(
         (status = 204, description = "it has gone"),
         (status = 404, body = RefusalBody),
-        (status = 409, description = "it is being unloaded already", body = RefusalBody),
+        (status = 409, description = "it is being unloaded already, or a cache has what is not below yet", body = RefusalBody),
         (status = "default", description = "it has gone, and what it held was not all flushed",
             body = RefusalBody),
     ))]
 pub(super) async fn unload(
     State(daemon): State<Arc<Daemon>>,
     Path(name): Path<String>,
+    how: Result<Query<Unload>, QueryRejection>,
 ) -> Result<StatusCode, Refusal> {
-    daemon.unload(&name).await?;
+    let Query(Unload { undrained }) = how.map_err(Refusal::invalid)?;
+    daemon.unload(&name, undrained.unwrap_or(false)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
