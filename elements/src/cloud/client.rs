@@ -128,7 +128,11 @@ where
         (code, None) => format!("the server says {code}"),
     };
     match (status, code) {
-        (_, "NoSuchBucket") => never(Kind::Unavailable, "there is no such bucket".to_owned()),
+        (_, "NoSuchBucket") => {
+            let why = "there is no such bucket; `mason bucket create --make-bucket` makes it with the disk";
+            never(Kind::Unavailable, why.to_owned())
+        }
+        (_, "SignatureDoesNotMatch") => never(Kind::Denied, format!("{said}: is it the secret of this access key?")),
         (404, _) => Refusal::NotThere,
         (412, _) => Refusal::Exists,
         // Two puts of one key at the same time: neither says whether there is an object.

@@ -43,7 +43,10 @@ pub struct Place {
 
 impl Place {
     fn bucket(&self) -> Result<Bucket> {
-        Ok(Bucket::new(Arc::new(self.store()?), &prefix(&self.prefix), Some(PATIENCE)))
+        let bucket = Bucket::new(Arc::new(self.store()?), &prefix(&self.prefix), Some(PATIENCE));
+        let place = self.endpoint.clone().unwrap_or_else(|| "Amazon".to_owned());
+        bucket.tell(move |message| tracing::warn!("{place}: {message}"));
+        Ok(bucket)
     }
 
     fn store(&self) -> Result<S3> {

@@ -454,7 +454,7 @@ fn later(retry: &mut Duration) -> Duration {
 /// Where this process stands is nothing that an operator knows.
 fn absolute(path: &str) -> Result<&Path> {
     let path = Path::new(path);
-    path.is_absolute().then_some(path).ok_or_else(|| Error::invalid("the path begins with a `/`"))
+    path.is_absolute().then_some(path).ok_or_else(|| Error::invalid("the path must begin with a `/`"))
 }
 
 /// Writes a header to a file of its own, for the owner alone.
