@@ -20,7 +20,7 @@ fn key_slots_come_and_go_and_the_last_one_stays() {
         assert_eq!(call(&disk, "remove_slot", "0").await, "");
         assert!(call(&disk, "remove_slot", "0").await.contains("there is no key slot 0"));
         assert!(call(&disk, "remove_slot", "8").await.contains("there is no key slot 8"));
-        assert!(call(&disk, "add_key_file", "b.key").await.contains("begins with a `/`"));
+        assert!(call(&disk, "add_key_file", "b.key").await.contains("begin with a `/`"));
         assert!(call(&disk, "add_key_file", &path("none")).await.contains("cannot be read"));
         disk.disk.stop().await.unwrap();
         let said = bench.refusal("Disk", "(key_file @/a.key) (block 512)").await;
