@@ -17,6 +17,7 @@ mod edit;
 mod elements;
 mod events;
 mod failure;
+mod faults;
 mod folders;
 mod graphs;
 mod handlers;

@@ -52,6 +52,9 @@ fn live_text(graph: &GraphView, live: &LiveView) -> String {
             printable(&graph.name)
         );
     }
+    for fault in &live.faults {
+        let _ = writeln!(out, "  {} does not work: {}", printable(&fault.element), printable(&fault.error));
+    }
     for export in &live.exports {
         let size = graph.element(&export.element).and_then(|element| element.geometry.as_ref());
         let size = size.map_or_else(String::new, |geometry| format!("  {}", Bytes(geometry.size)));

@@ -1,6 +1,7 @@
 //! A graph as it is shown: what a graph file says, and what a running graph adds to it. Also the
 //! shape in which the control socket answers.
 
+use crate::faults::Fault;
 use crate::graphs::CATALOGUE;
 use crate::left::Choice;
 use blockmason::describe::find;
@@ -390,6 +391,8 @@ pub(crate) struct LiveView {
     #[serde(default)]
     pub(crate) gated: u64,
     pub(crate) exports: Vec<ExportView>,
+    #[serde(default)]
+    pub(crate) faults: Vec<Fault>,
     pub(crate) sources: Vec<SourceView>,
 }
 

@@ -132,7 +132,9 @@ where
             let why = "there is no such bucket; `mason bucket create --make-bucket` makes it with the disk";
             never(Kind::Unavailable, why.to_owned())
         }
-        (_, "SignatureDoesNotMatch") => never(Kind::Denied, format!("{said}: is it the secret of this access key?")),
+        (_, "SignatureDoesNotMatch") => {
+            never(Kind::Denied, format!("{said}: is it the secret of this access key?"))
+        }
         (404, _) => Refusal::NotThere,
         (412, _) => Refusal::Exists,
         // Two puts of one key at the same time: neither says whether there is an object.

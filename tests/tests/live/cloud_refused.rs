@@ -3,6 +3,8 @@
 
 use crate::cloud::Cloud;
 use blockmason_tests::control::Ended;
+use blockmason_tests::mason::until;
+use blockmason_tests::raw::Raw;
 use mason_bucket::{Action, Operation, Rule};
 
 /// Something that is wrong.
@@ -120,8 +122,31 @@ fn a_store_that_is_not_there_is_one_line() {
         says: "Connection refused",
     };
     let cloud = made(&case);
-    refused(&case, "stat", &cloud.bucket("stat", &[]));
+    let ended = cloud.bucket("stat", &[]);
+    // Whoever waits for half a minute is told why.
+    let (first, rest) = ended.err.split_once('\n').unwrap();
+    assert!(first.contains(&cloud.server.endpoint()) && first.contains("it is tried again"), "{ended:?}");
+    refused(&case, "stat", &Ended { err: rest.to_owned(), ..ended });
     refused(&case, "run", &run(&cloud));
+}
+
+#[test]
+fn a_key_that_opens_nothing_is_seen_in_the_status() {
+    let mut cloud = Cloud::new("8M");
+    cloud.serve_with("(size 32M)");
+    let daemon = cloud.run();
+    Raw::ready(daemon.socket()).write(0, &[1; 4096]);
+    cloud.drain();
+    daemon.stop_well();
+    cloud.site.write("vm1.key", [8; 32]);
+    let daemon = cloud.run();
+    until("it is said", || cloud.site.mason(&["status"]).done().contains("Secret does not work: "));
+    cloud.site.write("vm1.key", [7; 32]);
+    daemon.kill();
+    let daemon = cloud.run();
+    assert_eq!(Raw::ready(daemon.socket()).read(0, 4096), [1; 4096]);
+    assert!(!cloud.site.mason(&["status"]).done().contains("does not work"));
+    daemon.stop_well();
 }
 
 /// A disk of which this is true.

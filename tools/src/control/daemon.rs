@@ -7,6 +7,7 @@ use super::refusal::Refusal;
 use super::server::Ended;
 use super::trial::Trial;
 use crate::active::Active;
+use crate::faults::faults;
 use crate::graphs::{CATALOGUE, GraphFile, Reader};
 use crate::left::{Choice, Left};
 use crate::view::{ExportView, GraphSummary, GraphView, LiveView, SourceView};
@@ -573,6 +574,7 @@ impl Served {
             in_flight_bytes: self.live.disk().budget().used(),
             gated: self.live.disk().gated(),
             exports: self.exports(),
+            faults: faults(&graph),
             sources: sources.map(|(node, instance)| SourceView::read(&graph, node, &instance.name)).collect(),
         };
         let view = GraphView::of_spec(self.live.name(), &self.live.spec());

@@ -65,6 +65,7 @@ pub const TYPE: ElementType = ElementType {
             access: Access::Read,
             doc: "keeping, draining, drained, failed; through if it never keeps changes",
         },
+        Handler { name: "error", access: Access::Read, doc: "why it cannot be opened, else empty" },
         Handler {
             name: "dirty_time",
             access: Access::ReadWrite,
@@ -151,6 +152,8 @@ struct Cache {
     ssd: Option<Ssd>,
     /// Opening: one at a time.
     opening: Coalesced,
+    /// What the last try to open it came to, if it has failed.
+    error: Mutex<String>,
     is_open: AtomicBool,
     /// That this is the only one in the process that has the SSD open.
     held: Mutex<Option<open::Held>>,
@@ -206,6 +209,7 @@ impl Cache {
             is_open: AtomicBool::new(ssd.is_none()),
             ssd,
             opening: Coalesced::default(),
+            error: Mutex::default(),
             held: Mutex::new(None),
             longest: AtomicU64::new(longest),
             broken: AtomicBool::new(false),
@@ -486,6 +490,7 @@ impl Element for Handle {
                 Ok((lines + changes).to_string())
             }
             "state" => Ok(cache.state().to_owned()),
+            "error" => Ok(lock(&cache.error).clone()),
             "dirty_time" => Ok(Time(cache.tuning().dirty_time).to_string()),
             "rate" => Ok(cache.tuning().rate.to_string()),
             _ => Err(Error::no_handler(handler)),

@@ -147,6 +147,7 @@ impl Cache {
         let mut closing = pin!(cx.closing());
         let (mut patience, mut told) = (PATIENCE, false);
         while let Err(error) = self.opened(cx).await {
+            *lock(&self.error) = error.to_string();
             if !std::mem::replace(&mut told, true) {
                 cx.notice(format!("the cache cannot be opened: {error}"));
             }
@@ -156,6 +157,7 @@ impl Cache {
             closing = rest;
             patience = LONGEST.min(2 * patience);
         }
+        lock(&self.error).clear();
         true
     }
 
