@@ -124,7 +124,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         }
         notify(sd_notify::NotifyState::Stopping);
         drop(published);
-        // On a thread of its own: what is stopped may wait where it stands for a disk that does not answer.
+        // On one of the control threads: what is stopped may wait where it stands for a disk that does not answer.
         runtime.handle().spawn(async move { std::process::exit(signals.second().await) });
         Ok(daemon.stop().await?)
     })

@@ -87,8 +87,12 @@ fn a_cache_that_died_amid_a_flush_does_not_write_over_what_others_have_written()
         std::fs::rename(&old, &file).unwrap();
         let daemon = cloud.run();
         // Either it had nothing left, or it is asked about.
-        match Raw::ready(daemon.socket()).ask(READ, 8192, LEN as u32, &[]).unwrap() {
-            0 => drop(daemon.stop()),
+        let mut raw = Raw::ready(daemon.socket());
+        match raw.ask(READ, 8192, LEN as u32, &[]).unwrap() {
+            0 => {
+                assert_eq!(raw.bytes(LEN), [b'B'; LEN], "{arrives}");
+                daemon.stop();
+            }
             _ => assert_eq!(daemon.stop().0.code(), Some(1)),
         }
         std::fs::remove_file(&file).unwrap();

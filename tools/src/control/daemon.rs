@@ -143,7 +143,11 @@ impl Daemon {
         let (served, changing) = {
             let served = self.find(name)?;
             if !undrained {
-                served.may_be_left()?;
+                served.may_be_left().map_err(|mut refusal| {
+                    refusal.message +=
+                        "; --undrained leaves it here, for when the graph is loaded here again";
+                    refusal
+                })?;
             }
             let mut graphs = self.graphs();
             graphs.not_leaving()?;
@@ -160,7 +164,8 @@ impl Daemon {
         }
         let stopped = served.stop().await;
         drop(changing);
-        stopped
+        // Guests may have written until then.
+        stopped.and_then(|()| if undrained { Ok(()) } else { served.may_be_left() })
     }
 
     /// Ends service of every graph, and loads no more. The first refusal is returned when all have ended.
@@ -456,9 +461,7 @@ impl Served {
         for instance in self.live.disk().graph().instances() {
             if let Err(error) = instance.element.may_be_left() {
                 let error = error.in_element(&instance.name);
-                let mut refusal = Refusal::in_graph(&error, &self.live.spec());
-                refusal.message += "; --undrained leaves it here, for when the graph is loaded here again";
-                return Err(refusal);
+                return Err(Refusal::in_graph(&error, &self.live.spec()));
             }
         }
         Ok(())

@@ -339,16 +339,17 @@ pub(super) async fn prune(target: &Bucket, keep: Keep, named: &[u64], by: By, dr
         return Ok(pruned);
     }
     let run = Run::begin(target, by.claim, by.take).await?;
-    if points::points(target).await? != all {
-        return Err(Error::new(Kind::Busy, "somebody else has changed the backup meanwhile: try again"));
-    }
-    let done = delete(target, doomed, &run).await;
+    let done = delete(target, &all, doomed, &run).await;
+    // One that failed is over, too.
     let ended = run.end().await;
     done.and(ended).map(|()| pruned)
 }
 
-/// Deletes points, and then what they led to: a point that is there is whole.
-async fn delete(target: &Bucket, keys: Vec<String>, run: &Run<'_>) -> Result<()> {
+/// Deletes points, and then what they led to: a point that is there is whole. `all` are those that were looked at.
+async fn delete(target: &Bucket, all: &[Point], keys: Vec<String>, run: &Run<'_>) -> Result<()> {
+    if points::points(target).await? != all {
+        return Err(Error::new(Kind::Busy, "somebody else has changed the backup meanwhile: try again"));
+    }
     let (points, rest): (Vec<String>, Vec<String>) =
         keys.into_iter().partition(|key| key::pointed(key).is_some());
     for keys in [points, rest] {
