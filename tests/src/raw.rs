@@ -14,6 +14,8 @@ pub struct Raw(pub UnixStream);
 pub const READ: u16 = 0;
 /// NBD_CMD_WRITE.
 pub const WRITE: u16 = 1;
+/// NBD_CMD_DISC.
+pub const DISC: u16 = 2;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;

@@ -37,6 +37,12 @@ pub trait Stream {
     /// reply is then dropped.
     fn reply(&self, tag: Self::Tag, reply: Reply);
 
+    /// Ready once the stream has nothing more, so far as that shows without taking up a request. Asked in place of
+    /// [`poll_next`](Self::poll_next) while the gate is closed, which may be for hours: whoever waits there may leave.
+    fn poll_end(&self, _task: &mut Context<'_>) -> Poll<()> {
+        Poll::Pending
+    }
+
     /// Called when everything that was ready has been submitted and answered: one write for a whole
     /// turn. A stream that cannot send any more ends at the next `poll_next`.
     fn poll_flush(&self, task: &mut Context<'_>) -> Poll<()>;
@@ -90,6 +96,10 @@ pub async fn serve<S: Stream>(disk: &Disk, source: &str, stream: &S) -> Result<S
             }
         }
         epochs.retain_mut(|(_, epoch)| epoch.as_mut().poll(task).is_pending());
+        let gated = end.get().is_none() && slot.graph.borrow().is_none();
+        if gated && stream.poll_end(task).is_ready() {
+            end.set(Some(Served::Ended));
+        }
         // Nobody waits at the end for what was left behind.
         let over = slot.closing.get() && epochs.iter().all(|(graph, _)| graph.is_left());
         match end.get() {

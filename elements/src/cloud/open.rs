@@ -25,7 +25,7 @@ const THERE: &str = "there is a volume already: choose another prefix, or `mason
 const AT_ONCE: usize = 16;
 
 /// The same of commits, which may be large.
-const COMMITS_AT_ONCE: usize = 4;
+pub(super) const COMMITS_AT_ONCE: usize = 4;
 
 /// What is in a bucket, before anything is claimed.
 pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {

@@ -79,9 +79,14 @@ impl Memory {
 
     /// Waits until that many requests are held.
     pub(crate) async fn held(&self, count: usize) {
-        while self.0.lock().unwrap().held < count {
+        while self.holds() < count {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// How many are held now.
+    pub(crate) fn holds(&self) -> usize {
+        self.0.lock().unwrap().held
     }
 
     /// Lets some of what was late happen.

@@ -7,6 +7,7 @@
 
 mod backups;
 mod grows;
+mod opens;
 mod races;
 mod stories;
 

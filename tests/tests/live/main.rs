@@ -10,6 +10,7 @@ mod cloud;
 mod cloud_crash;
 mod cloud_down;
 mod cloud_grow;
+mod cloud_leave;
 mod cloud_plain;
 mod cloud_refused;
 mod cloud_stale;

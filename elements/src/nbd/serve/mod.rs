@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -458,6 +458,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Connection<S> {
                 Received::Broken(why) => self.break_off(&why),
             }
         }
+    }
+
+    fn poll_end(&self, task: &mut Context<'_>) -> Poll<()> {
+        if !self.ended.get() {
+            let (mut receiver, mut socket) = (self.receiver.borrow_mut(), self.socket.borrow_mut());
+            ready!(receiver.poll_end(Pin::new(&mut *socket), self.rules.extended, task));
+        }
+        self.end();
+        Poll::Ready(())
     }
 
     fn reply(&self, tag: Tag, reply: Reply) {

@@ -197,8 +197,11 @@ impl Receiver {
                 return self.poll_payload(socket, budget, task);
             }
             let header = match self.header(rules.extended) {
-                Some(Ok(header)) => header,
-                Some(Err(magic)) => return Poll::Ready(Received::Broken(magic)),
+                Some((Ok(header), used)) => {
+                    self.start += used;
+                    header
+                }
+                Some((Err(magic), _)) => return Poll::Ready(Received::Broken(magic)),
                 None => match ready!(self.poll_fill(socket.as_mut(), task)) {
                     Ok(0) => return Poll::Ready(Received::Goodbye),
                     Ok(_) => continue,
@@ -230,8 +233,29 @@ impl Receiver {
         }
     }
 
-    /// The header at the front of the buffer.
-    fn header(&mut self, extended: bool) -> Option<Result<RequestHeader, String>> {
+    /// Ready once the client has left, or what it says makes no sense. What it asks for stays where it is, and what it
+    /// does after that is not seen.
+    pub(super) fn poll_end<S: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        mut socket: Pin<&mut Socket<S>>,
+        extended: bool,
+        task: &mut Context<'_>,
+    ) -> Poll<()> {
+        while self.partial.is_none() {
+            match self.header(extended) {
+                Some((Ok(header), _)) if header.command != Command::DISC => break,
+                Some(_) => return Poll::Ready(()),
+                None => match ready!(self.poll_fill(socket.as_mut(), task)) {
+                    Ok(1..) => {}
+                    Ok(0) | Err(_) => return Poll::Ready(()),
+                },
+            }
+        }
+        Poll::Pending
+    }
+
+    /// The header at the front of the buffer, and its length there.
+    fn header(&self, extended: bool) -> Option<(Result<RequestHeader, String>, usize)> {
         let buffer = self.buffer.as_ref()?;
         let bytes = &buffer[self.start..self.end];
         let (header, used) = if extended {
@@ -239,8 +263,7 @@ impl Receiver {
         } else {
             (decode_request(bytes.first_chunk()?), 28)
         };
-        self.start += used;
-        Some(header.map_err(|magic| magic.to_string()))
+        Some((header.map_err(|magic| magic.to_string()), used))
     }
 
     /// Reads what is there into the buffer. 0 is the end.
