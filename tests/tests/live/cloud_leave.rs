@@ -78,7 +78,7 @@ fn a_disk_is_not_taken_from_a_process_that_lives() {
     let daemon = cloud.run();
     Raw::ready(daemon.socket()).write(0, &[1; LEN]);
     let refused = cloud.bucket("take", &[]).refused();
-    assert!(refused.contains(&daemon.pid().to_string()) && refused.contains("--force"), "{refused}");
+    assert!(refused.contains(&daemon.pid().to_string()) && refused.contains("lives: stop it"), "{refused}");
     // Nor by another daemon here.
     let mut second = command(cloud.site.folder(), &["run", "cloud.mason", "--control", "d.sock"]);
     let second =
