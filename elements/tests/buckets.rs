@@ -40,6 +40,27 @@ fn behaves_like_a_vector_and_keeps_it() {
     play(&kit::volume(&server, folder.path(), SIZE), 1, 300);
 }
 
+/// The most memory that this process has had, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn an_answer_without_an_end_takes_bounded_memory_and_is_asked_for_again() {
+    let (server, folder) = (Server::new(), tempfile::tempdir().unwrap());
+    let place = kit::volume(&server, folder.path(), SIZE);
+    for operation in [Operation::List, Operation::Get, Operation::Put, Operation::DeleteMany] {
+        server.fault(Rule::once(Action::Endless(1 << 20)).on(operation));
+    }
+    let before = peak();
+    play(&place, 5, 20);
+    let taken = peak() - before;
+    // Pieces of a body lie in memory of twice their length now and then.
+    assert!(taken < 512 << 20, "{taken}");
+}
+
 /// Whatever is asked of the server is on the bill once, over restarts too; and it is the disk that it was.
 #[test]
 fn a_meter_counts_each_request_that_the_server_sees() {

@@ -91,6 +91,8 @@ fn a_daemon_is_billed_while_it_serves_and_when_it_has_ended() {
     assert_eq!(free["month"]["dollars"], 0.0);
     assert!(mason(home, &["call", "Meter.raise", "day 5"]).unwrap().contains("until this day ends"));
     assert_eq!(mason(home, &["get", "Meter.state"]).unwrap(), "within\n");
+    let raised = mason(home, &["bill"]).unwrap();
+    assert!(raised.contains("read_only=1000; 5 $ more this day; now: within"), "{raised}");
     let events = mason(home, &["events", "--json"]).unwrap();
     for state in ["\"above\"", "\"below\""] {
         assert!(events.lines().any(|line| line.contains("dollars_day") && line.contains(state)), "{events}");

@@ -179,7 +179,10 @@ fn drawn(bill: &Value, month: Option<&str>) -> String {
     line("prices", ["put", "get", "month", "out"].map(price).join(" "));
     let steps: Vec<_> = bill["steps"].as_array().into_iter().flatten().map(text).collect();
     if !steps.is_empty() {
-        line("budget", format!("{}; now: {}", steps.join(", "), text(&bill["state"])));
+        let raised = ["day", "month"].map(|period| (period, dollars(&bill["raised"][period])));
+        let raised = raised.into_iter().filter(|(_, by)| *by > 0.0);
+        let raised: String = raised.map(|(period, by)| format!("; {by} $ more this {period}")).collect();
+        line("budget", format!("{}{raised}; now: {}", steps.join(", "), text(&bill["state"])));
     }
     out
 }

@@ -378,7 +378,9 @@ fn stat(found: &Value) -> String {
     let mut said = line("size", Exact(number(&found["size"])).to_string());
     said += &line("object size", Bytes(number(&found["block"])).to_string());
     said += &line("objects", number(&found["objects"]).to_string());
-    said += &line("stored", Bytes(number(&found["bytes"])).to_string());
+    said += &line("in objects", Bytes(number(&found["bytes"])).to_string());
+    let commits = Bytes(number(&found["commit_bytes"]));
+    said += &line("in commits", format!("{commits} ({})", number(&found["commits"])));
     said += &line("costs a month", dollars(&found["month"]));
     if found["backup"] != true {
         said += &line("opened", format!("{} times", number(&found["epoch"])));

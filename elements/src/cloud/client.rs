@@ -1,21 +1,24 @@
 //! The client of S3 and of what speaks like it. One call is one request: what tries again is store.rs.
 
 use super::credentials::Source;
+use super::format::LARGEST;
 use super::store::{Attempt, Failure, Head, Listed, ObjectStore, Put};
 use aws_credential_types::provider::error::CredentialsError;
+use aws_sdk_s3::config::interceptors::BeforeDeserializationInterceptorContextMut;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
-    BehaviorVersion, Region, RequestChecksumCalculation, ResponseChecksumValidation, SharedHttpClient,
-    StalledStreamProtectionConfig,
+    BehaviorVersion, ConfigBag, Intercept, Region, RequestChecksumCalculation, ResponseChecksumValidation,
+    RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::primitives::{ByteStream, SdkBody};
 use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use aws_smithy_http_client::tls::{self, TlsContext, TrustStore};
 use blockmason::data::{Data, PoolBuf};
 use blockmason::element::BoxFuture;
 use blockmason::{Error, Kind, Result};
+use http_body_util::Limited;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
@@ -58,6 +61,7 @@ impl S3 {
             .region(Region::new(target.region.clone()))
             .credentials_provider(target.credentials.clone().provider()?)
             .http_client(http_client(target.ca.as_deref())?)
+            .interceptor(Bounded)
             .retry_config(RetryConfig::disabled())
             .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT).build())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
@@ -81,6 +85,29 @@ fn http_client(ca: Option<&[u8]>) -> Result<SharedHttpClient> {
         context.map_err(|error| Error::invalid("the certificates cannot be used").with_source(error))?;
     let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc);
     Ok(aws_smithy_http_client::Builder::new().tls_provider(provider).tls_context(context).build_https())
+}
+
+/// No answer is longer than the longest object: a server that sends without end is broken off, and what it has sent until
+/// then is all the memory that it gets.
+#[derive(Debug)]
+struct Bounded;
+
+impl Intercept for Bounded {
+    fn name(&self) -> &'static str {
+        "Bounded"
+    }
+
+    fn modify_before_deserialization(
+        &self,
+        context: &mut BeforeDeserializationInterceptorContextMut<'_>,
+        _runtime: &RuntimeComponents,
+        _config: &mut ConfigBag,
+    ) -> std::result::Result<(), BoxError> {
+        let body = context.response_mut().body_mut();
+        let whole = std::mem::replace(body, SdkBody::taken());
+        *body = SdkBody::from_body_1_x(Limited::new(whole, LARGEST as usize));
+        Ok(())
+    }
 }
 
 /// Certificates of a file.

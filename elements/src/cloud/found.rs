@@ -302,11 +302,8 @@ impl Seen {
     /// Lists every object.
     pub(super) async fn list(bucket: &Bucket, reasons: &Reasons) -> Result<Seen> {
         let mut seen = Seen::default();
-        let (mut there, mut after) = (BTreeSet::new(), String::new());
-        loop {
-            let listed = bucket.list("", &after, 1000).await?;
-            let Some(last) = listed.last() else { break };
-            after = last.key.clone();
+        let (mut there, mut pages) = (BTreeSet::new(), bucket.pages(""));
+        while let Some(listed) = pages.next().await? {
             for listed in &listed {
                 seen.one(reasons, listed);
                 if reasons.has(&listed.key) {

@@ -296,6 +296,11 @@ impl Bucket {
         Ok(found)
     }
 
+    /// All objects below a prefix, 1000 at a time.
+    pub(crate) fn pages<'a>(&'a self, prefix: &'a str) -> Pages<'a> {
+        Pages { bucket: self, prefix, after: String::new() }
+    }
+
     /// What of the bucket's settings endangers a disk in it.
     pub(crate) async fn dangers(&self) -> Result<Vec<String>> {
         self.persist("describe", "its settings", 0, |_| self.store.dangers()).await
@@ -314,6 +319,23 @@ impl Bucket {
         let kept = found.as_deref() == Some(b"first");
         self.delete_many([key]).await?;
         Ok(fenced && kept)
+    }
+}
+
+/// See [`Bucket::pages`].
+pub(crate) struct Pages<'a> {
+    bucket: &'a Bucket,
+    prefix: &'a str,
+    after: String,
+}
+
+impl Pages<'_> {
+    /// The next ones; None at the end. What comes or goes meanwhile may be among them or not.
+    pub(crate) async fn next(&mut self) -> Result<Option<Vec<Listed>>> {
+        let listed = self.bucket.list(self.prefix, &self.after, 1000).await?;
+        let Some(last) = listed.last() else { return Ok(None) };
+        self.after.clone_from(&last.key);
+        Ok(Some(listed))
     }
 }
 

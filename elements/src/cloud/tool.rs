@@ -5,7 +5,7 @@ use super::backup::{self, By};
 use super::claims::{claim, has_died, last_claim};
 use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
-use super::format::{Claim, hex};
+use super::format::{Claim, END_LEN, hex};
 use super::found::{Found, Reasons, Seen};
 use super::grow;
 use super::key;
@@ -93,6 +93,7 @@ pub fn stat(place: &Place) -> Result<Value> {
     block_on(async move {
         let found = Found::look(&bucket).await?;
         let (present, stored) = found.stored();
+        let (commits, logged) = commits(&bucket).await?;
         let last = found.last.as_ref();
         let claim = last_claim(&bucket).await?;
         let closed =
@@ -110,9 +111,24 @@ pub fn stat(place: &Place) -> Result<Value> {
             "since": claim.as_ref().map(|claim| claim.time),
             "objects": present,
             "bytes": stored,
-            "month": STANDARD.storage(stored),
+            "commits": commits,
+            "commit_bytes": logged,
+            "month": STANDARD.storage(stored + logged),
         }))
     })
+}
+
+/// Commits that are there, and their bytes: changes that are not in their blocks yet, or not deleted yet since they are.
+async fn commits(bucket: &Bucket) -> Result<(u64, u64)> {
+    let (mut count, mut bytes, mut pages) = (0, 0, bucket.pages(key::WALS));
+    while let Some(listed) = pages.next().await? {
+        for commit in
+            listed.iter().filter(|listed| key::logged(&listed.key).is_some() && listed.len > END_LEN)
+        {
+            (count, bytes) = (count + 1, bytes + commit.len);
+        }
+    }
+    Ok((count, bytes))
 }
 
 /// What a check will cost, in dollars at the prices of S3 Standard, and of how many objects: known before it begins.
@@ -345,12 +361,8 @@ pub fn delete(place: &Place, force: bool) -> Result<Value> {
                 Err(error) => return Err(error),
             }
         }
-        let mut count = 0u64;
-        let mut after = String::new();
-        loop {
-            let listed = bucket.list("", &after, 1000).await?;
-            let Some(last) = listed.last() else { break };
-            after = last.key.clone();
+        let (mut count, mut pages) = (0u64, bucket.pages(""));
+        while let Some(listed) = pages.next().await? {
             let keys: Vec<String> = listed
                 .into_iter()
                 .map(|listed| listed.key)

@@ -22,6 +22,8 @@ pub enum Action {
     Hold(Hold),
     /// The answer promises its whole body; the connection is closed after these bytes of it.
     TruncateBody(usize),
+    /// It is done, and the answer goes on for ever with pieces of this length.
+    Endless(usize),
     /// This bit of the body of the answer is the other way round, counted from the start and around its end.
     FlipBit(usize),
     /// `If-None-Match` and `If-Match` are not looked at.

@@ -103,6 +103,7 @@ fn sent_off(answer: Response<Bytes>, actions: &[Action]) -> Response<Outgoing> {
     for action in actions {
         match action {
             Action::TruncateBody(length) => cut = Some(*length),
+            Action::Endless(length) => return Response::new(endless(*length)),
             Action::FlipBit(bit) if !body.is_empty() => {
                 let mut bytes = body.to_vec();
                 let bit = bit % (bytes.len() * 8);
@@ -129,6 +130,12 @@ fn broken_off(bytes: Bytes) -> Outgoing {
         }
     });
     StreamBody::new(pieces).boxed_unsync()
+}
+
+/// A body without an end, and without a word of its length.
+fn endless(piece: usize) -> Outgoing {
+    let piece = Bytes::from(vec![b' '; piece]);
+    StreamBody::new(stream::repeat_with(move || Ok(Frame::data(piece.clone())))).boxed_unsync()
 }
 
 fn error(status: u16, code: &str) -> Response<Bytes> {

@@ -135,14 +135,12 @@ async fn begin(target: &Bucket, description: &Description) -> Result<()> {
 
 /// What is there, and the bytes of each.
 async fn objects(bucket: &Bucket) -> Result<BTreeMap<String, u64>> {
-    let (mut all, mut after) = (BTreeMap::new(), String::new());
-    loop {
-        let listed = bucket.list("", &after, 1000).await?;
-        let Some(last) = listed.last() else { return Ok(all) };
-        after = last.key.clone();
+    let (mut all, mut pages) = (BTreeMap::new(), bucket.pages(""));
+    while let Some(listed) = pages.next().await? {
         let ours = listed.into_iter().filter(|listed| key::is_ours(&listed.key));
         all.extend(ours.map(|listed| (listed.key, listed.len)));
     }
+    Ok(all)
 }
 
 /// The newest state of a volume, read as a whole: nothing that it needs was deleted before its reading ended. Later it may be.

@@ -55,15 +55,13 @@ fn firsts<S: Ord>(points: &[Point], count: Option<u32>, span: impl Fn(&Point) ->
 /// # Errors
 /// One of them is damaged.
 pub(crate) async fn points(backup: &Bucket) -> Result<Vec<Point>> {
-    let (mut points, mut after) = (Vec::new(), String::new());
-    loop {
-        let listed = backup.list(key::POINTS, &after, 1000).await?;
-        let Some(last) = listed.last() else { return Ok(points) };
-        after = last.key.clone();
+    let (mut points, mut pages) = (Vec::new(), backup.pages(key::POINTS));
+    while let Some(listed) = pages.next().await? {
         for number in listed.iter().filter_map(|listed| key::pointed(&listed.key)) {
             points.extend(read(backup, number).await?);
         }
     }
+    Ok(points)
 }
 
 /// The newest point, if there is any.

@@ -342,7 +342,11 @@ impl Meter {
             text => text.parse().map_err(Error::invalid)?,
         };
         self.look();
-        let mut bill = bill(&self.book.ledger(), &prices);
+        let ledger = self.book.ledger();
+        let mut bill = bill(&ledger, &prices);
+        bill["raised"] =
+            [Period::Day, Period::Month].map(|it| (it.name(), it.raised(&ledger))).into_iter().collect();
+        drop(ledger);
         bill["state"] = self.get("state")?.into();
         bill["steps"] = self.steps.iter().map(|(period, step)| format!("{} {step}", period.name())).collect();
         Ok(bill.to_string())

@@ -249,6 +249,11 @@ fn what_waits_passes_when_the_budget_is_raised_and_waits_again_when_that_is_used
         assert_eq!((rig.get("waiting"), rig.get("state")), ("1".into(), "queue".into()));
         rig.call("raise", "month 2");
         wait.await.unwrap().unwrap();
+        assert!(
+            rig.call("bill", "").contains(r#""raised":{"day":0.0,"month":2.0}"#),
+            "{}",
+            rig.call("bill", "")
+        );
         rig.call("raise", "month 0");
         assert_eq!(rig.get("state"), "queue");
         for wrong in ["", "month", "year 5", "day -1", "day five", "day inf"] {
