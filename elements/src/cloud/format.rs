@@ -151,6 +151,9 @@ impl Point {
     }
 }
 
+/// The most commits that one checkpoint or point leads to: far more than are ever left.
+pub(crate) const SPANNED: u64 = 1 << 20;
+
 /// Block sizes that there may be, in bytes.
 pub(crate) const BLOCKS: std::ops::RangeInclusive<u64> = 4096..=16 << 20;
 
@@ -454,16 +457,18 @@ impl<'a> Reader<'a> {
 
     fn spans(&mut self) -> Option<Vec<Span>> {
         let span = |from: &mut Self| Some(Span { epoch: from.u64()?, first: from.u64()?, last: from.u64()? });
-        let sound = |spans: &Vec<Span>| spans.iter().all(|span| span.first <= span.last);
-        self.list(span, 24).filter(sound)
+        let spans = self.list(span, 24).filter(|spans| spans.iter().all(|span| span.first <= span.last))?;
+        // Whoever reads it asks for each of them.
+        let count = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.last - span.first));
+        (count < SPANNED).then_some(spans)
     }
 
     fn checkpoint(&mut self) -> Option<Checkpoint> {
         let mut found = Checkpoint {
             epoch: self.u64()?,
-            n: self.u64()?,
+            n: self.u64().filter(|n| *n < OBJECTS)?,
             size: self.u64().filter(|size| (1..=MAX_SIZE).contains(size))?,
-            done: self.u64()?,
+            done: self.u64().filter(|n| *n < OBJECTS)?,
             next: self.u64()?,
             serial: self.u64()?,
             ..Checkpoint::default()
@@ -609,6 +614,18 @@ mod tests {
         let newer = String::from_utf8(Description::new(ID, 1 << 30, 1 << 20, 9, true).encode()).unwrap();
         let newer = newer.replace("\"version\": 1", "\"version\": 2");
         assert_eq!(Description::decode(newer.as_bytes()).unwrap_err().kind(), Kind::Unsupported);
+    }
+
+    #[test]
+    fn nobody_asks_for_commits_without_end() {
+        for last in [SPANNED, u64::MAX] {
+            let spans = vec![Span { epoch: 1, first: 0, last }];
+            let replays = Checkpoint { replays: spans.clone(), ..checkpoint() };
+            let gone = Checkpoint { gone: Gone { wals: spans, ..Gone::default() }, ..checkpoint() };
+            for found in [replays, gone, Checkpoint { done: last << 20, ..checkpoint() }] {
+                assert!(Checkpoint::decode(&found.encode(ID), ID).is_err());
+            }
+        }
     }
 
     proptest! {

@@ -2,7 +2,7 @@
 
 use super::backup::points::{newest, points};
 use super::format::{
-    Backup, Checkpoint, Commit, Description, END_LEN, Entry, Id, LARGEST, Link, Point, decode_part,
+    Backup, Checkpoint, Commit, Description, END_LEN, Entry, Id, LARGEST, Link, Point, SPANNED, decode_part,
 };
 use super::keeper::keys_of;
 use super::key;
@@ -80,8 +80,12 @@ impl Found {
     /// A point of a backup.
     pub(super) async fn at(bucket: &Bucket, description: &Description, point: &Point) -> Result<Found> {
         let last = open::checkpoint(bucket, description.id()?, point.epoch, point.n).await?;
-        let through = Some(point.commit);
         let is_there = last.is_some();
+        let done = last.as_ref().map_or(0, |last| last.done);
+        if is_there && point.commit.saturating_sub(done) > SPANNED {
+            return Err(Error::new(Kind::Io, "the point is damaged").with_path(key::point(point.number)));
+        }
+        let through = Some(point.commit);
         let mut found = Found::of(bucket, description.clone(), true, last, through).await?;
         if !is_there {
             found.size = point.size;
