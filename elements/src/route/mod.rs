@@ -2,6 +2,7 @@
 
 pub mod debug_log;
 pub mod filter;
+mod gauge;
 pub mod r#if;
 pub mod linear;
 #[cfg(feature = "s3")]

@@ -1,5 +1,6 @@
 //! Stands in front of something that may fail: tries again, moves to another port, or goes on without it.
 
+use super::gauge::Gauge;
 use crate::migrate::map::DirtyMap;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Outs, Ports};
 use blockmason::lang::value::{Ref, Time};
@@ -106,7 +107,7 @@ struct State {
     /// A request has failed for good, and none has succeeded since.
     gave_up: AtomicBool,
     /// Requests that have failed and are to be tried again.
-    retrying: AtomicUsize,
+    retrying: Gauge,
     retried: AtomicU64,
     given_up: AtomicU64,
     error: Mutex<String>,
@@ -115,22 +116,6 @@ struct State {
 fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     // Values are replaced as a whole.
     of.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Counts a request that is tried again.
-struct Retrying<'a>(&'a AtomicUsize);
-
-impl<'a> Retrying<'a> {
-    fn new(count: &'a AtomicUsize) -> Retrying<'a> {
-        count.fetch_add(1, Ordering::Relaxed);
-        Retrying(count)
-    }
-}
-
-impl Drop for Retrying<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// True for an error that the next try would meet again.
@@ -230,7 +215,7 @@ impl OnError {
                 self.give_up(port, &error, cx);
                 return self.outcome(&req, error);
             } else {
-                retrying.get_or_insert_with(|| Retrying::new(&self.state.retrying));
+                retrying.get_or_insert_with(|| self.state.retrying.enter());
                 cx.sleep(self.wait(retry)).await;
                 retry += 1;
             }
@@ -277,7 +262,7 @@ impl Element for OnError {
         let state = &self.state;
         Ok(match handler {
             "state" if state.gave_up.load(Ordering::Relaxed) => "given_up".to_owned(),
-            "state" if state.retrying.load(Ordering::Relaxed) > 0 => "retrying".to_owned(),
+            "state" if state.retrying.now() > 0 => "retrying".to_owned(),
             "state" => "ok".to_owned(),
             "port" => self.name(state.port.load(Ordering::Acquire)),
             "error" => locked(&state.error).clone(),

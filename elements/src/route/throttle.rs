@@ -1,5 +1,6 @@
 //! Limits how much goes by: bytes and requests in a second.
 
+use super::gauge::Gauge;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Handover, Ports};
 use blockmason::lang::value::{Rate, Time};
 use blockmason::{Class, Cx, Element, Error, Flow, LocalBoxFuture, Op, Reply, Request, Result, rt};
@@ -7,7 +8,6 @@ use futures::future::select;
 use std::fmt;
 use std::pin::pin;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -283,7 +283,7 @@ struct Throttle {
     all: Gate,
     /// What counts; all if it is empty.
     classes: Vec<Class>,
-    waiting: AtomicU64,
+    waiting: Gauge,
 }
 
 impl Throttle {
@@ -293,7 +293,7 @@ impl Throttle {
             changes: Gate::new(params.write_rate, params.write_iops, params.burst),
             all: Gate::new(params.rate, params.iops, params.burst),
             classes: params.class.clone(),
-            waiting: AtomicU64::new(0),
+            waiting: Gauge::default(),
         }
     }
 
@@ -310,22 +310,6 @@ impl Throttle {
     }
 }
 
-/// Counts a request that waits.
-struct Waiting<'a>(&'a AtomicU64);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a AtomicU64) -> Waiting<'a> {
-        count.fetch_add(1, Ordering::Relaxed);
-        Waiting(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Element for Throttle {
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         if !self.classes.is_empty() && !self.classes.contains(&req.class) {
@@ -336,7 +320,7 @@ impl Element for Throttle {
         if passed && self.all.try_pass(cost, cx) {
             return cx.forward(0, req);
         }
-        let waiting = Waiting::new(&self.waiting);
+        let waiting = self.waiting.enter();
         let mut flow: LocalBoxFuture<'a, Reply> = Box::pin(async move {
             if !passed {
                 gate.pass(cost, cx).await;
@@ -364,7 +348,7 @@ impl Element for Throttle {
             "write_rate" => rate(&self.changes),
             "write_iops" => iops(&self.changes),
             "burst" => Time(self.all.buckets().burst).to_string(),
-            "waiting" => self.waiting.load(Ordering::Relaxed).to_string(),
+            "waiting" => self.waiting.now().to_string(),
             _ => return Err(Error::no_handler(handler)),
         })
     }

@@ -4,6 +4,7 @@ mod budget;
 #[cfg(test)]
 mod tests;
 
+use super::gauge::Gauge;
 use super::throttle::{Bandwidth, Cost, Frequency, Gate};
 use crate::cloud::calendar::seconds;
 use crate::cloud::ledger::{Book, bill};
@@ -17,7 +18,7 @@ use blockmason::{Cx, Element, Error, Flow, Kind, LocalBoxFuture, Op, Open, Reque
 use budget::{Period, Step, Then};
 use futures::future::{Either, select};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -140,7 +141,7 @@ struct Meter {
     /// Told when that changes.
     changed: Notify,
     gate: Gate,
-    waiting: AtomicU64,
+    waiting: Gauge,
     /// Requests have been made that are not in the file.
     unwritten: AtomicBool,
     /// The file could not be written the last time.
@@ -154,22 +155,6 @@ struct Teller {
     events: Arc<Events>,
     graph: String,
     name: String,
-}
-
-/// Counts a request that waits.
-struct Waiting<'a>(&'a AtomicU64);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a AtomicU64) -> Waiting<'a> {
-        count.fetch_add(1, Ordering::Relaxed);
-        Waiting(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Meter {
@@ -189,7 +174,7 @@ impl Meter {
             level: AtomicU8::new(0),
             changed: Notify::new(),
             gate: Gate::new(params.rate, params.iops, Time(BURST)),
-            waiting: AtomicU64::new(0),
+            waiting: Gauge::default(),
             unwritten: AtomicBool::new(false),
             failing: AtomicBool::new(false),
             teller: Mutex::default(),
@@ -358,7 +343,7 @@ impl Element for Meter {
         if !Meter::concerns(self.then(), req.op) {
             return cx.forward(0, req);
         }
-        let waiting = Waiting::new(&self.waiting);
+        let waiting = self.waiting.enter();
         Flow::later(async move {
             // Whatever the graph waits for passes, lest it waits until the month ends.
             let admitted = match select(pin!(self.admit(&req, cx)), pin!(cx.closing())).await {
@@ -415,7 +400,7 @@ impl Element for Meter {
             "spent_today" => spent(Period::Day),
             "spent_month" => spent(Period::Month),
             "stored" => self.metered.stored().unwrap_or_else(|| self.book.ledger().stored).to_string(),
-            "waiting" => self.waiting.load(Ordering::Relaxed).to_string(),
+            "waiting" => self.waiting.now().to_string(),
             "rate" => Bandwidth(self.gate.buckets().bytes.rate).to_string(),
             "iops" => Frequency(self.gate.buckets().requests.rate).to_string(),
             _ => return Err(Error::no_handler(handler)),
