@@ -14,6 +14,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Weak;
+use std::sync::atomic::AtomicU64;
 
 /// A disk of which everything costs what the test says.
 #[derive(Default)]
