@@ -16,6 +16,8 @@ pub const READ: u16 = 0;
 pub const WRITE: u16 = 1;
 /// NBD_CMD_DISC.
 pub const DISC: u16 = 2;
+/// NBD_CMD_FLUSH.
+pub const FLUSH: u16 = 3;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;

@@ -477,6 +477,7 @@ async fn accept_unix(
     let socket = tokio::net::UnixListener::from_std(socket).map_err(broken)?;
     loop {
         match host.sockets().accept(socket.accept()).await.and_then(|(client, _)| client.into_std()) {
+            Ok(client) if is_one_too_many(&client) => drop(client),
             Ok(client) => start(host, listener, move || tokio::net::UnixStream::from_std(client))?,
             Err(error) => pause(&error).await,
         }
@@ -488,6 +489,7 @@ async fn accept_tcp(socket: std::net::TcpListener, host: &Arc<Host>, listener: &
     let socket = tokio::net::TcpListener::from_std(socket).map_err(broken)?;
     loop {
         match host.sockets().accept(socket.accept()).await.and_then(|(client, _)| client.into_std()) {
+            Ok(client) if is_one_too_many(&client) => drop(client),
             Ok(client) => {
                 // Replies are written in whole turns; waiting to fill a packet only adds latency.
                 let _ = client.set_nodelay(true);
@@ -496,6 +498,19 @@ async fn accept_tcp(socket: std::net::TcpListener, host: &Arc<Host>, listener: &
             Err(error) => pause(&error).await,
         }
     }
+}
+
+/// Descriptors that clients leave to others: whoever administers the disks must get through.
+const OTHERS: u64 = 64;
+
+/// The lowest number that is free is the next: one that is close to the last says that there are few left.
+fn is_one_too_many(client: &impl std::os::fd::AsRawFd) -> bool {
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let few = most.is_some_and(|most| client.as_raw_fd() as u64 + OTHERS >= most);
+    if few {
+        tracing::warn!("a client is refused: the process may have no more files and sockets open");
+    }
+    few
 }
 
 /// Out of descriptors or memory: others may give some back.

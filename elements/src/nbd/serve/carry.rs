@@ -121,6 +121,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if self.requests.get() > 0 {
             return Err(Error::internal("a connection has requests in flight behind the gate"));
         }
+        // What is read from here on, the other process would miss.
+        self.carried.set(true);
         let (receiver, mut sender) = (self.receiver.borrow(), self.sender.borrow_mut());
         let mut carried = Carried {
             size: self.rules.size,

@@ -57,6 +57,8 @@ pub struct Connection<S> {
     ended: Cell<bool>,
     /// Nothing can be sent any more.
     broken: Cell<bool>,
+    /// Another process has got all that was received, and goes on from there, unless the gate opens here again.
+    carried: Cell<bool>,
     stalled: RefCell<Option<Stalled>>,
     /// Block status of which the graph has to be asked again, for the next context.
     again: RefCell<VecDeque<(Tag, Request)>>,
@@ -114,6 +116,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             requests: Cell::new(0),
             ended: Cell::new(false),
             broken: Cell::new(false),
+            carried: Cell::new(false),
             stalled: RefCell::default(),
             again: RefCell::default(),
         }
@@ -425,6 +428,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Connection<S> {
     type Tag = Tag;
 
     fn poll_next(&self, task: &mut Context<'_>) -> Poll<Admit<Tag>> {
+        self.carried.set(false);
         loop {
             if let Some((tag, request)) = self.again.borrow_mut().pop_front() {
                 return Poll::Ready(Admit::Request(tag, request));
@@ -461,6 +465,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for Connection<S> {
     }
 
     fn poll_end(&self, task: &mut Context<'_>) -> Poll<()> {
+        if self.carried.get() {
+            return Poll::Pending;
+        }
         if !self.ended.get() {
             let (mut receiver, mut socket) = (self.receiver.borrow_mut(), self.socket.borrow_mut());
             ready!(receiver.poll_end(Pin::new(&mut *socket), self.rules.extended, task));

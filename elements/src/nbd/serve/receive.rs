@@ -233,8 +233,8 @@ impl Receiver {
         }
     }
 
-    /// Ready once the client has left, or what it says makes no sense. What it asks for stays where it is, and what it
-    /// does after that is not seen.
+    /// Ready once the client has left, or what it says makes no sense. What it asks for stays where it is; once that fills the
+    /// buffer, what the client does after it is not seen.
     pub(super) fn poll_end<S: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
         mut socket: Pin<&mut Socket<S>>,
@@ -242,13 +242,17 @@ impl Receiver {
         task: &mut Context<'_>,
     ) -> Poll<()> {
         while self.partial.is_none() {
-            match self.header(extended) {
-                Some((Ok(header), _)) if header.command != Command::DISC => break,
+            let asks = match self.header(extended) {
+                Some((Ok(header), _)) if header.command != Command::DISC => true,
                 Some(_) => return Poll::Ready(()),
-                None => match ready!(self.poll_fill(socket.as_mut(), task)) {
-                    Ok(1..) => {}
-                    Ok(0) | Err(_) => return Poll::Ready(()),
-                },
+                None => false,
+            };
+            if asks && self.end - self.start == self.room() {
+                break;
+            }
+            match ready!(self.poll_fill(socket.as_mut(), task)) {
+                Ok(1..) => {}
+                Ok(0) | Err(_) => return Poll::Ready(()),
             }
         }
         Poll::Pending
@@ -266,7 +270,12 @@ impl Receiver {
         Some((header.map_err(|magic| magic.to_string()), used))
     }
 
-    /// Reads what is there into the buffer. 0 is the end.
+    /// How much of the buffer is used, in bytes.
+    fn room(&self) -> usize {
+        if self.long { PEEK } else { BUFFER }
+    }
+
+    /// Reads what is there into the buffer, which is not full. 0 is the end.
     fn poll_fill<S: AsyncRead + AsyncWrite + Unpin>(
         &mut self,
         socket: Pin<&mut Socket<S>>,
@@ -275,15 +284,14 @@ impl Receiver {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         } else if self.start > 0 {
-            // Less than a header is left.
             let (start, end) = (self.start, self.end);
             if let Some(buffer) = &mut self.buffer {
                 buffer.copy_within(start..end, 0);
             }
             (self.start, self.end) = (0, end - start);
         }
+        let room = self.room();
         let buffer = self.buffer.get_or_insert_with(|| PoolBuf::new(BUFFER));
-        let room = if self.long { PEEK } else { BUFFER };
         let mut target = ReadBuf::new(&mut buffer[self.end..room]);
         match poll_read(&mut self.inherited, socket, &mut target, task) {
             Poll::Pending => {
