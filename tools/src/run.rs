@@ -13,13 +13,15 @@ use blockmason::Host;
 use blockmason::sched::HostConfig;
 use rustix::process::{Pid, kill_process};
 use std::collections::HashSet;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 
 /// Serve graphs in the foreground.
 #[derive(clap::Args)]
@@ -32,7 +34,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 When every export accepts, one line on stdout for each: ready ELEMENT URI
 SIGTERM or SIGINT: exports close, requests in flight end, everything is flushed, exit 0.
-A second one leaves at once."#)]
+A second one leaves at once, and so does the first before anything serves."#)]
 pub(crate) struct Args {
     /// Graph files
     #[arg(required = true, value_name = "GRAPH")]
@@ -71,7 +73,7 @@ pub(crate) struct Args {
     inherit: bool,
 }
 
-/// What a second SIGINT or SIGTERM leaves with: 128 and the number of the signal.
+/// What a SIGINT or SIGTERM that is not waited for leaves with: 128 and the number of the signal.
 const INTERRUPTED: i32 = 130;
 const TERMINATED: i32 = 143;
 
@@ -96,13 +98,16 @@ pub(crate) fn main(args: &Args) -> Outcome {
     if let Some(shards) = args.shards {
         config.shards = usize::from(shards);
     }
+    let (mut told_to_end, serves) = watch_signals()?;
     runtime.block_on(async {
-        let mut signals = Signals::watch()?;
         let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
         let client = args.stdio.then(|| blockmason_elements::export::nbd::use_stdio(&host));
         let (daemon, published) = match args.inherit {
-            false => start(args, host, reader, files).await?,
-            true => go_on(host, reader).await,
+            false => start(args, host, reader, files, &serves).await?,
+            true => {
+                serves.store(true, Ordering::Relaxed);
+                go_on(host, reader).await
+            }
         };
         notify(sd_notify::NotifyState::Ready);
         let gone = async {
@@ -112,7 +117,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
             }
         };
         tokio::select! {
-            () = signals.first() => {}
+            // Its sender ends with the process.
+            _ = told_to_end.wait_for(|told| *told) => {}
             () = gone => {}
             gone = daemon.gone() => leave(gone, false).await,
         }
@@ -124,8 +130,6 @@ pub(crate) fn main(args: &Args) -> Outcome {
         }
         notify(sd_notify::NotifyState::Stopping);
         drop(published);
-        // On one of the control threads: what is stopped may wait where it stands for a disk that does not answer.
-        runtime.handle().spawn(async move { std::process::exit(signals.second().await) });
         Ok(daemon.stop().await?)
     })
 }
@@ -147,6 +151,7 @@ async fn start(
     host: Arc<Host>,
     reader: Reader,
     files: Vec<GraphFile>,
+    serves: &AtomicBool,
 ) -> Outcome<(Arc<Daemon>, Option<Published>)> {
     let metrics = args.metrics.as_deref().map(bind_metrics).transpose()?;
     let first = files.first().map_or_else(|| "mason".to_owned(), |file| file.name.clone());
@@ -156,6 +161,7 @@ async fn start(
             daemon.stop().await?;
             return Err(refusal.into());
         }
+        serves.store(true, Ordering::Relaxed);
     }
     let published = match open_control(args, &daemon, &first) {
         Ok(published) => published,
@@ -220,6 +226,31 @@ fn raise_file_limit() {
     let _ = setrlimit(Resource::Nofile, rustix::process::Rlimit { current: limit.maximum, ..limit });
 }
 
+/// Watches for the signals that end service, on a thread of its own: whatever the others wait for where they stand, a second one is
+/// heard. What is returned becomes true with the first; before something serves, which the other one says, that ends the process.
+fn watch_signals() -> Outcome<(watch::Receiver<bool>, Arc<AtomicBool>)> {
+    let failed = |error| Failure::new(format!("signals cannot be watched: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let entered = runtime.enter();
+    let mut signals = Signals::watch().map_err(failed)?;
+    drop(entered);
+    let (tell, told) = watch::channel(false);
+    let serves = Arc::new(AtomicBool::new(false));
+    let has_begun = serves.clone();
+    let body = move || {
+        runtime.block_on(async move {
+            let first = signals.next().await;
+            if !has_begun.load(Ordering::Relaxed) {
+                std::process::exit(first);
+            }
+            tell.send_replace(true);
+            std::process::exit(signals.next().await);
+        });
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(body).map_err(failed)?;
+    Ok((told, serves))
+}
+
 /// The signals that end service.
 struct Signals {
     interrupt: Signal,
@@ -227,24 +258,17 @@ struct Signals {
 }
 
 impl Signals {
-    fn watch() -> Outcome<Signals> {
-        let watch =
-            |kind| signal(kind).map_err(|error| Failure::new(format!("signals cannot be watched: {error}")));
-        Ok(Signals { interrupt: watch(SignalKind::interrupt())?, terminate: watch(SignalKind::terminate())? })
+    fn watch() -> io::Result<Signals> {
+        Ok(Signals {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
     }
 
-    /// Where both are there, SIGINT is left to be the second.
-    async fn first(&mut self) {
+    /// The next one, as the status to leave with. Where both are there, SIGINT is left to be the second.
+    async fn next(&mut self) -> i32 {
         tokio::select! {
             biased;
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-
-    /// The one after it, as the status to leave with.
-    async fn second(&mut self) -> i32 {
-        tokio::select! {
             _ = self.terminate.recv() => TERMINATED,
             _ = self.interrupt.recv() => INTERRUPTED,
         }

@@ -165,7 +165,11 @@ impl Daemon {
         let stopped = served.stop().await;
         drop(changing);
         // Guests may have written until then.
-        stopped.and_then(|()| if undrained { Ok(()) } else { served.may_be_left() })
+        let ended = stopped.and_then(|()| if undrained { Ok(()) } else { served.may_be_left() });
+        ended.map_err(|refusal| Refusal {
+            message: format!("{name} is not served any more, and not all is well: {}", refusal.message),
+            ..refusal
+        })
     }
 
     /// Ends service of every graph, and loads no more. The first refusal is returned when all have ended.
@@ -513,6 +517,11 @@ impl Served {
 
     /// The value of a handler.
     pub(crate) fn get(&self, element: &str, handler: &str) -> Result<String, Refusal> {
+        if self.live.stands_by() {
+            let name = self.live.name();
+            let message = format!("{name} stands by: nothing is known of what it has not opened yet");
+            return Err(Refusal::new("unavailable", message));
+        }
         self.live.get(element, handler).map_err(|error| self.refused(element, &error))
     }
 

@@ -5,8 +5,14 @@ use super::{close, contained, start_work};
 use crate::element::Open;
 use crate::error::{Error, Kind, Result};
 use crate::graph::{Graph, Instance};
+use crate::request::{Origin, Request};
 use crate::sched::Disk;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// What is read of a disk before it serves, in bytes, and how long that may take.
+const FIRST: u64 = 4096;
+const LONGEST: Duration = Duration::from_secs(30);
 
 impl Disk {
     /// Opens the sources of the first graph and nothing else, behind a closed gate. Returns what they announce.
@@ -26,10 +32,11 @@ impl Disk {
         announced
     }
 
-    /// Opens the rest of a graph that [stands by](Self::stand_by), and then the gate.
+    /// Opens the rest of a graph that [stands by](Self::stand_by), and then the gate, once a first block could be read.
     ///
     /// # Errors
-    /// The first element that cannot be opened; what was opened is closed again, and the disk stands by as before.
+    /// The first element that cannot be opened, or that does not do its work: a key that opens nothing, say. What was opened is closed
+    /// again, and the disk stands by as before.
     pub async fn activate(self: &Arc<Self>) -> Result<()> {
         let mut past = self.changing.lock().await;
         if past.stopped {
@@ -37,9 +44,29 @@ impl Disk {
         }
         let graph = self.graph();
         self.open_some(&graph, |instance| instance.ty.ports.input)?;
+        if let Err(error) = self.read_some(&graph).await {
+            let opened: Vec<_> = graph.instances().filter(|instance| instance.ty.ports.input).collect();
+            opened.into_iter().rev().for_each(|instance| close(instance));
+            return Err(error);
+        }
         (past.standby, past.running) = (false, true);
         self.admit_into(Some(graph.clone())).await?;
         start_work(self, &graph)
+    }
+
+    /// Reads what each source begins with: elements that open what they have below when they are first asked are asked. A block that
+    /// cannot be read is what it would have been before, and so is a disk that takes long.
+    async fn read_some(&self, graph: &Arc<Graph>) -> Result<()> {
+        for (node, instance) in graph.instances().enumerate().filter(|(_, instance)| !instance.ty.ports.input)
+        {
+            let below = graph.below(node).map_err(|error| error.in_element(&instance.name))?;
+            let first = Request { origin: Origin::Internal, ..Request::read(0, below.size.min(FIRST)) };
+            match crate::rt::timeout(LONGEST, self.host.submit(graph, node, 0, first)).await {
+                Some(Err(error)) if !matches!(error.kind(), Kind::Io | Kind::Internal) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn open_some(
