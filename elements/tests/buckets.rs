@@ -214,7 +214,7 @@ fn a_disk_is_checked_copied_and_deleted() {
     let found = tool::check(&here, true).unwrap();
     assert_eq!((&found["stray"], found["problems"].as_array().unwrap().len()), (&1.into(), 1), "{found}");
     assert_eq!(tool::check(&here, false).unwrap()["stray"], 0);
-    tool::delete(&here, false).unwrap();
+    tool::delete(&here, false, false).unwrap();
     assert!(server.store().keys("vms").iter().all(|key| key.starts_with("copy/")));
     sound(&there);
 }
@@ -230,5 +230,5 @@ fn on_the_s3_of_ceph() {
     let place = place(&rgw.endpoint(), &keys);
     let found = tool::check(&place, false).unwrap();
     assert_eq!((&found["problems"], &found["stray"]), (&serde_json::json!([]), &0.into()), "{found}");
-    tool::delete(&place, false).unwrap();
+    tool::delete(&place, false, false).unwrap();
 }

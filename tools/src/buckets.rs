@@ -56,9 +56,10 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Say that the host that has a disk open is dead, so that another one may open it
+    /// Say that the host that has a disk open is dead, and what its caches have is lost, so that another one may open it
     ///
-    /// If that host lives, its disk fails from then on. A process of this host that lives is left alone without --force.
+    /// If that host lives, its disk fails from then on. A process of this host that lives is left alone without --force. What a cache has
+    /// that the bucket has not is given up, also where nobody has the disk open.
     Take {
         #[command(flatten)]
         volume: Volume,
@@ -81,6 +82,9 @@ enum Command {
         /// Even if another host has it open, or it is damaged
         #[arg(long)]
         force: bool,
+        /// Says what would go, and deletes nothing
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Copy a disk that nobody has open
     Copy {
@@ -150,16 +154,16 @@ enum Command {
 #[derive(clap::Args)]
 struct Keep {
     /// Keeps so many of the newest
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     keep: Option<u32>,
     /// Keeps the newest of each of so many days (of UTC) that have any
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     keep_daily: Option<u32>,
     /// The same of weeks
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     keep_weekly: Option<u32>,
     /// The same of months
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     keep_monthly: Option<u32>,
 }
 
@@ -333,9 +337,14 @@ pub(crate) fn main(args: &Args) -> Outcome {
         Command::Check { volume, delete_stray, dry_run } => check(volume, *delete_stray, *dry_run),
         Command::Take { volume, force } => {
             let taken = tool::take(&volume.place(), *force).map_err(failed)?;
-            volume.say(&taken, |taken| match taken["host"].as_str() {
-                Some(host) => format!("taken from {}; any host may open it\n", printable(host)),
-                None => "nobody had it; any host may open it\n".to_owned(),
+            volume.say(&taken, |taken| {
+                let caches =
+                    caches(taken).map(|cache| format!("given up: what only the cache {cache} has\n"));
+                let said = match taken["host"].as_str() {
+                    Some(host) => format!("taken from {}; any host may open it\n", printable(host)),
+                    None => "nobody had it; any host may open it\n".to_owned(),
+                };
+                caches.collect::<String>() + &said
             })
         }
         Command::Grow { volume, size } => {
@@ -345,9 +354,17 @@ pub(crate) fn main(args: &Args) -> Outcome {
                 format!("{}: {size}, {before} before\n", volume.name())
             })
         }
-        Command::Delete { volume, force } => {
-            let gone = tool::delete(&volume.place(), *force).map_err(failed)?;
-            volume.say(&gone, |gone| format!("{} objects are deleted\n", gone["objects"]))
+        Command::Delete { volume, force, dry_run } => {
+            let gone = tool::delete(&volume.place(), *force, *dry_run).map_err(failed)?;
+            volume.say(&gone, |gone| {
+                let what = match gone["what"].as_str() {
+                    Some("volume") => "the disk, ",
+                    Some("backup") => "the backup, ",
+                    _ => "",
+                };
+                let done = if *dry_run { "would be" } else { "are" };
+                format!("{what}{} objects {done} deleted\n", gone["objects"])
+            })
         }
         Command::Copy { volume, to, making } => copy(volume, to, making),
         Command::Backup { volume, to, keep, take } => backup(volume, to, keep, *take),
@@ -373,6 +390,11 @@ fn dollars(value: &Value) -> String {
     format!("{:.4} $", value.as_f64().unwrap_or(0.0))
 }
 
+/// The caches that may have more than the bucket.
+fn caches(found: &Value) -> impl Iterator<Item = String> + '_ {
+    found["caches"].as_array().into_iter().flatten().filter_map(|cache| cache.as_str()).map(printable)
+}
+
 fn stat(found: &Value) -> String {
     let line = |what: &str, value: String| format!("{what:<18}{value:>12}\n");
     let mut said = line("size", Exact(number(&found["size"])).to_string());
@@ -391,6 +413,9 @@ fn stat(found: &Value) -> String {
     if found["backup"] == true {
         return said + "it is a backup\n";
     }
+    for cache in caches(found) {
+        said += &format!("the cache {cache} may have changes that are not here\n");
+    }
     match (found["open"].as_bool(), found["host"].as_str()) {
         (Some(true), Some(host)) => {
             let since = Stamp(number(&found["since"]) as f64);
@@ -406,12 +431,7 @@ fn stat(found: &Value) -> String {
 
 fn check(volume: &Volume, delete_stray: bool, dry_run: bool) -> Outcome {
     let cost = tool::cost_of_check(&volume.place()).map_err(failed)?;
-    let said = format!(
-        "{} listings for {} objects, about {}\n",
-        cost["lists"],
-        cost["objects"],
-        dollars(&cost["dollars"])
-    );
+    let said = format!("{} listings, about {}\n", cost["lists"], dollars(&cost["dollars"]));
     if dry_run {
         return volume.say(&cost, |_| said);
     }
@@ -497,10 +517,8 @@ fn pruned(gone: &Value) -> String {
     let done = if gone["dry"] == true { "would be" } else { "are" };
     match &points[..] {
         [] => "all points stay\n".to_owned(),
-        [point] => format!("point {point}, {objects} objects and {bytes} {done} deleted\n"),
-        _ => {
-            format!("points {}, {objects} objects and {bytes} {done} deleted\n", points.join(", "))
-        }
+        [point] => format!("point {point} with {objects} objects and {bytes} {done} deleted\n"),
+        _ => format!("points {} with {objects} objects and {bytes} {done} deleted\n", points.join(", ")),
     }
 }
 

@@ -51,8 +51,11 @@ async fn read_claim(bucket: &Bucket, key: &str) -> Result<Claim> {
     let epoch = key::claimed(key).ok_or_else(damaged)?;
     let bytes = bucket.get_whole(key, 1 << 16).await?.ok_or_else(damaged)?;
     let claim: Claim = serde_json::from_slice(&bytes.to_vec()).map_err(|_| damaged())?;
-    if claim.epoch == epoch { Ok(claim) } else { Err(damaged()) }
+    version(epoch, 0).and_then(|_| if claim.epoch == epoch { Ok(claim) } else { Err(damaged()) })
 }
+
+/// What is said of a volume whose newest claims somebody has deleted: a rule of the bucket, perhaps.
+pub(super) const LOST: &str = "claims of the volume have been deleted, so that nobody knows who has it open: if nobody has, say so with `mason bucket take`";
 
 /// # Errors
 /// Another host has it open, as far as is known, and nobody has said that it is dead.
@@ -62,6 +65,10 @@ pub(super) fn may_be_taken(
     me: &Claim,
     take: bool,
 ) -> Result<()> {
+    let newest = last.map_or(0, |last| last.epoch);
+    if base.is_some_and(|base| base.epoch > newest) && !take {
+        return Err(Error::new(Kind::Busy, LOST));
+    }
     let Some(last) = last else { return Ok(()) };
     let closed = base.is_some_and(|base| base.closed && base.epoch == last.epoch);
     if closed || take || has_died(last, me) {

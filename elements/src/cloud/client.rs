@@ -178,7 +178,8 @@ where
             never(Kind::Invalid, format!("the bucket is in another region{region}"))
         }
         (401 | 403, _) => never(Kind::Denied, said),
-        _ => never(Kind::Invalid, said),
+        (400, _) => never(Kind::Invalid, said),
+        _ => never(Kind::Io, said),
     }
 }
 

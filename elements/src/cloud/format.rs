@@ -152,7 +152,7 @@ impl Point {
 }
 
 /// The most commits that one checkpoint or point leads to: far more than are ever left.
-pub(crate) const SPANNED: u64 = 1 << 20;
+pub(crate) const SPANNED: u64 = 1 << 16;
 
 /// Block sizes that there may be, in bytes.
 pub(crate) const BLOCKS: std::ops::RangeInclusive<u64> = 4096..=16 << 20;
@@ -459,13 +459,13 @@ impl<'a> Reader<'a> {
         let span = |from: &mut Self| Some(Span { epoch: from.u64()?, first: from.u64()?, last: from.u64()? });
         let spans = self.list(span, 24).filter(|spans| spans.iter().all(|span| span.first <= span.last))?;
         // Whoever reads it asks for each of them.
-        let count = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.last - span.first));
-        (count < SPANNED).then_some(spans)
+        let count = |sum: u64, span: &Span| sum.saturating_add((span.last - span.first).saturating_add(1));
+        (spans.iter().fold(0, count) <= SPANNED).then_some(spans)
     }
 
     fn checkpoint(&mut self) -> Option<Checkpoint> {
         let mut found = Checkpoint {
-            epoch: self.u64()?,
+            epoch: self.u64().filter(|epoch| *epoch < EPOCHS)?,
             n: self.u64().filter(|n| *n < OBJECTS)?,
             size: self.u64().filter(|size| (1..=MAX_SIZE).contains(size))?,
             done: self.u64().filter(|n| *n < OBJECTS)?,
@@ -619,10 +619,13 @@ mod tests {
     #[test]
     fn nobody_asks_for_commits_without_end() {
         for last in [SPANNED, u64::MAX] {
-            let spans = vec![Span { epoch: 1, first: 0, last }];
+            let spans = match last {
+                SPANNED => vec![Span { epoch: 1, first: 0, last: 0 }; SPANNED as usize + 1],
+                _ => vec![Span { epoch: 1, first: 0, last }],
+            };
             let replays = Checkpoint { replays: spans.clone(), ..checkpoint() };
             let gone = Checkpoint { gone: Gone { wals: spans, ..Gone::default() }, ..checkpoint() };
-            for found in [replays, gone, Checkpoint { done: last << 20, ..checkpoint() }] {
+            for found in [replays, gone, Checkpoint { done: OBJECTS, ..checkpoint() }] {
                 assert!(Checkpoint::decode(&found.encode(ID), ID).is_err());
             }
         }

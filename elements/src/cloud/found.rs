@@ -90,6 +90,10 @@ impl Found {
         if !is_there {
             found.size = point.size;
             found.problems.push(format!("{}: is missing", key::map(point.epoch, point.n)));
+        } else if found.size != point.size {
+            found
+                .problems
+                .push(format!("{}: it says another size than its checkpoint", key::point(point.number)));
         }
         Ok(found)
     }
@@ -132,7 +136,7 @@ impl Found {
 
     /// Objects that the map has, and their bytes.
     pub(super) fn stored(&self) -> (u64, u64) {
-        let (present, block) = (self.map.present(0..self.blocks()), self.description.block);
+        let (present, block) = (self.map.objects(), self.description.block);
         let last = self.blocks() - 1;
         let short = if self.map.get(last) != 0 { block - self.len_of(last) } else { 0 };
         (present, present * block - short)
@@ -141,8 +145,8 @@ impl Found {
     /// Every key that the checkpoint and the commits after it lead to.
     pub(super) async fn needed(&mut self, bucket: &Bucket) -> Result<Needed> {
         let mut needed = Needed::default();
-        for block in (0..self.blocks()).filter(|block| self.map.get(*block) != 0) {
-            needed.plain.insert(key::block(block, self.map.get(block)), Some(self.len_of(block)));
+        for (block, version) in self.map.versions(0..self.blocks()) {
+            needed.plain.insert(key::block(block, version), Some(self.len_of(block)));
         }
         let Some(last) = self.last.clone() else { return Ok(needed) };
         needed.plain.extend(last.parts.iter().map(|(part, version)| (key::part(*part, *version), None)));
@@ -335,7 +339,11 @@ impl Seen {
             Some(_) => {}
             None => {
                 let is_end = (key::mapped(key).or(key::logged(key))).is_some() && listed.len <= END_LEN;
-                if !is_end && key::claimed(key).is_none() && key::ran(key).is_none() {
+                if !is_end
+                    && key::claimed(key).is_none()
+                    && key::ran(key).is_none()
+                    && key::held(key).is_none()
+                {
                     self.stray.push((key.clone(), listed.len));
                 }
             }

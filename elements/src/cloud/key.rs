@@ -13,9 +13,10 @@ pub(crate) const BLOCKS: &str = "b/";
 pub(crate) const PROBES: &str = "probe/";
 pub(crate) const RUNS: &str = "run/";
 pub(crate) const POINTS: &str = "point/";
+pub(crate) const HOLDS: &str = "hold/";
 
 /// What keys begin with that have more than one part.
-pub(crate) const FOLDERS: [&str; 8] = [CLAIMS, MAPS, WALS, PARTS, BLOCKS, PROBES, RUNS, POINTS];
+pub(crate) const FOLDERS: [&str; 9] = [CLAIMS, MAPS, WALS, PARTS, BLOCKS, PROBES, RUNS, POINTS, HOLDS];
 
 /// What the key of a run has behind its number once it is over.
 const OVER: &str = ".over";
@@ -54,6 +55,17 @@ pub(crate) fn over(number: u64) -> String {
 
 pub(crate) fn point(number: u64) -> String {
     format!("{POINTS}{:016x}", newest_first(number))
+}
+
+/// None if that is no id of a cache.
+pub(crate) fn hold(cache: &str) -> Option<String> {
+    let is_id = cache.len() == 16 && cache.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    is_id.then(|| format!("{HOLDS}{cache}"))
+}
+
+/// The cache of a hold's key.
+pub(crate) fn held(key: &str) -> Option<&str> {
+    key.strip_prefix(HOLDS).filter(|cache| hold(cache).is_some())
 }
 
 fn pair(text: &str, between: char) -> Option<(u64, u64)> {

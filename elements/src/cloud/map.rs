@@ -93,9 +93,13 @@ impl Map {
         }
     }
 
-    /// How many blocks of a range have an object.
-    pub(crate) fn present(&self, blocks: Range<u64>) -> u64 {
-        blocks.filter(|block| self.get(*block) != 0).count() as u64
+    /// The blocks of a range that have an object, with its version, in order.
+    pub(crate) fn versions(&self, blocks: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
+        let parts = blocks.start / PART..blocks.end.div_ceil(PART).min(self.parts());
+        parts.filter(|part| self.parts[*part as usize].versions.is_some()).flat_map(move |part| {
+            let within = blocks.start.max(part * PART)..blocks.end.min((part + 1) * PART);
+            within.map(|block| (block, self.get(block))).filter(|(_, version)| *version != 0)
+        })
     }
 
     /// The parts as they are stored now: number and version.
@@ -153,7 +157,8 @@ mod tests {
         map.clear(0..3 * PART + 5, |block, version| found.push((block, version)));
         assert_eq!(found, [(9, 4), (2 * PART, 5)]);
         map.set(2 * PART + 1, 6);
-        assert_eq!((map.present(0..3 * PART), map.objects()), (1, 1));
+        assert_eq!(map.versions(0..9 * PART).collect::<Vec<_>>(), [(2 * PART + 1, 6)]);
+        assert_eq!((map.versions(0..2 * PART + 1).count(), map.objects()), (0, 1));
         let stored = map.take_changed(&mut version, &mut gone).unwrap();
         assert_eq!(stored.len(), 1);
         assert_eq!((map.stored(), gone), (vec![(2, 103)], vec![(0, 101), (2, 102)]));

@@ -9,6 +9,7 @@ pub(crate) mod credentials;
 mod format;
 mod found;
 mod grow;
+pub(crate) mod holds;
 mod keeper;
 mod key;
 pub mod ledger;

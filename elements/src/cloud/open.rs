@@ -6,11 +6,11 @@ use super::format::{
     Checkpoint, Commit, Description, END_LEN, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, unhex,
 };
 use super::keeper::{self, keys_of};
-use super::key;
 use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
 use super::store::{Bucket, Listed};
 use super::volume::{Batch, Opening, State, Volume};
+use super::{holds, key};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
 use futures::stream::{StreamExt, TryStreamExt};
@@ -26,6 +26,10 @@ const AT_ONCE: usize = 16;
 
 /// The same of commits, which may be large.
 pub(super) const COMMITS_AT_ONCE: usize = 4;
+
+/// How often a store is asked again that lists less than it has, and how long after.
+const STALE: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is in a bucket, before anything is claimed.
 pub(crate) async fn describe(bucket: &Bucket) -> Result<Description> {
@@ -143,14 +147,16 @@ pub(crate) async fn open(
     let id = description.id()?;
     let (base, last) = (last_checkpoint(&bucket, id).await?, last_claim(&bucket).await?);
     may_be_taken(base.as_ref(), last.as_ref(), &opening.claim, opening.take)?;
-    let epoch = claims::next(&bucket, last.map_or(0, |last| last.epoch), &opening.claim).await?;
+    let newest = last.map_or(0, |last| last.epoch).max(base.as_ref().map_or(0, |base| base.epoch));
+    let epoch = claims::next(&bucket, newest, &opening.claim).await?;
     let base = end_checkpoints(&bucket, id, base, epoch).await?;
     begun(&bucket, base.as_ref()).await?;
     let base = base.unwrap_or_else(|| Checkpoint { size: description.size, ..Checkpoint::default() });
     let mut state = load(&bucket, id, &description, &base).await?;
     state.gone = base.gone.clone();
     let served = bucket.with_patience(opening.patience);
-    let volume = Volume::new(served, description, epoch, &opening, state, say)?;
+    let holds = holds::all(&bucket).await?;
+    let volume = Volume::new(served, description, epoch, &opening, state, holds, say)?;
     // One after the other: together they may be far more than what is left of them.
     let spans = replay(&bucket, id, &base, epoch, |commit| bring_back(&volume, &commit)).await?;
     volume.state().replays = spans;
@@ -207,6 +213,7 @@ async fn end_checkpoints(
     by: u64,
 ) -> Result<Option<Checkpoint>> {
     let mut epoch = base.as_ref().map_or(1, |base| base.epoch);
+    let mut stale = 0;
     while epoch < by {
         let n = base.as_ref().filter(|base| base.epoch == epoch).map_or(1, |base| base.n + 1);
         let end = Data::shared(End { epoch, by }.encode(id));
@@ -219,6 +226,12 @@ async fn end_checkpoints(
             base = last;
         } else if ended {
             epoch += 1;
+        } else if stale == STALE {
+            let message = "the store goes on listing what it had before: nothing can be found there";
+            return Err(Error::new(Kind::Unavailable, message));
+        } else {
+            stale += 1;
+            rt::sleep(PAUSE).await;
         }
     }
     Ok(base)

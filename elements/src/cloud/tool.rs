@@ -2,18 +2,18 @@
 
 pub use super::backup::points::Keep;
 use super::backup::{self, By};
-use super::claims::{claim, has_died, last_claim};
+use super::claims::{LOST, claim, has_died, last_claim};
 use super::client::{S3, Target, read_ca};
 use super::credentials::{Source, profile};
 use super::format::{Claim, END_LEN, hex};
 use super::found::{Found, Reasons, Seen};
-use super::grow;
 use super::key;
 use super::open;
 use super::price::STANDARD;
 use super::shared::{PATIENCE, block_on, guarded, runtime};
 use super::store::{Bucket, prefix};
 use super::volume::{Opening, Volume};
+use super::{grow, holds};
 use blockmason::{Error, Kind, Op, Origin, Request, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -94,6 +94,7 @@ pub fn stat(place: &Place) -> Result<Value> {
         let found = Found::look(&bucket).await?;
         let (present, stored) = found.stored();
         let (commits, logged) = commits(&bucket).await?;
+        let holds = holds::all(&bucket).await?;
         let last = found.last.as_ref();
         let claim = last_claim(&bucket).await?;
         let closed =
@@ -113,6 +114,7 @@ pub fn stat(place: &Place) -> Result<Value> {
             "bytes": stored,
             "commits": commits,
             "commit_bytes": logged,
+            "caches": holds.iter().map(|hold| hold.place.clone()).collect::<Vec<_>>(),
             "month": STANDARD.storage(stored + logged),
         }))
     })
@@ -165,6 +167,10 @@ pub fn check(place: &Place, mend: bool) -> Result<Value> {
         let mut reasons = Reasons::of(&bucket).await?;
         let mut seen = Seen::list(&bucket, &reasons).await?;
         reasons.problems.append(&mut seen.problems);
+        let claimed = claim.as_ref().map_or(0, |claim| claim.epoch);
+        if !found.is_backup && found.last.as_ref().is_some_and(|last| last.epoch > claimed) {
+            reasons.problems.push(LOST.to_owned());
+        }
         if mend && !closed {
             let message = "somebody has the volume open: what nothing leads to may be just on its way";
             return Err(Error::new(Kind::Busy, message));
@@ -198,7 +204,8 @@ async fn opened(bucket: Bucket, take: bool) -> Result<Arc<Volume>> {
     Ok(volume)
 }
 
-/// Says that the host that has the volume open is dead: it is opened, brought in order and left. If that host lives, its disk ends.
+/// Says that the host that has the volume open is dead, and what caches have is lost that the bucket has not: the volume is opened,
+/// brought in order and left. If that host lives, its disk ends.
 /// `force` goes on although it is a process of this host, and lives.
 ///
 /// # Errors
@@ -217,9 +224,12 @@ pub fn take(place: &Place, force: bool) -> Result<Value> {
             );
             return Err(Error::new(Kind::Busy, message));
         }
-        let volume = opened(bucket, true).await?;
+        let volume = opened(bucket.with_patience(Some(PATIENCE)), true).await?;
         open::close(&volume, Duration::from_secs(600)).await?;
-        Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host) }))
+        let holds = holds::all(&bucket).await?;
+        holds::forget(&bucket, &holds).await?;
+        let caches: Vec<_> = holds.into_iter().map(|hold| hold.place).collect();
+        Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host), "caches": caches }))
     })
 }
 
@@ -340,11 +350,11 @@ pub fn restore(
 }
 
 /// Deletes a volume or a backup, its description last: what is broken off can be done again. A host that has it open loses it before; it is refused
-/// without `force` then.
+/// without `force` then. With `dry` it only says what would go.
 ///
 /// # Errors
 /// There is none; another host has it open; the store does not answer.
-pub fn delete(place: &Place, force: bool) -> Result<Value> {
+pub fn delete(place: &Place, force: bool, dry: bool) -> Result<Value> {
     let bucket = place.bucket()?;
     block_on(async move {
         // The last to go.
@@ -353,7 +363,7 @@ pub fn delete(place: &Place, force: bool) -> Result<Value> {
             Err(error) if force && error.kind() == Kind::Unavailable => "",
             found => found?,
         };
-        if root == key::VOLUME {
+        if root == key::VOLUME && !dry {
             match opened(bucket.with_patience(Some(PATIENCE)), force).await {
                 Ok(volume) => open::close(&volume, Duration::from_secs(600)).await?,
                 // A volume that cannot be read can be deleted all the same.
@@ -369,11 +379,13 @@ pub fn delete(place: &Place, force: bool) -> Result<Value> {
                 .filter(|key| key != root && key::is_ours(key))
                 .collect();
             count += keys.len() as u64;
-            bucket.delete_many(keys).await?;
+            if !dry {
+                bucket.delete_many(keys).await?;
+            }
         }
-        let last = (!root.is_empty()).then(|| root.to_owned());
+        let last = (!root.is_empty() && !dry).then(|| root.to_owned());
         bucket.delete_many(last).await?;
-        Ok(json!({ "objects": count + u64::from(!root.is_empty()) }))
+        Ok(json!({ "what": root, "objects": count + u64::from(!root.is_empty()), "dry": dry }))
     })
 }
 
@@ -392,6 +404,10 @@ pub fn copy(
     let (source, target) = (from.bucket()?, to.bucket()?);
     block_on(async move {
         let source = opened(source, false).await?;
+        if let Err(error) = source.may_be_read() {
+            open::close(&source, Duration::from_secs(60)).await?;
+            return Err(error);
+        }
         let size = source.state().size;
         let block = block.unwrap_or(source.block);
         let made = open::create(&target, size, block, fenced).await?;

@@ -1,6 +1,7 @@
 //! An open volume: what is in memory of it, and what requests do with that. What goes to the bucket when: keeper.rs.
 
 use super::format::{Claim, Description, Gone, Id, Span, version};
+use super::holds::{self, Hold};
 use super::key;
 use super::map::Map;
 use super::pieces::{Fill, Piece, Pieces};
@@ -11,6 +12,7 @@ use blockmason::{Answer, Error, Extent, ExtentState, Kind, Op, Origin, Reply, Re
 use futures::future::try_join_all;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -44,6 +46,10 @@ pub(crate) struct Volume {
     /// How far it is; whoever waits for a commit, or for room, follows it.
     pub(crate) progress: watch::Sender<Progress>,
     pub(crate) say: Arc<dyn Fn(&str) + Send + Sync>,
+    /// Caches that may have had changes when it was opened which the bucket has not.
+    pub(crate) holds: Vec<Hold>,
+    /// Whoever asks for something has been told of them.
+    told: AtomicBool,
     /// Where requests to the store are made.
     handle: Handle,
 }
@@ -170,6 +176,7 @@ impl Volume {
         epoch: u64,
         opening: &Opening,
         state: State,
+        holds: Vec<Hold>,
         say: Arc<dyn Fn(&str) + Send + Sync>,
     ) -> Result<Volume> {
         let progress = Progress { committed: state.committed, ..Progress::default() };
@@ -185,8 +192,40 @@ impl Volume {
             work: Notify::new(),
             progress: watch::channel(progress).0,
             say,
+            holds,
+            told: AtomicBool::new(false),
             handle: Handle::current(),
         })
+    }
+
+    /// # Errors
+    /// A cache may have changes that the bucket has not, and nobody who knows of them is above.
+    pub(crate) fn may_be_read(&self) -> Result<()> {
+        match self.holds.first() {
+            Some(hold) if !self.told.load(Ordering::Relaxed) => Err(holds::refusal(hold)),
+            _ => Ok(()),
+        }
+    }
+
+    /// What keeps a cache from being above; nothing if no cache may have more, `own` if it is that one.
+    pub(crate) fn holders(&self, cache: &str) -> String {
+        self.told.store(true, Ordering::Relaxed);
+        let other = self.holds.iter().find(|hold| hold.cache != cache);
+        let own = if self.holds.is_empty() { "" } else { "own" };
+        other.map_or_else(|| own.to_owned(), |hold| holds::refusal(hold).message().to_owned())
+    }
+
+    /// A cache may have changes from now on that the bucket has not, or has none any more.
+    pub(crate) async fn hold(self: Arc<Self>, cache: String, place: Option<String>) -> Result<()> {
+        self.state().alive()?;
+        let (volume, handle) = (self.clone(), self.handle.clone());
+        let done = handle.spawn(async move {
+            match place {
+                Some(place) => holds::hold(&volume.bucket, &cache, &place).await,
+                None => holds::release(&volume.bucket, &cache).await,
+            }
+        });
+        done.await.map_err(|_| Error::internal("work with a bucket has panicked"))?
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {

@@ -74,6 +74,7 @@ pub const TYPE: ElementType = ElementType {
           **One owner.** Whoever opens a volume last owns it; the former owner's disk then fails, with an event. A \
           volume that another host has open is not opened, until `mason bucket take` says that this host is dead. The \
           store must honour `If-None-Match: *`, which `mason bucket create` tries.\n\n\
+          **Caches that write back.** A cache on an SSD tells the bucket before it keeps a first change, and when it leaves with none that the bucket has           not. As long as one may have more, the disk is read and written through that cache only, or once `mason bucket take` has said that it is lost.\n\n\
           **When the store does not answer**, requests wait, or fail after `patience`; an event says so, and another one that it \
           is back. An object that the map has and the bucket has not is an I/O error and an event, never zeros.\n\n\
           The volume is not handed over to another process. [Cloud disks](../cloud.md) tells more; format: \
@@ -235,12 +236,25 @@ impl Disk {
     }
 
     fn control<'a>(&self, shared: &Shared, req: &Request, cx: Cx<'a>) -> Flow<'a> {
+        // What a cache above says of itself: its id, and where it is.
+        let hold = |argument: &str, place: Option<String>| {
+            let id = argument.split(' ').next().unwrap_or_default().to_owned();
+            let told = shared.volume.clone().hold(id, place);
+            cx.later(req, async move { told.await.map(|()| Answer::Text(String::new())) })
+        };
         let control = req.extra.as_ref().and_then(|extra| extra.control.as_ref());
         let volume = &shared.volume;
         let text = match control.map(|(verb, argument)| (verb.as_str(), argument.as_str())) {
             Some(("incarnation", _)) => Some(format!("bucket {} {}", volume.description.id, volume.epoch)),
             Some(("generation", _)) => Some(volume.generation()),
             Some(("since", generation)) => Some(volume.since(generation).to_owned()),
+            Some(("holders", cache)) => Some(volume.holders(cache)),
+            Some(("hold", argument)) => {
+                let place = argument.split_once(' ').map_or("", |(_, place)| place);
+                return hold(argument, Some(place.to_owned()));
+            }
+            Some(("release", cache)) => return hold(cache, None),
+            Some(("ended", _)) => Some(volume.state().dead.clone().map(|(_, why)| why).unwrap_or_default()),
             _ => None,
         };
         match text {
@@ -296,6 +310,11 @@ impl Element for Disk {
         };
         if req.op == Op::Control {
             return self.control(&shared, &req, cx);
+        }
+        if req.op.has_range()
+            && let Err(error) = shared.volume.may_be_read()
+        {
+            return cx.fail(&req, error);
         }
         let served = shared.volume.clone().serve(req.clone());
         let patience = self.params.patience.map(|time| time.0);

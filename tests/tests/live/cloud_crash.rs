@@ -152,6 +152,9 @@ impl Run {
         if loses {
             self.counts.ssds += 1;
             std::fs::remove_file(&file).unwrap();
+            // Nobody goes on without it before somebody has said so.
+            self.cloud.server.clear_faults();
+            self.cloud.bucket("take", &[]).done();
         }
         if self.rng.u8(..3) == 0 {
             self.cloud.check(told);

@@ -2,8 +2,9 @@
 //! is full. Then guests wait; when the store is back, they go on, and nothing has been lost.
 
 use crate::cloud::Cloud;
+use blockmason_tests::control::command;
 use blockmason_tests::mason::{Mason, until};
-use blockmason_tests::raw::{Raw, WRITE};
+use blockmason_tests::raw::{FLUSH, Raw, WRITE};
 use mason_bucket::{Action, Hold, Operation, Rule};
 use std::sync::mpsc::{Receiver, channel};
 
@@ -11,9 +12,6 @@ const MIB: u64 = 1 << 20;
 
 /// What the log has room for, about: half of a file of 16 MiB.
 const LOG: u64 = 8;
-
-/// NBD_CMD_FLUSH.
-const FLUSH: u16 = 3;
 
 fn piece(number: u64) -> Vec<u8> {
     let mut rng = fastrand::Rng::with_seed(number + 1);
@@ -82,8 +80,9 @@ fn away(down: impl FnOnce(&mut Cloud), silent: bool, up: impl FnOnce(&mut Cloud)
     until("it is said", || cloud.get("Disk.store") == "answers");
     cloud.drain();
     daemon.kill();
-    // All of it is in the bucket.
+    // All of it is in the bucket; nobody but this test knows.
     std::fs::remove_file(cloud.site.path("vm1.cache")).unwrap();
+    cloud.bucket("take", &[]).done();
     let daemon = cloud.run();
     let mut raw = Raw::ready(daemon.socket());
     for number in (0..4).chain(8..8 + 2 * LOG) {
@@ -161,4 +160,20 @@ fn a_second_signal_ends_a_daemon_whose_store_is_away() {
         drop(raw);
         daemon.stop_well();
     }
+}
+
+/// Nobody has been answered yet, so nothing is to be waited for.
+#[test]
+fn what_does_not_serve_yet_ends_at_the_first_signal() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let mut cloud = Cloud::new("8M");
+    cloud.serve_with("(size 16M)");
+    let hold = Hold::default();
+    cloud.server.fault(Rule::always(Action::Hold(hold.clone())).on(Operation::Put));
+    let mut run = command(cloud.site.folder(), &["run", "cloud.mason", "--control", "c.sock"]);
+    let mut daemon = run.spawn().unwrap();
+    hold.wait(1);
+    kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
+    assert_eq!(daemon.wait().unwrap().code(), Some(143));
+    hold.release();
 }

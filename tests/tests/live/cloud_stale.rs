@@ -20,6 +20,7 @@ fn put_back() -> Cloud {
     daemon.kill();
     let (file, old) = (cloud.site.path("vm1.cache"), cloud.site.path("old.cache"));
     std::fs::rename(&file, &old).unwrap();
+    cloud.bucket("take", &[]).done();
     let daemon = cloud.run();
     let mut raw = Raw::ready(daemon.socket());
     assert_eq!((raw.read(0, LEN as u32), raw.read(1 << 20, LEN as u32)), (vec![0; LEN], vec![1; LEN]));
@@ -79,6 +80,7 @@ fn a_cache_that_died_amid_a_flush_does_not_write_over_what_others_have_written()
         assert_eq!(Raw::ready(daemon.socket()).read(8192, LEN as u32), [b'A'; LEN]);
         daemon.kill();
         std::fs::rename(&file, &old).unwrap();
+        cloud.bucket("take", &[]).done();
         let daemon = cloud.run();
         Raw::ready(daemon.socket()).write(8192, &[b'B'; LEN]);
         cloud.drain();

@@ -4,7 +4,7 @@ use crate::Site;
 use blockmason_tests::control::mason;
 use blockmason_tests::mason::Mason;
 use blockmason_tests::mounts::{Tmpfs, skipped};
-use blockmason_tests::raw::Raw;
+use blockmason_tests::raw::{FLUSH, Raw, WRITE};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -50,9 +50,7 @@ fn pattern(number: u64) -> Vec<u8> {
     (0..MIB).map(|_| rng.u8(..)).collect()
 }
 
-/// Commands of NBD.
-const WRITE: u16 = 1;
-const FLUSH: u16 = 3;
+/// NBD_CMD_TRIM.
 const TRIM: u16 = 4;
 
 fn ask(raw: &mut Raw, command: u16, at: u64, len: u64, data: &[u8]) -> u32 {

@@ -100,6 +100,29 @@ fn a_prune_that_gives_up_is_over() {
     });
 }
 
+/// The oldest objects of a volume are its claims: a rule that deletes what is old meets them first.
+#[test]
+fn a_volume_whose_claims_are_gone_is_opened_only_if_somebody_says_so() {
+    runtime().block_on(async {
+        let memory = Memory::new(1);
+        create(&memory).await;
+        let volume = open(&memory, opening("a")).await.unwrap();
+        volume.clone().serve(write(0, &[1; BLOCK as usize], Origin::Guest)).await.unwrap();
+        open::close(&volume, Duration::from_secs(60)).await.unwrap();
+        for claim in memory.keys().into_iter().filter(|key| key.contains("/claim/")) {
+            memory.remove(&claim);
+        }
+        let error = open(&memory, opening("b")).await.err().unwrap();
+        assert!(error.to_string().contains("claims of the volume have been deleted"), "{error}");
+        let volume = open(&memory, Opening { take: true, ..opening("b") }).await.unwrap();
+        assert_eq!(volume.epoch, 2);
+        volume.clone().serve(write(0, &[2; BLOCK as usize], Origin::Guest)).await.unwrap();
+        open::close(&volume, Duration::from_secs(60)).await.unwrap();
+        let volume = open(&memory, opening("c")).await.unwrap();
+        assert_eq!(read_all(&volume).await[..BLOCK as usize], [2; BLOCK as usize]);
+    });
+}
+
 /// What a store does that lists as it likes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {

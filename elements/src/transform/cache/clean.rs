@@ -29,6 +29,9 @@ impl Cache {
     pub(super) async fn clean(&self, class: Class, cx: Cx<'_>) -> Result<()> {
         let once = async || {
             let cleaned = self.clean_once(class, cx).await;
+            if cleaned.is_err() {
+                self.look_for_end(cx).await;
+            }
             self.tell(&cleaned, cx);
             cleaned
         };
@@ -207,6 +210,9 @@ impl Cache {
             // Not called off in between: what has been sent below stays sent.
             if self.clean(class, cx).await.is_ok() {
                 patience = PATIENCE;
+                if self.state() == "drained" {
+                    self.let_go(cx).await;
+                }
                 continue;
             }
             let Either::Right(((), rest)) = select(closing, pin!(cx.sleep(patience))).await else { return };

@@ -3,6 +3,7 @@
 mod clean;
 mod doc;
 mod format;
+mod hold;
 mod index;
 mod journal;
 mod lines;
@@ -161,6 +162,9 @@ struct Cache {
     longest: AtomicU64,
     /// The SSD has failed: nothing is read from it or written to it any more.
     broken: AtomicBool,
+    /// The disk below has ended for good.
+    ended: AtomicBool,
+    hold: hold::Hold,
     /// Something is below that a flush has to make durable there, though changes are kept.
     owes_flush: AtomicBool,
     tuning: Mutex<Tuning>,
@@ -213,6 +217,8 @@ impl Cache {
             held: Mutex::new(None),
             longest: AtomicU64::new(longest),
             broken: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            hold: hold::Hold::default(),
             owes_flush: AtomicBool::new(false),
             tuning: Mutex::new(tuning),
             hits: AtomicU64::new(0),
@@ -294,6 +300,9 @@ impl Cache {
     fn serve<'a>(self: &'a Arc<Self>, req: Request, cx: Cx<'a>) -> Flow<'a> {
         let keeps = self.keeps();
         match req.op {
+            Op::Read if self.ended.load(Ordering::Relaxed) => {
+                cx.fail(&req, Error::new(Kind::Io, lock(&self.error).clone()))
+            }
             Op::Read => self.read(req, cx),
             Op::Write | Op::WriteZeroes | Op::Discard if req.len == 0 => Flow::done(),
             Op::WriteZeroes if keeps && req.flags.has(Flags::FAST_ONLY) && !cx.geometry().ops.fast_zero => {
@@ -429,6 +438,7 @@ impl Element for Handle {
         Some(Box::pin(async move {
             if self.0.keep_opening(cx).await {
                 futures::future::join(self.0.keep_clean(cx), self.0.keep_warm(cx)).await;
+                self.0.let_go(cx).await;
             }
         }))
     }
@@ -461,7 +471,11 @@ impl Element for Handle {
         if self.0.ssd.is_none() || dirty == 0 {
             return Ok(());
         }
-        let message = format!("{dirty} bytes are only in the cache: call its `drain` first");
+        let what = match self.0.is_passing() {
+            true => "it is being drained: wait until its `state` is `drained`",
+            false => "call its `drain` first",
+        };
+        let message = format!("{dirty} bytes are only in the cache: {what}");
         Err(Error::new(Kind::Busy, message))
     }
 

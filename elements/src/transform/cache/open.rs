@@ -183,6 +183,7 @@ impl Cache {
         };
         ssd.set_label(Some(label.clone()));
         self.longest.store(label.payload(), Ordering::Relaxed);
+        self.is_alone(cx).await?;
         let mut journal = self.replay(&label, cx).await?;
         let text = generation(cx).await?.unwrap_or_default();
         let stale = is_stale(&label, &text, cx).await?;
@@ -267,10 +268,11 @@ impl Cache {
     /// Writes down which lines there are, so that the next open finds them. Nothing is in flight.
     pub(super) fn close(&self) {
         // What is in memory is open as long as it lives.
-        if self.ssd.is_none() || !self.is_open.swap(false, Ordering::AcqRel) {
+        if self.ssd.is_none() {
             return;
         }
-        if !self.is_broken()
+        if self.is_open.swap(false, Ordering::AcqRel)
+            && !self.is_broken()
             && let Err(error) = self.write_table()
         {
             tracing::warn!("the cache is cold at the next start: {error}");

@@ -218,7 +218,8 @@ pub(super) async fn since(text: &str, cx: Cx<'_>) -> Result<Option<String>> {
     ask_below("since", text, cx).await
 }
 
-async fn ask_below(verb: &str, argument: &str, cx: Cx<'_>) -> Result<Option<String>> {
+/// Asks the disk below something. None if it does not know what that is.
+pub(super) async fn ask_below(verb: &str, argument: &str, cx: Cx<'_>) -> Result<Option<String>> {
     let mut ask = Request { origin: Origin::Internal, ..Request::new(Op::Control, 0, 0) };
     let control = Some((verb.to_owned(), argument.to_owned()));
     ask.extra = Some(Box::new(Extra { control, ..Extra::default() }));

@@ -90,6 +90,10 @@ impl Cache {
 
     /// True if the change is kept; false if it has to go below.
     async fn keep_change(&self, req: &Request, cx: Cx<'_>) -> Result<bool> {
+        if self.is_passing() {
+            return Ok(false);
+        }
+        let _keeping = self.hold(cx).await?;
         let range = req.offset..req.end();
         // In memory of its own, exactly as much as it needs, that nobody changes.
         let data = if req.op == Op::Write { Data::from(req.data.to_vec()) } else { Data::empty() };

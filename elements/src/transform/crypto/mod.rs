@@ -362,7 +362,10 @@ impl Crypto {
                 Next::After(if active { (cx.now() - begun).min(STEP_BACK) } else { Duration::ZERO })
             }
             Ok(true) => {
-                (*rotation, self.now().reached) = (None, None);
+                let mut now = self.now();
+                (*rotation, now.reached) = (None, None);
+                // Whoever asked for another one meanwhile has got what he wanted.
+                now.error.clear();
                 Next::Asked
             }
             Err(error) => {
