@@ -50,6 +50,8 @@ pub(crate) struct Volume {
     pub(crate) holds: Vec<Hold>,
     /// Whoever asks for something has been told of them.
     told: AtomicBool,
+    /// Something was refused for want of that.
+    refused: AtomicBool,
     /// Where requests to the store are made.
     handle: Handle,
 }
@@ -194,17 +196,22 @@ impl Volume {
             say,
             holds,
             told: AtomicBool::new(false),
+            refused: AtomicBool::new(false),
             handle: Handle::current(),
         })
     }
 
     /// # Errors
-    /// A cache may have changes that the bucket has not, and nobody who knows of them is above.
+    /// A cache may have changes that the bucket has not, and nobody who knows of them is above. The first time it is said, too.
     pub(crate) fn may_be_read(&self) -> Result<()> {
-        match self.holds.first() {
-            Some(hold) if !self.told.load(Ordering::Relaxed) => Err(holds::refusal(hold)),
-            _ => Ok(()),
+        let Some(hold) = self.holds.first().filter(|_| !self.told.load(Ordering::Relaxed)) else {
+            return Ok(());
+        };
+        let error = holds::refusal(hold);
+        if !self.refused.swap(true, Ordering::Relaxed) {
+            (self.say)(error.message());
         }
+        Err(error)
     }
 
     /// What keeps a cache from being above; nothing if no cache may have more, `own` if it is that one.
