@@ -14,6 +14,7 @@ pub mod sink;
 pub mod transform;
 #[cfg(feature = "vhost")]
 pub mod vhost;
+pub mod workload;
 
 pub use advice::advice;
 
@@ -41,6 +42,7 @@ pub static ALL: &[&ElementType] = &[
     &route::stripe::TYPE,
     &route::tee::TYPE,
     &route::throttle::TYPE,
+    &route::workload_log::TYPE,
     &sink::file::TYPE,
     &sink::mem::TYPE,
     &sink::nbd_client::TYPE,

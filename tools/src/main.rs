@@ -36,6 +36,7 @@ mod pools;
 mod progress;
 mod record;
 mod reload;
+mod replay;
 mod restore;
 mod run;
 mod show;
@@ -73,6 +74,7 @@ enum Command {
     Show(show::Args),
     Sign(sign::Args),
     Bench(bench::Args),
+    Replay(replay::Args),
     Elements(elements::Args),
     Status(status::Args),
     Top(top::Args),
@@ -121,6 +123,7 @@ fn main() -> ExitCode {
         Command::Show(args) => show::main(args),
         Command::Sign(args) => sign::main(args),
         Command::Bench(args) => bench::main(args),
+        Command::Replay(args) => replay::main(args),
         Command::Elements(args) => elements::main(args),
         Command::Completions(args) => completions::main(args, Cli::command()),
         Command::Man(args) => completions::man(args, Cli::command()),

@@ -16,6 +16,7 @@ pub mod slice;
 pub mod stripe;
 pub mod tee;
 pub mod throttle;
+pub mod workload_log;
 
 #[cfg(test)]
 mod testing;

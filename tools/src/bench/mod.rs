@@ -129,6 +129,17 @@ pub(crate) fn main(args: &Args) -> Outcome {
     }
 }
 
+/// Serves the graph of a file to whoever enters where its exports would: they listen to nobody.
+pub(crate) async fn serve_within(file: &GraphFile, host: &Arc<Host>, writes: bool) -> Outcome<Arc<Disk>> {
+    let failed = |error| Failure::in_graph(&error, &file.spec);
+    let graph = build(file, host)?;
+    if writes {
+        // What is written here no account of changes has.
+        heads::Unkept::of(&file.spec, &graph).forget().map_err(failed)?;
+    }
+    Disk::serve(host, Arc::new(graph)).await.map_err(failed)
+}
+
 /// The graph with the generator in the place of its exports.
 fn build(file: &GraphFile, host: &Host) -> Outcome<Graph> {
     let failed = |error| Failure::in_graph(&error, &file.spec);
@@ -145,12 +156,7 @@ fn build(file: &GraphFile, host: &Host) -> Outcome<Graph> {
 
 async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Report> {
     let failed = |error| Failure::in_graph(&error, &file.spec);
-    let graph = build(file, host)?;
-    if args.write {
-        // What is written here no account of changes has.
-        heads::Unkept::of(&file.spec, &graph).forget().map_err(failed)?;
-    }
-    let disk = Disk::serve(host, Arc::new(graph)).await.map_err(failed)?;
+    let disk = serve_within(file, host, args.write).await?;
     let jobs = jobs(args, &disk.graph())?;
     let phase = Arc::new(Phase::default());
     let (cpu, start) = (cpu_seconds(), blockmason::rt::now());
@@ -166,14 +172,7 @@ async fn measure(args: &Args, file: &GraphFile, host: &Arc<Host>) -> Outcome<Rep
     phase.stop();
     phase.ended().await;
     let (seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
-    let graph = disk.graph();
-    let sources: Vec<SourceView> = graph
-        .instances()
-        .enumerate()
-        .filter(|(_, instance)| instance.ty.family == Family::Export)
-        .map(|(node, instance)| SourceView::read(&graph, node, &instance.name))
-        .collect();
-    drop(graph);
+    let sources = sources(&disk.graph());
     disk.stop().await.map_err(failed)?;
     Ok(Report::new(seconds, cpu, sources))
 }
@@ -241,6 +240,12 @@ fn jobs(args: &Args, graph: &Graph) -> Outcome<Vec<(String, Job)>> {
     Ok(jobs)
 }
 
+/// What has entered where exports would be.
+pub(crate) fn sources(graph: &Graph) -> Vec<SourceView> {
+    let exports = graph.instances().enumerate().filter(|(_, instance)| instance.ty.family == Family::Export);
+    exports.map(|(node, instance)| SourceView::read(graph, node, &instance.name)).collect()
+}
+
 /// Processor time of this process so far.
 fn cpu_seconds() -> f64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
@@ -264,11 +269,12 @@ impl Report {
     }
 }
 
-fn text(args: &Args, report: &Report) -> String {
+/// What entered, as a table.
+pub(crate) fn shown(sources: &[SourceView], seconds: f64) -> String {
     let mut rows = Vec::new();
-    for source in &report.sources {
+    for source in sources {
         for op in &source.operations {
-            let per_second = |count: u64| count as f64 / report.seconds;
+            let per_second = |count: u64| count as f64 / seconds;
             let mut row = vec![source.element.clone(), op.operation.clone()];
             row.push(format!("{:.0}", per_second(op.requests)));
             row.push(format!("{}/s", Bytes(per_second(op.bytes) as u64)));
@@ -279,7 +285,11 @@ fn text(args: &Args, report: &Report) -> String {
         }
     }
     let head = ["source", "operation", "IOPS", "bandwidth", "errors", "p50", "p90", "p99", "p99.9", "max"];
-    let mut out = table(&head, rows, 2..10);
+    table(&head, rows, 2..10)
+}
+
+fn text(args: &Args, report: &Report) -> String {
+    let mut out = shown(&report.sources, report.seconds);
     // Writing to a String cannot fail.
     let _ = writeln!(
         out,

@@ -100,6 +100,7 @@ fn every_command_has_help_with_examples() {
         "show",
         "elements",
         "bench",
+        "replay",
         "status",
         "load",
         "unload",

@@ -22,6 +22,7 @@ mod load;
 mod metrics;
 mod moving;
 mod refused;
+mod replay;
 mod run;
 mod show;
 #[cfg(feature = "tui")]
