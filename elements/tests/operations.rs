@@ -101,6 +101,7 @@ const FRAGMENTS: &[Fragment] = &[
     ),
     disk("parallax", "element X (type parallax) (pool {folder}/x.pool) (volume v)"),
     disk("radix", "element X (type radix) (volume v) (size 76k) element S (type mem) (size 40M) X -> S"),
+    disk("workload_log", "element X (type workload_log) (log {folder}/workload) element S {odd} X -> S"),
     disk("delay", "element X (type delay) (all 1ms) (jitter 3ms) element S {odd} X -> S"),
     disk("error", "element X (type error) (probability 0%) element S {odd} X -> S"),
     disk("flip", "element X (type flip) (probability 0%) element S {odd} X -> S"),

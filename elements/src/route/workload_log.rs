@@ -417,8 +417,8 @@ impl Element for WorkloadLog {
 mod tests {
     use super::*;
     use crate::ALL as CATALOGUE;
-    use blockmason::testing::{TestDisk, play_against_model, run};
-    use blockmason::{Class, Data, Flags, Origin};
+    use blockmason::testing::{TestDisk, graph, play_against_model, run};
+    use blockmason::{Class, Data, Disk, Flags, Origin};
 
     const BELOW: &str = "(type mem) (size 1M)";
 
@@ -500,6 +500,7 @@ mod tests {
                 for offset in 0..count {
                     disk.submit(Request::read(offset, 1)).await.unwrap();
                 }
+                element(&disk).call("flush", "").unwrap();
             });
         };
         ask(300);
@@ -524,7 +525,8 @@ mod tests {
         run(1, async |host| {
             let text = over(&path, "", BELOW);
             let refused = async |what: &str| {
-                let error = TestDisk::new(&host, CATALOGUE, &text, "D").await.err().unwrap().to_string();
+                let graph = graph(&host, CATALOGUE, &text, "D").unwrap();
+                let error = Disk::serve(&host, graph).await.err().unwrap().to_string();
                 assert!(error.contains(what), "{error}");
             };
             refused("no log of a workload").await;
