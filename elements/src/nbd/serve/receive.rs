@@ -247,7 +247,7 @@ impl Receiver {
                 Some(_) => return Poll::Ready(()),
                 None => false,
             };
-            if asks && self.end - self.start == self.room() {
+            if asks && self.end - self.start >= self.room() {
                 break;
             }
             match ready!(self.poll_fill(socket.as_mut(), task)) {
