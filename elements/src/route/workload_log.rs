@@ -257,11 +257,15 @@ impl Shared {
     /// Writes what has been recorded. Blocks. What is to be told, if anything.
     fn write(&self, limit: u64) -> Result<Option<String>> {
         let mut writer = locked(&self.writer);
-        let fresh = std::mem::take(&mut *locked(&self.fresh));
+        let fresh = {
+            let mut fresh = locked(&self.fresh);
+            // How many were lost is said with the next one that is not.
+            if fresh.records.is_empty() {
+                return Ok(None);
+            }
+            std::mem::take(&mut *fresh)
+        };
         let count = fresh.records.len();
-        if count == 0 {
-            return Ok(None);
-        }
         let lost = fresh.lost;
         let done = writer.append(fresh, limit);
         let taken = *done.as_ref().unwrap_or(&0);
