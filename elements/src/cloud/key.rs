@@ -57,15 +57,13 @@ pub(crate) fn point(number: u64) -> String {
     format!("{POINTS}{:016x}", newest_first(number))
 }
 
-/// None if that is no id of a cache.
-pub(crate) fn hold(cache: &str) -> Option<String> {
-    let is_id = cache.len() == 16 && cache.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    is_id.then(|| format!("{HOLDS}{cache}"))
+pub(crate) fn hold(cache: u64, version: u64) -> String {
+    format!("{HOLDS}{cache:016x}.{version:016x}")
 }
 
-/// The cache of a hold's key.
-pub(crate) fn held(key: &str) -> Option<&str> {
-    key.strip_prefix(HOLDS).filter(|cache| hold(cache).is_some())
+/// The cache and the version of a hold's key.
+pub(crate) fn held(key: &str) -> Option<(u64, u64)> {
+    pair(key.strip_prefix(HOLDS)?, '.')
 }
 
 fn pair(text: &str, between: char) -> Option<(u64, u64)> {

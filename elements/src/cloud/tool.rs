@@ -226,9 +226,9 @@ pub fn take(place: &Place, force: bool) -> Result<Value> {
         }
         let volume = opened(bucket.with_patience(Some(PATIENCE)), true).await?;
         open::close(&volume, Duration::from_secs(600)).await?;
-        let holds = holds::all(&bucket).await?;
-        holds::forget(&bucket, &holds).await?;
-        let caches: Vec<_> = holds.into_iter().map(|hold| hold.place).collect();
+        // Those that there were then: the next owner may have some of its own by now.
+        bucket.delete_many(volume.holds.iter().map(|hold| hold.key.clone())).await?;
+        let caches: Vec<_> = volume.holds.iter().map(|hold| hold.place.clone()).collect();
         Ok(json!({ "epoch": volume.epoch, "host": before.map(|claim| claim.host), "caches": caches }))
     })
 }

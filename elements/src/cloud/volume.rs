@@ -48,6 +48,8 @@ pub(crate) struct Volume {
     pub(crate) say: Arc<dyn Fn(&str) + Send + Sync>,
     /// Caches that may have had changes when it was opened which the bucket has not.
     pub(crate) holds: Vec<Hold>,
+    /// Keys of those of the cache above.
+    own: Mutex<Vec<String>>,
     /// Whoever asks for something has been told of them.
     told: AtomicBool,
     /// Something was refused for want of that.
@@ -195,6 +197,7 @@ impl Volume {
             progress: watch::channel(progress).0,
             say,
             holds,
+            own: Mutex::default(),
             told: AtomicBool::new(false),
             refused: AtomicBool::new(false),
             handle: Handle::current(),
@@ -214,24 +217,39 @@ impl Volume {
         Err(error)
     }
 
-    /// What keeps a cache from being above; nothing if no cache may have more, `own` if it is that one.
-    pub(crate) fn holders(&self, cache: &str) -> String {
-        self.told.store(true, Ordering::Relaxed);
-        let other = self.holds.iter().find(|hold| hold.cache != cache);
-        let own = if self.holds.is_empty() { "" } else { "own" };
-        other.map_or_else(|| own.to_owned(), |hold| holds::refusal(hold).message().to_owned())
+    fn own(&self) -> MutexGuard<'_, Vec<String>> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A cache may have changes from now on that the bucket has not, or has none any more.
-    pub(crate) async fn hold(self: Arc<Self>, cache: String, place: Option<String>) -> Result<()> {
-        self.state().alive()?;
+    /// What keeps a cache from being above; nothing if no cache may have more, `own` if it is that one.
+    pub(crate) fn holders(&self, cache: u64) -> String {
+        self.told.store(true, Ordering::Relaxed);
+        if let Some(other) = self.holds.iter().find(|hold| hold.cache != cache) {
+            return holds::refusal(other).message().to_owned();
+        }
+        *self.own() = self.holds.iter().map(|hold| hold.key.clone()).collect();
+        if self.holds.is_empty() { "" } else { "own" }.to_owned()
+    }
+
+    /// The cache above may have changes from now on that the bucket has not.
+    pub(crate) async fn hold(self: Arc<Self>, cache: u64, place: String) -> Result<()> {
+        let key = {
+            let mut state = self.state();
+            state.alive()?;
+            key::hold(cache, state.version(self.epoch)?)
+        };
+        self.own().push(key.clone());
         let (volume, handle) = (self.clone(), self.handle.clone());
-        let done = handle.spawn(async move {
-            match place {
-                Some(place) => holds::hold(&volume.bucket, &cache, &place).await,
-                None => holds::release(&volume.bucket, &cache).await,
-            }
-        });
+        let done = handle.spawn(async move { holds::put(&volume.bucket, &key, place).await });
+        done.await.map_err(|_| Error::internal("work with a bucket has panicked"))?
+    }
+
+    /// It has none any more. Whatever comes of that late, a hold that is put from here on is another one.
+    pub(crate) async fn release(self: Arc<Self>) -> Result<()> {
+        self.state().alive()?;
+        let keys = std::mem::take(&mut *self.own());
+        let (volume, handle) = (self.clone(), self.handle.clone());
+        let done = handle.spawn(async move { volume.bucket.delete_many(keys).await });
         done.await.map_err(|_| Error::internal("work with a bucket has panicked"))?
     }
 

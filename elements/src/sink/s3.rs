@@ -74,7 +74,8 @@ pub const TYPE: ElementType = ElementType {
           **One owner.** Whoever opens a volume last owns it; the former owner's disk then fails, with an event. A \
           volume that another host has open is not opened, until `mason bucket take` says that this host is dead. The \
           store must honour `If-None-Match: *`, which `mason bucket create` tries.\n\n\
-          **Caches that write back.** A cache on an SSD tells the bucket before it keeps a first change, and when it leaves with none that the bucket has           not. As long as one may have more, the disk is read and written through that cache only, or once `mason bucket take` has said that it is lost.\n\n\
+          **Caches that write back.** A cache on an SSD tells the bucket before it keeps a first change, and when it leaves with none that the bucket has \
+          not. As long as one may have more, the disk is read and written through that cache only, or once `mason bucket take` has said that it is lost.\n\n\
           **When the store does not answer**, requests wait, or fail after `patience`; an event says so, and another one that it \
           is back. An object that the map has and the bucket has not is an I/O error and an event, never zeros.\n\n\
           The volume is not handed over to another process. [Cloud disks](../cloud.md) tells more; format: \
@@ -236,24 +237,27 @@ impl Disk {
     }
 
     fn control<'a>(&self, shared: &Shared, req: &Request, cx: Cx<'a>) -> Flow<'a> {
-        // What a cache above says of itself: its id, and where it is.
-        let hold = |argument: &str, place: Option<String>| {
-            let id = argument.split(' ').next().unwrap_or_default().to_owned();
-            let told = shared.volume.clone().hold(id, place);
-            cx.later(req, async move { told.await.map(|()| Answer::Text(String::new())) })
-        };
+        // The id of a cache above.
+        let id = |text: &str| u64::from_str_radix(text, 16).ok();
         let control = req.extra.as_ref().and_then(|extra| extra.control.as_ref());
         let volume = &shared.volume;
         let text = match control.map(|(verb, argument)| (verb.as_str(), argument.as_str())) {
             Some(("incarnation", _)) => Some(format!("bucket {} {}", volume.description.id, volume.epoch)),
             Some(("generation", _)) => Some(volume.generation()),
             Some(("since", generation)) => Some(volume.since(generation).to_owned()),
-            Some(("holders", cache)) => Some(volume.holders(cache)),
+            Some(("holders", cache)) => id(cache).map(|cache| volume.holders(cache)),
             Some(("hold", argument)) => {
-                let place = argument.split_once(' ').map_or("", |(_, place)| place);
-                return hold(argument, Some(place.to_owned()));
+                let (cache, place) = argument.split_once(' ').unwrap_or((argument, ""));
+                let Some(cache) = id(cache) else {
+                    return cx.fail(req, Error::invalid("that is no id of a cache"));
+                };
+                let told = volume.clone().hold(cache, place.to_owned());
+                return cx.later(req, async move { told.await.map(|()| Answer::Text(String::new())) });
             }
-            Some(("release", cache)) => return hold(cache, None),
+            Some(("release", _)) => {
+                let told = volume.clone().release();
+                return cx.later(req, async move { told.await.map(|()| Answer::Text(String::new())) });
+            }
             Some(("ended", _)) => Some(volume.state().dead.clone().map(|(_, why)| why).unwrap_or_default()),
             _ => None,
         };

@@ -210,7 +210,7 @@ impl Cache {
             // Not called off in between: what has been sent below stays sent.
             if self.clean(class, cx).await.is_ok() {
                 patience = PATIENCE;
-                if self.state() == "drained" {
+                if self.is_passing() {
                     self.let_go(cx).await;
                 }
                 continue;

@@ -62,8 +62,7 @@ impl Cache {
         if has_some || self.hold.keeping.load(Ordering::SeqCst) > 0 {
             return self.hold.is_told.store(true, Ordering::SeqCst);
         }
-        let Ok(id) = self.id() else { return };
-        if let Some(Err(error)) = rt::timeout(LEAVING, ask_below("release", &id, cx)).await {
+        if let Some(Err(error)) = rt::timeout(LEAVING, ask_below("release", "", cx)).await {
             tracing::info!("the disk below goes on taking this cache for one that may have changes: {error}");
         }
     }
@@ -84,11 +83,12 @@ impl Cache {
     /// The disk below may have ended for good: then nothing that is kept will ever be there, and nothing more is taken.
     pub(super) async fn look_for_end(&self, cx: Cx<'_>) {
         let Ok(Some(why)) = ask_below("ended", "", cx).await else { return };
-        if why.is_empty() || self.ended.swap(true, Ordering::SeqCst) {
+        if why.is_empty() || self.ended.load(Ordering::SeqCst) {
             return;
         }
         let error = Error::new(Kind::Io, format!("the disk below has ended: {why}"));
         *super::lock(&self.error) = error.to_string();
+        self.ended.store(true, Ordering::SeqCst);
         cx.notice(&error);
         self.update(|journal| journal.standing = Standing::Lost(error));
     }
