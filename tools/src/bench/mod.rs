@@ -106,18 +106,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
     }
     let reader = args.parameters.reader()?;
     let file = reader.read_or_say(&args.graph)?;
-    let Some(state) = reader.folders.state else {
-        return Err(Failure::new("there is no folder for state: give one with --state DIR, or set HOME"));
-    };
-    let mut config = HostConfig::new(state);
-    if let Some(shards) = args.shards {
-        config.shards = usize::from(shards);
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let report = runtime.map_err(Failure::new)?.block_on(async {
-        let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
-        measure(args, &file, &host).await
-    })?;
+    let report = within(reader.folders.state, args.shards, async |host| measure(args, &file, &host).await)?;
     if args.json {
         output::json(&report)?
     } else {
@@ -127,6 +116,25 @@ pub(crate) fn main(args: &Args) -> Outcome {
         0 => Ok(()),
         errors => Err(Failure::new(format!("{errors} of {} requests failed", report.requests))),
     }
+}
+
+/// Runs something on a host of its own, which keeps its state in that folder.
+pub(crate) fn within<T>(
+    state: Option<PathBuf>,
+    shards: Option<u16>,
+    work: impl AsyncFnOnce(Arc<Host>) -> Outcome<T>,
+) -> Outcome<T> {
+    let Some(state) = state else {
+        return Err(Failure::new("there is no folder for state: give one with --state DIR, or set HOME"));
+    };
+    let mut config = HostConfig::new(state);
+    if let Some(shards) = shards {
+        config.shards = usize::from(shards);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime
+        .map_err(Failure::new)?
+        .block_on(async { work(Host::start(config).map_err(|error| Failure::from_error(&error))?).await })
 }
 
 /// Serves the graph of a file to whoever enters where its exports would: they listen to nobody.

@@ -3,7 +3,7 @@
 mod ahead;
 mod stream;
 
-use crate::bench::{serve_within, shown, sources};
+use crate::bench::{serve_within, shown, sources, within};
 use crate::failure::{Failure, Outcome};
 use crate::graphs::{GraphArgs, GraphFile};
 use crate::output::{self, printable};
@@ -12,7 +12,7 @@ use crate::view::{OpView, SourceView};
 use ahead::{Ordered, read_ahead};
 use blockmason::describe::Family;
 use blockmason::graph::OpReading;
-use blockmason::sched::{HostConfig, serve};
+use blockmason::sched::serve;
 use blockmason::{Disk, Graph, Host, Op};
 use blockmason_elements::workload::{Head, Log};
 use serde::Serialize;
@@ -183,18 +183,7 @@ fn operations(operations: &[OpView]) -> String {
 fn replay(args: &Args, log: Log, graph: &std::path::Path) -> Outcome {
     let reader = args.parameters.reader()?;
     let file = reader.read_or_say(graph)?;
-    let Some(state) = reader.folders.state else {
-        return Err(Failure::new("there is no folder for state: give one with --state DIR, or set HOME"));
-    };
-    let mut config = HostConfig::new(state);
-    if let Some(shards) = args.shards {
-        config.shards = usize::from(shards);
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let report = runtime.map_err(Failure::new)?.block_on(async {
-        let host = Host::start(config).map_err(|error| Failure::from_error(&error))?;
-        run(args, log, &file, &host).await
-    })?;
+    let report = within(reader.folders.state, args.shards, async |host| run(args, log, &file, &host).await)?;
     if args.json {
         output::json(&report)?;
     } else {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::cloud::backup::points::Keep;
 use crate::cloud::backup::{By, back_up, prune};
+use crate::cloud::holds;
 use crate::cloud::store::{Attempt, Head, Listed, ObjectStore, Put};
 use blockmason::element::BoxFuture;
 use std::ops::Range;
@@ -97,6 +98,30 @@ fn a_prune_that_gives_up_is_over() {
         let error = pruned.await.unwrap().unwrap_err();
         assert!(error.to_string().contains("changed the backup meanwhile"), "{error}");
         assert_eq!(prune(&backup(), Keep::default(), &[1], by("c"), false).await.unwrap().points, [1]);
+    });
+}
+
+/// A release that comes late is not one of the hold that was put meanwhile.
+#[test]
+fn a_late_release_leaves_the_hold_after_it() {
+    runtime().block_on(async {
+        let memory = Memory::new(1);
+        create(&memory).await;
+        let volume = open(&memory, opening("a")).await.unwrap();
+        volume.clone().hold(7, "here".to_owned()).await.unwrap();
+        memory.hold(|what, _| what == "delete");
+        let late = tokio::spawn(volume.clone().release());
+        memory.held(1).await;
+        volume.clone().hold(7, "here".to_owned()).await.unwrap();
+        memory.release();
+        late.await.unwrap().unwrap();
+        let left = holds::all(&bucket(&memory)).await.unwrap();
+        assert_eq!(
+            left.iter().map(|hold| (hold.cache, hold.place.as_str())).collect::<Vec<_>>(),
+            [(7, "here")]
+        );
+        volume.release().await.unwrap();
+        assert!(holds::all(&bucket(&memory)).await.unwrap().is_empty());
     });
 }
 

@@ -362,3 +362,46 @@ impl Receiver {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nbd::wire::{CommandFlags, TransmissionFlags};
+    use std::future::poll_fn;
+    use tokio::io::AsyncWriteExt;
+
+    fn request(command: Command, len: u64) -> Vec<u8> {
+        let header = RequestHeader { flags: CommandFlags::NONE, command, cookie: 1, offset: 0, len };
+        encode_request(&header).unwrap().to_vec()
+    }
+
+    /// After a long payload only the beginning of the buffer is read into; more than that may be in it.
+    #[test]
+    fn who_waits_behind_the_gate_with_more_than_is_read_then_may_leave() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let (near, mut far) = tokio::io::duplex(1 << 20);
+            let mut near = Socket::Plain(near);
+            let rules = Rules {
+                size: 1 << 20,
+                transmission: TransmissionFlags::HAS_FLAGS,
+                extended: false,
+                contexts: false,
+                max_payload: 1 << 20,
+            };
+            let long = [request(Command::WRITE, LONG), vec![7; LONG as usize]].concat();
+            far.write_all(&long).await.unwrap();
+            far.write_all(&request(Command::READ, 1).repeat(400)).await.unwrap();
+            let (mut receiver, budget) = (Receiver::default(), Budget::new(1 << 30));
+            let first = poll_fn(|task| receiver.poll(Pin::new(&mut near), &rules, &budget, task)).await;
+            assert!(matches!(first, Received::Request(header, ..) if header.command == Command::WRITE));
+            assert!(receiver.long && receiver.end - receiver.start > PEEK);
+            let mut end = async || {
+                poll_fn(|task| Poll::Ready(receiver.poll_end(Pin::new(&mut near), false, task))).await
+            };
+            assert!(end().await.is_pending());
+            // What it asks for is still there.
+            assert!(end().await.is_pending());
+        });
+    }
+}
