@@ -1,9 +1,7 @@
 //! Ceph's RGW, with one monitor, one manager and one OSD whose objects are in memory. It takes seconds and half a GB.
 
-use std::ffi::OsStr;
 use std::fmt::Write;
 use std::fs::File;
-use std::iter;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,21 +13,30 @@ const ACCESS: &str = "mason";
 const SECRET: &str = "mason-secret";
 /// There is one cluster in a folder, so these may be the same for all.
 const CLUSTER: &str = "7c1b4f2e-5a0d-4c55-9d1e-6f0c8a3b2d10";
-/// The place of the OSD among the daemons.
-const OSD_DAEMON: usize = 2;
+const OSD_PROGRAM: &str = "ceph-osd";
+const GATEWAY: &str = "radosgw";
 const OSD: &str = "0f6f0c1e-93a4-4a0e-8a53-2b9d3e7c4f21";
 
 /// How long all of it may take to start: a few seconds, but on a machine with other things to do.
-const STARTING: Duration = Duration::from_secs(180);
+const STARTING: Duration = Duration::from_secs(70);
+/// How often it is started. A daemon may find that somebody has taken its port meanwhile, and all others wait for it.
+const ATTEMPTS: u32 = 3;
 
 /// A running RGW. Its processes are ended when it is dropped, and its objects are gone.
 pub struct Rgw {
     folder: PathBuf,
     port: u16,
-    gateway: Child,
-    /// Monitor, manager, OSD.
-    cluster: [Child; 3],
-    osd_starts: u32,
+    daemons: Vec<Daemon>,
+    /// When what is going on must be over.
+    deadline: Instant,
+}
+
+/// A process that runs until it is ended.
+struct Daemon {
+    program: &'static str,
+    args: [&'static str; 2],
+    child: Child,
+    starts: u32,
 }
 
 impl Rgw {
@@ -43,15 +50,42 @@ impl Rgw {
             eprintln!("skipped: there is no {}", missing.join(", no "));
             return None;
         }
+        for attempt in 1..=ATTEMPTS {
+            let begun = Instant::now();
+            match Rgw::attempt(folder.join(attempt.to_string())) {
+                Ok(rgw) => {
+                    eprintln!("RGW answers after {:.1?}", begun.elapsed());
+                    return Some(rgw);
+                }
+                Err(trouble) => eprintln!("RGW, attempt {attempt}: {trouble}"),
+            }
+        }
+        panic!("RGW does not start");
+    }
+
+    fn attempt(folder: PathBuf) -> Result<Rgw, String> {
         let [monitor, port] = free_ports();
-        configure(folder, monitor, port);
-        let cluster = start_cluster(folder, monitor);
-        let gateway = start_gateway(folder);
-        let mut rgw = Rgw { folder: folder.to_owned(), port, gateway, cluster, osd_starts: 1 };
-        rgw.wait();
+        configure(&folder, monitor, port);
+        let mut rgw = Rgw { folder, port, daemons: Vec::new(), deadline: Instant::now() + STARTING };
+        rgw.begin(monitor).map_err(|trouble| format!("{trouble}{}", last_words(&rgw.folder)))?;
+        Ok(rgw)
+    }
+
+    fn begin(&mut self, monitor: u16) -> Result<(), String> {
+        let address = format!("[v1:127.0.0.1:{monitor}]");
+        self.run("monmaptool", &["--create", "--fsid", CLUSTER, "--addv", "a", &address, "monmap"])?;
+        self.run("ceph-mon", &["--mkfs", "-i", "a", "--monmap", "monmap"])?;
+        self.spawn("ceph-mon", ["-i", "a"]);
+        self.spawn("ceph-mgr", ["-i", "x"]);
+        // Waits for the monitor.
+        self.run("ceph", &["osd", "new", OSD])?;
+        self.run("ceph-osd", &["-i", "0", "--mkfs", "--osd-uuid", OSD])?;
+        self.spawn(OSD_PROGRAM, ["-i", "0"]);
+        self.spawn(GATEWAY, ["-n", "client.rgw"]);
+        self.wait()?;
         let keys = [format!("--access-key={ACCESS}"), format!("--secret-key={SECRET}")];
-        rgw.admin(&["user", "create", "--uid=mason", "--display-name=mason", &keys[0], &keys[1]]);
-        Some(rgw)
+        let user = ["user", "create", "--uid=mason", "--display-name=mason", &keys[0], &keys[1]];
+        self.run("radosgw-admin", &user)
     }
 
     /// Where it is, as a URL.
@@ -71,47 +105,77 @@ impl Rgw {
 
     /// Kills the gateway alone, in the midst of whatever it does, and starts it again. The objects stay.
     pub fn restart_radosgw(&mut self) {
-        end(&mut self.gateway);
-        self.gateway = start_gateway(&self.folder);
-        self.wait();
+        self.deadline = Instant::now() + STARTING;
+        let gateway = self.daemons.iter_mut().find(|daemon| daemon.program == GATEWAY).unwrap();
+        end(&mut gateway.child);
+        gateway.start(&self.folder);
+        if let Err(trouble) = self.wait() {
+            panic!("RGW: {trouble}{}", last_words(&self.folder));
+        }
     }
 
     /// Until the gateway takes connections. It does when everything behind it works.
+    fn wait(&mut self) -> Result<(), String> {
+        self.until(GATEWAY, |port| TcpStream::connect(("127.0.0.1", port)).ok().map(drop))
+    }
+
+    /// Runs a program to its end, which must be a good one.
+    fn run(&mut self, program: &str, args: &[&str]) -> Result<(), String> {
+        let (name, out) = (format!("{program} {}", args[0]), log(&self.folder, &format!("{program}.run")));
+        let mut child = command(&self.folder, program, args, out).spawn().unwrap();
+        let done = self.until(&name, |_| ended(&mut child)).and_then(|status| match status.success() {
+            true => Ok(()),
+            false => Err(format!("{name} has ended: {status}")),
+        });
+        end(&mut child);
+        done
+    }
+
+    /// Asks until there is an answer, a daemon has ended or it is too late.
     #[allow(clippy::disallowed_methods, reason = "servers of a test run in real time, beside its thread")]
-    fn wait(&mut self) {
-        let begun = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
-            let trouble = self.trouble();
-            let late = (begun.elapsed() > STARTING).then(|| format!("not after {STARTING:?}"));
-            if let Some(trouble) = trouble.or(late) {
-                panic!("RGW: {trouble}{}", last_words(&self.folder));
+    fn until<T>(&mut self, what: &str, mut answer: impl FnMut(u16) -> Option<T>) -> Result<T, String> {
+        loop {
+            if let Some(answer) = answer(self.port) {
+                return Ok(answer);
+            }
+            self.trouble()?;
+            if Instant::now() > self.deadline {
+                return Err(format!("{what}: not after {STARTING:?}"));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
     /// Which daemon has ended, if one has.
-    fn trouble(&mut self) -> Option<String> {
-        // An OSD may ask its monitor something before it has been told the cluster's identity, is refused with `wrong fsid`,
-        // and ends: elsewhere a service manager starts it again.
-        if ended(&mut self.cluster[OSD_DAEMON]).is_some() && self.osd_starts < 10 {
-            self.osd_starts += 1;
-            self.cluster[OSD_DAEMON] = start_osd(&self.folder);
+    fn trouble(&mut self) -> Result<(), String> {
+        for daemon in &mut self.daemons {
+            let Some(status) = ended(&mut daemon.child) else { continue };
+            // An OSD may ask its monitor something before it has been told the cluster's identity, is refused with
+            // `wrong fsid`, and ends: elsewhere a service manager starts it again.
+            if daemon.program != OSD_PROGRAM || daemon.starts == 10 {
+                return Err(format!("{} has ended: {status}", daemon.program));
+            }
+            daemon.start(&self.folder);
         }
-        let daemons = iter::once(&mut self.gateway).chain(&mut self.cluster);
-        let mut named = ["radosgw", "ceph-mon", "ceph-mgr", "ceph-osd"].into_iter().zip(daemons);
-        named.find_map(|(program, child)| Some(format!("{program} has ended: {}", ended(child)?)))
+        Ok(())
     }
 
-    fn admin(&self, args: &[&str]) {
-        run(&self.folder, "radosgw-admin", args);
+    fn spawn(&mut self, program: &'static str, args: [&'static str; 2]) {
+        let child = spawn(&self.folder, program, args);
+        self.daemons.push(Daemon { program, args, child, starts: 1 });
+    }
+}
+
+impl Daemon {
+    fn start(&mut self, folder: &Path) {
+        self.child = spawn(folder, self.program, self.args);
+        self.starts += 1;
     }
 }
 
 impl Drop for Rgw {
     fn drop(&mut self) {
-        end(&mut self.gateway);
-        self.cluster.iter_mut().rev().for_each(end);
+        self.daemons.iter_mut().rev().for_each(|daemon| end(&mut daemon.child));
     }
 }
 
@@ -168,44 +232,20 @@ fn configure(folder: &Path, monitor: u16, port: u16) {
     std::fs::write(folder.join("ceph.conf"), text).unwrap();
 }
 
-fn start_cluster(folder: &Path, monitor: u16) -> [Child; 3] {
-    let map = folder.join("monmap");
-    let map = map.to_str().unwrap();
-    let address = format!("[v1:127.0.0.1:{monitor}]");
-    run(folder, "monmaptool", &["--create", "--fsid", CLUSTER, "--addv", "a", &address, map]);
-    run(folder, "ceph-mon", &["--mkfs", "-i", "a", "--monmap", map]);
-    let monitor = spawn(folder, "ceph-mon", &["-i", "a"]);
-    let manager = spawn(folder, "ceph-mgr", &["-i", "x"]);
-    // Waits for the monitor.
-    run(folder, "ceph", &["osd", "new", OSD]);
-    run(folder, "ceph-osd", &["-i", "0", "--mkfs", "--osd-uuid", OSD]);
-    [monitor, manager, start_osd(folder)]
+/// A new file for what a program writes.
+fn log(folder: &Path, name: &str) -> File {
+    File::create(folder.join("log").join(name)).unwrap()
 }
 
-fn start_osd(folder: &Path) -> Child {
-    spawn(folder, "ceph-osd", &["-i", "0"])
-}
-
-fn start_gateway(folder: &Path) -> Child {
-    spawn(folder, "radosgw", &["-n", "client.rgw"])
-}
-
-fn command(folder: &Path, program: &str, args: &[impl AsRef<OsStr>]) -> Command {
+fn command(folder: &Path, program: &str, args: &[&str], out: File) -> Command {
     let mut command = Command::new(program);
-    command.arg("-c").arg(folder.join("ceph.conf")).args(args).current_dir(folder).stdin(Stdio::null());
+    command.arg("-c").arg(folder.join("ceph.conf")).args(args).current_dir(folder);
+    command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(out);
     command
 }
 
-/// Runs a program to its end, which must be a good one.
-fn run(folder: &Path, program: &str, args: &[&str]) {
-    let output = command(folder, program, args).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?} has ended with {}: {said}", output.status);
-}
-
 /// Starts a daemon as a child, so that it cannot outlive its group, nor be mistaken for another by its number.
-fn spawn(folder: &Path, program: &str, args: &[&str]) -> Child {
-    let log = File::create(folder.join("log").join(format!("{program}.out"))).unwrap();
-    let mut command = command(folder, program, args);
-    command.arg("-f").stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
+fn spawn(folder: &Path, program: &str, args: [&str; 2]) -> Child {
+    let out = log(folder, &format!("{program}.out"));
+    command(folder, program, &args, out).arg("-f").spawn().unwrap()
 }
