@@ -123,7 +123,7 @@ impl Pool {
         let (mut blocks, mut parts) = (0, 0);
         while !list.is_hole() {
             parts += 1;
-            if parts > self.space.all() / NODE {
+            if parts > self.space.blocks.all() / NODE {
                 return Err(damaged("a dead list leads back to itself"));
             }
             let place = Place { tree: Tree::DeadList, ptr: list, level: 0, index: u64::from(snapshot) };

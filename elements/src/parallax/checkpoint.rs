@@ -209,6 +209,7 @@ impl Pool {
         freed.extend(std::mem::replace(&mut core.journal, journal).into_iter().map(|at| at..at + 1));
         let era = std::mem::take(&mut core.era);
         core.leaving.push((Arc::downgrade(&era), freed));
+        self.note_kept(&core);
         drop(core);
         self.space.release(frozen.promised);
     }

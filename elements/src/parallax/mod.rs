@@ -1,6 +1,7 @@
 //! Parallax: volumes that are copy-on-write radix trees over a shared pool of blocks (docs/parallax.md).
 //!
-//! `format` is what is on disk, `below` how it is reached. `space` is the block store: extents, owners, what is free. Above
+//! `format` is what is on disk, `below` how it is reached. `blocks` is the block store: extents and their owners; `space` what one owner
+//! has of it. Above
 //! it is a tree store: `log` makes changes findable, `runs` keeps those that are not in a tree yet, `nodes` reads and writes
 //! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests,
 //! `promise` is the room for them; `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
@@ -8,6 +9,7 @@
 mod account;
 mod admin;
 mod below;
+mod blocks;
 mod check;
 mod checkpoint;
 mod format;

@@ -1,6 +1,7 @@
 //! Makes a pool, and opens one: finds the newest root, and brings back what the log says has happened since.
 
 use super::below::Below;
+use super::blocks::Blocks;
 use super::check::outcome;
 use super::format::{
     BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Id, Label, Owner, Owners, Ptr, RECORDS,
@@ -13,6 +14,7 @@ use super::pool::{Core, Pool};
 use super::space::Space;
 use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 /// The number of the first owner of extents.
 const OWNER: u32 = 2;
@@ -133,8 +135,9 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     let root = read_root(&label, &owner, below).await?;
     let journal = read_journal(&label, &root, below).await?;
     let epoch = root.epoch + u64::from(opening.writable);
-    let space = Space::read(label, owner.number, epoch, &journal.records, below).await?;
-    let nodes = Nodes::new(space.label().id, opening.memory);
+    let blocks = Arc::new(Blocks::read(label, &[owner.number], below).await?);
+    let space = Space::new(blocks, owner.number, epoch, &journal.records);
+    let nodes = Arc::new(Nodes::new(space.label().id, opening.memory));
     let catalog = read_catalog(&nodes, &root, below).await?;
     let log = Log::new(root.log, root.epoch, root.tail);
     let mut core = Core::new(root, log, catalog);
@@ -212,7 +215,7 @@ pub(super) async fn examine_copies(pool: &Pool, below: Below<'_>) -> Result<Vec<
             problems.push(said("list of owners", place, mended));
         }
     }
-    problems.extend(pool.space.examine(below).await?);
+    problems.extend(pool.space.blocks.examine(below).await?);
     Ok(problems)
 }
 

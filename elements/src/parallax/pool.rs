@@ -383,7 +383,8 @@ pub(super) struct Pool {
     pub(super) id: Id,
     pub(super) writable: bool,
     pub(super) space: Space,
-    pub(super) nodes: Nodes,
+    /// All trees of the pool share them.
+    pub(super) nodes: Arc<Nodes>,
     /// The extent of the root.
     pub(super) root_extent: u64,
     core: Mutex<Core>,
@@ -400,7 +401,8 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    pub(super) fn new(space: Space, nodes: Nodes, root_extent: u64, core: Core, writable: bool) -> Pool {
+    pub(super) fn new(space: Space, nodes: Arc<Nodes>, root_extent: u64, core: Core, writable: bool) -> Pool {
+        space.keep(core.kept());
         Pool {
             id: space.label().id,
             writable,
@@ -616,6 +618,11 @@ impl Pool {
         Ok((counts, changes))
     }
 
+    /// What others may not count on.
+    pub(super) fn note_kept(&self, core: &Core) {
+        self.space.keep(core.kept());
+    }
+
     /// What a snapshot sees counts for no reserve any more: so much has to be kept anew.
     ///
     /// # Errors
@@ -629,7 +636,10 @@ impl Pool {
         };
         let more: u64 = wanted.iter().map(reserved).sum();
         match more == 0 || self.space.has_room(core.kept() + more) {
-            true => Ok(()),
+            true => {
+                self.space.keep(core.kept() + more);
+                Ok(())
+            }
             false => Err(Error::new(
                 Kind::NoSpace,
                 "the pool has no room to keep what is reserved once a snapshot sees what has been written",
@@ -662,7 +672,7 @@ impl Pool {
 
     /// Says when there is little room left, once each time.
     fn warn(&self, cx: Cx<'_>) {
-        let (free, all) = (self.space.free().saturating_sub(self.space.slop()), self.space.all());
+        let (free, all) = (self.space.blocks.free().saturating_sub(self.space.slop()), self.space.blocks.all());
         let percent = free * 100 / all.max(1);
         let mut core = self.core();
         let level = LOW.into_iter().position(|low| percent < low).map_or(LOW.len(), |level| level);
@@ -677,10 +687,10 @@ impl Pool {
 
     /// The value of a handler that all elements over a pool have.
     pub(super) fn get(&self, handler: &str) -> Result<String> {
-        let free = self.space.free();
+        let free = self.space.blocks.free();
         match handler {
             "free" => Ok((free * BLOCK).to_string()),
-            "used" => Ok(((self.space.all() - free) * BLOCK).to_string()),
+            "used" => Ok(((self.space.blocks.all() - free) * BLOCK).to_string()),
             _ => Err(Error::no_handler(handler)),
         }
     }

@@ -4,7 +4,7 @@ use super::below::{Below, block_on};
 use super::format::{BLOCK, EXTENT, Id, Label};
 use super::open::{Opening, create, open, read_label};
 use super::pool::Pool;
-use super::space::write_size;
+use super::blocks::write_size;
 use blockmason::heads::{self, HeadPlace, Standing};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Error, Kind, Result};
@@ -150,7 +150,7 @@ impl Shared {
         let label = self.pool.space.label();
         let extents = make_room(self.io.image().file(), &label, size)
             .map_err(|error| error.with_path(&self.listed.0.path))?;
-        block_on(self.pool.space.grow(extents, self.blocking()))?;
+        block_on(self.pool.space.blocks.grow(extents, self.blocking()))?;
         self.pool.room.notify_waiters();
         Ok(extents * EXTENT * BLOCK)
     }

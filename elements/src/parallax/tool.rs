@@ -310,12 +310,12 @@ fn stat(shared: &Shared) -> Value {
         EntryKind::Volume { .. } => entry.name.clone(),
     };
     let deleting: Vec<String> = core.catalog.values().filter(|entry| entry.deleting).map(called).collect();
-    let (all, free, slop) = (space.all(), space.free(), space.slop());
+    let (all, free, slop) = (space.blocks.all(), space.blocks.free(), space.slop());
     json!({
         "size": all * BLOCK, "used": (all - free) * BLOCK, "free": free * BLOCK,
         "reserved": kept * BLOCK, "kept_back": slop * BLOCK,
         "available": free.saturating_sub(kept + slop) * BLOCK, "deleting": deleting,
-        "set_aside": space.backed() * BLOCK, "file_system_free": shared.room_below(),
+        "set_aside": space.blocks.backed() * BLOCK, "file_system_free": shared.room_below(),
     })
 }
 
@@ -412,5 +412,5 @@ fn listed(pool: &Pool) -> Value {
     };
     let volumes: Vec<Value> = core.catalog.iter().filter_map(volume).collect();
     drop(core);
-    json!({ "size": pool.space.all() * BLOCK, "free": pool.space.free() * BLOCK, "volumes": volumes })
+    json!({ "size": pool.space.blocks.all() * BLOCK, "free": pool.space.blocks.free() * BLOCK, "volumes": volumes })
 }

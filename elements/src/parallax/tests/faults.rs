@@ -317,16 +317,16 @@ fn an_extent_without_a_record_is_full() {
     run(1, async |host| {
         let mut rig = two_leaves(&host, &[]).await;
         let [leaf, _] = rig.leaf(0).await;
-        let (label, free) = rig.look(|pool, _| (pool.space.label(), pool.space.free())).await;
+        let (label, free) = rig.look(|pool, _| (pool.space.label(), pool.space.blocks.free())).await;
         for at in label.record(leaf / EXTENT) {
             rig.damage(at + 20).await;
         }
-        assert_eq!(rig.look(|pool, _| pool.space.free()).await, free, "the journal has it");
+        assert_eq!(rig.look(|pool, _| pool.space.blocks.free()).await, free, "the journal has it");
         is_sound(&rig).await;
         for at in label.record(label.extents - 1) {
             rig.damage(at + 20).await;
         }
-        assert_eq!(rig.look(|pool, _| pool.space.free()).await, free - EXTENT);
+        assert_eq!(rig.look(|pool, _| pool.space.blocks.free()).await, free - EXTENT);
         rig.reopen().await;
         rig.fill(100, 300, 4).await.unwrap();
         rig.checkpoint().await.unwrap();

@@ -190,10 +190,10 @@ fn a_pool_that_grows_has_room() {
     let volume = bench.volume("v", Settings::default());
     let (at, _) = bench.fill(&volume, 0);
     bench.file.set_len(256 * MIB).unwrap();
-    let too_large = block_on(bench.pool.space.grow(1 << 30, bench.below())).unwrap_err();
+    let too_large = block_on(bench.pool.space.blocks.grow(1 << 30, bench.below())).unwrap_err();
     assert_eq!(too_large.kind(), Kind::Invalid);
-    assert_eq!(block_on(bench.pool.space.grow(1, bench.below())).unwrap_err().kind(), Kind::Invalid);
-    block_on(bench.pool.space.grow(128, bench.below())).unwrap();
+    assert_eq!(block_on(bench.pool.space.blocks.grow(1, bench.below())).unwrap_err().kind(), Kind::Invalid);
+    block_on(bench.pool.space.blocks.grow(128, bench.below())).unwrap();
     let (more, _) = bench.fill(&volume, at);
     assert!(more > 200 * MIB, "{more}");
     drop(volume);
@@ -217,9 +217,9 @@ fn what_is_free_goes_back_to_the_file_system() {
     block_on(bench.pool.delete_volume("gone", bench.below())).unwrap();
     let before = bench.file.metadata().unwrap().blocks();
     block_on(bench.pool.delete_all(bench.below())).unwrap();
-    let free = bench.pool.space.free();
+    let free = bench.pool.space.blocks.free();
     let given = block_on(bench.pool.collect(bench.below())).unwrap();
-    assert!(bench.pool.space.free() >= free, "something is lost");
+    assert!(bench.pool.space.blocks.free() >= free, "something is lost");
     let backed = bench.pool.space.backed();
     let after = bench.file.metadata().unwrap().blocks();
     assert!(given.is_some_and(|bytes| bytes >= 32 * MIB), "{given:?}");
