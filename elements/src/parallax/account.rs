@@ -1,7 +1,8 @@
 //! Whose the room of a pool is, and how it is given back to the file system that the pool is on.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, EntryKind, NODE, Ptr, SLOTS, damaged};
+use super::format::{BLOCK, Body, EntryKind, NODE, Ptr, damaged};
+use super::items::Item;
 use super::nodes::{Place, Tree};
 use super::pool::Pool;
 use blockmason::{Error, Kind, LocalBoxFuture, Request, Result};
@@ -96,23 +97,25 @@ impl Pool {
         below: Below<'a>,
     ) -> LocalBoxFuture<'a, Result<()>> {
         Box::pin(async move {
-            if ptr.is_hole() || ptr.birth <= birth {
+            if ptr.birth <= birth {
                 return Ok(());
             }
-            counted.nodes += 2 * NODE;
-            let node = self.nodes.get(&Place { tree: Tree::Volume, ptr, level, index }, below).await?;
-            match &node.body {
-                Body::Leaf(slots) => {
-                    let young = slots.iter().filter(|slot| slot.at != 0 && slot.birth > birth);
-                    counted.data += young.count() as u64;
+            let items = match Item::of(self.format, ptr, level, index) {
+                run @ Item::Run { .. } => vec![run],
+                Item::Node(place) => {
+                    let node = self.nodes.get(&place, below).await?;
+                    counted.nodes += 2 * node.body.blocks();
+                    Item::all(self.format, &node.body, level, index)
                 }
-                Body::Inner(children) => {
-                    for (ix, child) in children.iter().enumerate() {
-                        let place = (*child, level - 1, index * SLOTS as u64 + ix as u64);
-                        self.count_younger(place, birth, counted, below).await?;
+            };
+            for item in items {
+                match item {
+                    Item::Run { len, slot, .. } if slot.at != 0 && slot.birth > birth => counted.data += len,
+                    Item::Run { .. } => {}
+                    Item::Node(Place { ptr, level, index, .. }) => {
+                        self.count_younger((ptr, level, index), birth, counted, below).await?;
                     }
                 }
-                Body::Catalog(_) | Body::Dead(..) => {}
             }
             Ok(())
         })

@@ -3,9 +3,10 @@
 
 use super::below::Below;
 use super::checkpoint::Frozen;
-use super::format::{BLOCK, Body, Dead, Entry, EntryKind, Features, Limits, Ptr, SLOTS, damaged};
-use super::merge::{Merge, Who, height, span};
-use super::nodes::{Place, Tree};
+use super::format::{BLOCK, Dead, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS, damaged};
+use super::items::Item;
+use super::merge::{Merge, Who, height};
+use super::nodes::Place;
 use super::pool::{Core, Pool, with_nodes};
 use super::volume::unix_seconds;
 use blockmason::{Error, Kind, LocalBoxFuture, Result};
@@ -23,8 +24,12 @@ fn busy(message: impl Into<String>) -> Error {
     Error::new(Kind::Busy, message.into())
 }
 
-fn gone(what: &str, name: &str) -> Error {
+pub(super) fn gone(what: &str, name: &str) -> Error {
     Error::new(Kind::Unavailable, format!("there is no {what} {name}"))
+}
+
+pub(super) fn taken(name: &str) -> Error {
+    busy(format!("there is a volume {name} already"))
 }
 
 /// Whether something may be called that.
@@ -79,7 +84,7 @@ impl Core {
     fn need_no_volume(&self, name: &str) -> Result<()> {
         check_name(name)?;
         match self.volume(name) {
-            Some(_) => Err(busy(format!("there is a volume {name} already"))),
+            Some(_) => Err(taken(name)),
             None => Ok(()),
         }
     }
@@ -236,6 +241,8 @@ impl Plan {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
+    /// The format of its tree.
+    pub format: Format,
     /// Each block has a checksum.
     pub checksums: bool,
     /// After a loss of power it is what it was at some instant since the last flush.
@@ -401,9 +408,7 @@ async fn recall_older(
     births: Range<u64>,
 ) -> Result<()> {
     let Some(snapshot) = catalog.snapshot(number) else { return Ok(()) };
-    let height = snapshot.entry.height;
-    let next = merge.lower(next.root, next.height, height).await?;
-    merge.lost(births.start, (snapshot.entry.root, next), (height, 0)).await?;
+    merge.lost_between(births.start, &snapshot.entry, next).await?;
     merge.dead.retain(|dead| dead.birth <= births.end);
     let list = merge.add_dead(number, snapshot.dead).await?;
     catalog.change(number, |entry| set_dead(entry, list));
@@ -503,7 +508,7 @@ impl Pool {
         below: Below<'_>,
     ) -> Result<u32> {
         check_size(size)?;
-        let Settings { checksums, ordered, quota, reserve } = settings;
+        let Settings { checksums, ordered, quota, reserve, format: _ } = settings;
         let entry = Entry {
             name: name.to_owned(),
             size,
@@ -733,29 +738,24 @@ impl Pool {
             if ptr.birth <= birth {
                 return Ok(());
             }
-            let mut add = |blocks: Range<u64>| match found.last_mut() {
-                Some(last) if last.end == blocks.start => last.end = blocks.end,
-                _ => found.push(blocks),
-            };
-            if ptr.is_hole() {
-                add(index * span(level + 1)..(index + 1) * span(level + 1));
-                return Ok(());
-            }
-            let place = Place { tree: Tree::Volume, ptr, level, index };
-            let node = self.nodes.get(&place, below).await?;
-            match &node.body {
-                Body::Leaf(slots) => {
-                    let young = slots.iter().enumerate().filter(|(_, slot)| slot.birth > birth);
-                    let first = index * SLOTS as u64;
-                    young.for_each(|(ix, _)| add(first + ix as u64..first + ix as u64 + 1));
+            let items = match Item::of(self.format, ptr, level, index) {
+                run @ Item::Run { .. } => vec![run],
+                Item::Node(place) => {
+                    let node = self.nodes.get(&place, below).await?;
+                    Item::all(self.format, &node.body, level, index)
                 }
-                Body::Inner(children) => {
-                    for (ix, child) in children.iter().enumerate() {
-                        let place = (*child, level - 1, index * SLOTS as u64 + ix as u64);
-                        self.walk_younger(place, birth, found, below).await?;
+            };
+            for item in items {
+                match item {
+                    Item::Run { first, len, slot } if slot.birth > birth => match found.last_mut() {
+                        Some(last) if last.end == first => last.end = first + len,
+                        _ => found.push(first..first + len),
+                    },
+                    Item::Run { .. } => {}
+                    Item::Node(Place { ptr, level, index, .. }) => {
+                        self.walk_younger((ptr, level, index), birth, found, below).await?;
                     }
                 }
-                Body::Catalog(_) | Body::Dead(..) => {}
             }
             Ok(())
         })
@@ -763,15 +763,6 @@ impl Pool {
 }
 
 impl Merge<'_> {
-    /// What of a tree that has grown is where it had its root before.
-    async fn lower(&self, mut ptr: Ptr, mut level: u8, wanted: u8) -> Result<Ptr> {
-        while level > wanted && !ptr.is_hole() {
-            let Body::Inner(children) = self.read(ptr, level, 0).await? else { break };
-            (ptr, level) = (children[0], level - 1);
-        }
-        Ok(ptr)
-    }
-
     /// What the first so many parts of a dead list have. Frees those parts; what is left.
     async fn take_dead(&mut self, snapshot: u32, mut list: Ptr, most: usize) -> Result<(Ptr, Vec<Dead>)> {
         let (mut all, mut parts) = (Vec::new(), HashSet::new());

@@ -210,7 +210,10 @@ impl State {
     }
 
     fn others(&self, owner: u32) -> impl Iterator<Item = (u32, &Account)> {
-        self.accounts.iter().map(|(other, account)| (*other, account)).filter(move |(other, _)| *other != owner)
+        self.accounts
+            .iter()
+            .map(|(other, account)| (*other, account))
+            .filter(move |(other, _)| *other != owner)
     }
 
     /// So many blocks are free for an owner and promised to nobody.
@@ -225,15 +228,23 @@ impl State {
     /// last one used.
     pub(super) fn to_grant(&self, owner: u32, want: u64) -> Range<u64> {
         let last = self.account(owner).last;
-        if self.unowned > 0 {
-            return self.row_near(last, want, |extent| matches!(extent, Extent::Nobodys));
+        let nobodys = self.row_near(last, want, |extent| matches!(extent, Extent::Nobodys));
+        if !nobodys.is_empty() {
+            return nobodys;
         }
+        self.to_take(owner, want)
+    }
+
+    /// The same of those that another owner has no use for.
+    fn to_take(&self, owner: u32, want: u64) -> Range<u64> {
         let spares = self.others(owner).find_map(|(other, account)| {
             let spare = self.surplus(account) / EXTENT as i64;
             (spare > 0).then_some((other, spare as u64))
         });
         let Some((other, spare)) = spares else { return 0..0 };
-        self.row_near(last, want.min(spare), |extent| extent.owned_by(other).is_some_and(Owned::is_empty))
+        self.row_near(self.account(owner).last, want.min(spare), |extent| {
+            extent.owned_by(other).is_some_and(Owned::is_empty)
+        })
     }
 
     /// True of an extent that may be given away.
@@ -348,6 +359,54 @@ impl Blocks {
 
     pub(super) fn label(&self) -> Label {
         self.state().label.clone()
+    }
+
+    /// What an owner has is left alone from now on.
+    pub(super) fn disown(&self, owner: u32) {
+        let mut state = self.state();
+        for extent in 0..state.extents.len() as u64 {
+            if state.extents[extent as usize].owned_by(owner).is_some() {
+                state.replace(extent, Extent::Foreign(owner));
+            }
+        }
+        state.accounts.remove(&owner);
+    }
+
+    /// Gives extents in a row, full, to an owner who is not known yet, durably: so many, or some less, but two at least.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`].
+    pub(super) async fn settle(&self, owner: u32, count: u64, below: Below<'_>) -> Result<Range<u64>> {
+        let _alone = self.granting.lock().await;
+        let left: Vec<(u64, ExtentRecord)> = {
+            let state = self.state();
+            let is = |extent: &Extent| matches!(extent, Extent::Foreign(number) if *number == owner);
+            let left = state.extents.iter().enumerate().filter(|(_, extent)| is(extent));
+            left.map(|(at, _)| (at as u64, ExtentRecord::default())).collect()
+        };
+        // Somebody has begun with that, and died before the owner was there.
+        self.write_records(&left, below).await?;
+        let row = {
+            let mut state = self.state();
+            left.iter().for_each(|(at, _)| drop(state.replace(*at, Extent::Nobodys)));
+            let mut row = state.row_near(0, count, |extent| matches!(extent, Extent::Nobodys));
+            if row.end - row.start < 2 {
+                row = state.to_take(owner, count);
+            }
+            if row.end - row.start < 2 || !state.has(owner, (row.end - row.start + 1) * EXTENT) {
+                return Err(Error::new(Kind::NoSpace, "the pool has no room for volumes of another format"));
+            }
+            row.clone().for_each(|at| drop(state.replace(at, Extent::Foreign(owner))));
+            row
+        };
+        below.allocate(row.start * EXTENT..row.end * EXTENT).await?;
+        let record = ExtentRecord { owner, epoch: 0, used: [u64::MAX; 8], backed: true };
+        let records: Vec<(u64, ExtentRecord)> = row.clone().map(|at| (at, record)).collect();
+        self.write_records(&records, below).await?;
+        below.flush().await?;
+        let mut state = self.state();
+        row.clone().for_each(|at| drop(state.replace(at, Extent::of(&record, &[owner]))));
+        Ok(row)
     }
 
     /// Free blocks, promised ones among them.

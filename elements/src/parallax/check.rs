@@ -2,15 +2,17 @@
 //! meanings, and exactly what is reachable is marked as used.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, NODE, Ptr, RECORDS, SLOTS};
+use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, Ptr, RECORDS, SLOTS, Slot};
+use super::items::Item;
 use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::{crc_of, examine_copies};
 use super::pool::Pool;
 use blockmason::{LocalBoxFuture, Result};
-use std::collections::hash_map::Entry as Slot;
+use std::collections::hash_map::Entry as Known;
 use std::collections::{HashMap, HashSet};
 use std::mem::Discriminant;
+use std::ops::{AddAssign, Range};
 
 /// What a block of the pool is. In two trees it is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,16 @@ pub(super) struct Findings {
     pub(super) nodes: u64,
     pub(super) volumes: u64,
     pub(super) snapshots: u64,
+}
+
+impl AddAssign for Findings {
+    fn add_assign(&mut self, other: Findings) {
+        self.problems.extend(other.problems);
+        self.blocks += other.blocks;
+        self.nodes += other.nodes;
+        self.volumes += other.volumes;
+        self.snapshots += other.snapshots;
+    }
 }
 
 /// Problems that are told one by one.
@@ -63,8 +75,7 @@ pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
         check.entry(*number, entry, &catalog).await;
     }
     check.space(root.used);
-    check.findings.nodes =
-        check.known.values().filter(|meaning| matches!(meaning, Meaning::Node(..))).count() as u64 / 4;
+    check.findings.nodes = check.seen.len() as u64;
     check.findings.blocks = check.known.len() as u64;
     Ok(check.findings)
 }
@@ -85,9 +96,9 @@ impl Check<'_> {
     fn claim(&mut self, at: u64, len: u64, meaning: Meaning) {
         for at in at..at + len {
             match self.known.entry(at) {
-                Slot::Vacant(slot) => drop(slot.insert(meaning)),
-                Slot::Occupied(slot) if *slot.get() == meaning => {}
-                Slot::Occupied(slot) => {
+                Known::Vacant(slot) => drop(slot.insert(meaning)),
+                Known::Occupied(slot) if *slot.get() == meaning => {}
+                Known::Occupied(slot) => {
                     let other = *slot.get();
                     self.problem(format!("block {at} is {meaning:?} and {other:?}"));
                 }
@@ -121,7 +132,8 @@ impl Check<'_> {
             ));
         }
         let kind = std::mem::discriminant(&node.body);
-        ptr.at.into_iter().for_each(|at| self.claim(at, NODE, Meaning::Node(kind, level, index)));
+        let blocks = node.body.blocks();
+        ptr.at.into_iter().for_each(|at| self.claim(at, blocks, Meaning::Node(kind, level, index)));
         if node.body.birth() > ptr.birth {
             self.problem(format!("{what}: the node at block {} has something younger than it is", ptr.at[0]));
         }
@@ -177,31 +189,42 @@ impl Check<'_> {
         what: &'c str,
     ) -> LocalBoxFuture<'c, ()> {
         Box::pin(async move {
-            if ptr.is_hole() {
-                return;
-            }
-            let place = Place { tree: Tree::Volume, ptr, level, index };
-            match self.node(place, what).await {
-                Some(Body::Inner(children)) => {
-                    for (ix, child) in children.iter().enumerate() {
-                        self.tree(*child, level - 1, index * SLOTS as u64 + ix as u64, entry, what).await;
+            let format = self.pool.format;
+            let items = match Item::of(format, ptr, level, index) {
+                run @ Item::Run { .. } => vec![run],
+                Item::Node(place) => match self.node(place, what).await {
+                    Some(body) => Item::all(format, &body, level, index),
+                    None => return,
+                },
+            };
+            for item in items {
+                match item {
+                    Item::Run { first, len, slot } if slot.at != 0 => {
+                        self.run(first..first + len, slot, entry, what).await;
+                    }
+                    Item::Run { .. } => {}
+                    Item::Node(Place { ptr, level, index, .. }) => {
+                        self.tree(ptr, level, index, entry, what).await;
                     }
                 }
-                Some(Body::Leaf(slots)) => {
-                    for (ix, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.at != 0) {
-                        let block = index * SLOTS as u64 + ix as u64;
-                        self.claim(slot.at, 1, Meaning::Data(block, slot.birth));
-                        if block * BLOCK >= entry.size {
-                            self.problem(format!("{what} has a block behind its end: {block}"));
-                        }
-                        if entry.checksums {
-                            self.contents(slot.at, slot.crc, block, what).await;
-                        }
-                    }
-                }
-                Some(Body::Catalog(_) | Body::Dead(..)) | None => {}
             }
         })
+    }
+
+    /// Blocks that are in a row in the pool.
+    async fn run(&mut self, blocks: Range<u64>, slot: Slot, entry: &Entry, what: &str) {
+        if blocks.end * BLOCK > entry.size {
+            self.problem(format!("{what} has a block behind its end: {}", blocks.end - 1));
+        }
+        if slot.at + (blocks.end - blocks.start) > self.pool.space.label().extents * EXTENT {
+            return self.problem(format!("{what} has blocks outside the pool, from {} on", slot.at));
+        }
+        for (block, at) in blocks.zip(slot.at..) {
+            self.claim(at, 1, Meaning::Data(block, slot.birth));
+            if entry.checksums {
+                self.contents(at, slot.crc, block, what).await;
+            }
+        }
     }
 
     async fn contents(&mut self, at: u64, crc: u32, block: u64, what: &str) {
@@ -254,7 +277,7 @@ impl Check<'_> {
     }
 
     /// Extents of the root and of the log.
-    fn own(&self) -> [std::ops::Range<u64>; 2] {
+    fn own(&self) -> [Range<u64>; 2] {
         let first = self.pool.root_extent * EXTENT;
         let log = self.pool.core().root.log;
         [first..first + EXTENT, log[0]..log[0] + log[1]]

@@ -9,7 +9,7 @@ use super::format::{
     BLOCK, Body, Entry, EntryKind, ExtentRecord, Features, Label, Node, Owners, RECORDS, Record, Root, seal,
     u32_at,
 };
-use super::open::{Opening, create, open};
+use super::open::{Opening, create, open_newest};
 use super::pool::Pool;
 use super::volume::Volume;
 use blockmason::{Data, Op, Request, Result};
@@ -147,8 +147,10 @@ pub(super) fn restore(file: &File, size: u64, contents: &[(u64, Vec<u8>)]) {
 pub(super) fn survives(file: &File, mut each: impl FnMut(&Pool, u32, Result<Data>)) {
     for writable in [false, true] {
         let below = Below::Plain(file.as_fd());
-        let opening = Opening { writable, memory: 200_000 };
-        let Ok(pool) = block_on(open(opening, file.metadata().unwrap().len(), below)) else { continue };
+        let opening = Opening { writable, ..Opening::writable(200_000) };
+        let Ok(pool) = block_on(open_newest(opening, file.metadata().unwrap().len(), below)) else {
+            continue;
+        };
         let pool = Arc::new(pool);
         let _ = block_on(check(&pool, below));
         let all: Vec<(u32, u64)> = pool
@@ -180,8 +182,8 @@ fn small() -> &'static [(u64, Vec<u8>)] {
         let below = Below::Plain(file.as_fd());
         block_on(async {
             create(ID, SIZE, below).await?;
-            let opening = Opening { writable: true, memory: 200_000 };
-            let pool = Arc::new(open(opening, SIZE, below).await?);
+            let opening = Opening::writable(200_000);
+            let pool = Arc::new(open_newest(opening, SIZE, below).await?);
             for (name, blocks, checksums) in [("a", 700, false), ("b", 20, true)] {
                 let settings = Settings { checksums, ordered: checksums, ..Settings::default() };
                 let number = pool.make_volume(name, blocks * BLOCK, settings, below).await?;

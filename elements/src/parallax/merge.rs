@@ -1,7 +1,8 @@
 //! Brings changes into trees: writes the nodes that change to new places, and finds out what nothing leads to any more.
 
 use super::below::Below;
-use super::format::{Body, DEAD, Dead, Entry, NODE, Node, Ptr, RECORDS, SLOTS, Slot, damaged};
+use super::format::{Body, DEAD, Dead, Entry, Format, NODE, Node, Ptr, RECORDS, SLOTS, Slot, damaged};
+use super::items::Item;
 use super::nodes::{Nodes, Place, Tree};
 use super::pool::Pool;
 use super::runs::{Run, Runs};
@@ -47,6 +48,7 @@ impl Counted {
 
 /// What a checkpoint does.
 pub(super) struct Merge<'a> {
+    pub(super) format: Format,
     space: &'a Space,
     nodes: &'a Nodes,
     below: Below<'a>,
@@ -61,6 +63,7 @@ pub(super) struct Merge<'a> {
 impl<'a> Merge<'a> {
     pub(super) fn new(pool: &'a Pool, below: Below<'a>) -> Merge<'a> {
         Merge {
+            format: pool.format,
             space: &pool.space,
             nodes: &pool.nodes,
             below,
@@ -87,7 +90,7 @@ impl<'a> Merge<'a> {
     }
 
     /// A line lets go of blocks with that birth.
-    fn kill(&mut self, who: Who, at: u64, len: u64, birth: u64) {
+    pub(super) fn kill(&mut self, who: Who, at: u64, len: u64, birth: u64) {
         if birth <= who.origin {
             return;
         }
@@ -96,28 +99,51 @@ impl<'a> Merge<'a> {
         }
         match self.dead.last_mut() {
             Some(last)
-                if last.birth == birth && last.at + u64::from(last.len) == at && last.len < u16::MAX =>
+                if last.birth == birth
+                    && last.at + u64::from(last.len) == at
+                    && u64::from(last.len) + len <= u64::from(u16::MAX) =>
             {
                 last.len += len as u16;
             }
-            _ => self.dead.push(Dead { at, birth, len: len as u16 }),
+            _ => {
+                let each = usize::from(u16::MAX);
+                let parts = (at..at + len).step_by(each).map(|first| (first, (at + len - first) as usize));
+                self.dead.extend(parts.map(|(at, left)| Dead { at, birth, len: left.min(each) as u16 }));
+            }
         }
     }
 
-    fn kill_node(&mut self, who: Who, ptr: Ptr) {
-        if !ptr.is_hole() {
-            ptr.at.into_iter().for_each(|at| self.kill(who, at, NODE, ptr.birth));
+    /// Both copies of a node of so many blocks.
+    pub(super) fn kill_node(&mut self, who: Who, ptr: Ptr, blocks: u64) {
+        if ptr.is_node() {
+            ptr.at.into_iter().for_each(|at| self.kill(who, at, blocks, ptr.birth));
+        }
+    }
+
+    /// A line lets go of blocks of a volume.
+    pub(super) fn kill_data(&mut self, who: Who, slot: Slot, len: u64) {
+        if slot.at != 0 {
+            self.counted.add(who, slot.birth, -(len as i64));
+            self.kill(who, slot.at, len, slot.birth);
+        }
+    }
+
+    /// Blocks of a volume are where a run says.
+    pub(super) fn place_data(&mut self, who: Who, run: &Run) {
+        if run.at != 0 {
+            self.counted.add(who, run.birth, run.len as i64);
+            self.difference.add(run.at..run.at + run.len);
         }
     }
 
     /// Room for both copies of a node.
-    async fn place(&mut self) -> Result<[u64; 2]> {
-        let want = Want { least: NODE, most: NODE };
+    async fn place(&mut self, blocks: u64) -> Result<[u64; 2]> {
+        let want = Want { least: blocks, most: blocks };
         let first = self.space.take(None, want, self.below).await?.start;
         // Not beside the first one: what destroys a piece of the medium should not destroy both.
         let second = self.space.take(Some(first + super::format::EXTENT / 2), want, self.below).await?.start;
         for at in [first, second] {
-            self.difference.add(at..at + NODE);
+            self.difference.add(at..at + blocks);
         }
         Ok([first, second])
     }
@@ -125,14 +151,14 @@ impl<'a> Merge<'a> {
     pub(super) async fn write(&mut self, node: Node, birth: u64) -> Result<Ptr> {
         // On a fast device nothing of all this ever waits, and guests would.
         blockmason::rt::pass().await;
-        let ptr = Ptr { at: self.place().await?, birth };
+        let ptr = Ptr { at: self.place(node.body.blocks()).await?, birth };
         self.nodes.write(ptr, node, self.below).await?;
         Ok(ptr)
     }
 
     /// The body of a node of a volume's tree.
     pub(super) async fn read(&self, ptr: Ptr, level: u8, index: u64) -> Result<Body> {
-        self.body(Place { tree: Tree::Volume, ptr, level, index }).await
+        self.body(Place { tree: Tree::Volume(self.format), ptr, level, index }).await
     }
 
     async fn body(&self, place: Place) -> Result<Body> {
@@ -145,7 +171,7 @@ impl<'a> Merge<'a> {
         let place = Place { tree: Tree::DeadList, ptr, level: 0, index: u64::from(snapshot) };
         match self.body(place).await? {
             Body::Dead(next, dead) => Ok((next, dead)),
-            Body::Leaf(_) | Body::Inner(_) | Body::Catalog(_) => Err(damaged("a dead list was expected")),
+            _ => Err(damaged("a dead list was expected")),
         }
     }
 
@@ -168,58 +194,55 @@ impl<'a> Merge<'a> {
                 return Ok(Ptr::hole(birth));
             }
             let pieces: Vec<(u64, Run)> = here.collect();
-            let body = match level {
-                0 => self.merge_leaf(who, ptr, index, &pieces).await?,
-                _ => self.merge_inner(who, ptr, (level, index), &pieces, runs).await?,
+            let old = self.inside(ptr, level, index).await?;
+            let blocks = if ptr.is_node() { old.blocks() } else { 0 };
+            let body = match old {
+                Body::Leaf(mut slots) => {
+                    for (first, run) in &pieces {
+                        self.merge_slots(who, &mut slots, first % SLOTS as u64, run);
+                    }
+                    Body::Leaf(slots)
+                }
+                Body::Map(map) => self.merge_map(who, map, index, &pieces).await?,
+                Body::Inner(children) => {
+                    self.merge_inner(who, children, (level, index), &pieces, runs).await?
+                }
+                Body::Catalog(_) | Body::Dead(..) => return Err(damaged("a node of a volume was expected")),
             };
-            self.kill_node(who, ptr);
+            self.kill_node(who, ptr, blocks);
             let birth = body.birth();
-            let empty = match &body {
-                Body::Leaf(slots) => slots.iter().all(|slot| slot.at == 0),
-                Body::Inner(children) => children.iter().all(Ptr::is_hole),
-                Body::Catalog(_) | Body::Dead(..) => false,
-            };
-            if empty {
-                return Ok(Ptr::hole(birth));
+            match body.without_node(self.format, level) {
+                Some(ptr) => Ok(ptr),
+                None => self.write(Node { level, index, writer: who.volume, body }, birth).await,
             }
-            self.write(Node { level, index, writer: who.volume, body }, birth).await
         })
     }
 
-    async fn merge_leaf(&mut self, who: Who, ptr: Ptr, index: u64, pieces: &[(u64, Run)]) -> Result<Body> {
-        let mut slots = match ptr.is_hole() {
-            true => Box::new([Slot { birth: ptr.birth, ..Slot::default() }; SLOTS]),
-            false => match self.read(ptr, 0, index).await? {
-                Body::Leaf(slots) => slots,
-                _ => return Err(damaged("a leaf was expected")),
-            },
-        };
-        for (first, run) in pieces {
-            for ix in 0..run.len {
-                let slot = &mut slots[(first + ix - index * SLOTS as u64) as usize];
-                let old = std::mem::replace(slot, run.slot(ix));
-                if old.at != 0 {
-                    self.counted.add(who, old.birth, -1);
-                    self.kill(who, old.at, 1, old.birth);
-                }
-            }
-            if run.at != 0 {
-                self.counted.add(who, run.birth, run.len as i64);
-                self.difference.add(run.at..run.at + run.len);
-            }
+    /// What a pointer leads to as a node has it, be there one or not.
+    pub(super) async fn inside(&self, ptr: Ptr, level: u8, index: u64) -> Result<Body> {
+        match ptr.is_node() {
+            true => self.read(ptr, level, index).await,
+            false => Ok(Body::spread(self.format, ptr, level)),
         }
-        Ok(Body::Leaf(slots))
+    }
+
+    /// Brings a run into the blocks of a leaf, from the `first` on.
+    pub(super) fn merge_slots(&mut self, who: Who, slots: &mut [Slot; SLOTS], first: u64, run: &Run) {
+        for ix in 0..run.len {
+            let old = std::mem::replace(&mut slots[(first + ix) as usize], run.slot(ix));
+            self.kill_data(who, old, 1);
+        }
+        self.place_data(who, run);
     }
 
     async fn merge_inner(
         &mut self,
         who: Who,
-        ptr: Ptr,
+        mut children: Box<[Ptr; SLOTS]>,
         (level, index): (u8, u64),
         pieces: &[(u64, Run)],
         runs: &Runs,
     ) -> Result<Body> {
-        let mut children = self.children(Place { tree: Tree::Volume, ptr, level, index }).await?;
         let each = span(level);
         let mut next = 0;
         for (first, run) in pieces {
@@ -233,17 +256,6 @@ impl<'a> Merge<'a> {
         Ok(Body::Inner(children))
     }
 
-    /// What is below an inner node.
-    async fn children(&self, place: Place) -> Result<Box<[Ptr; SLOTS]>> {
-        if place.ptr.is_hole() {
-            return Ok(Box::new([place.ptr; SLOTS]));
-        }
-        match self.body(place).await? {
-            Body::Inner(children) => Ok(children),
-            Body::Leaf(_) | Body::Catalog(_) | Body::Dead(..) => Err(damaged("an inner node was expected")),
-        }
-    }
-
     /// A line lets go of a whole tree, and of what it has in common with its origin, too.
     pub(super) fn drop_tree(
         &mut self,
@@ -253,29 +265,29 @@ impl<'a> Merge<'a> {
         index: u64,
     ) -> LocalBoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            if ptr.is_hole() {
-                return Ok(());
-            }
-            let body = self.read(ptr, level, index).await.unwrap_or_else(|error| {
-                // Nobody wants what it leads to any more: that is lost room, and no reason to refuse everything else.
-                tracing::warn!("what a node has led to stays marked as used: {error}");
-                Body::Dead(Ptr::default(), Vec::new())
-            });
-            match body {
-                Body::Leaf(slots) => {
-                    for slot in slots.iter().filter(|slot| slot.at != 0) {
-                        self.counted.add(who, slot.birth, -1);
-                        self.kill(who, slot.at, 1, slot.birth);
+            let items = match Item::of(self.format, ptr, level, index) {
+                run @ Item::Run { .. } => vec![run],
+                Item::Node(place) => match self.body(place).await {
+                    Ok(body) => {
+                        self.kill_node(who, ptr, body.blocks());
+                        Item::all(self.format, &body, level, index)
+                    }
+                    Err(error) => {
+                        // Nobody wants what it leads to any more: that is lost room, and no reason to refuse everything else.
+                        tracing::warn!("what a node has led to stays marked as used: {error}");
+                        self.kill_node(who, ptr, place.least());
+                        Vec::new()
+                    }
+                },
+            };
+            for item in items {
+                match item {
+                    Item::Run { len, slot, .. } => self.kill_data(who, slot, len),
+                    Item::Node(Place { ptr, level, index, .. }) => {
+                        self.drop_tree(who, ptr, level, index).await?;
                     }
                 }
-                Body::Inner(children) => {
-                    for (ix, child) in children.iter().enumerate() {
-                        self.drop_tree(who, *child, level - 1, index * SLOTS as u64 + ix as u64).await?;
-                    }
-                }
-                Body::Catalog(_) | Body::Dead(..) => {}
             }
-            self.kill_node(who, ptr);
             Ok(())
         })
     }
@@ -295,17 +307,19 @@ impl<'a> Merge<'a> {
             if *leaves == 0 {
                 return Ok(ptr);
             }
-            if level == 0 {
+            if !ptr.is_node() || self.is_lowest(level) {
                 *leaves -= 1;
                 self.drop_tree(who, ptr, level, index).await?;
                 return Ok(Ptr::default());
             }
-            let mut children = self.children(Place { tree: Tree::Volume, ptr, level, index }).await?;
+            let Body::Inner(mut children) = self.read(ptr, level, index).await? else {
+                return Err(damaged("an inner node was expected"));
+            };
             for (ix, child) in children.iter_mut().enumerate() {
                 let place = (level - 1, index * SLOTS as u64 + ix as u64);
                 *child = self.drop_some(who, *child, place, leaves).await?;
             }
-            self.kill_node(who, ptr);
+            self.kill_node(who, ptr, NODE);
             if children.iter().all(Ptr::is_hole) {
                 return Ok(Ptr::default());
             }
@@ -314,49 +328,18 @@ impl<'a> Merge<'a> {
         })
     }
 
-    /// Finds what one tree sees and the one that came from it does not, where it is younger than that: it goes to the dead.
-    pub(super) fn lost(
-        &mut self,
-        origin: u64,
-        (old, new): (Ptr, Ptr),
-        (level, index): (u8, u64),
-    ) -> LocalBoxFuture<'_, Result<()>> {
-        Box::pin(async move {
-            if old.is_hole() || old.at == new.at || old.birth <= origin {
-                return Ok(());
-            }
-            // Everything in it is older than what could have taken its place.
-            let who = Who { volume: 0, newest: u64::MAX, origin };
-            if new.is_hole() {
-                return self.drop_tree(who, old, level, index).await;
-            }
-            match (self.read(old, level, index).await?, self.read(new, level, index).await?) {
-                (Body::Leaf(old), Body::Leaf(new)) => {
-                    let gone =
-                        old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
-                    gone.for_each(|(old, _)| self.kill(who, old.at, 1, old.birth));
-                }
-                (Body::Inner(old), Body::Inner(new)) => {
-                    for (ix, pair) in old.iter().zip(new.iter()).enumerate() {
-                        let place = (level - 1, index * SLOTS as u64 + ix as u64);
-                        self.lost(origin, (*pair.0, *pair.1), place).await?;
-                    }
-                }
-                _ => {
-                    return Err(damaged("two trees of one line have nodes of two kinds in one place"));
-                }
-            }
-            self.kill_node(who, old);
-            Ok(())
-        })
+    /// True of a node below which there are no inner ones: a leaf, or a map.
+    fn is_lowest(&self, level: u8) -> bool {
+        level <= u8::from(self.format == Format::Two)
     }
 
     /// A node of that level with a tree as its first child: the tree is one level higher. No snapshot sees it that is older
     /// than the birth.
     pub(super) async fn above(&mut self, tree: Ptr, level: u8, writer: u32, birth: u64) -> Result<Ptr> {
-        let mut children = Box::new([Ptr::default(); SLOTS]);
-        children[0] = tree;
-        self.write(Node { level, index: 0, writer, body: Body::Inner(children) }, birth).await
+        // Catalogs are the same in both formats.
+        let format = if writer == 0 { Format::One } else { self.format };
+        let body = Body::above(format, tree, level);
+        self.write(Node { level, index: 0, writer, body }, birth).await
     }
 
     /// Adds what was let go of to the dead list of a snapshot.
@@ -411,7 +394,13 @@ impl<'a> Merge<'a> {
                     Body::Catalog(page)
                 }
                 _ => {
-                    let mut children = self.children(place).await?;
+                    let mut children = match ptr.is_hole() {
+                        true => Box::new([ptr; SLOTS]),
+                        false => match self.body(place).await? {
+                            Body::Inner(children) => children,
+                            _ => return Err(damaged("an inner node was expected")),
+                        },
+                    };
                     for (ix, child) in children.iter_mut().enumerate() {
                         let place = (level - 1, index * SLOTS as u64 + ix as u64);
                         *child = self.catalog(*child, place, entries).await?;

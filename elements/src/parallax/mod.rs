@@ -15,7 +15,10 @@ mod checkpoint;
 mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod items;
 mod log;
+mod lost;
+mod maps;
 mod merge;
 mod nodes;
 mod open;

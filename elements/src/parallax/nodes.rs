@@ -1,7 +1,7 @@
 //! Reads and writes nodes, each of which is kept twice, and keeps some in memory.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, Id, Node, Ptr, damaged};
+use super::format::{BLOCK, Body, Format, Id, NODE, Node, Ptr, damaged};
 use blockmason::{Data, Result};
 use lru::LruCache;
 use std::num::NonZeroUsize;
@@ -18,7 +18,7 @@ pub(super) struct Nodes {
 /// What a node belongs to.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Tree {
-    Volume,
+    Volume(Format),
     Catalog,
     DeadList,
 }
@@ -36,12 +36,31 @@ impl Place {
     /// Whether a node is what is pointed to. A pointer that leads to another one is damage that no checksum finds.
     fn is(&self, node: &Node) -> bool {
         let fits = match (self.tree, &node.body) {
-            (Tree::Volume | Tree::Catalog, Body::Inner(_)) => self.level > 0,
-            (Tree::Volume, Body::Leaf(_)) | (Tree::Catalog, Body::Catalog(_)) => self.level == 0,
+            (Tree::Volume(Format::One) | Tree::Catalog, Body::Inner(_)) => self.level > 0,
+            (Tree::Volume(Format::Two), Body::Inner(_)) => self.level > 1,
+            (Tree::Volume(Format::Two), Body::Map(_)) => self.level == 1,
+            (Tree::Volume(_), Body::Leaf(_)) | (Tree::Catalog, Body::Catalog(_)) => self.level == 0,
             (Tree::DeadList, Body::Dead(..)) => self.level == 0,
             _ => false,
         };
         fits && (node.level, node.index) == (self.level, self.index)
+    }
+
+    /// Blocks that a copy has at least.
+    pub(super) fn least(&self) -> u64 {
+        let is_map = matches!(self.tree, Tree::Volume(Format::Two)) && self.level == 1;
+        if is_map { 1 } else { NODE }
+    }
+
+    /// The bytes of a copy.
+    async fn bytes(&self, at: u64, below: Below<'_>) -> Result<Vec<u8>> {
+        let first = self.least() * BLOCK;
+        let mut bytes = below.read(at * BLOCK, first).await?.to_vec();
+        let rest = Node::len(&bytes).map_or(0, |len| (len as u64).saturating_sub(first));
+        if rest > 0 {
+            bytes.extend(below.read(at * BLOCK + first, rest).await?.to_vec());
+        }
+        Ok(bytes)
     }
 }
 
@@ -76,7 +95,7 @@ impl Nodes {
         let ptr = place.ptr;
         let mut bad = Vec::new();
         for at in ptr.at {
-            let bytes = below.read(at * BLOCK, Node::BYTES as u64).await.map(|data| data.to_vec());
+            let bytes = place.bytes(at, below).await;
             let node = bytes.as_ref().ok().and_then(|bytes| Node::decode(bytes, &self.id, ptr.at));
             let (Some(node), Ok(bytes)) = (node, bytes) else {
                 bad.push(at);
@@ -109,7 +128,7 @@ impl Nodes {
         let ptr = place.ptr;
         let (mut good, mut bad) = (None, None);
         for at in ptr.at {
-            let bytes = below.read(at * BLOCK, Node::BYTES as u64).await.map(|data| data.to_vec());
+            let bytes = place.bytes(at, below).await;
             let node = bytes.as_ref().ok().and_then(|bytes| Node::decode(bytes, &self.id, ptr.at));
             match (node.filter(|node| place.is(node)), bytes) {
                 (Some(node), Ok(bytes)) => good = Some((node, bytes)),

@@ -4,8 +4,8 @@ use super::below::Below;
 use super::blocks::Blocks;
 use super::check::outcome;
 use super::format::{
-    BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Id, Label, Owner, Owners, Ptr, RECORDS,
-    Record, Root, SLOTS, TREE, damaged, is_sound, short, u32_at, u64_at,
+    BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Format, Id, Label, Owner, Owners, Ptr,
+    RECORDS, Record, Root, SLOTS, damaged, is_sound, short, u32_at, u64_at,
 };
 use super::log::Log;
 use super::merge::span;
@@ -15,6 +15,16 @@ use super::space::Space;
 use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+
+impl Opening {
+    pub(super) fn writable(memory: u64) -> Opening {
+        Opening { writable: true, memory, newest: Format::Two.number() }
+    }
+
+    pub(super) fn read_only(memory: u64) -> Opening {
+        Opening { writable: false, ..Opening::writable(memory) }
+    }
+}
 
 /// The number of the first owner of extents.
 const OWNER: u32 = 2;
@@ -31,6 +41,8 @@ pub(super) struct Opening {
     pub(super) writable: bool,
     /// Bytes that nodes may take in memory.
     pub(super) memory: u64,
+    /// Trees of newer formats than this one are somebody else's.
+    pub(super) newest: u32,
 }
 
 /// Makes an empty pool on a device that reads as zeros. It is one once its label is there, at the end.
@@ -51,33 +63,18 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
     if first + log + 4 > extents {
         return Err(Error::new(Kind::NoSpace, "the device is too small for a pool"));
     }
-    let owner = Owner { number: OWNER, format: TREE, root: first, features: Features::default() };
+    let owner =
+        Owner { number: OWNER, format: Format::One.number(), root: first, features: Features::default() };
     let owners = Owners { id, sequence: 1, all: vec![owner] };
     // What is written there later, amid other things, must not fail for want of room.
     below.allocate(0..EXTENT).await?;
     below.allocate(first * EXTENT..(first + log + 1) * EXTENT).await?;
     let record = ExtentRecord { owner: OWNER, epoch: 0, used: [u64::MAX; 8], backed: true };
     let records = record.encode().repeat(log as usize + 1);
-    let root = Root {
-        owner: OWNER,
-        id,
-        sequence: 1,
-        epoch: 0,
-        births: 1,
-        log: [(first + 1) * EXTENT, log * EXTENT],
-        tail: (0, 1),
-        next: 1,
-        height: 0,
-        catalog: Ptr::default(),
-        journal: 0,
-        used: 0,
-    };
     for place in label.record(first) {
         below.write(place, Data::copy_of(&records)).await?;
     }
-    for place in Root::places(root.sequence) {
-        below.write((first * EXTENT + place) * BLOCK, Data::shared(root.encode())).await?;
-    }
+    write_first_root(&owners.all[0], [(first + 1) * EXTENT, log * EXTENT], &id, below).await?;
     for place in Owners::PLACES {
         below.write(place * BLOCK, Data::shared(owners.encode())).await?;
     }
@@ -119,11 +116,50 @@ pub(super) async fn is_empty(below: Below<'_>) -> Result<bool> {
     unread.map_or(Ok(true), Err)
 }
 
+/// A pool that has just been opened.
+pub(super) struct Opened {
+    /// Of each format one, at most.
+    pub(super) trees: Vec<Pool>,
+    /// Formats whose trees are there and cannot be opened. They are left alone, and the others work.
+    pub(super) lacking: Vec<(Format, Error)>,
+}
+
+impl Opened {
+    /// The trees of a format, or others if there are none.
+    ///
+    /// # Errors
+    /// They are there, and cannot be opened.
+    pub(super) fn take(mut self, format: Format) -> Result<Result<Pool, Pool>> {
+        if let Some((_, error)) = self.lacking.into_iter().find(|(other, _)| *other == format) {
+            return Err(error);
+        }
+        let found = self.trees.iter().position(|trees| trees.format == format);
+        let trees = self.trees.swap_remove(found.unwrap_or(0));
+        Ok(if found.is_some() { Ok(trees) } else { Err(trees) })
+    }
+}
+
+/// Opens the pool, all of which works. Its newest trees.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) async fn open_newest(opening: Opening, size: u64, below: Below<'_>) -> Result<Pool> {
+    let mut opened = open(opening, size, below).await?;
+    match opened.lacking.pop() {
+        Some((_, error)) => Err(error),
+        None => Ok(opened.trees.remove(opened.trees.len() - 1)),
+    }
+}
+
+/// What was found of the trees of one owner.
+struct Found {
+    pool: Pool,
+    journal: Vec<(u64, ExtentRecord)>,
+}
+
 /// Opens the pool on a device of that size.
 ///
 /// # Errors
-/// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged.
-pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Result<Pool> {
+/// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged, or none of its trees can be opened.
+pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Result<Opened> {
     let label = read_label(below).await?;
     label.features.allow(opening.writable, "the pool")?;
     if label.extents * EXTENT * BLOCK > size {
@@ -131,23 +167,65 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
             format!("the pool has {} bytes, and there are only {size}", label.extents * EXTENT * BLOCK);
         return Err(damaged(message));
     }
-    let owner = read_owner(&label, opening.writable, below).await?;
-    let root = read_root(&label, &owner, below).await?;
+    let owners = read_owners(&label, below).await?.all.into_iter();
+    let known = |owner: Owner| {
+        let format = Format::numbered(owner.format).filter(|_| owner.format <= opening.newest)?;
+        Some((format, owner))
+    };
+    let owners: Vec<(Format, Owner)> = owners.filter_map(known).collect();
+    let numbers: Vec<u32> = owners.iter().map(|(_, owner)| owner.number).collect();
+    let nodes = Arc::new(Nodes::new(label.id, opening.memory));
+    let blocks = Arc::new(Blocks::read(label, &numbers, below).await?);
+    let (mut found, mut opened) = (Vec::new(), Opened { trees: Vec::new(), lacking: Vec::new() });
+    // First whose all blocks are: only then may anybody take some.
+    for (format, owner) in owners {
+        match find_trees((format, &owner), opening.writable, (&blocks, &nodes), below).await {
+            Ok(trees) => found.push((owner.number, trees)),
+            Err(error) => {
+                blocks.disown(owner.number);
+                opened.lacking.push((format, error));
+            }
+        }
+    }
+    for (owner, trees) in found {
+        let begun = if opening.writable { trees.begin(below).await } else { Ok(()) };
+        match begun {
+            Ok(()) => opened.trees.push(trees.pool),
+            Err(error) => {
+                blocks.disown(owner);
+                opened.lacking.push((trees.pool.format, error));
+            }
+        }
+    }
+    if opened.trees.is_empty() {
+        let none = || Error::new(Kind::Unsupported, "the pool has no volumes of a known format");
+        return Err(opened.lacking.into_iter().next().map_or_else(none, |(_, error)| error));
+    }
+    Ok(opened)
+}
+
+async fn find_trees(
+    (format, owner): (Format, &Owner),
+    writable: bool,
+    (blocks, nodes): (&Arc<Blocks>, &Arc<Nodes>),
+    below: Below<'_>,
+) -> Result<Found> {
+    owner.features.allow(writable, "what the pool holds")?;
+    let label = blocks.label();
+    let root = read_root(&label, owner, below).await?;
     let journal = read_journal(&label, &root, below).await?;
-    let epoch = root.epoch + u64::from(opening.writable);
-    let blocks = Arc::new(Blocks::read(label, &[owner.number], below).await?);
-    let space = Space::new(blocks, owner.number, epoch, &journal.records);
-    let nodes = Arc::new(Nodes::new(space.label().id, opening.memory));
-    let catalog = read_catalog(&nodes, &root, below).await?;
+    let epoch = root.epoch + u64::from(writable);
+    let space = Space::new(blocks.clone(), owner.number, epoch, &journal.records);
+    let catalog = read_catalog(nodes, &root, below).await?;
     let log = Log::new(root.log, root.epoch, root.tail);
-    let mut core = Core::new(root, log, catalog);
+    let mut core = Core::new(format, root, log, catalog);
     core.journal = journal.blocks;
     for block in &core.journal {
         space.mark(*block..block + 1)?;
     }
     replay(&mut core, &space, below).await?;
     let tail = core.log.head();
-    if opening.writable {
+    if writable {
         // What the log has is in memory now, and goes into the trees before anything else is done.
         core.root.epoch = epoch;
         core.opened = true;
@@ -155,14 +233,71 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     let mut log = Log::new(core.root.log, epoch, tail);
     log.begin_full(core.root.tail);
     core.log = log;
-    let pool = Pool::new(space, nodes, owner.root, core, opening.writable);
-    if opening.writable {
-        let extents: Vec<u64> = journal.records.iter().map(|(extent, _)| *extent).collect();
-        pool.space.write_known(&extents, below).await?;
-        pool.checkpoint(below).await?;
-        pool.space.back_slop(below).await?;
+    let pool = Pool::new(format, space, nodes.clone(), owner.root, core, writable);
+    Ok(Found { pool, journal: journal.records })
+}
+
+impl Found {
+    /// Makes it writable.
+    async fn begin(&self, below: Below<'_>) -> Result<()> {
+        let extents: Vec<u64> = self.journal.iter().map(|(extent, _)| *extent).collect();
+        self.pool.space.write_known(&extents, below).await?;
+        self.pool.checkpoint(below).await?;
+        self.pool.space.back_slop(below).await
     }
-    Ok(pool)
+}
+
+/// Makes trees of another format beside those of a pool that is open for writing, for which an owner of extents comes to be.
+///
+/// # Errors
+/// [`Kind::NoSpace`].
+pub(super) async fn add_trees(format: Format, others: &Pool, below: Below<'_>) -> Result<Pool> {
+    let (blocks, nodes) = (&others.space.blocks, &others.nodes);
+    let label = blocks.label();
+    let mut owners = read_owners(&label, below).await?;
+    let number = owners.all.iter().map(|owner| owner.number).max().map_or(OWNER, |last| last + 1);
+    let log = (label.extents / 64).clamp(1, LOG);
+    let extents = blocks.settle(number, 1 + log, below).await?;
+    let (first, log) = (extents.start, extents.end - extents.start - 1);
+    let owner = Owner { number, format: format.number(), root: first, features: Features::default() };
+    write_first_root(&owner, [(first + 1) * EXTENT, log * EXTENT], &label.id, below).await?;
+    below.flush().await?;
+    owners.sequence += 1;
+    owners.all.push(owner.clone());
+    for place in Owners::PLACES {
+        below.write(place * BLOCK, Data::shared(owners.encode())).await?;
+        below.flush().await?;
+    }
+    let trees = find_trees((format, &owner), true, (blocks, nodes), below).await?;
+    trees.begin(below).await?;
+    Ok(trees.pool)
+}
+
+/// The root of trees that are empty.
+async fn write_first_root(owner: &Owner, log: [u64; 2], id: &Id, below: Below<'_>) -> Result<()> {
+    let root = Root {
+        owner: owner.number,
+        id: *id,
+        sequence: 1,
+        epoch: 0,
+        births: 1,
+        log,
+        tail: (0, 1),
+        next: 1,
+        height: 0,
+        catalog: Ptr::default(),
+        journal: 0,
+        used: 0,
+    };
+    // Another slot may have a root that was there before.
+    let (data, nothing) = (Data::shared(root.encode()), Data::zeros(BLOCK as usize));
+    for place in Root::places(root.sequence + 1) {
+        below.write((owner.root * EXTENT + place) * BLOCK, nothing.clone()).await?;
+    }
+    for place in Root::places(root.sequence) {
+        below.write((owner.root * EXTENT + place) * BLOCK, data.clone()).await?;
+    }
+    Ok(())
 }
 
 pub(super) async fn read_label(below: Below<'_>) -> Result<Label> {
@@ -225,7 +360,7 @@ async fn copies(places: [u64; 2], below: Below<'_>) -> [Option<Vec<u8>>; 2] {
     [copy(places[0]).await, copy(places[1]).await]
 }
 
-async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owner> {
+async fn read_owners(label: &Label, below: Below<'_>) -> Result<Owners> {
     let mut best: Option<Owners> = None;
     for place in Owners::PLACES {
         let read = below.read(place * BLOCK, BLOCK).await;
@@ -235,12 +370,7 @@ async fn read_owner(label: &Label, write: bool, below: Below<'_>) -> Result<Owne
             best = Some(owners);
         }
     }
-    let owners = best.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))?;
-    let owner = owners.all.into_iter().find(|owner| owner.format == TREE);
-    let owner =
-        owner.ok_or_else(|| Error::new(Kind::Unsupported, "the pool has no volumes of a known format"))?;
-    owner.features.allow(write, "what the pool holds")?;
-    Ok(owner)
+    best.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))
 }
 
 async fn read_root(label: &Label, owner: &Owner, below: Below<'_>) -> Result<Root> {
@@ -352,7 +482,7 @@ fn read_pages<'a>(
                     read_pages(nodes, *child, place, catalog, below).await?;
                 }
             }
-            Body::Leaf(_) | Body::Dead(..) => return Err(damaged("a page of the catalog was expected")),
+            _ => return Err(damaged("a page of the catalog was expected")),
         }
         Ok(())
     })

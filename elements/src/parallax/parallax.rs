@@ -3,7 +3,7 @@
 use super::below::block_on;
 use super::format::{BLOCK, EntryKind};
 use super::pool::Core;
-use super::shared::{Shared, head_of};
+use super::shared::{Shared, having, head_of};
 use super::volume::{Full, OnFull, Volume, unix_seconds};
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
@@ -110,8 +110,8 @@ impl Disk {
     }
 
     fn snapshots(&self) -> Result<Vec<String>> {
-        let (_, shared) = self.volume()?;
-        let core = shared.pool.core();
+        let (served, _) = self.volume()?;
+        let core = served.pool.core();
         let number = core.volume(&self.params.volume);
         let of =
             |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume, .. } if Some(*volume) == number);
@@ -134,8 +134,10 @@ fn size(core: &Core, params: &Params) -> Result<u64> {
 impl Element for Disk {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
         // As it is now: it may have grown since the graph before.
-        let size = Shared::look(&self.params.pool.0, |pool| {
-            let core = pool.core();
+        let size = Shared::look(&self.params.pool.0, |trees| {
+            let trees = having(trees, &self.params.volume);
+            let trees = trees.map_err(|error| error.with_path(&self.params.pool.0))?;
+            let core = trees.core();
             if self.params.snapshot.is_none() {
                 let free = core.need_writable_by(find(&core, &self.params)?, &self.graph);
                 free.map_err(|error| error.with_path(&self.params.pool.0))?;
@@ -164,10 +166,11 @@ impl Element for Disk {
     fn open(&self, _open: &Open<'_>) -> Result<Option<String>> {
         if self.open.get().is_none() {
             let shared = Shared::open(&self.params.pool.0, self.params.memory.0)?;
-            let volume =
-                block_on(Volume::open(shared.pool.clone(), self.params.full(), Some(&self.graph), |core| {
-                    find(core, &self.params)
-                }))?;
+            let trees = shared.having(&self.params.volume);
+            let trees = trees.map_err(|error| error.with_path(&self.params.pool.0))?;
+            let volume = block_on(Volume::open(trees, self.params.full(), Some(&self.graph), |core| {
+                find(core, &self.params)
+            }))?;
             let _ = self.open.set((volume, shared));
         }
         Ok(None)
@@ -181,8 +184,8 @@ impl Element for Disk {
     }
 
     fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
-        let (_, shared) = self.open.get()?;
-        Some(Box::pin(shared.pool.tend(shared.below(cx), cx)))
+        let (volume, shared) = self.open.get()?;
+        Some(Box::pin(volume.pool.tend(shared.below(cx), cx)))
     }
 
     fn may_hand_over(&self) -> Result<()> {
@@ -192,16 +195,15 @@ impl Element for Disk {
     }
 
     fn get(&self, handler: &str) -> Result<String> {
-        let (_, shared) = self.volume()?;
         match handler {
             "snapshots" => Ok(self.snapshots()?.join(" ")),
-            _ => shared.pool.get(handler),
+            _ => self.volume()?.0.pool.get(handler),
         }
     }
 
     fn call(&self, handler: &str, argument: &str) -> Result<String> {
-        let (_, shared) = self.volume()?;
-        let (pool, below, volume) = (&shared.pool, shared.blocking(), &self.params.volume);
+        let (served, shared) = self.volume()?;
+        let (pool, below, volume) = (&served.pool, shared.blocking(), &self.params.volume);
         match handler {
             "snapshot" => {
                 super::admin::check_name(argument)?;

@@ -1,7 +1,7 @@
 //! A pool that is open: what is known of its volumes, and how changes become findable.
 
 use super::below::Below;
-use super::format::{BLOCK, Change, Entry, EntryKind, Id, NODE, Root};
+use super::format::{BLOCK, Change, Entry, EntryKind, Format, Id, Map, NODE, Root};
 use super::log::{Fate, Log, Part, Written};
 use super::nodes::Nodes;
 use super::runs::{Run, Runs};
@@ -127,6 +127,7 @@ pub(super) struct Young {
 
 /// Everything that changes, under one lock, which is held for no longer than a look takes.
 pub(super) struct Core {
+    format: Format,
     /// As it is on the device.
     pub(super) root: Root,
     pub(super) births: u64,
@@ -162,11 +163,12 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(root: Root, log: Log, catalog: BTreeMap<u32, Entry>) -> Core {
+    pub(super) fn new(format: Format, root: Root, log: Log, catalog: BTreeMap<u32, Entry>) -> Core {
         let (births, next) = (root.births, root.next);
         let lines = catalog.iter().filter(|(_, entry)| matches!(entry.kind, EntryKind::Volume { .. }));
         let lines = lines.map(|(number, _)| (*number, Line::default())).collect();
         let mut core = Core {
+            format,
             root,
             births,
             next,
@@ -336,7 +338,11 @@ impl Core {
         let height = self.catalog.get(&volume).map_or(0, |entry| u64::from(entry.height));
         // It may be all that is below the nodes above it, and what it lets go of begins a part of a dead list; each node is
         // kept twice.
-        2 * NODE * (height + 2)
+        let nodes = 2 * NODE * (height + 2);
+        match self.format {
+            Format::One => nodes,
+            Format::Two => nodes + Map::ROOM,
+        }
     }
 
     /// What is promised to a request for so many nodes goes to what it has written, where there was nothing of that leaf.
@@ -381,6 +387,7 @@ impl Core {
 
 pub(super) struct Pool {
     pub(super) id: Id,
+    pub(super) format: Format,
     pub(super) writable: bool,
     pub(super) space: Space,
     /// All trees of the pool share them.
@@ -401,10 +408,18 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    pub(super) fn new(space: Space, nodes: Arc<Nodes>, root_extent: u64, core: Core, writable: bool) -> Pool {
+    pub(super) fn new(
+        format: Format,
+        space: Space,
+        nodes: Arc<Nodes>,
+        root_extent: u64,
+        core: Core,
+        writable: bool,
+    ) -> Pool {
         space.keep(core.kept());
         Pool {
             id: space.label().id,
+            format,
             writable,
             space,
             nodes,
@@ -672,7 +687,8 @@ impl Pool {
 
     /// Says when there is little room left, once each time.
     fn warn(&self, cx: Cx<'_>) {
-        let (free, all) = (self.space.blocks.free().saturating_sub(self.space.slop()), self.space.blocks.all());
+        let (free, all) =
+            (self.space.blocks.free().saturating_sub(self.space.slop()), self.space.blocks.all());
         let percent = free * 100 / all.max(1);
         let mut core = self.core();
         let level = LOW.into_iter().position(|low| percent < low).map_or(LOW.len(), |level| level);

@@ -2,8 +2,8 @@
 
 use super::admin::{Settings, check_name, check_size};
 use super::below::Below;
-use super::format::BLOCK;
-use super::open::{Opening, create, is_empty, open};
+use super::format::{BLOCK, Format};
+use super::open::{Opening, add_trees, create, is_empty, open};
 use super::pool::{CHECKPOINT, Core};
 use super::volume::{Full, OnFull, Volume};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
@@ -31,6 +31,8 @@ blockmason::params! {
         /// version (`block`), or what the whole volume was at some instant since the last flush (`prefix`), for which
         /// blocks are never written in place either.
         order: Order = "block",
+        /// The format of the trees that the volume is in, 1 or 2. A pool may have both.
+        format: Format = "1",
         /// What a write does for which there is no room: it fails (`error`), or waits (`queue`).
         on_full: OnFull = "error",
         /// How long it waits, at most; then it fails.
@@ -110,9 +112,13 @@ impl Radix {
             let id = cx.rng(|rng| std::array::from_fn(|_| rng.u8(..)));
             create(id, size, below).await?;
         }
-        let opening = Opening { writable: true, memory: self.params.memory.0 };
-        let pool = Arc::new(open(opening, size, below).await?);
-        let Params { volume, size, checksums, order, .. } = &self.params;
+        let Params { volume, checksums, order, format, memory, .. } = &self.params;
+        let opened = open(Opening::writable(memory.0), size, below).await?;
+        let pool = Arc::new(match opened.take(*format)? {
+            Err(others) => add_trees(*format, &others, below).await?,
+            Ok(trees) => trees,
+        });
+        let size = &self.params.size;
         let missing = pool.core().volume(volume).is_none();
         if missing {
             let ordered = *order == Order::Prefix;

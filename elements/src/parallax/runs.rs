@@ -31,6 +31,11 @@ impl Run {
         Run { len, at, crcs, ..*self }
     }
 
+    /// True if its blocks have checksums, which only leaves keep.
+    pub(super) fn has_checksums(&self) -> bool {
+        self.crcs.is_some()
+    }
+
     /// What a leaf says of the `ix`th block.
     pub(super) fn slot(&self, ix: u64) -> Slot {
         let crc = self.crcs.as_ref().map_or(0, |(crcs, skip)| crcs[skip + ix as usize]);
@@ -56,25 +61,30 @@ impl Runs {
 
     /// Puts a run over whatever was there, which is returned.
     pub(super) fn put(&mut self, first: u64, run: Run) -> Vec<Run> {
-        let end = first + run.len;
+        let over = self.cut(first..first + run.len);
+        self.runs.insert(first, run);
+        over
+    }
+
+    /// Takes out whatever there is in a range, which is returned.
+    pub(super) fn cut(&mut self, range: Range<u64>) -> Vec<Run> {
         let mut over = Vec::new();
-        while let Some((at, old)) = self.runs.range(..end).next_back() {
+        while let Some((at, old)) = self.runs.range(..range.end).next_back() {
             let (at, old_end) = (*at, at + old.len);
-            if old_end <= first {
+            if old_end <= range.start {
                 break;
             }
             let Some(old) = self.runs.remove(&at) else { break };
-            let (from, to) = (at.max(first), old_end.min(end));
+            let (from, to) = (at.max(range.start), old_end.min(range.end));
             over.push(old.part(from - at, to - from));
-            if old_end > end {
-                self.runs.insert(end, old.part(end - at, old_end - end));
+            if old_end > range.end {
+                self.runs.insert(range.end, old.part(range.end - at, old_end - range.end));
             }
-            if at < first {
-                self.runs.insert(at, old.part(0, first - at));
+            if at < range.start {
+                self.runs.insert(at, old.part(0, range.start - at));
                 break;
             }
         }
-        self.runs.insert(first, run);
         over
     }
 

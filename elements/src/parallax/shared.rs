@@ -1,10 +1,10 @@
 //! The pools that this process has open: each once, whoever uses it.
 
 use super::below::{Below, block_on};
-use super::format::{BLOCK, EXTENT, Id, Label};
-use super::open::{Opening, create, open, read_label};
-use super::pool::Pool;
 use super::blocks::write_size;
+use super::format::{BLOCK, EXTENT, Format, Id, Label};
+use super::open::{Opening, add_trees, create, open, read_label};
+use super::pool::Pool;
 use blockmason::heads::{self, HeadPlace, Standing};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Error, Kind, Result};
@@ -24,7 +24,12 @@ const FILE: &str = "blocks";
 /// A pool that is open.
 pub(super) struct Shared {
     io: FileIo,
-    pub(super) pool: Arc<Pool>,
+    /// Of each format one, at most.
+    trees: Mutex<Vec<Arc<Pool>>>,
+    /// Formats whose trees are there and cannot be opened, and why.
+    lacking: Vec<(Format, String)>,
+    /// Held by whoever makes trees of another format.
+    adding: Mutex<()>,
     /// Goes last: by then the file is closed, and its lock with it.
     listed: Listed,
 }
@@ -93,12 +98,16 @@ impl Shared {
         };
         let path = &listed.0.path;
         let (image, size, device) = image(path, true)?;
-        let opening = Opening { writable: true, memory };
-        let pool = block_on(open(opening, size, Below::Plain(image.file().as_fd())));
-        let pool = pool.map_err(|error| error.with_path(path))?;
+        let opened = block_on(open(Opening::writable(memory), size, Below::Plain(image.file().as_fd())));
+        let opened = opened.map_err(|error| error.with_path(path))?;
+        for (format, error) in &opened.lacking {
+            tracing::error!(pool = %path.display(), "its volumes of format {format} cannot be used: {error}");
+        }
         let io = FileIo::new(image, FileOptions { size, direct: false, device });
         let id = listed.0.id;
-        let shared = Arc::new(Shared { io, pool: Arc::new(pool), listed });
+        let trees = Mutex::new(opened.trees.into_iter().map(Arc::new).collect());
+        let lacking = opened.lacking.into_iter().map(|(format, error)| (format, error.to_string())).collect();
+        let shared = Arc::new(Shared { io, trees, lacking, adding: Mutex::default(), listed });
         all().insert(id, Arc::downgrade(&shared));
         CHANGED.notify_all();
         Ok(shared)
@@ -108,16 +117,63 @@ impl Shared {
     ///
     /// # Errors
     /// As [`Shared::open`].
-    pub(super) fn look<T>(path: &Path, look: impl FnOnce(&Pool) -> Result<T>) -> Result<T> {
+    pub(super) fn look<T>(path: &Path, look: impl FnOnce(&[Arc<Pool>]) -> Result<T>) -> Result<T> {
         let listed = match find(Place::of(path)?) {
-            Ok(shared) => return look(&shared.pool),
+            Ok(shared) => return look(&shared.trees()),
             Err(listed) => listed,
         };
         let (image, size, _) = image(&listed.0.path, false)?;
         let below = Below::Plain(image.file().as_fd());
-        let opening = Opening { writable: false, memory: 16 << 20 };
-        let pool = block_on(open(opening, size, below)).map_err(|error| error.with_path(&listed.0.path))?;
-        look(&pool)
+        let opened = block_on(open(Opening::read_only(16 << 20), size, below));
+        let trees = opened.map_err(|error| error.with_path(&listed.0.path))?.trees;
+        look(&trees.into_iter().map(Arc::new).collect::<Vec<_>>())
+    }
+
+    /// All trees of the pool, the oldest format first.
+    pub(super) fn trees(&self) -> Vec<Arc<Pool>> {
+        self.trees.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Some trees of the pool, for what is the pool's.
+    pub(super) fn any(&self) -> Arc<Pool> {
+        self.trees.lock().unwrap_or_else(PoisonError::into_inner)[0].clone()
+    }
+
+    /// Formats whose trees are there and cannot be opened, and why.
+    pub(super) fn lacking(&self) -> impl Iterator<Item = &(Format, String)> {
+        self.lacking.iter()
+    }
+
+    /// The trees that have a volume.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`].
+    pub(super) fn having(&self, volume: &str) -> Result<Arc<Pool>> {
+        let found = having(&self.trees(), volume);
+        match self.lacking.first() {
+            Some((format, why)) => found.map_err(|error| {
+                let message = format!("{error}; those of format {format} cannot be used: {why}");
+                Error::new(error.kind(), message)
+            }),
+            None => found,
+        }
+    }
+
+    /// The trees of a format, which are made if there are none.
+    ///
+    /// # Errors
+    /// They cannot be opened; [`Kind::NoSpace`].
+    pub(super) fn of_format(&self, format: Format) -> Result<Arc<Pool>> {
+        if let Some((_, why)) = self.lacking.iter().find(|(other, _)| *other == format) {
+            return Err(Error::new(Kind::Io, format!("volumes of format {format} cannot be used: {why}")));
+        }
+        let _alone = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(trees) = self.trees().into_iter().find(|trees| trees.format == format) {
+            return Ok(trees);
+        }
+        let trees = Arc::new(block_on(add_trees(format, &self.any(), self.blocking()))?);
+        self.trees.lock().unwrap_or_else(PoisonError::into_inner).push(trees.clone());
+        Ok(trees)
     }
 
     /// Makes a pool larger that is so full that it cannot be opened for writing. Its new size. Blocks.
@@ -147,11 +203,12 @@ impl Shared {
     /// # Errors
     /// [`Kind::Invalid`] if it would be smaller, or larger than it can be; [`Kind::NoSpace`] if the device is smaller.
     pub(super) fn grow(&self, size: Option<u64>) -> Result<u64> {
-        let label = self.pool.space.label();
+        let any = self.any();
+        let label = any.space.label();
         let extents = make_room(self.io.image().file(), &label, size)
             .map_err(|error| error.with_path(&self.listed.0.path))?;
-        block_on(self.pool.space.blocks.grow(extents, self.blocking()))?;
-        self.pool.room.notify_waiters();
+        block_on(any.space.blocks.grow(extents, self.blocking()))?;
+        self.trees().iter().for_each(|trees| trees.room.notify_waiters());
         Ok(extents * EXTENT * BLOCK)
     }
 
@@ -185,7 +242,7 @@ impl Shared {
 
     /// Its file.
     pub(super) fn opened(&self) -> Option<Opened> {
-        let size = self.pool.space.label().extents * EXTENT * BLOCK;
+        let size = self.any().space.label().extents * EXTENT * BLOCK;
         Opened::of(&self.listed.0.path, self.io.image().file(), size).ok()
     }
 
@@ -208,7 +265,9 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         // Whatever it is that failed has been said; the log has everything.
-        let _ = block_on(self.pool.checkpoint(self.blocking()));
+        for trees in self.trees() {
+            let _ = block_on(trees.checkpoint(self.blocking()));
+        }
     }
 }
 
@@ -217,6 +276,15 @@ impl Drop for Listed {
         all().remove(&self.0.id);
         CHANGED.notify_all();
     }
+}
+
+/// The trees that have a volume.
+///
+/// # Errors
+/// [`Kind::Unavailable`].
+pub(super) fn having(trees: &[Arc<Pool>], volume: &str) -> Result<Arc<Pool>> {
+    let found = trees.iter().find(|trees| trees.core().volume(volume).is_some());
+    found.cloned().ok_or_else(|| super::admin::gone("volume", volume))
 }
 
 /// Makes the file of a pool larger if it is too small for that size. The extents that there are then.

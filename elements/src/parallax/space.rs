@@ -71,12 +71,7 @@ async fn allocate(mut extents: Range<u64>, below: Below<'_>) -> Result<Range<u64
 
 impl Space {
     /// The space of an owner whose journal says this of some extents.
-    pub(super) fn new(
-        blocks: Arc<Blocks>,
-        owner: u32,
-        epoch: u64,
-        journal: &[(u64, ExtentRecord)],
-    ) -> Space {
+    pub(super) fn new(blocks: Arc<Blocks>, owner: u32, epoch: u64, journal: &[(u64, ExtentRecord)]) -> Space {
         let mut state = blocks.state();
         for (extent, record) in journal {
             // What he has given away since is not his again.
@@ -385,9 +380,8 @@ impl State {
         if account.hollow == 0 {
             return 0..0;
         }
-        let is_hollow = |extent: &Extent| {
-            extent.owned_by(owner).is_some_and(|ours| !ours.backed && ours.free > 0)
-        };
+        let is_hollow =
+            |extent: &Extent| extent.owned_by(owner).is_some_and(|ours| !ours.backed && ours.free > 0);
         self.row_near(account.last, want, is_hollow)
     }
 }

@@ -3,10 +3,11 @@
 use super::account::Account;
 pub use super::admin::{NewSettings, Settings};
 use super::below::{Below, block_on};
-use super::check::check;
+use super::check::{Findings, check};
+pub use super::format::Format;
 use super::format::{BLOCK, Entry, EntryKind};
 use super::pool::{Core, Pool};
-use super::shared::{self, Shared};
+use super::shared::{self, Shared, having};
 use super::volume::{Full, Volume, unix_seconds};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::{Data, Error, Op, Request, Result};
@@ -174,7 +175,7 @@ pub fn create(path: &Path, size: Option<u64>) -> Result<()> {
 /// # Errors
 /// As [`open`].
 pub fn list(path: &Path) -> Result<Value> {
-    Shared::look(path, |pool| Ok(listed(pool)))
+    Shared::look(path, |trees| Ok(listed(trees)))
 }
 
 /// A pool that this process has open.
@@ -207,82 +208,118 @@ impl Open {
 }
 
 fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
-    let (pool, below) = (&shared.pool, shared.blocking());
+    let below = shared.blocking();
     match operation {
-        Operation::List => return Ok(listed(pool)),
+        Operation::List => return Ok(listed(&shared.trees())),
         Operation::Check => {
-            block_on(pool.checkpoint(below))?;
-            let found = block_on(check(pool, below))?;
+            let mut all = Findings::default();
+            for trees in shared.trees() {
+                block_on(trees.checkpoint(below))?;
+                all += block_on(check(&trees, below))?;
+            }
+            all.problems.extend(shared.lacking().map(|(format, why)| {
+                format!("volumes of format {format} cannot be used, and are left as they are: {why}")
+            }));
             return Ok(json!({
-                "problems": found.problems, "volumes": found.volumes, "snapshots": found.snapshots,
-                "nodes": found.nodes, "bytes": found.blocks * BLOCK,
+                "problems": all.problems, "volumes": all.volumes, "snapshots": all.snapshots,
+                "nodes": all.nodes, "bytes": all.blocks * BLOCK,
             }));
         }
         Operation::CreateVolume { name, size, settings } => {
-            block_on(pool.make_volume(name, *size, *settings, below))?;
+            free(shared, name)?;
+            block_on(shared.of_format(settings.format)?.make_volume(name, *size, *settings, below))?;
         }
-        Operation::Set { name, settings } => block_on(pool.set(name, *settings, below))?,
+        Operation::Set { name, settings } => block_on(shared.having(name)?.set(name, *settings, below))?,
         Operation::DeleteVolume { name } => {
-            block_on(pool.delete_volume(name, below))?;
+            let trees = shared.having(name)?;
+            block_on(trees.delete_volume(name, below))?;
             shared.move_head(name, None);
-            end_deletion(pool, below)?;
+            end_deletion(&trees, below)?;
         }
         Operation::Snapshot { volumes, name } => {
             super::admin::check_name(name)?;
             volumes.iter().try_for_each(|volume| shared.is_whole(volume))?;
-            let wanted = |volume: &String| Ok((pool.core().find(volume, None)?, name.clone()));
+            let Some(first) = volumes.first() else { return Ok(Value::Null) };
+            let trees = shared.having(first)?;
+            for volume in volumes {
+                if shared.having(volume)?.format != trees.format {
+                    return Err(Error::unsupported(format!(
+                        "{first} and {volume} are of different formats: no snapshot of both is at one instant"
+                    )));
+                }
+            }
+            let wanted = |volume: &String| Ok((trees.core().find(volume, None)?, name.clone()));
             let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
-            block_on(pool.snapshot(&wanted, unix_seconds(), below))?;
+            block_on(trees.snapshot(&wanted, unix_seconds(), below))?;
         }
         Operation::DeleteSnapshot { volume, name } => {
-            block_on(pool.delete_snapshot(volume, name, below))?;
-            end_deletion(pool, below)?;
+            let trees = shared.having(volume)?;
+            block_on(trees.delete_snapshot(volume, name, below))?;
+            end_deletion(&trees, below)?;
         }
         Operation::Clone { volume, snapshot, name } => {
-            block_on(pool.clone_volume(volume, snapshot, name, below))?;
+            free(shared, name)?;
+            block_on(shared.having(volume)?.clone_volume(volume, snapshot, name, below))?;
         }
         Operation::Rollback { volume, snapshot, keep } => {
-            block_on(pool.rollback(volume, snapshot, keep, below))?
+            free(shared, keep)?;
+            block_on(shared.having(volume)?.rollback(volume, snapshot, keep, below))?;
         }
-        Operation::Promote { name } => block_on(pool.promote(name, below))?,
+        Operation::Promote { name } => block_on(shared.having(name)?.promote(name, below))?,
         Operation::Rename { name, to } => {
-            block_on(pool.rename(name, to, below))?;
+            free(shared, to)?;
+            block_on(shared.having(name)?.rename(name, to, below))?;
             shared.move_head(name, Some(to));
         }
-        Operation::Resize { name, size } => block_on(pool.grow(name, *size, below))?,
+        Operation::Resize { name, size } => block_on(shared.having(name)?.grow(name, *size, below))?,
         Operation::Stat { volume: None, .. } => return Ok(stat(shared)),
         Operation::Stat { volume: Some(volume), snapshot } => {
-            let number = pool.core().find(volume, snapshot.as_deref())?;
-            let account = block_on(pool.account(number, below))?;
+            let trees = shared.having(volume)?;
+            let number = trees.core().find(volume, snapshot.as_deref())?;
+            let account = block_on(trees.account(number, below))?;
             let Account { mapped, shared, freed } = account;
-            let entry = pool.core().catalog.get(&number).cloned();
+            let entry = trees.core().catalog.get(&number).cloned();
             let mut said = entry.map_or(Value::Null, |entry| settings_of(&entry));
+            said["format"] = json!(trees.format.number());
             said["mapped"] = json!(mapped * BLOCK);
             said["shared"] = json!(shared * BLOCK);
             said["freed_if_deleted"] = json!(freed * BLOCK);
             return Ok(said);
         }
         Operation::Read { volume, snapshot, offset, len } => {
-            return read(pool, (volume, snapshot.as_deref()), *offset..offset.saturating_add(*len), below);
+            return read(
+                &shared.having(volume)?,
+                (volume, snapshot.as_deref()),
+                *offset..offset.saturating_add(*len),
+                below,
+            );
         }
         Operation::Write { volume, offset, data } => {
             let bytes = BASE64_STANDARD.decode(data).map_err(|_| Error::invalid("the data is not base64"))?;
-            change(pool, volume, Request::write(*offset, Data::shared(bytes)), below)?;
+            change(&shared.having(volume)?, volume, Request::write(*offset, Data::shared(bytes)), below)?;
         }
         Operation::Punch { volume, offset, len } => {
-            change(pool, volume, Request::new(Op::Discard, *offset, *len), below)?;
+            change(&shared.having(volume)?, volume, Request::new(Op::Discard, *offset, *len), below)?;
         }
         Operation::Grow { size } => return shared.grow(*size).map(|size| json!({ "size": size })),
-        Operation::Gc => return block_on(pool.collect(below)).map(|bytes| json!({ "given_back": bytes })),
+        Operation::Gc => {
+            let mut given = Some(0);
+            for trees in shared.trees() {
+                let more = block_on(trees.collect(below))?;
+                given = given.zip(more).map(|(given, more)| given + more);
+            }
+            return Ok(json!({ "given_back": given }));
+        }
         Operation::Diff { volume, until, since } => {
-            let number = pool.core().find(volume, until.as_deref())?;
-            let birth = since.as_ref().map_or(Ok(0), |since| birth_of(&pool.core(), volume, since))?;
+            let trees = shared.having(volume)?;
+            let number = trees.core().find(volume, until.as_deref())?;
+            let birth = since.as_ref().map_or(Ok(0), |since| birth_of(&trees.core(), volume, since))?;
             if let (Some(until), Some(since)) = (until, since)
-                && birth_of(&pool.core(), volume, until)? < birth
+                && birth_of(&trees.core(), volume, until)? < birth
             {
                 return Err(Error::invalid(format!("{volume}@{until} is older than {volume}@{since}")));
             }
-            let changed = block_on(pool.changed_since(number, birth, below))?;
+            let changed = block_on(trees.changed_since(number, birth, below))?;
             let range = |range: &std::ops::Range<u64>| {
                 json!([range.start * BLOCK, (range.end - range.start) * BLOCK])
             };
@@ -290,6 +327,15 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         }
     }
     Ok(Value::Null)
+}
+
+/// # Errors
+/// [`blockmason::Kind::Busy`] if there is a volume of that name.
+fn free(shared: &Shared, name: &str) -> Result<()> {
+    match having(&shared.trees(), name) {
+        Ok(_) => Err(super::admin::taken(name)),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Where a graph serves something of the pool, it gets the room back in the background.
@@ -300,8 +346,26 @@ fn end_deletion(pool: &Pool, below: Below<'_>) -> Result<()> {
 
 /// How much room there is, and what for.
 fn stat(shared: &Shared) -> Value {
-    let core = shared.pool.core();
-    let (space, kept) = (&shared.pool.space, core.kept());
+    let (mut deleting, mut kept) = (Vec::new(), 0);
+    let all = shared.trees();
+    for trees in &all {
+        let core = trees.core();
+        kept += core.kept();
+        deleting.extend(being_deleted(&core));
+    }
+    let space = &all[0].space;
+    let slop = space.slop() * all.len() as u64;
+    let (all, free) = (space.blocks.all(), space.blocks.free());
+    json!({
+        "size": all * BLOCK, "used": (all - free) * BLOCK, "free": free * BLOCK,
+        "reserved": kept * BLOCK, "kept_back": slop * BLOCK,
+        "available": free.saturating_sub(kept + slop) * BLOCK, "deleting": deleting,
+        "set_aside": space.blocks.backed() * BLOCK, "file_system_free": shared.room_below(),
+    })
+}
+
+/// Names of what is being deleted.
+fn being_deleted(core: &Core) -> Vec<String> {
     let called = |entry: &Entry| match &entry.kind {
         EntryKind::Snapshot { volume, .. } => {
             let of = core.catalog.get(volume).map_or("", |entry| entry.name.as_str());
@@ -309,14 +373,7 @@ fn stat(shared: &Shared) -> Value {
         }
         EntryKind::Volume { .. } => entry.name.clone(),
     };
-    let deleting: Vec<String> = core.catalog.values().filter(|entry| entry.deleting).map(called).collect();
-    let (all, free, slop) = (space.blocks.all(), space.blocks.free(), space.slop());
-    json!({
-        "size": all * BLOCK, "used": (all - free) * BLOCK, "free": free * BLOCK,
-        "reserved": kept * BLOCK, "kept_back": slop * BLOCK,
-        "available": free.saturating_sub(kept + slop) * BLOCK, "deleting": deleting,
-        "set_aside": space.blocks.backed() * BLOCK, "file_system_free": shared.room_below(),
-    })
+    core.catalog.values().filter(|entry| entry.deleting).map(called).collect()
 }
 
 /// # Errors
@@ -380,8 +437,14 @@ fn settings_of(entry: &Entry) -> Value {
     said
 }
 
-fn listed(pool: &Pool) -> Value {
-    let core = pool.core();
+fn listed(all: &[Arc<Pool>]) -> Value {
+    let blocks = &all[0].space.blocks;
+    let volumes: Vec<Value> = all.iter().flat_map(|trees| volumes_of(trees)).collect();
+    json!({ "size": blocks.all() * BLOCK, "free": blocks.free() * BLOCK, "volumes": volumes })
+}
+
+fn volumes_of(trees: &Pool) -> Vec<Value> {
+    let core = trees.core();
     let name_of = |number: &u32| core.catalog.get(number).map(|entry| entry.name.clone());
     let origin = |snapshot: &u32| {
         let entry = core.catalog.get(snapshot)?;
@@ -403,6 +466,7 @@ fn listed(pool: &Pool) -> Value {
     let volume = |(number, entry): (&u32, &Entry)| match &entry.kind {
         EntryKind::Volume { origin: (from, _), .. } if !entry.deleting => {
             let mut said = settings_of(entry);
+            said["format"] = json!(trees.format.number());
             (said["mapped"], said["origin"]) = (json!(entry.mapped * BLOCK), json!(origin(from)));
             said["served"] = json!(core.served.contains_key(number));
             said["snapshots"] = json!(snapshots(*number));
@@ -410,7 +474,5 @@ fn listed(pool: &Pool) -> Value {
         }
         EntryKind::Volume { .. } | EntryKind::Snapshot { .. } => None,
     };
-    let volumes: Vec<Value> = core.catalog.iter().filter_map(volume).collect();
-    drop(core);
-    json!({ "size": pool.space.blocks.all() * BLOCK, "free": pool.space.blocks.free() * BLOCK, "volumes": volumes })
+    core.catalog.iter().filter_map(volume).collect()
 }

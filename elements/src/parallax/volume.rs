@@ -1,7 +1,7 @@
 //! Serves a volume, or a snapshot of one.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, Change, EntryKind, Node, Ptr, SLOTS, Slot};
+use super::format::{BLOCK, Body, Change, EntryKind, Map, Node, Ptr, SLOTS, Slot};
 use super::log::Part;
 use super::merge::span;
 use super::nodes::{Place, Tree};
@@ -254,12 +254,14 @@ impl Volume {
         let at = blocks.start;
         loop {
             let index = at / span(level + 1);
-            if ptr.is_hole() || search.since.is_some_and(|since| ptr.birth <= since) {
+            if !ptr.is_node() || search.since.is_some_and(|since| ptr.birth <= since) {
                 let end = blocks.end.min((index + 1) * span(level + 1));
-                found.add(at, Slot { birth: ptr.birth, ..Slot::default() }, end - at, false);
+                let row = if ptr.is_node() || ptr.is_hole() { 0 } else { ptr.at[0] + at % span(level + 1) };
+                let slot = Slot { at: row, birth: ptr.birth, crc: 0 };
+                found.add(at, slot, end - at, slot.birth > shared);
                 return Ok(end);
             }
-            let place = Place { tree: Tree::Volume, ptr, level, index };
+            let place = Place { tree: Tree::Volume(self.pool.format), ptr, level, index };
             let node = match search.nodes.get(&ptr.at[0]) {
                 Some(node) => node.clone(),
                 None => self.pool.nodes.cached(&place).ok_or(place)?,
@@ -277,6 +279,16 @@ impl Volume {
                     ptr = children[(at / span(level)) as usize % SLOTS];
                     level -= 1;
                 }
+                Body::Map(map) => match map.leaf(at % Map::BLOCKS) {
+                    Some(leaf) => (ptr, level) = (leaf, 0),
+                    None => {
+                        let run = map.at(at % Map::BLOCKS);
+                        let len = run.len.min(blocks.end - at);
+                        let slot = Slot { at: run.at, birth: run.birth, crc: 0 };
+                        found.add(at, slot, len, slot.birth > shared);
+                        return Ok(at + len);
+                    }
+                },
                 Body::Catalog(_) | Body::Dead(..) => return Err(place),
             }
         }
@@ -677,7 +689,8 @@ impl Found {
             slot.at = u64::from(slot.birth > since);
         }
         let own = own && slot.at != 0;
-        let crc = (self.checksums && slot.at != 0).then_some(slot.crc);
+        let crcs = if self.checksums && slot.at != 0 { len as usize } else { 0 };
+        let crcs = std::iter::repeat_n(slot.crc, crcs);
         if let Some(last) = self.pieces.last_mut() {
             let joins = match self.since {
                 Some(_) => last.at == slot.at,
@@ -686,11 +699,11 @@ impl Found {
             };
             if joins && last.own == own {
                 last.len += len;
-                last.crcs.extend(crc);
+                last.crcs.extend(crcs);
                 return;
             }
         }
-        self.pieces.push(Piece { first, len, at: slot.at, own, crcs: crc.into_iter().collect() });
+        self.pieces.push(Piece { first, len, at: slot.at, own, crcs: crcs.collect() });
     }
 }
 

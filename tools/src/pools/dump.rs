@@ -6,7 +6,7 @@
 use super::{ask, pool::number};
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
-use blockmason_elements::parallax::tool::{Operation, Settings};
+use blockmason_elements::parallax::tool::{Format, Operation, Settings};
 use crc32fast::Hasher;
 use serde_json::Value;
 use std::io::{BufRead, Write};
@@ -126,7 +126,7 @@ fn put_changes<W: Write>(
 }
 
 /// Makes a volume of what [`dump`] has written. What has been made of it is deleted if the text is not whole.
-pub(super) fn restore(pool: &Pool<'_>, name: &str, from: impl BufRead) -> Outcome {
+pub(super) fn restore(pool: &Pool<'_>, (name, format): (&str, Format), from: impl BufRead) -> Outcome {
     let mut reader = Reader { from, sum: Hasher::new(), number: 0 };
     if reader.line()?.as_deref() != Some(FORM) {
         return Err(Failure::new("this is no dump of a volume"));
@@ -142,7 +142,7 @@ pub(super) fn restore(pool: &Pool<'_>, name: &str, from: impl BufRead) -> Outcom
     if pool.volume(name).is_ok() {
         return Err(Failure::new(format!("there is a volume {name} already")));
     }
-    let settings = Settings { checksums, ordered, ..Settings::default() };
+    let settings = Settings { format, checksums, ordered, ..Settings::default() };
     // It has its name once it is whole: whoever ends this before that must not take it for the volume.
     let part = format!("{name}{PART}");
     pool.ask(&Operation::CreateVolume { name: part.clone(), size, settings })?;

@@ -6,7 +6,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::units::{Bytes, Exact};
 use blockmason::lang::value::Size;
-use blockmason_elements::parallax::tool::{NewSettings, Operation, Settings};
+use blockmason_elements::parallax::tool::{Format, NewSettings, Operation, Settings};
 use std::path::{Path, PathBuf};
 
 /// Make thin volumes of a pool, their snapshots and clones.
@@ -41,6 +41,9 @@ enum Command {
         /// Keeps a checksum of each block; blocks are then never written in place
         #[arg(long)]
         checksums: bool,
+        /// The format of its map: 2 takes next to no room for what is written in a row
+        #[arg(long, default_value_t)]
+        format: Format,
         #[command(flatten)]
         limits: Limits,
         #[command(flatten)]
@@ -174,6 +177,9 @@ enum Command {
         pool: PathBuf,
         /// The volume
         name: String,
+        /// The format of its map
+        #[arg(long, default_value_t)]
+        format: Format,
         #[command(flatten)]
         control: ControlArgs,
     },
@@ -220,9 +226,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
     let done =
         |pool: &Path, operation: Operation, control: &ControlArgs| ask(pool, &operation, control).map(drop);
     match &args.command {
-        Command::Create { pool, name, size, checksums, limits, control } => {
+        Command::Create { pool, name, size, checksums, format, limits, control } => {
             let bytes = |size: Option<Size>| size.map_or(0, |size| size.0);
             let settings = Settings {
+                format: *format,
                 checksums: *checksums,
                 ordered: limits.order == Some(Order::Prefix),
                 quota: bytes(limits.quota),
@@ -287,8 +294,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
             let from = dump::Pool { path: pool, control };
             dump::dump(&from, &volume, snapshot.as_deref(), std::io::BufWriter::new(std::io::stdout().lock()))
         }
-        Command::Restore { pool, name, control } => {
-            dump::restore(&dump::Pool { path: pool, control }, name, std::io::stdin().lock())
+        Command::Restore { pool, name, format, control } => {
+            dump::restore(&dump::Pool { path: pool, control }, (name, *format), std::io::stdin().lock())
         }
         Command::Diff { pool, since, until, json, control } => {
             diff(pool, since, until.as_deref(), *json, control)
@@ -319,7 +326,8 @@ fn stat(found: &serde_json::Value) -> String {
         }
     }
     said += &words("order", if found["ordered"] == true { "prefix" } else { "block" });
-    said + &words("checksums", yes("checksums"))
+    said += &words("checksums", yes("checksums"));
+    said + &words("format", &pool::number(&found["format"]).to_string())
 }
 
 fn diff(pool: &Path, since: &Named, until: Option<&str>, json: bool, control: &ControlArgs) -> Outcome {

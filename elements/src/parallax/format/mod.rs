@@ -2,12 +2,14 @@
 
 mod catalog;
 mod log;
+mod map;
 mod node;
 mod root;
 mod store;
 
 pub(super) use catalog::{Entry, Kind as EntryKind, Limits, RECORDS};
 pub(super) use log::{Change, Record, Stamp};
+pub(super) use map::{Map, MapRun};
 pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot};
 pub(super) use root::{Ptr, Root};
 pub(super) use store::{EXTENT_RECORD, ExtentRecord, Features, Label, Owner, Owners};
@@ -23,8 +25,34 @@ pub(super) const NODE: u64 = 2;
 /// The first number that 5 bytes do not hold.
 pub(super) const LIMIT: u64 = 1 << 40;
 
-/// The format of trees that this program knows.
-pub(super) const TREE: u32 = 1;
+blockmason::words! {
+    /// A format of trees. Trees of one format are one owner of extents.
+    pub enum Format {
+        /// Leaves and inner nodes.
+        One = "1",
+        /// Maps above the leaves, and regions in a row that need neither.
+        Two = "2",
+    }
+}
+
+impl Default for Format {
+    /// What volumes have where nothing else is asked for.
+    fn default() -> Format {
+        Format::One
+    }
+}
+
+impl Format {
+    /// Its number on disk.
+    pub(super) fn number(self) -> u32 {
+        self as u32 + 1
+    }
+
+    /// That with a number, if this program knows it.
+    pub(super) fn numbered(number: u32) -> Option<Format> {
+        [Format::One, Format::Two].into_iter().find(|format| format.number() == number)
+    }
+}
 
 /// The pool's name for itself.
 pub(super) type Id = [u8; 16];

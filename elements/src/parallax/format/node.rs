@@ -2,8 +2,8 @@
 
 use super::catalog::{Entry, RECORDS};
 use super::{
-    BLOCK, Id, LIMIT, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at, u32_at, u40_at,
-    u64_at,
+    BLOCK, Id, LIMIT, Map, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at, u32_at,
+    u40_at, u64_at,
 };
 use blockmason::Result;
 
@@ -13,7 +13,9 @@ pub(in super::super) const SLOTS: usize = 512;
 const SLOT: usize = 15;
 /// Entries of a part of a dead list.
 pub(in super::super) const DEAD: usize = 600;
-const HEADER: usize = 64;
+pub(super) const HEADER: usize = 64;
+
+const MAP: u8 = 5;
 
 /// Where a block of a volume is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub(in super::super) enum Body {
     Catalog(Vec<Option<Entry>>),
     /// The next part, and what is in this one.
     Dead(Ptr, Vec<Dead>),
+    /// In format 2 alone.
+    Map(Map),
 }
 
 impl Body {
@@ -49,6 +53,15 @@ impl Body {
             Body::Inner(_) => 2,
             Body::Catalog(_) => 3,
             Body::Dead(..) => 4,
+            Body::Map(_) => MAP,
+        }
+    }
+
+    /// Blocks of one copy.
+    pub(in super::super) fn blocks(&self) -> u64 {
+        match self {
+            Body::Map(map) => map.blocks(),
+            Body::Leaf(_) | Body::Inner(_) | Body::Catalog(_) | Body::Dead(..) => NODE,
         }
     }
 
@@ -57,6 +70,7 @@ impl Body {
         match self {
             Body::Leaf(slots) => slots.iter().map(|slot| slot.birth).max(),
             Body::Inner(children) => children.iter().map(|child| child.birth).max(),
+            Body::Map(map) => map.birth(),
             Body::Catalog(_) | Body::Dead(..) => None,
         }
         .unwrap_or(0)
@@ -73,11 +87,21 @@ pub(in super::super) struct Node {
 }
 
 impl Node {
+    /// Bytes of a copy of most nodes.
     pub(in super::super) const BYTES: usize = (NODE * BLOCK) as usize;
+
+    /// Bytes of a copy of the node that begins with this block.
+    pub(in super::super) fn len(first: &[u8]) -> Option<usize> {
+        if first.len() < HEADER || !first.starts_with(MAGIC) {
+            return None;
+        }
+        let blocks = if first[8] == MAP { Map::blocks_of(first)? } else { NODE };
+        Some((blocks * BLOCK) as usize)
+    }
 
     /// Its bytes, the same for both places.
     pub(in super::super) fn encode(&self, id: &Id, at: [u64; 2]) -> Vec<u8> {
-        let mut bytes = vec![0; Node::BYTES];
+        let mut bytes = vec![0; (self.body.blocks() * BLOCK) as usize];
         bytes[..4].copy_from_slice(MAGIC);
         (bytes[8], bytes[9]) = (self.body.kind(), self.level);
         put(&mut bytes, 12, 4, u64::from(self.writer));
@@ -114,6 +138,7 @@ impl Node {
                     put(&mut bytes, at + 10, 2, u64::from(dead.len));
                 }
             }
+            Body::Map(map) => map.encode(&mut bytes),
         }
         seal(&mut bytes, 4);
         bytes
@@ -121,8 +146,7 @@ impl Node {
 
     /// None if these are not the bytes of a node that was written to these places of this pool.
     pub(in super::super) fn decode(bytes: &[u8], id: &Id, at: [u64; 2]) -> Option<Node> {
-        let own = bytes.len() == Node::BYTES
-            && bytes.starts_with(MAGIC)
+        let own = Node::len(bytes) == Some(bytes.len())
             && u64_at(bytes, 16) == short(id)
             && [u64_at(bytes, 32), u64_at(bytes, 40)] == at
             && is_sound(bytes, 4);
@@ -136,8 +160,10 @@ impl Node {
             Body::Leaf(_) | Body::Catalog(_) => node.level == 0 && count == 0,
             Body::Inner(_) => (1..=4).contains(&node.level) && count == 0,
             Body::Dead(..) => node.level == 0,
+            Body::Map(_) => node.level == 1,
         };
-        (sane && bytes[48..HEADER].iter().all(|byte| *byte == 0)).then_some(node)
+        let rest = if bytes[8] == MAP { 50 } else { 48 };
+        (sane && bytes[rest..HEADER].iter().all(|byte| *byte == 0)).then_some(node)
     }
 
     fn body(bytes: &[u8]) -> Result<Body> {
@@ -179,6 +205,7 @@ impl Node {
                 };
                 Ok(Body::Dead(Ptr::at(bytes, HEADER), (0..count).map(dead).collect()))
             }
+            MAP => Map::decode(bytes).map(Body::Map),
             _ => Err(damaged("it is a node of no known kind")),
         }
     }
@@ -191,6 +218,7 @@ const _: () = assert!(LIMIT == 1 << (8 * 5));
 
 #[cfg(test)]
 mod tests {
+    use super::super::MapRun;
     use super::*;
     use proptest::prelude::*;
 
@@ -199,7 +227,22 @@ mod tests {
         let slot = (number(), number(), any::<u32>()).prop_map(|(at, birth, crc)| Slot { at, birth, crc });
         let ptr = || (number(), number(), number()).prop_map(|(a, b, birth)| Ptr { at: [a, b], birth });
         let dead = (number(), number(), any::<u16>()).prop_map(|(at, birth, len)| Dead { at, birth, len });
+        let leaf = || (number(), 1..LIMIT, 1..LIMIT).prop_map(|(birth, a, b)| Ptr { at: [a, b], birth });
+        let part = (0..4u8, 1u64..=512, number(), number(), leaf());
+        let map = prop::collection::vec(part, 0..500).prop_map(|parts| {
+            let mut map = Map::default();
+            for (ix, (what, len, at, birth, leaf)) in parts.into_iter().enumerate() {
+                let first = ix as u64 * 512 + 512 - len;
+                match what {
+                    0 => {}
+                    1 => map.leaves.push((ix as u16, leaf)),
+                    _ => map.runs.push(MapRun { first, len, at, birth }),
+                }
+            }
+            Body::Map(map)
+        });
         prop_oneof![
+            map,
             prop::collection::vec(slot, SLOTS).prop_map(|all| Body::Leaf(all.try_into().unwrap())),
             prop::collection::vec(ptr(), SLOTS).prop_map(|all| Body::Inner(all.try_into().unwrap())),
             (ptr(), prop::collection::vec(dead, 0..DEAD)).prop_map(|(next, all)| Body::Dead(next, all)),
@@ -212,7 +255,7 @@ mod tests {
         fn a_node_says_what_was_written_and_no_flipped_bit_is_believed(
             body in body(), index in any::<u64>(), bits in prop::collection::vec(0..Node::BYTES * 8, 50),
         ) {
-            let level = u8::from(matches!(body, Body::Inner(_)));
+            let level = u8::from(matches!(body, Body::Inner(_) | Body::Map(_)));
             let node = Node { level, index, writer: 7, body };
             let (id, at) = ([3; 16], [77, 1 << 39]);
             let bytes = node.encode(&id, at);
@@ -220,7 +263,7 @@ mod tests {
             prop_assert_eq!(Node::decode(&bytes, &id, [78, 1 << 39]), None);
             prop_assert_eq!(Node::decode(&bytes, &[4; 16], at), None);
             for bit in bits {
-                let mut other = bytes.clone();
+                let (mut other, bit) = (bytes.clone(), bit % (8 * bytes.len()));
                 other[bit / 8] ^= 1 << (bit % 8);
                 prop_assert_eq!(Node::decode(&other, &id, at), None);
             }
@@ -228,7 +271,7 @@ mod tests {
 
         #[test]
         fn whatever_is_read_as_a_node_is_written_the_same(
-            kind in 0u8..6, noise in prop::collection::vec((64..Node::BYTES, any::<u8>()), 0..20),
+            kind in 0u8..7, noise in prop::collection::vec((64..Node::BYTES, any::<u8>()), 0..20),
         ) {
             let (id, at) = ([3; 16], [77, 78]);
             let dead = Body::Dead(Ptr::default(), Vec::new());

@@ -5,7 +5,8 @@ use blockmason::Result;
 
 const MAGIC: &[u8; 8] = b"MASONRT1";
 
-/// Where the two copies of a node are. `at[0]` 0: there is none, and nothing below it is mapped since `birth`.
+/// Where the two copies of a node are. `at[0]` 0: there is none, and nothing below it is mapped since `birth`. `at[1]` 0: there
+/// is none either, and what it would lead to lies in a row from `at[0]` on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(in super::super) struct Ptr {
     pub(in super::super) at: [u64; 2],
@@ -21,6 +22,16 @@ impl Ptr {
 
     pub(in super::super) fn is_hole(&self) -> bool {
         self.at[0] == 0
+    }
+
+    /// All that it leads to is in a row, from that block on: a superpage. In format 2 alone.
+    pub(in super::super) fn row(at: u64, birth: u64) -> Ptr {
+        Ptr { at: [at, 0], birth }
+    }
+
+    /// It leads to a node, and neither is a hole nor a superpage.
+    pub(in super::super) fn is_node(&self) -> bool {
+        self.at.iter().all(|at| *at != 0)
     }
 
     pub(super) fn at(bytes: &[u8], at: usize) -> Ptr {

@@ -54,6 +54,11 @@ fn with_next_to_no_memory() {
 }
 
 #[test]
+fn a_volume_of_format_2_in_turn() {
+    seeds().for_each(|seed| play(seed + 500_000, "(format 2)", [false, true]));
+}
+
+#[test]
 fn both_in_turn_with_checksums() {
     seeds().for_each(|seed| play(seed + 200_000, "(checksums yes)", [false, true]));
 }

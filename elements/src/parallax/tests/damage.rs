@@ -5,7 +5,7 @@ use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, EXTENT, EntryKind, Label, Owners, seal};
 use super::super::fuzzing::{contents, pool, restore, seal_at, sealed, structures, survives};
-use super::super::open::{Opening, create, open};
+use super::super::open::{Opening, create, open_newest};
 use super::super::shared::{Shared, make};
 use super::super::volume::Volume;
 use super::lines::Model;
@@ -148,9 +148,9 @@ fn inputs_at_random_end() {
 }
 
 fn try_open(file: &File, writable: bool) -> Result<(), Error> {
-    let opening = Opening { writable, memory: 1 << 20 };
+    let opening = Opening { writable, ..Opening::writable(1 << 20) };
     let size = file.metadata().unwrap().len();
-    block_on(open(opening, size, Below::Plain(file.as_fd()))).map(drop)
+    block_on(open_newest(opening, size, Below::Plain(file.as_fd()))).map(drop)
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn what_a_newer_program_has_made_is_left_alone() {
         (Label::PLACES, 56, 1, true, true, ""),
         (Label::PLACES, 64, 1, true, false, told),
         (Label::PLACES, 72, 1, false, false, told),
-        (Owners::PLACES, 64 + 4, 2, false, false, "no volumes of a known format"),
+        (Owners::PLACES, 64 + 4, 3, false, false, "no volumes of a known format"),
         (Owners::PLACES, 64 + 16, 1, true, true, ""),
         (Owners::PLACES, 64 + 24, 1, true, false, told),
         (Owners::PLACES, 64 + 32, 1, false, false, told),
@@ -244,9 +244,9 @@ fn a_pool_that_another_process_has_open_is_refused() {
     let file = File::options().read(true).write(true).open(&path).unwrap();
     try_open(&file, true).unwrap();
     let below = Below::Plain(file.as_fd());
-    let error = block_on(first.pool.make_volume("v", 4096, Settings::default(), below)).unwrap_err();
+    let error = block_on(first.any().make_volume("v", 4096, Settings::default(), below)).unwrap_err();
     assert!(error.kind() == Kind::Busy && error.to_string().contains("somebody else"), "{error}");
-    assert!(first.pool.core().catalog.values().all(|entry| !matches!(entry.kind, EntryKind::Volume { .. })));
+    assert!(first.any().core().catalog.values().all(|entry| !matches!(entry.kind, EntryKind::Volume { .. })));
 }
 
 /// There are two of everything that leads to data: a check looks at both, mends one that is damaged, and says so.
@@ -255,9 +255,9 @@ fn a_check_finds_and_mends_any_copy_that_is_damaged() {
     let (size, file) = (64 << 20, blank());
     file.set_len(size).unwrap();
     let below = Below::Plain(file.as_fd());
-    let opening = Opening { writable: true, memory: 1 << 20 };
+    let opening = Opening::writable(1 << 20);
     block_on(create([5; 16], size, below)).unwrap();
-    let pool = Arc::new(block_on(open(opening, size, below)).unwrap());
+    let pool = Arc::new(block_on(open_newest(opening, size, below)).unwrap());
     let number = block_on(pool.make_volume("v", 64 << 20, Settings::default(), below)).unwrap();
     let volume = Volume::new(pool.clone(), number);
     for at in [0, 8 << 20, 40 << 20] {

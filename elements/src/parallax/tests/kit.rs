@@ -3,7 +3,7 @@
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::BLOCK;
-use super::super::open::{Opening, open};
+use super::super::open::{Opening, open_newest};
 use super::super::pool::Pool;
 use super::super::volume::Volume;
 use blockmason::describe::{Catalogue, ElementType, Family};
@@ -120,10 +120,12 @@ pub(super) fn bytes(block: usize, version: u32) -> Vec<u8> {
 impl Story {
     pub(super) async fn begin(host: &Arc<Host>, seed: u64, more: &str) -> Story {
         let jitter = ["0s", "2ms"][seed as usize % 2];
+        // Trees of another format take room beside the first.
+        let size = if more.contains("format 2") { "52M" } else { "36M" };
         let text = format!(
             "element R (type radix) (volume v) (size {}k) {more} element P (type plug) \
              element T (type delay) (all {jitter}) (jitter {jitter}) \
-             element D (type volatile) (size 36M) (seed {seed}) R -> T -> P -> D",
+             element D (type volatile) (size {size}) (seed {seed}) R -> T -> P -> D",
             BLOCKS * 4
         );
         let graph = graph(host, *TYPES, &text, "R").unwrap();
@@ -343,9 +345,9 @@ impl Story {
     /// Opens a copy of the pool, checks it, and looks at all that is in it.
     fn verify(&mut self, copy: &File, power: bool) {
         let below = Below::Plain(copy.as_fd());
-        let opening = Opening { writable: true, memory: 1 << 20 };
+        let opening = Opening::writable(1 << 20);
         let size = copy.metadata().unwrap().len();
-        let pool = block_on(open(opening, size, below))
+        let pool = block_on(open_newest(opening, size, below))
             .unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
         let pool = Arc::new(pool);
         let findings = block_on(check(&pool, below)).unwrap();
@@ -444,8 +446,8 @@ impl Story {
         let sink = find(&self.graph, "D");
         let copy = self.copy(&sink).await;
         let below = Below::Plain(copy.as_fd());
-        let opening = Opening { writable: false, memory: 1 << 20 };
-        let pool = Arc::new(block_on(open(opening, copy.metadata().unwrap().len(), below)).unwrap());
+        let opening = Opening::read_only(1 << 20);
+        let pool = Arc::new(block_on(open_newest(opening, copy.metadata().unwrap().len(), below)).unwrap());
         self.hold_snapshots(&pool, below);
     }
 }

@@ -5,8 +5,8 @@
 use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
-use super::super::format::{BLOCK, EntryKind};
-use super::super::open::{Opening, create, open};
+use super::super::format::{BLOCK, EntryKind, Format};
+use super::super::open::{Opening, add_trees, create, open};
 use super::super::pool::Pool;
 use super::super::volume::{CHANGED_SINCE, Volume};
 use blockmason::{Answer, Data, Extra, Kind, Op, Request};
@@ -41,17 +41,42 @@ fn bytes(range: Range<usize>, contents: &[u32]) -> Vec<u8> {
     range.clone().zip(&contents[range]).flat_map(block).collect()
 }
 
-fn opened(file: &File) -> Arc<Pool> {
-    let opening = Opening { writable: true, memory: 100_000 };
-    Arc::new(block_on(open(opening, SIZE, Below::Plain(file.as_fd()))).unwrap())
+/// The trees of these formats in a pool, which are made if there are none.
+fn opened(file: &File, formats: &[Format]) -> Vec<Arc<Pool>> {
+    let below = Below::Plain(file.as_fd());
+    let opened = block_on(open(Opening::writable(100_000), file.metadata().unwrap().len(), below)).unwrap();
+    assert!(opened.lacking.is_empty());
+    let mut all = opened.trees;
+    for format in formats {
+        if all.iter().all(|trees| trees.format != *format) {
+            let added = block_on(add_trees(*format, &all[0], below)).unwrap();
+            all.push(added);
+        }
+    }
+    all.into_iter().filter(|trees| formats.contains(&trees.format)).map(Arc::new).collect()
+}
+
+fn new_pool(seed: u64, size: u64) -> File {
+    let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
+    file.set_len(size).unwrap();
+    block_on(create([seed as u8; 16], size, Below::Plain(file.as_fd()))).unwrap();
+    file
 }
 
 impl Model {
     pub(super) fn new(seed: u64) -> Model {
-        let file = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
-        file.set_len(SIZE).unwrap();
-        block_on(create([seed as u8; 16], SIZE, Below::Plain(file.as_fd()))).unwrap();
-        let (pool, rng) = (opened(&file), fastrand::Rng::with_seed(seed));
+        Model::of(seed, Format::One)
+    }
+
+    pub(super) fn of(seed: u64, format: Format) -> Model {
+        // Each owner of extents keeps some for itself.
+        let file = new_pool(seed, if format == Format::One { SIZE } else { SIZE * 3 / 2 });
+        let pool = opened(&file, &[format]).remove(0);
+        Model::with(seed, file, pool)
+    }
+
+    fn with(seed: u64, file: File, pool: Arc<Pool>) -> Model {
+        let rng = fastrand::Rng::with_seed(seed);
         Model { file, pool, rng, seed, next: 1, volumes: BTreeMap::new(), snapshots: BTreeMap::new() }
     }
 
@@ -263,7 +288,12 @@ impl Model {
 
     /// The process dies; another one opens the pool.
     pub(super) fn reopen(&mut self) {
-        self.pool = opened(&self.file);
+        self.pool = opened(&self.file, &[self.pool.format]).remove(0);
+        self.look();
+    }
+
+    /// Everything is what it should be.
+    fn look(&mut self) {
         let below = Below::Plain(self.file.as_fd());
         let findings = block_on(check(&self.pool, below)).unwrap();
         assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
@@ -351,22 +381,70 @@ fn read_all(pool: &Arc<Pool>, number: u32, blocks: usize, below: Below<'_>) -> V
     block_on(volume.read_pieces(read, below)).unwrap().into_data().unwrap().to_vec()
 }
 
+/// In the end everything can be deleted.
+fn delete_all(model: &mut Model) {
+    while !model.volumes.is_empty() {
+        (0..20).for_each(|_| model.delete_snapshot());
+        (0..10).for_each(|_| model.delete_volume());
+        block_on(model.pool.delete_all(Below::Plain(model.file.as_fd()))).unwrap();
+    }
+}
+
+/// Nothing is left.
+fn is_empty(model: &Model) {
+    let used = model.pool.core().root.used;
+    assert!(used <= 4 * 4, "seed {}: {used} blocks are left, and nothing is there", model.seed);
+}
+
+fn play(seed: u64, format: Format) {
+    let mut model = Model::of(seed, format);
+    for _ in 0..12 {
+        (0..model.rng.usize(1..40)).for_each(|_| model.step());
+        model.reopen();
+    }
+    delete_all(&mut model);
+    model.reopen();
+    is_empty(&model);
+}
+
 #[test]
 fn volumes_snapshots_and_clones_are_like_vectors() {
+    super::crash::seeds().step_by(4).for_each(|seed| play(seed, Format::One));
+}
+
+#[test]
+fn and_so_are_those_of_format_2() {
+    super::crash::seeds().step_by(4).for_each(|seed| play(seed + 1000, Format::Two));
+}
+
+#[test]
+fn trees_of_both_formats_share_a_pool() {
     for seed in super::crash::seeds().step_by(4) {
-        let mut model = Model::new(seed);
-        for _ in 0..12 {
-            (0..model.rng.usize(1..40)).for_each(|_| model.step());
-            model.reopen();
+        let file = new_pool(seed, 2 * SIZE);
+        let formats = [Format::One, Format::Two];
+        let trees = opened(&file, &formats).into_iter().enumerate();
+        let mut models: Vec<Model> = trees
+            .map(|(ix, pool)| Model::with(seed + 2000 + 77 * ix as u64, file.try_clone().unwrap(), pool))
+            .collect();
+        for round in 0..12 {
+            for _ in 0..models[0].rng.usize(1..60) {
+                let turn = models[0].rng.usize(0..2);
+                models[turn].step();
+            }
+            if round == 11 {
+                models.iter_mut().for_each(delete_all);
+            } else if round % 3 == 2 {
+                // A build that knows of the first format only leaves all others alone.
+                let opening = Opening { newest: 1, ..Opening::writable(100_000) };
+                let opened = block_on(open(opening, 2 * SIZE, Below::Plain(file.as_fd()))).unwrap();
+                models[0].pool = Arc::new(opened.trees.into_iter().next().unwrap());
+                (0..10).for_each(|_| models[0].step());
+            }
+            for (model, pool) in models.iter_mut().zip(opened(&file, &formats)) {
+                model.pool = pool;
+                model.look();
+            }
         }
-        // In the end everything can be deleted, and nothing is left.
-        while !model.volumes.is_empty() {
-            (0..20).for_each(|_| model.delete_snapshot());
-            (0..10).for_each(|_| model.delete_volume());
-            block_on(model.pool.delete_all(Below::Plain(model.file.as_fd()))).unwrap();
-        }
-        model.reopen();
-        let used = model.pool.core().root.used;
-        assert!(used <= 4 * 4, "seed {seed}: {used} blocks are left, and nothing is there");
+        models.iter().for_each(is_empty);
     }
 }

@@ -62,7 +62,7 @@ async fn data_of_first(rig: &Rig) -> u64 {
     rig.look(|pool, below| {
         let number = pool.core().volume("v").unwrap();
         let ptr = pool.core().catalog[&number].root;
-        let place = Place { tree: Tree::Volume, ptr, level: 0, index: 0 };
+        let place = Place { tree: Tree::Volume(pool.format), ptr, level: 0, index: 0 };
         match &block_on(pool.nodes.get(&place, below)).unwrap().body {
             Body::Leaf(slots) => slots[0].at,
             _ => panic!("a leaf was expected"),

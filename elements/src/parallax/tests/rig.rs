@@ -4,7 +4,7 @@ use super::super::below::Below;
 use super::super::format::{BLOCK, Body, SLOTS};
 use super::super::merge::span;
 use super::super::nodes::{Place, Tree};
-use super::super::open::{Opening, open};
+use super::super::open::{Opening, open_newest};
 use super::super::pool::Pool;
 use super::kit::{PLUG, find, read_all};
 use blockmason::describe::{Catalogue, ElementType, Family};
@@ -185,8 +185,8 @@ impl Rig {
     pub(super) async fn look<T>(&self, look: impl FnOnce(&Arc<Pool>, Below<'_>) -> T) -> T {
         let image = self.image().await;
         let below = Below::Plain(image.as_fd());
-        let opening = Opening { writable: false, memory: 1 << 20 };
-        let pool = block_on(open(opening, image.metadata().unwrap().len(), below)).unwrap();
+        let opening = Opening::read_only(1 << 20);
+        let pool = block_on(open_newest(opening, image.metadata().unwrap().len(), below)).unwrap();
         look(&Arc::new(pool), below)
     }
 
@@ -234,7 +234,7 @@ fn leaf(pool: &Pool, index: u64, below: Below<'_>) -> [u64; 2] {
         (entry.root, entry.height)
     };
     while level > 0 {
-        let place = Place { tree: Tree::Volume, ptr, level, index: index / span(level) };
+        let place = Place { tree: Tree::Volume(pool.format), ptr, level, index: index / span(level) };
         let node = block_on(pool.nodes.get(&place, below)).unwrap();
         let Body::Inner(children) = &node.body else { panic!("an inner node was expected") };
         (ptr, level) = (children[(index / span(level - 1)) as usize % SLOTS], level - 1);

@@ -5,7 +5,7 @@ use super::super::admin::{NewSettings, Settings};
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, EntryKind};
-use super::super::open::{Opening, create, open};
+use super::super::open::{Opening, create, open_newest};
 use super::super::pool::Pool;
 use super::super::shared::make;
 use super::super::tool::{self, Operation};
@@ -86,8 +86,8 @@ impl Bench {
 }
 
 fn opened(file: &File) -> Arc<Pool> {
-    let (opening, size) = (Opening { writable: true, memory: 16 << 20 }, file.metadata().unwrap().len());
-    Arc::new(block_on(open(opening, size, Below::Plain(file.as_fd()))).unwrap())
+    let (opening, size) = (Opening::writable(16 << 20), file.metadata().unwrap().len());
+    Arc::new(block_on(open_newest(opening, size, Below::Plain(file.as_fd()))).unwrap())
 }
 
 #[test]

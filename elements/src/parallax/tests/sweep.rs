@@ -4,7 +4,7 @@
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::BLOCK;
-use super::super::open::{Opening, open};
+use super::super::open::{Opening, open_newest};
 use super::kit::{bytes, misfit, read_all};
 use super::rig::Rig;
 use blockmason::testing::run;
@@ -209,8 +209,8 @@ impl Tale {
         }
         let image = self.rig.image().await;
         let (below, size) = (Below::Plain(image.as_fd()), image.metadata().unwrap().len());
-        let opening = Opening { writable: true, memory: 1 << 20 };
-        let pool = match block_on(open(opening, size, below)) {
+        let opening = Opening::writable(1 << 20);
+        let pool = match block_on(open_newest(opening, size, below)) {
             Ok(pool) => Arc::new(pool),
             // It failed before there was one.
             Err(_) if self.blocks.iter().all(|block| block.answered == 0) => return,

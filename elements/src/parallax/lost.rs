@@ -1,0 +1,107 @@
+//! Compares two trees of one line: what the older one sees and the newer one does not has died.
+
+use super::format::{Body, Entry, Format, Map, NODE, Ptr, SLOTS, Slot, damaged};
+use super::maps::{blocks_of, slots_of};
+use super::merge::{Merge, Who};
+use blockmason::{LocalBoxFuture, Result};
+
+impl Merge<'_> {
+    /// Finds what a snapshot sees and the tree that came from it does not, where it is younger than that: it goes to the dead.
+    pub(super) async fn lost_between(&mut self, origin: u64, old: &Entry, new: &Entry) -> Result<()> {
+        let lowest = u8::from(self.format == Format::Two);
+        let (mut ptr, mut level) = (new.root, new.height);
+        // What of a tree that has grown is where it had its root before.
+        while level > old.height.max(lowest) {
+            let Body::Inner(children) = self.inside(ptr, level, 0).await? else { return Err(other_kind()) };
+            (ptr, level) = (children[0], level - 1);
+        }
+        if level == old.height {
+            return self.lost(origin, (old.root, ptr), (level, 0)).await;
+        }
+        // A leaf, of whose blocks the newer tree has a map.
+        let bodies = (Body::above(self.format, old.root, level), self.inside(ptr, level, 0).await?);
+        self.lost_within(origin, bodies, (level, 0)).await
+    }
+
+    fn lost(
+        &mut self,
+        origin: u64,
+        (old, new): (Ptr, Ptr),
+        (level, index): (u8, u64),
+    ) -> LocalBoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            if old.is_hole() || old.at == new.at || old.birth <= origin {
+                return Ok(());
+            }
+            let who = all_seen(origin);
+            if new.is_hole() {
+                return self.drop_tree(who, old, level, index).await;
+            }
+            let bodies = (self.inside(old, level, index).await?, self.inside(new, level, index).await?);
+            self.kill_node(who, old, bodies.0.blocks());
+            self.lost_within(origin, bodies, (level, index)).await
+        })
+    }
+
+    async fn lost_within(
+        &mut self,
+        origin: u64,
+        (old, new): (Body, Body),
+        (level, index): (u8, u64),
+    ) -> Result<()> {
+        match (old, new) {
+            (Body::Leaf(old), Body::Leaf(new)) => self.lost_slots(origin, &old, &new),
+            (Body::Map(old), Body::Map(new)) => self.lost_leaves(origin, (&old, &new), index).await?,
+            (Body::Inner(old), Body::Inner(new)) => {
+                for (ix, pair) in old.iter().zip(new.iter()).enumerate() {
+                    let place = (level - 1, index * SLOTS as u64 + ix as u64);
+                    self.lost(origin, (*pair.0, *pair.1), place).await?;
+                }
+            }
+            _ => return Err(other_kind()),
+        }
+        Ok(())
+    }
+
+    /// Compares two maps, the blocks of a leaf at a time.
+    async fn lost_leaves(&mut self, origin: u64, (old, new): (&Map, &Map), index: u64) -> Result<()> {
+        for leaf in 0..SLOTS as u16 {
+            let range = blocks_of(leaf);
+            let [was, is] = [old, new].map(|map| map.leaf(range.start));
+            let same = was == is && old.within(&range).eq(new.within(&range));
+            if same || was.is_some_and(|was| was.birth <= origin) {
+                continue;
+            }
+            let place = index * SLOTS as u64 + u64::from(leaf);
+            let mut slots = Vec::new();
+            for (map, ptr) in [(old, was), (new, is)] {
+                slots.push(match ptr {
+                    None => slots_of(map.within(&range)),
+                    Some(ptr) => match self.read(ptr, 0, place).await? {
+                        Body::Leaf(slots) => slots,
+                        _ => return Err(other_kind()),
+                    },
+                });
+            }
+            if let Some(was) = was {
+                self.kill_node(all_seen(origin), was, NODE);
+            }
+            self.lost_slots(origin, &slots[0], &slots[1]);
+        }
+        Ok(())
+    }
+
+    fn lost_slots(&mut self, origin: u64, old: &[Slot; SLOTS], new: &[Slot; SLOTS]) {
+        let gone = old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
+        gone.for_each(|(old, _)| self.kill(all_seen(origin), old.at, 1, old.birth));
+    }
+}
+
+/// Everything in the older tree is older than what could have taken its place.
+fn all_seen(origin: u64) -> Who {
+    Who { volume: 0, newest: u64::MAX, origin }
+}
+
+fn other_kind() -> blockmason::Error {
+    damaged("two trees of one line have nodes of two kinds in one place")
+}
