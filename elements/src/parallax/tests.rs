@@ -5,6 +5,7 @@ mod damage;
 mod faults;
 mod kit;
 mod lines;
+mod maps;
 mod opening;
 mod races;
 mod rig;

@@ -409,29 +409,29 @@ fn play(seed: u64, format: Format) {
 
 #[test]
 fn volumes_snapshots_and_clones_are_like_vectors() {
-    super::crash::seeds().step_by(4).for_each(|seed| play(seed, Format::One));
+    super::crash::seeds().step_by(8).for_each(|seed| play(seed, Format::One));
 }
 
 #[test]
 fn and_so_are_those_of_format_2() {
-    super::crash::seeds().step_by(4).for_each(|seed| play(seed + 1000, Format::Two));
+    super::crash::seeds().step_by(8).for_each(|seed| play(seed + 1000, Format::Two));
 }
 
 #[test]
 fn trees_of_both_formats_share_a_pool() {
-    for seed in super::crash::seeds().step_by(4) {
+    for seed in super::crash::seeds().step_by(8) {
         let file = new_pool(seed, 2 * SIZE);
         let formats = [Format::One, Format::Two];
         let trees = opened(&file, &formats).into_iter().enumerate();
         let mut models: Vec<Model> = trees
             .map(|(ix, pool)| Model::with(seed + 2000 + 77 * ix as u64, file.try_clone().unwrap(), pool))
             .collect();
-        for round in 0..12 {
+        for round in 0..6 {
             for _ in 0..models[0].rng.usize(1..60) {
                 let turn = models[0].rng.usize(0..2);
                 models[turn].step();
             }
-            if round == 11 {
+            if round == 5 {
                 models.iter_mut().for_each(delete_all);
             } else if round % 3 == 2 {
                 // A build that knows of the first format only leaves all others alone.
