@@ -9,6 +9,7 @@ use blockmason::{Data, Error, Kind, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
 
 /// The owner of what the block store itself keeps.
 pub(super) const STORE: u32 = 1;
@@ -270,6 +271,8 @@ pub(super) struct Blocks {
     state: Mutex<State>,
     /// Held by whoever gives extents away, or looks at what the table says of them.
     pub(super) granting: tokio::sync::Mutex<()>,
+    /// There may be room where there was none.
+    pub(super) room: Notify,
 }
 
 /// Reads the table of extents, and tells of each record, or of none where both copies are damaged.
@@ -350,7 +353,7 @@ impl Blocks {
             accounts.insert(*owner, account);
         }
         let state = Mutex::new(State { label, extents, unowned, accounts });
-        Ok(Blocks { state, granting: tokio::sync::Mutex::default() })
+        Ok(Blocks { state, granting: tokio::sync::Mutex::default(), room: Notify::new() })
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -412,6 +415,13 @@ impl Blocks {
     /// Free blocks, promised ones among them.
     pub(super) fn free(&self) -> u64 {
         self.state().free()
+    }
+
+    /// Blocks of owners that are left alone.
+    pub(super) fn foreign(&self) -> u64 {
+        let state = self.state();
+        let is = |extent: &&Extent| matches!(extent, Extent::Foreign(owner) if *owner != STORE);
+        state.extents.iter().filter(is).count() as u64 * EXTENT
     }
 
     /// Those for which room has been set aside.

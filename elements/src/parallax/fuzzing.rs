@@ -6,10 +6,10 @@ use super::admin::Settings;
 use super::below::{Below, block_on};
 use super::check::check;
 use super::format::{
-    BLOCK, Body, Entry, EntryKind, ExtentRecord, Features, Label, Node, Owners, RECORDS, Record, Root, seal,
-    u32_at,
+    BLOCK, Body, Entry, EntryKind, ExtentRecord, Features, Format, Label, Node, Owners, RECORDS, Record,
+    Root, seal, u32_at,
 };
-use super::open::{Opening, create, open_newest};
+use super::open::{Opening, add_trees, create, open};
 use super::pool::Pool;
 use super::volume::Volume;
 use blockmason::{Data, Op, Request, Result};
@@ -101,7 +101,7 @@ fn log_record(mut bytes: Vec<u8>) {
 /// What stands in a block that has a checksum: its bytes, and where the checksum is.
 pub(super) fn sealed(block: &[u8]) -> Option<(u64, usize)> {
     match block {
-        [b'P', b'X', b'N', b'D', ..] => Some((2 * BLOCK, 4)),
+        [b'P', b'X', b'N', b'D', ..] => Node::len(block).map(|len| (len as u64, 4)),
         [b'P', b'X', b'S', b'J', ..] => Some((BLOCK, 4)),
         [b'P', b'X', b'L', b'G', ..] => Some((u64::from(u32_at(block, 44)).next_multiple_of(BLOCK), 4)),
         [b'M', b'A', b'S', b'O', b'N', ..] => Some((BLOCK, 8)),
@@ -148,28 +148,31 @@ pub(super) fn survives(file: &File, mut each: impl FnMut(&Pool, u32, Result<Data
     for writable in [false, true] {
         let below = Below::Plain(file.as_fd());
         let opening = Opening { writable, ..Opening::writable(200_000) };
-        let Ok(pool) = block_on(open_newest(opening, file.metadata().unwrap().len(), below)) else {
-            continue;
-        };
-        let pool = Arc::new(pool);
-        let _ = block_on(check(&pool, below));
-        let all: Vec<(u32, u64)> = pool
-            .core()
-            .catalog
-            .iter()
-            .filter(|(_, entry)| !entry.deleting)
-            .map(|(number, entry)| (*number, entry.size))
-            .collect();
-        for (number, size) in all {
-            // What is larger than any of these was made so.
-            let read = Request::read(0, size.clamp(BLOCK, 16 << 20));
-            let volume = Volume::new(pool.clone(), number);
-            let found = block_on(volume.read_pieces(read, below)).and_then(blockmason::Answer::into_data);
-            each(&pool, number, found);
+        let Ok(opened) = block_on(open(opening, file.metadata().unwrap().len(), below)) else { continue };
+        for pool in opened.trees.into_iter().map(Arc::new) {
+            look(&pool, below, &mut each);
+            if writable {
+                let _ = block_on(pool.checkpoint(below));
+            }
         }
-        if writable {
-            let _ = block_on(pool.checkpoint(below));
-        }
+    }
+}
+
+fn look(pool: &Arc<Pool>, below: Below<'_>, each: &mut impl FnMut(&Pool, u32, Result<Data>)) {
+    let _ = block_on(check(pool, below));
+    let all: Vec<(u32, u64)> = pool
+        .core()
+        .catalog
+        .iter()
+        .filter(|(_, entry)| !entry.deleting)
+        .map(|(number, entry)| (*number, entry.size))
+        .collect();
+    for (number, size) in all {
+        // What is larger than any of these was made so.
+        let read = Request::read(0, size.clamp(BLOCK, 16 << 20));
+        let volume = Volume::new(pool.clone(), number);
+        let found = block_on(volume.read_pieces(read, below)).and_then(blockmason::Answer::into_data);
+        each(pool, number, found);
     }
 }
 
@@ -183,7 +186,8 @@ fn small() -> &'static [(u64, Vec<u8>)] {
         block_on(async {
             create(ID, SIZE, below).await?;
             let opening = Opening::writable(200_000);
-            let pool = Arc::new(open_newest(opening, SIZE, below).await?);
+            let opened = open(opening, SIZE, below).await?;
+            let Some(pool) = opened.trees.into_iter().next().map(Arc::new) else { return Ok(()) };
             for (name, blocks, checksums) in [("a", 700, false), ("b", 20, true)] {
                 let settings = Settings { checksums, ordered: checksums, ..Settings::default() };
                 let number = pool.make_volume(name, blocks * BLOCK, settings, below).await?;
@@ -204,7 +208,20 @@ fn small() -> &'static [(u64, Vec<u8>)] {
             let number = pool.core().find("a", None)?;
             let data = Data::copy_of(&[5; 2 * BLOCK as usize]);
             Volume::new(pool.clone(), number).write_pieces(Request::write(0, data), below).await?;
-            pool.snapshot(&[(number, "t".to_owned())], 1, below).await
+            pool.snapshot(&[(number, "t".to_owned())], 1, below).await?;
+            // Far from each other, so that some of it is in leaves.
+            let pool = Arc::new(add_trees(Format::Two, &pool, below).await?);
+            let number = pool.make_volume("d", 2000 * BLOCK, Settings::default(), below).await?;
+            let volume = Volume::new(pool.clone(), number);
+            for ix in 0..30 {
+                let data = Data::copy_of(&[ix as u8 + 1; BLOCK as usize]);
+                volume.write_pieces(Request::write(ix * ix * 2 * BLOCK, data), below).await?;
+                if ix == 25 {
+                    pool.checkpoint(below).await?;
+                    pool.snapshot(&[(number, "s".to_owned())], 1, below).await?;
+                }
+            }
+            Ok::<_, blockmason::Error>(())
         })
         .unwrap();
         assert!(contents(&file).len() < 2000);

@@ -7,8 +7,8 @@ use blockmason::Result;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// A leaf that has come to so few runs is part of its map again.
-const FEW: usize = 4;
+/// A leaf of so few runs is part of its map.
+const FEW: usize = 16;
 
 /// Blocks of a leaf, each by itself.
 type Slots = Box<[Slot; SLOTS]>;
@@ -109,26 +109,39 @@ pub(super) fn blocks_of(leaf: u16) -> Range<u64> {
 }
 
 impl Map {
-    /// The leaf that would have most of the runs which lie within one alone, if it would have more than one.
-    fn longest(&self) -> Option<u16> {
+    /// Leaves to be made of the runs that lie within one alone, those of most runs first, so that a map is not too long.
+    fn to_spill(&self) -> Vec<u16> {
         let inside = |run: &&MapRun| run.first / EXTENT == (run.end() - 1) / EXTENT;
-        let mut best = (1, None);
         let runs: Vec<&MapRun> = self.runs.iter().filter(inside).collect();
-        for same in runs.chunk_by(|one, other| one.first / EXTENT == other.first / EXTENT) {
-            if same.len() > best.0 {
-                best = (same.len(), Some((same[0].first / EXTENT) as u16));
-            }
-        }
-        best.1
+        let same = runs.chunk_by(|one, other| one.first / EXTENT == other.first / EXTENT);
+        let mut leaves: Vec<(usize, u16)> = same
+            .filter(|same| same.len() > 1)
+            .map(|same| (same.len(), (same[0].first / EXTENT) as u16))
+            .collect();
+        leaves.sort_unstable_by_key(|(count, _)| std::cmp::Reverse(*count));
+        let mut over = self.over();
+        let needed = leaves.iter().take_while(|(count, _)| {
+            let needed = over > 0;
+            over = over.saturating_sub(Map::saved(*count));
+            needed
+        });
+        let mut needed: Vec<u16> = needed.map(|(_, leaf)| *leaf).collect();
+        needed.sort_unstable();
+        needed
     }
 
-    /// Takes runs out that lie in a leaf's blocks.
-    fn take(&mut self, leaf: u16) -> Slots {
-        let range = blocks_of(leaf);
-        let slots = slots_of(self.within(&range));
-        let [before, behind] = [0..range.start, range.end..Map::BLOCKS];
-        let left = |run: &MapRun| [run.cut(&before), run.cut(&behind)].into_iter().flatten();
-        self.runs = self.runs.iter().flat_map(left).collect();
+    /// Takes runs out that lie in the blocks of these leaves.
+    fn take(&mut self, leaves: &[u16]) -> Vec<Slots> {
+        let slots = leaves.iter().map(|leaf| slots_of(self.within(&blocks_of(*leaf)))).collect();
+        let mut left = Vec::new();
+        for run in std::mem::take(&mut self.runs) {
+            let touched = run.first / EXTENT..(run.end() - 1) / EXTENT + 1;
+            let kept = touched
+                .filter_map(|leaf| u16::try_from(leaf).ok())
+                .filter(|leaf| leaves.binary_search(leaf).is_err());
+            kept.filter_map(|leaf| run.cut(&blocks_of(leaf))).for_each(|part| join(&mut left, part));
+        }
+        self.runs = left;
         slots
     }
 }
@@ -144,6 +157,7 @@ impl Merge<'_> {
     ) -> Result<Body> {
         // What is written now is seen by no snapshot that is there, whatever is in it.
         let born = pieces.iter().map(|(_, run)| run.birth).max().unwrap_or(0);
+        let busy = busy(index, pieces);
         let mut open: BTreeMap<u16, Slots> = BTreeMap::new();
         let mut runs = Runs::default();
         for run in std::mem::take(&mut map.runs) {
@@ -156,7 +170,8 @@ impl Merge<'_> {
                 let part = run.part(at - (first - index * Map::BLOCKS), blocks_of(leaf).end.min(end) - at);
                 if !open.contains_key(&leaf) {
                     let slots = self.open_leaf(who, &mut map, leaf, index).await?;
-                    let slots = slots.or_else(|| part.has_checksums().then(|| take(&mut runs, leaf)));
+                    let as_leaf = part.has_checksums() || usize::from(busy[usize::from(leaf)]) > FEW;
+                    let slots = slots.or_else(|| as_leaf.then(|| take(&mut runs, leaf)));
                     open.extend(slots.map(|slots| (leaf, slots)));
                 }
                 let len = part.len;
@@ -208,13 +223,15 @@ impl Merge<'_> {
         for (leaf, slots) in full {
             self.write_leaf(by, &mut map, leaf, index, slots).await?;
         }
-        while map.is_long()
-            && let Some(leaf) = map.longest()
-        {
-            let slots = map.take(leaf);
-            self.write_leaf(by, &mut map, leaf, index, slots).await?;
+        loop {
+            let leaves = map.to_spill();
+            if leaves.is_empty() {
+                return Ok(map);
+            }
+            for (slots, leaf) in map.take(&leaves).into_iter().zip(leaves) {
+                self.write_leaf(by, &mut map, leaf, index, slots).await?;
+            }
         }
-        Ok(map)
     }
 
     /// Writes a leaf by whom and born when is said.
@@ -233,6 +250,18 @@ impl Merge<'_> {
         map.leaves.insert(place, (leaf, ptr));
         Ok(())
     }
+}
+
+/// How many pieces touch each leaf of a map.
+fn busy(index: u64, pieces: &[(u64, Run)]) -> [u16; SLOTS] {
+    let mut busy = [0_u16; SLOTS];
+    for (first, run) in pieces {
+        let first = first - index * Map::BLOCKS;
+        for leaf in first / EXTENT..(first + run.len).div_ceil(EXTENT) {
+            busy[leaf as usize] += 1;
+        }
+    }
+    busy
 }
 
 fn part(first: u64, run: &Run) -> MapRun {

@@ -140,7 +140,7 @@ impl Opened {
 }
 
 /// Opens the pool, all of which works. Its newest trees.
-#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(test)]
 pub(super) async fn open_newest(opening: Opening, size: u64, below: Below<'_>) -> Result<Pool> {
     let mut opened = open(opening, size, below).await?;
     match opened.lacking.pop() {

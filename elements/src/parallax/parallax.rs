@@ -134,8 +134,8 @@ fn size(core: &Core, params: &Params) -> Result<u64> {
 impl Element for Disk {
     fn prepare(&self, _children: Children<'_>) -> Result<Prepared> {
         // As it is now: it may have grown since the graph before.
-        let size = Shared::look(&self.params.pool.0, |trees| {
-            let trees = having(trees, &self.params.volume);
+        let size = Shared::look(&self.params.pool.0, |trees, lacking| {
+            let trees = having(trees, lacking, &self.params.volume);
             let trees = trees.map_err(|error| error.with_path(&self.params.pool.0))?;
             let core = trees.core();
             if self.params.snapshot.is_none() {

@@ -400,8 +400,6 @@ pub(super) struct Pool {
     pub(super) administering: tokio::sync::RwLock<()>,
     /// A checkpoint is due.
     pub(super) due: Notify,
-    /// There may be room where there was none.
-    pub(super) room: Notify,
     /// It has been said that writes wait for room; again once there is more than a little.
     pub(super) waited: AtomicBool,
     broken: OnceLock<String>,
@@ -428,7 +426,6 @@ impl Pool {
             checkpointing: tokio::sync::Mutex::default(),
             administering: tokio::sync::RwLock::default(),
             due: Notify::new(),
-            room: Notify::new(),
             waited: AtomicBool::new(false),
             broken: OnceLock::new(),
         }
@@ -718,7 +715,7 @@ impl Pool {
         let free: Vec<_> = core.leaving.drain(..over).flat_map(|(_, blocks)| blocks).collect();
         drop(core);
         free.into_iter().for_each(|blocks| self.space.give(blocks));
-        self.room.notify_waiters();
+        self.space.blocks.room.notify_waiters();
     }
 }
 

@@ -26,12 +26,18 @@ pub(super) struct Shared {
     io: FileIo,
     /// Of each format one, at most.
     trees: Mutex<Vec<Arc<Pool>>>,
-    /// Formats whose trees are there and cannot be opened, and why.
-    lacking: Vec<(Format, String)>,
+    pub(super) lacking: Vec<Lacking>,
     /// Held by whoever makes trees of another format.
     adding: Mutex<()>,
     /// Goes last: by then the file is closed, and its lock with it.
     listed: Listed,
+}
+
+/// A format whose trees are there and cannot be opened, and why.
+pub(super) type Lacking = (Format, String);
+
+fn lacking(found: Vec<(Format, Error)>) -> Vec<Lacking> {
+    found.into_iter().map(|(format, error)| (format, error.to_string())).collect()
 }
 
 /// The file or device of a pool: by whatever name it is opened, it is one pool.
@@ -106,7 +112,7 @@ impl Shared {
         let io = FileIo::new(image, FileOptions { size, direct: false, device });
         let id = listed.0.id;
         let trees = Mutex::new(opened.trees.into_iter().map(Arc::new).collect());
-        let lacking = opened.lacking.into_iter().map(|(format, error)| (format, error.to_string())).collect();
+        let lacking = lacking(opened.lacking);
         let shared = Arc::new(Shared { io, trees, lacking, adding: Mutex::default(), listed });
         all().insert(id, Arc::downgrade(&shared));
         CHANGED.notify_all();
@@ -117,16 +123,20 @@ impl Shared {
     ///
     /// # Errors
     /// As [`Shared::open`].
-    pub(super) fn look<T>(path: &Path, look: impl FnOnce(&[Arc<Pool>]) -> Result<T>) -> Result<T> {
+    pub(super) fn look<T>(
+        path: &Path,
+        look: impl FnOnce(&[Arc<Pool>], &[Lacking]) -> Result<T>,
+    ) -> Result<T> {
         let listed = match find(Place::of(path)?) {
-            Ok(shared) => return look(&shared.trees()),
+            Ok(shared) => return look(&shared.trees(), &shared.lacking),
             Err(listed) => listed,
         };
         let (image, size, _) = image(&listed.0.path, false)?;
         let below = Below::Plain(image.file().as_fd());
         let opened = block_on(open(Opening::read_only(16 << 20), size, below));
-        let trees = opened.map_err(|error| error.with_path(&listed.0.path))?.trees;
-        look(&trees.into_iter().map(Arc::new).collect::<Vec<_>>())
+        let opened = opened.map_err(|error| error.with_path(&listed.0.path))?;
+        let trees: Vec<Arc<Pool>> = opened.trees.into_iter().map(Arc::new).collect();
+        look(&trees, &lacking(opened.lacking))
     }
 
     /// All trees of the pool, the oldest format first.
@@ -139,24 +149,12 @@ impl Shared {
         self.trees.lock().unwrap_or_else(PoisonError::into_inner)[0].clone()
     }
 
-    /// Formats whose trees are there and cannot be opened, and why.
-    pub(super) fn lacking(&self) -> impl Iterator<Item = &(Format, String)> {
-        self.lacking.iter()
-    }
-
     /// The trees that have a volume.
     ///
     /// # Errors
     /// [`Kind::Unavailable`].
     pub(super) fn having(&self, volume: &str) -> Result<Arc<Pool>> {
-        let found = having(&self.trees(), volume);
-        match self.lacking.first() {
-            Some((format, why)) => found.map_err(|error| {
-                let message = format!("{error}; those of format {format} cannot be used: {why}");
-                Error::new(error.kind(), message)
-            }),
-            None => found,
-        }
+        having(&self.trees(), &self.lacking, volume)
     }
 
     /// The trees of a format, which are made if there are none.
@@ -208,7 +206,7 @@ impl Shared {
         let extents = make_room(self.io.image().file(), &label, size)
             .map_err(|error| error.with_path(&self.listed.0.path))?;
         block_on(any.space.blocks.grow(extents, self.blocking()))?;
-        self.trees().iter().for_each(|trees| trees.room.notify_waiters());
+        any.space.blocks.room.notify_waiters();
         Ok(extents * EXTENT * BLOCK)
     }
 
@@ -282,9 +280,16 @@ impl Drop for Listed {
 ///
 /// # Errors
 /// [`Kind::Unavailable`].
-pub(super) fn having(trees: &[Arc<Pool>], volume: &str) -> Result<Arc<Pool>> {
+pub(super) fn having(trees: &[Arc<Pool>], lacking: &[Lacking], volume: &str) -> Result<Arc<Pool>> {
     let found = trees.iter().find(|trees| trees.core().volume(volume).is_some());
-    found.cloned().ok_or_else(|| super::admin::gone("volume", volume))
+    let found = found.cloned().ok_or_else(|| super::admin::gone("volume", volume));
+    match lacking.first() {
+        Some((format, why)) => found.map_err(|error| {
+            let message = format!("{}; those of format {format} cannot be used: {why}", error.message());
+            Error::new(error.kind(), message)
+        }),
+        None => found,
+    }
 }
 
 /// Makes the file of a pool larger if it is too small for that size. The extents that there are then.

@@ -7,7 +7,7 @@ use super::check::{Findings, check};
 pub use super::format::Format;
 use super::format::{BLOCK, Entry, EntryKind};
 use super::pool::{Core, Pool};
-use super::shared::{self, Shared, having};
+use super::shared::{self, Lacking, Shared};
 use super::volume::{Full, Volume, unix_seconds};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::{Data, Error, Op, Request, Result};
@@ -175,7 +175,7 @@ pub fn create(path: &Path, size: Option<u64>) -> Result<()> {
 /// # Errors
 /// As [`open`].
 pub fn list(path: &Path) -> Result<Value> {
-    Shared::look(path, |trees| Ok(listed(trees)))
+    Shared::look(path, |trees, lacking| Ok(listed(trees, lacking)))
 }
 
 /// A pool that this process has open.
@@ -210,16 +210,14 @@ impl Open {
 fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
     let below = shared.blocking();
     match operation {
-        Operation::List => return Ok(listed(&shared.trees())),
+        Operation::List => return Ok(listed(&shared.trees(), &shared.lacking)),
         Operation::Check => {
             let mut all = Findings::default();
             for trees in shared.trees() {
                 block_on(trees.checkpoint(below))?;
                 all += block_on(check(&trees, below))?;
             }
-            all.problems.extend(shared.lacking().map(|(format, why)| {
-                format!("volumes of format {format} cannot be used, and are left as they are: {why}")
-            }));
+            all.problems.extend(unusable(&shared.lacking));
             return Ok(json!({
                 "problems": all.problems, "volumes": all.volumes, "snapshots": all.snapshots,
                 "nodes": all.nodes, "bytes": all.blocks * BLOCK,
@@ -332,7 +330,7 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
 /// # Errors
 /// [`blockmason::Kind::Busy`] if there is a volume of that name.
 fn free(shared: &Shared, name: &str) -> Result<()> {
-    match having(&shared.trees(), name) {
+    match shared.having(name) {
         Ok(_) => Err(super::admin::taken(name)),
         Err(_) => Ok(()),
     }
@@ -361,6 +359,7 @@ fn stat(shared: &Shared) -> Value {
         "reserved": kept * BLOCK, "kept_back": slop * BLOCK,
         "available": free.saturating_sub(kept + slop) * BLOCK, "deleting": deleting,
         "set_aside": space.blocks.backed() * BLOCK, "file_system_free": shared.room_below(),
+        "foreign": space.blocks.foreign() * BLOCK,
     })
 }
 
@@ -437,10 +436,18 @@ fn settings_of(entry: &Entry) -> Value {
     said
 }
 
-fn listed(all: &[Arc<Pool>]) -> Value {
+/// What is said of volumes that cannot be opened.
+fn unusable(lacking: &[Lacking]) -> Vec<String> {
+    let said = |(format, why): &Lacking| {
+        format!("volumes of format {format} cannot be used, and are left as they are: {why}")
+    };
+    lacking.iter().map(said).collect()
+}
+
+fn listed(all: &[Arc<Pool>], lacking: &[Lacking]) -> Value {
     let blocks = &all[0].space.blocks;
     let volumes: Vec<Value> = all.iter().flat_map(|trees| volumes_of(trees)).collect();
-    json!({ "size": blocks.all() * BLOCK, "free": blocks.free() * BLOCK, "volumes": volumes })
+    json!({ "size": blocks.all() * BLOCK, "free": blocks.free() * BLOCK, "volumes": volumes, "unusable": unusable(lacking) })
 }
 
 fn volumes_of(trees: &Pool) -> Vec<Value> {

@@ -428,7 +428,7 @@ impl Volume {
         let begun = blockmason::rt::now();
         let mut tries = 0;
         loop {
-            let mut room = pin!(self.pool.room.notified());
+            let mut room = pin!(self.pool.space.blocks.room.notified());
             room.as_mut().enable();
             let error = match self.try_to_write(&req, below).await {
                 Err(error) if error.kind() == Kind::NoSpace => error,

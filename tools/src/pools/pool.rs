@@ -126,7 +126,10 @@ pub(super) fn list(found: &Value) -> String {
             rows.push(vec![name, size, "-".to_owned(), serving.to_owned()]);
         }
     }
-    let said = format!("{} of {} in use\n", Bytes(size - free), Bytes(size));
+    let mut said = format!("{} of {} in use\n", Bytes(size - free), Bytes(size));
+    for what in found["unusable"].as_array().into_iter().flatten() {
+        said += &format!("{}\n", word(what));
+    }
     if rows.is_empty() { said } else { said + &table(&["volume", "size", "clone of", ""], rows, 1..2) }
 }
 
@@ -139,6 +142,9 @@ fn stat(found: &Value) -> String {
     if !found["file_system_free"].is_null() {
         said += &line("set aside for it", "set_aside");
         said += &line("file system has free", "file_system_free");
+    }
+    if number(&found["foreign"]) > 0 {
+        said += &line("left alone", "foreign");
     }
     for name in found["deleting"].as_array().into_iter().flatten() {
         said += &format!("{} is being deleted\n", word(name));

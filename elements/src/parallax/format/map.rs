@@ -69,11 +69,16 @@ impl Map {
         HEADER + self.leaves.len() * LEAF + self.runs.len() * RUN
     }
 
-    /// True if it is too long to be written.
-    pub(in super::super) fn is_long(&self) -> bool {
+    /// Bytes by which it is too long.
+    pub(in super::super) fn over(&self) -> usize {
         // Tests have few blocks, and see long maps all the same.
         let most = if cfg!(any(test, feature = "fuzzing")) { 400 } else { (MOST * BLOCK) as usize };
-        self.bytes() > most
+        self.bytes().saturating_sub(most)
+    }
+
+    /// Bytes by which it is shorter with a leaf in place of so many runs.
+    pub(in super::super) fn saved(runs: usize) -> usize {
+        (runs * RUN).saturating_sub(LEAF)
     }
 
     /// Blocks of one copy of it.

@@ -3,12 +3,14 @@
 use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
-use super::super::format::{BLOCK, EXTENT, EntryKind, Label, Owners, seal};
+use super::super::format::{BLOCK, EXTENT, EntryKind, Format, Label, Owners, seal};
 use super::super::fuzzing::{contents, pool, restore, seal_at, sealed, structures, survives};
 use super::super::open::{Opening, create, open_newest};
 use super::super::shared::{Shared, make};
+use super::super::tool::{self, Operation};
 use super::super::volume::Volume;
 use super::lines::Model;
+use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::{Data, Error, Kind, Op, Request};
 use futures::executor::block_on;
 use std::fs::File;
@@ -88,14 +90,15 @@ fn damage(rng: &mut fastrand::Rng, file: &File, base: &[(u64, Vec<u8>)], data_fr
 #[test]
 fn a_damaged_pool_never_has_other_contents() {
     let mut whole = 0;
-    for seed in super::crash::seeds().step_by(8) {
-        let mut model = Model::new(seed);
+    let seeds = super::crash::seeds().step_by(8);
+    for (seed, format) in seeds.flat_map(|seed| [(seed, Format::One), (seed + 1, Format::Two)]) {
+        let mut model = Model::of(seed, format);
         (0..60).for_each(|_| model.step());
         model.reopen();
         let base = contents(&model.file);
         let (size, file) = (model.file.metadata().unwrap().len(), blank());
         let data_from = model.pool.space.label().first() * EXTENT;
-        for _ in 0..40 {
+        for _ in 0..20 {
             restore(&file, size, &base);
             let Damage { what, of_data } = damage(&mut model.rng, &file, &base, data_from);
             survives(&file, |pool, number, found| {
@@ -112,8 +115,9 @@ fn a_damaged_pool_never_has_other_contents() {
 /// Fields that are what they should not be under checksums that are right: nothing panics, nothing goes on for ever.
 #[test]
 fn whatever_a_structure_says_ends() {
-    for seed in super::crash::seeds().step_by(4) {
-        let mut model = Model::new(seed);
+    let formats = [Format::One, Format::Two].into_iter().cycle();
+    for (seed, format) in super::crash::seeds().step_by(4).zip(formats) {
+        let mut model = Model::of(seed, format);
         (0..40).for_each(|_| model.step());
         let base = contents(&model.file);
         let (size, file) = (model.file.metadata().unwrap().len(), blank());
@@ -295,4 +299,71 @@ fn a_check_finds_and_mends_any_copy_that_is_damaged() {
             assert_eq!(block_on(check(&pool, below)).unwrap().problems, [] as [String; 0], "{told}");
         }
     }
+}
+
+/// What is wrong with trees of one format keeps nobody from those of the other, which leave them alone until they are mended.
+#[test]
+fn trees_that_cannot_be_opened_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pool");
+    make(&path, Some(128 << 20), [7; 16]).unwrap();
+    let data = BASE64_STANDARD.encode([9; 8192]);
+    {
+        let pool = tool::open(&path).unwrap();
+        for (name, format) in [("old", Format::One), ("new", Format::Two)] {
+            let settings = Settings { format, ..Settings::default() };
+            let made = Operation::CreateVolume { name: name.into(), size: 1 << 30, settings };
+            pool.carry_out(&made).unwrap();
+            let write = Operation::Write { volume: name.into(), offset: 4096, data: data.clone() };
+            pool.carry_out(&write).unwrap();
+        }
+    }
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let block = |at: u64| {
+        let mut bytes = vec![0; BLOCK as usize];
+        file.read_exact_at(&mut bytes, at * BLOCK).unwrap();
+        bytes
+    };
+    let owners = Owners::decode(&block(Owners::PLACES[0]), &Label::decode(&block(0)).unwrap()).unwrap();
+    let places = [0, 1, 256, 257].map(|place| owners.all[1].root * EXTENT + place);
+    let roots = places.map(block);
+    places.iter().for_each(|at| file.write_all_at(&[1; BLOCK as usize], at * BLOCK).unwrap());
+    {
+        let pool = tool::open(&path).unwrap();
+        let listed = pool.carry_out(&Operation::List).unwrap();
+        assert_eq!(listed["volumes"].as_array().unwrap().len(), 1, "{listed}");
+        let said = "volumes of format 2 cannot be used, and are left as they are";
+        assert!(listed["unusable"][0].as_str().unwrap().starts_with(said), "{listed}");
+        let found = pool.carry_out(&Operation::Check).unwrap();
+        assert!(found["problems"][0].as_str().unwrap().starts_with(said), "{found}");
+        let stat = pool.carry_out(&Operation::Stat { volume: None, snapshot: None }).unwrap();
+        assert!(stat["foreign"].as_u64().unwrap() >= 4 << 20, "{stat}");
+        let read =
+            |volume: &str| Operation::Read { volume: volume.into(), snapshot: None, offset: 4096, len: 8192 };
+        assert_eq!(pool.carry_out(&read("old")).unwrap(), data.as_str());
+        let error = pool.carry_out(&read("new")).unwrap_err();
+        assert!(
+            error.to_string().contains("there is no volume new; those of format 2 cannot be used"),
+            "{error}"
+        );
+        let settings = Settings { format: Format::Two, ..Settings::default() };
+        let made = Operation::CreateVolume { name: "more".into(), size: 1 << 20, settings };
+        assert_eq!(pool.carry_out(&made).unwrap_err().kind(), Kind::Io);
+        // All the room that there is.
+        let mut offset = 1 << 20;
+        let full = BASE64_STANDARD.encode(vec![5; 1 << 20]);
+        let error = loop {
+            let write = Operation::Write { volume: "old".into(), offset, data: full.clone() };
+            match pool.carry_out(&write) {
+                Ok(_) => offset += 1 << 20,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), Kind::NoSpace, "{error}");
+    }
+    places.iter().zip(&roots).for_each(|(at, root)| file.write_all_at(root, at * BLOCK).unwrap());
+    let pool = tool::open(&path).unwrap();
+    let read = Operation::Read { volume: "new".into(), snapshot: None, offset: 4096, len: 8192 };
+    assert_eq!(pool.carry_out(&read).unwrap(), data.as_str());
+    assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
 }

@@ -4,12 +4,13 @@ use super::super::account::Account;
 use super::super::admin::{NewSettings, Settings};
 use super::super::below::Below;
 use super::super::check::check;
-use super::super::format::{BLOCK, EntryKind};
+use super::super::format::{BLOCK, EntryKind, Format};
 use super::super::open::{Opening, create, open_newest};
 use super::super::pool::Pool;
 use super::super::shared::make;
 use super::super::tool::{self, Operation};
 use super::super::volume::Volume;
+use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::testing::{TestDisk, run};
 use blockmason::{Data, Error, Kind, Op, Request, Result};
 use futures::executor::block_on;
@@ -299,4 +300,47 @@ fn a_write_waits_for_room() {
         waiting.await.unwrap().unwrap();
         assert_eq!(disk.read(at, MIB).await.unwrap(), vec![6; MIB as usize]);
     });
+}
+
+/// Room that volumes of one format have had and do not use any more is everybody's again.
+#[test]
+fn what_one_format_gives_back_the_other_may_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pool");
+    make(&path, Some(160 * MIB), [7; 16]).unwrap();
+    let pool = tool::open(&path).unwrap();
+    for (name, format) in [("old", Format::One), ("new", Format::Two)] {
+        let settings = Settings { format, ..Settings::default() };
+        pool.carry_out(&Operation::CreateVolume { name: name.into(), size: 1 << 40, settings }).unwrap();
+    }
+    let data = BASE64_STANDARD.encode(vec![3; MIB as usize]);
+    let fill = |name: &str| {
+        let mut offset = 0;
+        loop {
+            let write = Operation::Write { volume: name.into(), offset, data: data.clone() };
+            match pool.carry_out(&write) {
+                Ok(_) => offset += MIB,
+                Err(error) if error.kind() == Kind::NoSpace => return offset / MIB,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    let (all, left) = (fill("old"), fill("new"));
+    assert!(all > 60 && left < 20, "{all} MiB, then {left}");
+    pool.carry_out(&Operation::Punch { volume: "old".into(), offset: 0, len: 1 << 40 }).unwrap();
+    // A checkpoint, whose journal says of all these extents that they are the first ones'.
+    pool.carry_out(&Operation::Check).unwrap();
+    pool.carry_out(&Operation::Punch { volume: "new".into(), offset: 0, len: 1 << 40 }).unwrap();
+    let more = fill("new");
+    let copy = folder.path().join("b.pool");
+    std::fs::copy(&path, &copy).unwrap();
+    let after_a_crash = tool::open(&copy).unwrap();
+    assert_eq!(after_a_crash.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
+    assert!(more + 20 > all + left, "{all} MiB and {left}, then {more}");
+    let first = fill("old");
+    assert!(first < 20, "{first} MiB of it are still the first ones'");
+    assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
+    drop(pool);
+    let pool = tool::open(&path).unwrap();
+    assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
 }
