@@ -4,15 +4,32 @@ use super::below::Below;
 use super::format::{BLOCK, Body, Format, Id, NODE, Node, Ptr, damaged};
 use blockmason::{Data, Result};
 use lru::LruCache;
-use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// Bytes of memory that a node takes, about.
-const EACH: u64 = 12 << 10;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(super) struct Nodes {
     id: Id,
-    cache: Mutex<LruCache<u64, Arc<Node>>>,
+    cache: Mutex<Cache>,
+}
+
+/// Nodes that are in memory, by the block of their first copy.
+struct Cache {
+    nodes: LruCache<u64, Arc<Node>>,
+    /// Bytes that they take, and may take. One node is there whatever it takes.
+    bytes: u64,
+    most: u64,
+}
+
+impl Cache {
+    fn put(&mut self, at: u64, node: Arc<Node>) {
+        self.bytes += node.body.memory();
+        if let Some(old) = self.nodes.put(at, node) {
+            self.bytes -= old.body.memory();
+        }
+        while self.bytes > self.most && self.nodes.len() > 1 {
+            let Some((_, oldest)) = self.nodes.pop_lru() else { break };
+            self.bytes -= oldest.body.memory();
+        }
+    }
 }
 
 /// What a node belongs to.
@@ -67,17 +84,17 @@ impl Place {
 impl Nodes {
     /// Keeps nodes in that many bytes.
     pub(super) fn new(id: Id, memory: u64) -> Nodes {
-        let count = NonZeroUsize::new((memory / EACH) as usize).unwrap_or(NonZeroUsize::MIN);
-        Nodes { id, cache: Mutex::new(LruCache::new(count)) }
+        let cache = Cache { nodes: LruCache::unbounded(), bytes: 0, most: memory };
+        Nodes { id, cache: Mutex::new(cache) }
     }
 
-    fn cache(&self) -> std::sync::MutexGuard<'_, LruCache<u64, Arc<Node>>> {
+    fn cache(&self) -> MutexGuard<'_, Cache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A node that is in memory.
     pub(super) fn cached(&self, place: &Place) -> Option<Arc<Node>> {
-        self.cache().get(&place.ptr.at[0]).filter(|node| place.is(node)).cloned()
+        self.cache().nodes.get(&place.ptr.at[0]).filter(|node| place.is(node)).cloned()
     }
 
     /// The node at a place. Whoever asks keeps its blocks from being used for something else meanwhile.

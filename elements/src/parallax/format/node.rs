@@ -2,8 +2,8 @@
 
 use super::catalog::{Entry, RECORDS};
 use super::{
-    BLOCK, Id, LIMIT, Map, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at, u32_at,
-    u40_at, u64_at,
+    BLOCK, Id, LIMIT, Map, MapRun, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at,
+    u32_at, u40_at, u64_at,
 };
 use blockmason::Result;
 
@@ -63,6 +63,19 @@ impl Body {
             Body::Map(map) => map.blocks(),
             Body::Leaf(_) | Body::Inner(_) | Body::Catalog(_) | Body::Dead(..) => NODE,
         }
+    }
+
+    /// Bytes of memory that it takes, about.
+    pub(in super::super) fn memory(&self) -> u64 {
+        let bytes = match self {
+            Body::Leaf(_) | Body::Inner(_) => SLOTS * size_of::<Slot>(),
+            Body::Catalog(entries) => entries.len() * (size_of::<Entry>() + Entry::NAME),
+            Body::Dead(_, dead) => dead.len() * size_of::<Dead>(),
+            Body::Map(map) => {
+                map.runs.len() * size_of::<MapRun>() + map.leaves.len() * size_of::<(u16, Ptr)>()
+            }
+        };
+        bytes as u64 + 100
     }
 
     /// The highest birth in it.
@@ -218,7 +231,6 @@ const _: () = assert!(LIMIT == 1 << (8 * 5));
 
 #[cfg(test)]
 mod tests {
-    use super::super::MapRun;
     use super::*;
     use proptest::prelude::*;
 
