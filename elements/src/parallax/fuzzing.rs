@@ -213,10 +213,10 @@ fn small() -> &'static [(u64, Vec<u8>)] {
             let pool = Arc::new(add_trees(Format::Two, &pool, below).await?);
             let number = pool.make_volume("d", 2000 * BLOCK, Settings::default(), below).await?;
             let volume = Volume::new(pool.clone(), number);
-            for ix in 0..30 {
+            for ix in 0..40 {
                 let data = Data::copy_of(&[ix as u8 + 1; BLOCK as usize]);
-                volume.write_pieces(Request::write(ix * ix * 2 * BLOCK, data), below).await?;
-                if ix == 25 {
+                volume.write_pieces(Request::write(ix * ix * BLOCK, data), below).await?;
+                if ix == 35 {
                     pool.checkpoint(below).await?;
                     pool.snapshot(&[(number, "s".to_owned())], 1, below).await?;
                 }
