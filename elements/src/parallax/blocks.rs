@@ -271,6 +271,8 @@ pub(super) struct Blocks {
     state: Mutex<State>,
     /// Held by whoever gives extents away, or looks at what the table says of them.
     pub(super) granting: tokio::sync::Mutex<()>,
+    /// Held by whoever writes records to both copies of the table, or compares them.
+    table: tokio::sync::Mutex<()>,
     /// There may be room where there was none.
     pub(super) room: Notify,
 }
@@ -353,7 +355,8 @@ impl Blocks {
             accounts.insert(*owner, account);
         }
         let state = Mutex::new(State { label, extents, unowned, accounts });
-        Ok(Blocks { state, granting: tokio::sync::Mutex::default(), room: Notify::new() })
+        let (granting, table) = Default::default();
+        Ok(Blocks { state, granting, table, room: Notify::new() })
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -455,6 +458,11 @@ impl Blocks {
         records: &[(u64, ExtentRecord)],
         below: Below<'_>,
     ) -> Result<()> {
+        let _whole = self.table.lock().await;
+        self.put_records(records, below).await
+    }
+
+    async fn put_records(&self, records: &[(u64, ExtentRecord)], below: Below<'_>) -> Result<()> {
         let label = self.label();
         for row in records.chunk_by(|one, other| one.0 + 1 == other.0) {
             let bytes: Vec<u8> = row.iter().flat_map(|(_, record)| record.encode()).collect();
@@ -466,14 +474,14 @@ impl Blocks {
         Ok(())
     }
 
-    /// Looks at both copies of the table, and writes records anew that are damaged in one. A sentence for each. The caller keeps
-    /// checkpoints off.
+    /// Looks at both copies of the table, and writes records anew that are damaged in one. A sentence for each.
     ///
     /// # Errors
     /// Neither copy can be read.
     pub(super) async fn examine(&self, below: Below<'_>) -> Result<Vec<String>> {
         const PIECE: u64 = 1 << 20;
-        let _nobody_grants = self.granting.lock().await;
+        // Checkpoints of all owners write to the table.
+        let _whole = self.table.lock().await;
         let label = self.label();
         let (places, bytes) = (label.record(0), label.extents * EXTENT_RECORD);
         let mut problems = Vec::new();
@@ -495,7 +503,7 @@ impl Blocks {
                         "a copy of the record of extent {extent} was damaged, and is written anew"
                     ));
                 }
-                self.write_records(&[(extent, record)], below).await?;
+                self.put_records(&[(extent, record)], below).await?;
             }
         }
         Ok(problems)

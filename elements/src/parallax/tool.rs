@@ -278,7 +278,7 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let Account { mapped, shared, freed } = account;
             let entry = trees.core().catalog.get(&number).cloned();
             let mut said = entry.map_or(Value::Null, |entry| settings_of(&entry));
-            said["format"] = json!(trees.format.number());
+            said["format"] = json!(trees.format);
             said["mapped"] = json!(mapped * BLOCK);
             said["shared"] = json!(shared * BLOCK);
             said["freed_if_deleted"] = json!(freed * BLOCK);
@@ -473,7 +473,7 @@ fn volumes_of(trees: &Pool) -> Vec<Value> {
     let volume = |(number, entry): (&u32, &Entry)| match &entry.kind {
         EntryKind::Volume { origin: (from, _), .. } if !entry.deleting => {
             let mut said = settings_of(entry);
-            said["format"] = json!(trees.format.number());
+            said["format"] = json!(trees.format);
             (said["mapped"], said["origin"]) = (json!(entry.mapped * BLOCK), json!(origin(from)));
             said["served"] = json!(core.served.contains_key(number));
             said["snapshots"] = json!(snapshots(*number));

@@ -327,7 +327,7 @@ fn stat(found: &serde_json::Value) -> String {
     }
     said += &words("order", if found["ordered"] == true { "prefix" } else { "block" });
     said += &words("checksums", yes("checksums"));
-    said + &words("format", &pool::number(&found["format"]).to_string())
+    said + &words("format", found["format"].as_str().unwrap_or("1"))
 }
 
 fn diff(pool: &Path, since: &Named, until: Option<&str>, json: bool, control: &ControlArgs) -> Outcome {
