@@ -3,21 +3,27 @@
 use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
-use super::super::format::{BLOCK, Change, Format};
+use super::super::format::{BLOCK, Change, EXTENT_RECORD, ExtentRecord, Format};
 use super::super::log::Part;
 use super::super::open::{Opening, add_trees, create, open};
 use super::super::pool::Pool;
 use super::super::space::Want;
+use super::kit::find;
+use super::rig::HOLD;
 use blockmason::describe::{Catalogue, ElementType, Family, Outs, Ports};
-use blockmason::testing::{TestDisk, run};
+use blockmason::testing::{TestDisk, graph, run};
 use blockmason::{Answer, Children, Cx, Element, Error, Extra, Flow, Op, Prepared, Reply, Request, Result};
 use std::ops::Range;
 use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// Has a pool on the disk below, and does with its trees what control requests ask for.
 #[derive(Default)]
 struct Mapper {
     pool: Mutex<Option<Arc<Pool>>>,
+    /// Trees of format 1, where the others are of format 2.
+    other: Mutex<Option<Arc<Pool>>>,
 }
 
 impl Mapper {
@@ -28,7 +34,11 @@ impl Mapper {
         let opened = open(Opening::writable(64 << 20), size, below).await?;
         let pool = match opened.take(format)? {
             Ok(pool) => pool,
-            Err(others) => add_trees(format, &others, below).await?,
+            Err(others) => {
+                let added = add_trees(format, &others, below).await?;
+                *self.other.lock().unwrap() = Some(Arc::new(others));
+                added
+            }
         };
         pool.make_volume("v", words[1], Settings::default(), below).await?;
         *self.pool.lock().unwrap() = Some(Arc::new(pool));
@@ -82,11 +92,32 @@ impl Mapper {
                 self.pool().checkpoint(below).await?;
             }
             "check" => assert_eq!(check(&self.pool(), below).await?.problems, [] as [String; 0]),
+            "check_other" => {
+                let other = self.other.lock().unwrap().clone().unwrap();
+                assert_eq!(check(&other, below).await?.problems, [] as [String; 0]);
+            }
+            // Where the second copy of the table is.
+            "table" => return Ok(Answer::Text((self.pool().space.label().record(0)[1] / BLOCK).to_string())),
+            "compare" => self.compare(below).await?,
             _ => return Err(Error::unsupported("nothing of that kind")),
         }
         let core = self.pool().core().root.used;
         let mapped = self.pool().core().catalog[&1].mapped;
         Ok(Answer::Text(((core - mapped) * BLOCK).to_string()))
+    }
+
+    /// The table says what is known.
+    async fn compare(&self, below: Below<'_>) -> Result<()> {
+        let space = &self.pool().space;
+        for (extent, used) in space.committed() {
+            for place in space.label().record(extent) {
+                let block = below.read(place / BLOCK * BLOCK, BLOCK).await?.to_vec();
+                let record =
+                    ExtentRecord::decode(&block[(place % BLOCK) as usize..][..EXTENT_RECORD as usize]);
+                assert_eq!(record.unwrap().used, used, "extent {extent}");
+            }
+        }
+        Ok(())
     }
 
     async fn place_one(&self, block: u64, below: Below<'_>) -> Result<()> {
@@ -124,13 +155,17 @@ static MAPPER: ElementType = ElementType {
 };
 
 static TYPES: LazyLock<Catalogue> =
-    LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&MAPPER]).collect()));
+    LazyLock::new(|| Vec::leak(crate::ALL.iter().copied().chain([&MAPPER, &HOLD]).collect()));
+
+fn send(disk: &TestDisk, verb: &str, argument: String) -> oneshot::Receiver<Reply> {
+    let mut req = Request::new(Op::Control, 0, 0);
+    req.extra = Some(Box::new(Extra { control: Some((verb.to_owned(), argument)), ..Extra::default() }));
+    disk.send(req)
+}
 
 /// Bytes of nodes, of the catalog among them, after something has been done.
 async fn ask(disk: &TestDisk, verb: &str, argument: String) -> u64 {
-    let mut req = Request::new(Op::Control, 0, 0);
-    req.extra = Some(Box::new(Extra { control: Some((verb.to_owned(), argument)), ..Extra::default() }));
-    match disk.send(req).await.unwrap().unwrap() {
+    match send(disk, verb, argument).await.unwrap().unwrap() {
         Answer::Text(text) => text.parse().unwrap(),
         other => panic!("{other:?}"),
     }
@@ -159,5 +194,32 @@ fn a_map_is_as_long_as_what_is_in_it() {
         // Both copies of everything, and no more for each block than a leaf and the map above it.
         assert!(row * 1024 / gigabytes <= 16 << 20, "{row}");
         assert!(here_and_there <= row + scattered * 5 * 4 * BLOCK, "{here_and_there}");
+    });
+}
+
+/// A check of one format compares both copies of the table, of which it has read the first, while the other format's
+/// checkpoint writes to both.
+#[test]
+fn a_check_leaves_what_another_checkpoint_writes() {
+    run(2, async |host| {
+        let text =
+            "element M (type mapper) element H (type hold) element D (type mem) (size 200M) M -> H -> D";
+        let graph = graph(&host, *TYPES, text, "M").unwrap();
+        let hold = find(&graph, "H").element.clone();
+        let disk = TestDisk::serve(&host, graph).await;
+        ask(&disk, "make", format!("2 {}", 64 << 20)).await;
+        ask(&disk, "place", "0 100 100".to_owned()).await;
+        let second = ask(&disk, "table", String::new()).await;
+        hold.call("", &format!("read {second}")).unwrap();
+        let checked = send(&disk, "check_other", String::new());
+        while hold.get("held").unwrap() == "0" {
+            blockmason::rt::sleep(Duration::from_millis(1)).await;
+        }
+        let placed = send(&disk, "place", "200 300 50".to_owned());
+        blockmason::rt::sleep(Duration::from_millis(100)).await;
+        hold.call("", "").unwrap();
+        checked.await.unwrap().unwrap();
+        placed.await.unwrap().unwrap();
+        ask(&disk, "compare", String::new()).await;
     });
 }

@@ -69,7 +69,7 @@ impl Element for Hold {
     }
 }
 
-static HOLD: ElementType = ElementType {
+pub(super) static HOLD: ElementType = ElementType {
     name: "hold",
     family: Family::Fault,
     passes_through: true,
