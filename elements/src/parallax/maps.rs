@@ -52,12 +52,15 @@ impl Body {
         }
     }
 
-    /// The pointer that says all of a node of that level without one, if there is such a pointer.
-    pub(super) fn without_node(&self, format: Format, level: u8) -> Option<Ptr> {
+    /// The pointer that says all of a node of that level without one, if there is such a pointer. Holes of which a snapshot of
+    /// the line sees some and not others stay apart, but for those of one leaf.
+    pub(super) fn without_node(&self, who: Who, format: Format, level: u8) -> Option<Ptr> {
         let birth = self.birth();
         match self {
             Body::Leaf(slots) => slots.iter().all(|slot| slot.at == 0).then(|| Ptr::hole(birth)),
-            Body::Inner(children) if children.iter().all(Ptr::is_hole) => Some(Ptr::hole(birth)),
+            Body::Inner(children) if children.iter().all(Ptr::is_hole) => {
+                who.same(children.iter().map(|child| child.birth)).then(|| Ptr::hole(birth))
+            }
             Body::Inner(children) if format == Format::Two => {
                 let goes_on = |pair: &[Ptr]| {
                     pair[0].at[0] + span(level) == pair[1].at[0] && pair[0].birth == pair[1].birth
@@ -65,8 +68,12 @@ impl Body {
                 let rows = children.iter().all(|child| !child.is_hole() && !child.is_node());
                 (rows && children.windows(2).all(goes_on)).then_some(children[0])
             }
+            Body::Map(map) if map.leaves.is_empty() && map.runs.iter().all(|run| run.at == 0) => {
+                let never = map.runs.iter().map(|run| run.len).sum::<u64>() < Map::BLOCKS;
+                let births = map.runs.iter().map(|run| run.birth).chain(never.then_some(0));
+                who.same(births).then(|| Ptr::hole(birth))
+            }
             Body::Map(map) => match &map.runs[..] {
-                runs if map.leaves.is_empty() && runs.iter().all(|run| run.at == 0) => Some(Ptr::hole(birth)),
                 [run] if run.len == Map::BLOCKS => Some(Ptr::row(run.at, run.birth)),
                 _ => None,
             },

@@ -31,6 +31,17 @@ pub(super) struct Who {
     pub(super) origin: u64,
 }
 
+impl Who {
+    /// True if each snapshot of the line is older than all of these births, or than none; those that come later are older than
+    /// none.
+    pub(super) fn same(&self, births: impl Iterator<Item = u64>) -> bool {
+        let newest = self.newest.max(self.origin);
+        let mut classes = births.map(|birth| if birth > newest { u64::MAX } else { birth });
+        let first = classes.next();
+        newest == 0 || classes.all(|class| Some(class) == first)
+    }
+}
+
 /// How many blocks of a volume more there are than before, or fewer.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Counted {
@@ -211,7 +222,7 @@ impl<'a> Merge<'a> {
             };
             self.kill_node(who, ptr, blocks);
             let birth = body.birth();
-            match body.without_node(self.format, level) {
+            match body.without_node(who, self.format, level) {
                 Some(ptr) => Ok(ptr),
                 None => self.write(Node { level, index, writer: who.volume, body }, birth).await,
             }

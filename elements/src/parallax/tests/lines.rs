@@ -448,3 +448,25 @@ fn trees_of_both_formats_share_a_pool() {
         models.iter().for_each(is_empty);
     }
 }
+
+/// What is discarded has changed, and not all that is as empty.
+#[test]
+fn a_discard_is_a_change_of_what_was_there() {
+    for format in [Format::One, Format::Two] {
+        let file = new_pool(3, SIZE);
+        let pool = opened(&file, &[format]).remove(0);
+        let below = Below::Plain(file.as_fd());
+        let number =
+            block_on(pool.make_volume("v", 600 << 30, Settings { format, ..Settings::default() }, below));
+        let number = number.unwrap();
+        let volume = Volume::new(pool.clone(), number);
+        let data = Data::copy_of(&[1; 65_536]);
+        block_on(volume.write_pieces(Request::write(1 << 20, data), below)).unwrap();
+        let snapshot = block_on(pool.snapshot(&[(number, "s".to_owned())], 1, below)).unwrap()[0];
+        block_on(volume.punch(Request::new(Op::Discard, 1 << 20, 65_536), below)).unwrap();
+        let birth = pool.core().birth(snapshot).unwrap();
+        let changed = block_on(pool.changed_since(number, birth, below)).unwrap();
+        let blocks: u64 = changed.iter().map(|range| range.end - range.start).sum();
+        assert!((16..=512).contains(&blocks), "{changed:?}");
+    }
+}
