@@ -16,16 +16,6 @@ use blockmason::{Data, Error, Kind, LocalBoxFuture, Result};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-impl Opening {
-    pub(super) fn writable(memory: u64) -> Opening {
-        Opening { writable: true, memory, newest: Format::Two.number() }
-    }
-
-    pub(super) fn read_only(memory: u64) -> Opening {
-        Opening { writable: false, ..Opening::writable(memory) }
-    }
-}
-
 /// The number of the first owner of extents.
 const OWNER: u32 = 2;
 /// A pool may grow to so many times the size that it is made with.
@@ -43,6 +33,16 @@ pub(super) struct Opening {
     pub(super) memory: u64,
     /// Trees of newer formats than this one are somebody else's.
     pub(super) newest: u32,
+}
+
+impl Opening {
+    pub(super) fn writable(memory: u64) -> Opening {
+        Opening { writable: true, memory, newest: Format::Two.number() }
+    }
+
+    pub(super) fn read_only(memory: u64) -> Opening {
+        Opening { writable: false, ..Opening::writable(memory) }
+    }
 }
 
 /// Makes an empty pool on a device that reads as zeros. It is one once its label is there, at the end.

@@ -27,11 +27,14 @@ pub(super) struct Shared {
     /// Of each format one, at most.
     trees: Mutex<Vec<Arc<Pool>>>,
     pub(super) lacking: Vec<Lacking>,
-    /// Held by whoever makes trees of another format.
-    adding: Mutex<()>,
+    /// Held by whoever gives a volume a name, which is one in all formats, or makes trees of another one.
+    naming: Mutex<()>,
     /// Goes last: by then the file is closed, and its lock with it.
     listed: Listed,
 }
+
+/// That nobody else gives a volume a name.
+pub(super) type Naming<'a> = MutexGuard<'a, ()>;
 
 /// A format whose trees are there and cannot be opened, and why.
 pub(super) type Lacking = (Format, String);
@@ -113,7 +116,7 @@ impl Shared {
         let id = listed.0.id;
         let trees = Mutex::new(opened.trees.into_iter().map(Arc::new).collect());
         let lacking = lacking(opened.lacking);
-        let shared = Arc::new(Shared { io, trees, lacking, adding: Mutex::default(), listed });
+        let shared = Arc::new(Shared { io, trees, lacking, naming: Mutex::default(), listed });
         all().insert(id, Arc::downgrade(&shared));
         CHANGED.notify_all();
         Ok(shared)
@@ -157,15 +160,26 @@ impl Shared {
         having(&self.trees(), &self.lacking, volume)
     }
 
+    /// Nobody else gives a volume that name as long as what is returned is there.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if there is a volume of that name.
+    pub(super) fn name(&self, name: &str) -> Result<Naming<'_>> {
+        let alone = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.having(name) {
+            Ok(_) => Err(super::admin::taken(name)),
+            Err(_) => Ok(alone),
+        }
+    }
+
     /// The trees of a format, which are made if there are none.
     ///
     /// # Errors
     /// They cannot be opened; [`Kind::NoSpace`].
-    pub(super) fn of_format(&self, format: Format) -> Result<Arc<Pool>> {
+    pub(super) fn of_format(&self, format: Format, _alone: &Naming<'_>) -> Result<Arc<Pool>> {
         if let Some((_, why)) = self.lacking.iter().find(|(other, _)| *other == format) {
             return Err(Error::new(Kind::Io, format!("volumes of format {format} cannot be used: {why}")));
         }
-        let _alone = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(trees) = self.trees().into_iter().find(|trees| trees.format == format) {
             return Ok(trees);
         }

@@ -224,8 +224,8 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             }));
         }
         Operation::CreateVolume { name, size, settings } => {
-            free(shared, name)?;
-            block_on(shared.of_format(settings.format)?.make_volume(name, *size, *settings, below))?;
+            let naming = shared.name(name)?;
+            block_on(shared.of_format(settings.format, &naming)?.make_volume(name, *size, *settings, below))?;
         }
         Operation::Set { name, settings } => block_on(shared.having(name)?.set(name, *settings, below))?,
         Operation::DeleteVolume { name } => {
@@ -256,16 +256,16 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             end_deletion(&trees, below)?;
         }
         Operation::Clone { volume, snapshot, name } => {
-            free(shared, name)?;
+            let _naming = shared.name(name)?;
             block_on(shared.having(volume)?.clone_volume(volume, snapshot, name, below))?;
         }
         Operation::Rollback { volume, snapshot, keep } => {
-            free(shared, keep)?;
+            let _naming = shared.name(keep)?;
             block_on(shared.having(volume)?.rollback(volume, snapshot, keep, below))?;
         }
         Operation::Promote { name } => block_on(shared.having(name)?.promote(name, below))?,
         Operation::Rename { name, to } => {
-            free(shared, to)?;
+            let _naming = shared.name(to)?;
             block_on(shared.having(name)?.rename(name, to, below))?;
             shared.move_head(name, Some(to));
         }
@@ -325,15 +325,6 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         }
     }
     Ok(Value::Null)
-}
-
-/// # Errors
-/// [`blockmason::Kind::Busy`] if there is a volume of that name.
-fn free(shared: &Shared, name: &str) -> Result<()> {
-    match shared.having(name) {
-        Ok(_) => Err(super::admin::taken(name)),
-        Err(_) => Ok(()),
-    }
 }
 
 /// Where a graph serves something of the pool, it gets the room back in the background.

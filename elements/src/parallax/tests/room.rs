@@ -344,3 +344,23 @@ fn what_one_format_gives_back_the_other_may_use() {
     let pool = tool::open(&path).unwrap();
     assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
 }
+
+/// Who asks for one name in both formats at once gets one volume.
+#[test]
+fn a_name_is_one_in_all_formats() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.pool");
+    make(&path, Some(160 * MIB), [7; 16]).unwrap();
+    let pool = tool::open(&path).unwrap();
+    for name in ["a", "b", "c", "d"] {
+        let create = |format| {
+            let settings = Settings { format, ..Settings::default() };
+            pool.carry_out(&Operation::CreateVolume { name: name.into(), size: MIB, settings })
+        };
+        let (one, two) = std::thread::scope(|scope| {
+            let one = scope.spawn(|| create(Format::One));
+            (create(Format::Two), one.join().unwrap())
+        });
+        assert!(one.is_ok() != two.is_ok(), "{name}: {one:?}, {two:?}");
+    }
+}
