@@ -59,6 +59,8 @@ pub static ALL: &[&ElementType] = &[
     #[cfg(feature = "crypto")]
     &transform::crypto::TYPE,
     &transform::wal::TYPE,
+    &parallax::block_store::TYPE,
+    &parallax::isolation::TYPE,
     &parallax::parallax::TYPE,
     &parallax::radix::TYPE,
     &fault::delay::TYPE,

@@ -55,10 +55,31 @@ pub(super) fn check_size(size: u64) -> Result<()> {
 }
 
 impl Core {
+    /// What a volume is called, which its entry has this name for.
+    pub(super) fn called(&self, name: &str) -> String {
+        if self.key.is_empty() { name.to_owned() } else { format!("{}:{name}", self.key) }
+    }
+
+    /// The name that the entry has of a volume that is called so.
+    fn plain<'a>(&self, called: &'a str) -> Option<&'a str> {
+        if self.key.is_empty() { Some(called) } else { called.strip_prefix(&self.key)?.strip_prefix(':') }
+    }
+
     /// The number of a volume.
-    pub(super) fn volume(&self, name: &str) -> Option<u32> {
+    pub(super) fn volume(&self, called: &str) -> Option<u32> {
+        let name = self.plain(called)?;
         let is = |entry: &Entry| entry.is(name) && matches!(entry.kind, EntryKind::Volume { .. });
         self.catalog.iter().find(|(_, entry)| is(entry)).map(|(number, _)| *number)
+    }
+
+    /// Names of a volume's snapshots, the oldest first.
+    pub(super) fn snapshots(&self, called: &str) -> Vec<String> {
+        let number = self.volume(called);
+        let of = |entry: &&Entry| match entry.kind {
+            EntryKind::Snapshot { volume, .. } => Some(volume) == number && !entry.deleting,
+            EntryKind::Volume { .. } => false,
+        };
+        self.catalog.values().filter(of).map(|entry| entry.name.clone()).collect()
     }
 
     /// The number of a snapshot of a volume.
@@ -81,11 +102,15 @@ impl Core {
         }
     }
 
-    fn need_no_volume(&self, name: &str) -> Result<()> {
+    /// The name that the entry of a new volume has which is called so.
+    fn new_name(&self, called: &str) -> Result<String> {
+        let name = self.plain(called).ok_or_else(|| {
+            Error::invalid(format!("the name begins with the key of its trees: {}:{called}", self.key))
+        })?;
         check_name(name)?;
-        match self.volume(name) {
-            Some(_) => Err(taken(name)),
-            None => Ok(()),
+        match self.volume(called) {
+            Some(_) => Err(taken(called)),
+            None => Ok(name.to_owned()),
         }
     }
 
@@ -524,7 +549,7 @@ impl Pool {
         };
         let mut made = 0;
         let plan = |core: &mut Core| {
-            core.need_no_volume(name)?;
+            let entry = Entry { name: core.new_name(name)?, ..entry };
             self.need_room(core, reserve.div_ceil(BLOCK), name)?;
             made = core.next_number();
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
@@ -632,7 +657,7 @@ impl Pool {
         let mut made = 0;
         let plan = |core: &mut Core| {
             let origin = core.find(volume, Some(snapshot))?;
-            core.need_no_volume(name)?;
+            let name = core.new_name(name)?;
             made = core.next_number();
             let Some(entry) = core.catalog.get(&origin).cloned() else {
                 return Err(gone("snapshot", snapshot));
@@ -642,7 +667,7 @@ impl Pool {
             };
             let (origin, limits) = ((origin, birth), Limits::default());
             let kind = EntryKind::Volume { newest: 0, origin, limits, own: 0 };
-            let entry = Entry { name: name.to_owned(), made: unix_seconds(), kind, ..entry };
+            let entry = Entry { name, made: unix_seconds(), kind, ..entry };
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
         };
         self.administer(below, plan).await?;
@@ -661,8 +686,8 @@ impl Pool {
         let plan = |core: &mut Core| {
             let (volume_number, snapshot) = (core.find(volume, None)?, core.find(volume, Some(snapshot))?);
             core.need_free(volume_number, volume)?;
-            core.need_no_volume(old)?;
-            let old = (core.next_number(), old.to_owned());
+            let name = core.new_name(old)?;
+            let old = (core.next_number(), name);
             Ok(Plan::Rollback { volume: volume_number, snapshot, old })
         };
         self.administer(below, plan).await
@@ -684,8 +709,7 @@ impl Pool {
         let plan = |core: &mut Core| {
             let number = core.find(name, None)?;
             core.need_free(number, name)?;
-            core.need_no_volume(new)?;
-            Ok(Plan::Rename(number, new.to_owned()))
+            Ok(Plan::Rename(number, core.new_name(new)?))
         };
         self.administer(below, plan).await
     }

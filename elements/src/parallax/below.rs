@@ -2,7 +2,7 @@
 
 use super::format::BLOCK;
 use blockmason::io::FileIo;
-use blockmason::{Answer, Cx, Data, Error, Flow, Kind, Op, Origin, Reply, Request, Result};
+use blockmason::{Answer, Cx, Data, Error, Extra, Flow, Kind, Op, Origin, Reply, Request, Result};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::ops::Range;
@@ -62,6 +62,17 @@ impl<'a> Below<'a> {
 
     pub(super) async fn write(self, offset: u64, data: Data) -> Result<()> {
         self.submit(self.own(Request::write(offset, data))).await.map(drop)
+    }
+
+    /// Asks something of whatever is below. Only graphs have that.
+    pub(super) async fn control(self, verb: &str, argument: String) -> Result<String> {
+        let mut req = self.own(Request::new(Op::Control, 0, 0));
+        let control = Some((verb.to_owned(), argument));
+        req.extra = Some(Box::new(Extra { control, ..Extra::default() }));
+        match (self, self.submit(req).await?) {
+            (Below::Port(_), Answer::Text(text)) => Ok(text),
+            _ => Err(Error::unsupported("what is below answers no such thing")),
+        }
     }
 
     /// Something that an operator wants to know, if this is about a graph.

@@ -4,7 +4,8 @@
 //! uses nothing of. What an owner knows and does is in [`Space`](super::space::Space).
 
 use super::below::Below;
-use super::format::{BLOCK, EXTENT, EXTENT_RECORD, ExtentRecord, Label};
+use super::format::{BLOCK, EXTENT, EXTENT_RECORD, ExtentRecord, Features, Label};
+use super::lease::Lease;
 use blockmason::{Data, Error, Kind, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -45,7 +46,7 @@ impl Owned {
         ExtentRecord { owner: self.owner, epoch: self.epoch, used: self.committed, backed: self.backed }
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         u64::from(self.free) == EXTENT
     }
 }
@@ -210,6 +211,11 @@ impl State {
         }
     }
 
+    /// Whole extents that an owner can do without.
+    pub(super) fn spare(&self, owner: u32) -> u64 {
+        self.surplus(&self.account(owner)).max(0) as u64 / EXTENT
+    }
+
     fn others(&self, owner: u32) -> impl Iterator<Item = (u32, &Account)> {
         self.accounts
             .iter()
@@ -273,12 +279,16 @@ pub(super) struct Blocks {
     pub(super) granting: tokio::sync::Mutex<()>,
     /// Held by whoever writes records to both copies of the table, or compares them.
     table: tokio::sync::Mutex<()>,
+    /// Held by whoever makes owners of extents.
+    pub(super) naming: tokio::sync::Mutex<()>,
+    /// A block store that is an element below gives extents away, and knows of what is nobody's.
+    pub(super) leased: bool,
     /// There may be room where there was none.
     pub(super) room: Notify,
 }
 
 /// Reads the table of extents, and tells of each record, or of none where both copies are damaged.
-async fn read_table(
+pub(super) async fn read_table(
     label: &Label,
     below: Below<'_>,
     mut each: impl FnMut(Option<ExtentRecord>),
@@ -329,11 +339,17 @@ pub(super) async fn write_size(mut label: Label, extents: u64, below: Below<'_>)
         }));
     }
     (label.extents, label.sequence) = (extents, label.sequence + 1);
+    write_label(&label, below).await?;
+    Ok(label)
+}
+
+/// Writes both copies, each durably.
+async fn write_label(label: &Label, below: Below<'_>) -> Result<()> {
     for place in Label::PLACES {
         below.write(place * BLOCK, Data::shared(label.encode())).await?;
         below.flush().await?;
     }
-    Ok(label)
+    Ok(())
 }
 
 impl Blocks {
@@ -355,8 +371,23 @@ impl Blocks {
             accounts.insert(*owner, account);
         }
         let state = Mutex::new(State { label, extents, unowned, accounts });
-        let (granting, table) = Default::default();
-        Ok(Blocks { state, granting, table, room: Notify::new() })
+        let (granting, table, naming) = Default::default();
+        Ok(Blocks { state, granting, table, naming, leased: false, room: Notify::new() })
+    }
+
+    /// The same of an owner who has a lease of a block store below.
+    pub(super) async fn leased(label: Label, lease: Lease, below: Below<'_>) -> Result<Blocks> {
+        let mut blocks = Blocks::read(label, &[lease.owner], below).await?;
+        blocks.leased = true;
+        let mut state = blocks.state();
+        for extent in &mut state.extents {
+            if matches!(extent, Extent::Nobodys) {
+                *extent = Extent::Foreign(STORE);
+            }
+        }
+        state.unowned = lease.free;
+        drop(state);
+        Ok(blocks)
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -365,6 +396,88 @@ impl Blocks {
 
     pub(super) fn label(&self) -> Label {
         self.state().label.clone()
+    }
+
+    /// Extents that nobody owns.
+    pub(super) fn unowned(&self) -> u64 {
+        self.state().unowned
+    }
+
+    /// As the block store below has said.
+    pub(super) fn note_unowned(&self, extents: u64) {
+        self.state().unowned = extents;
+        self.room.notify_waiters();
+    }
+
+    /// Owners may have keys from now on, durably.
+    pub(super) async fn allow_keys(&self, below: Below<'_>) -> Result<()> {
+        let _alone = self.granting.lock().await;
+        let mut label = self.label();
+        if label.features.incompatible & Features::KEYS == 0 {
+            label.features.incompatible |= Features::KEYS;
+            label.sequence += 1;
+            write_label(&label, below).await?;
+            self.state().label = label;
+        }
+        Ok(())
+    }
+
+    /// Gives an owner extents in a row that are nobody's, durably, close behind one: as many as he wants, or less.
+    ///
+    /// # Errors
+    /// [`Kind::NoSpace`].
+    pub(super) async fn hand_out(
+        &self,
+        owner: u32,
+        (near, want): (u64, u64),
+        epoch: u64,
+        below: Below<'_>,
+    ) -> Result<Range<u64>> {
+        let _alone = self.granting.lock().await;
+        let row = {
+            let mut state = self.state();
+            let near = near.min(state.extents.len() as u64);
+            let row = state.row_near(near, want, |extent| matches!(extent, Extent::Nobodys));
+            row.clone().for_each(|at| drop(state.replace(at, Extent::Foreign(owner))));
+            row
+        };
+        if row.is_empty() {
+            return Err(Error::new(Kind::NoSpace, "the pool is full"));
+        }
+        let record = ExtentRecord { owner, epoch, used: [0; 8], backed: true };
+        let records: Vec<(u64, ExtentRecord)> = row.clone().map(|at| (at, record)).collect();
+        let done = async {
+            self.write_records(&records, below).await?;
+            below.flush().await
+        };
+        match done.await {
+            Ok(()) => Ok(row),
+            Err(error) => {
+                let mut state = self.state();
+                row.for_each(|at| drop(state.replace(at, Extent::Nobodys)));
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes extents back of which an owner uses nothing.
+    ///
+    /// # Errors
+    /// [`Kind::Denied`] if they are not his.
+    pub(super) async fn take_back(&self, owner: u32, first: u64, count: u64, below: Below<'_>) -> Result<()> {
+        let _alone = self.granting.lock().await;
+        let end = first.checked_add(count).filter(|end| *end <= self.label().extents);
+        let his = |extent: &Extent| matches!(extent, Extent::Foreign(other) if *other == owner);
+        let row = end.map(|end| first..end).filter(|row| {
+            let state = self.state();
+            row.clone().all(|at| his(&state.extents[at as usize]))
+        });
+        let row = row.ok_or_else(|| Error::new(Kind::Denied, "those extents are somebody else's"))?;
+        let records: Vec<(u64, ExtentRecord)> = row.clone().map(|at| (at, ExtentRecord::default())).collect();
+        self.write_records(&records, below).await?;
+        let mut state = self.state();
+        row.for_each(|at| drop(state.replace(at, Extent::Nobodys)));
+        Ok(())
     }
 
     /// What an owner has is left alone from now on.

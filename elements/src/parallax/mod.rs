@@ -9,13 +9,16 @@
 mod account;
 mod admin;
 mod below;
+pub mod block_store;
 mod blocks;
 mod check;
 mod checkpoint;
 mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod isolation;
 mod items;
+mod lease;
 mod log;
 mod lost;
 mod maps;

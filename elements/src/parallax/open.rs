@@ -7,6 +7,7 @@ use super::format::{
     BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Format, Id, Label, Owner, Owners, Ptr,
     RECORDS, Record, Root, SLOTS, damaged, is_sound, short, u32_at, u64_at,
 };
+use super::lease::Lease;
 use super::log::Log;
 use super::merge::span;
 use super::nodes::{Nodes, Place, Tree};
@@ -63,9 +64,7 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
     if first + log + 4 > extents {
         return Err(Error::new(Kind::NoSpace, "the device is too small for a pool"));
     }
-    let owner =
-        Owner { number: OWNER, format: Format::One.number(), root: first, features: Features::default() };
-    let owners = Owners { id, sequence: 1, all: vec![owner] };
+    let owners = Owners { id, sequence: 1, all: vec![owner(OWNER, Format::One, first, "")] };
     // What is written there later, amid other things, must not fail for want of room.
     below.allocate(0..EXTENT).await?;
     below.allocate(first * EXTENT..(first + log + 1) * EXTENT).await?;
@@ -84,6 +83,11 @@ pub(super) async fn create(id: Id, size: u64, below: Below<'_>) -> Result<()> {
         below.flush().await?;
     }
     Ok(())
+}
+
+/// One of whose format nothing is unusual.
+fn owner(number: u32, format: Format, root: u64, key: &str) -> Owner {
+    Owner { number, format: format.number(), root, features: Features::default(), key: key.to_owned() }
 }
 
 /// Makes the places zero from which a pool is read that `create` does not write: those of a device may hold anything.
@@ -116,24 +120,42 @@ pub(super) async fn is_empty(below: Below<'_>) -> Result<bool> {
     unread.map_or(Ok(true), Err)
 }
 
+/// Trees that are there and cannot be opened.
+pub(super) struct Lacking {
+    pub(super) format: Format,
+    pub(super) key: String,
+    pub(super) why: Error,
+}
+
+impl Lacking {
+    /// Which volumes those are.
+    pub(super) fn what(&self) -> String {
+        match self.key.as_str() {
+            "" => format!("volumes of format {}", self.format),
+            key => format!("volumes of format {} with the key {key}", self.format),
+        }
+    }
+}
+
 /// A pool that has just been opened.
 pub(super) struct Opened {
-    /// Of each format one, at most.
+    /// Of each format and key one, at most.
     pub(super) trees: Vec<Pool>,
-    /// Formats whose trees are there and cannot be opened. They are left alone, and the others work.
-    pub(super) lacking: Vec<(Format, Error)>,
+    /// They are left alone, and the others work.
+    pub(super) lacking: Vec<Lacking>,
 }
 
 impl Opened {
-    /// The trees of a format, or others if there are none.
+    /// The trees of a format that have no key, or others if there are none.
     ///
     /// # Errors
     /// They are there, and cannot be opened.
     pub(super) fn take(mut self, format: Format) -> Result<Result<Pool, Pool>> {
-        if let Some((_, error)) = self.lacking.into_iter().find(|(other, _)| *other == format) {
-            return Err(error);
+        let is = |lacking: &Lacking| lacking.format == format && lacking.key.is_empty();
+        if let Some(lacking) = self.lacking.into_iter().find(is) {
+            return Err(lacking.why);
         }
-        let found = self.trees.iter().position(|trees| trees.format == format);
+        let found = self.trees.iter().position(|trees| trees.format == format && trees.core().key.is_empty());
         let trees = self.trees.swap_remove(found.unwrap_or(0));
         Ok(if found.is_some() { Ok(trees) } else { Err(trees) })
     }
@@ -144,7 +166,7 @@ impl Opened {
 pub(super) async fn open_newest(opening: Opening, size: u64, below: Below<'_>) -> Result<Pool> {
     let mut opened = open(opening, size, below).await?;
     match opened.lacking.pop() {
-        Some((_, error)) => Err(error),
+        Some(lacking) => Err(lacking.why),
         None => Ok(opened.trees.remove(opened.trees.len() - 1)),
     }
 }
@@ -161,12 +183,8 @@ struct Found {
 /// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged, or none of its trees can be opened.
 pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Result<Opened> {
     let label = read_label(below).await?;
-    label.features.allow(opening.writable, "the pool")?;
-    if label.extents * EXTENT * BLOCK > size {
-        let message =
-            format!("the pool has {} bytes, and there are only {size}", label.extents * EXTENT * BLOCK);
-        return Err(damaged(message));
-    }
+    label.features.allow(Features::KEYS, opening.writable, "the pool")?;
+    need_size(&label, size)?;
     let owners = read_owners(&label, below).await?.all.into_iter();
     let known = |owner: Owner| {
         let format = Format::numbered(owner.format).filter(|_| owner.format <= opening.newest)?;
@@ -180,10 +198,10 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
     // First whose all blocks are: only then may anybody take some.
     for (format, owner) in owners {
         match find_trees((format, &owner), opening.writable, (&blocks, &nodes), below).await {
-            Ok(trees) => found.push((owner.number, trees)),
-            Err(error) => {
+            Ok(trees) => found.push((owner, trees)),
+            Err(why) => {
                 blocks.disown(owner.number);
-                opened.lacking.push((format, error));
+                opened.lacking.push(Lacking { format, key: owner.key, why });
             }
         }
     }
@@ -191,17 +209,27 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
         let begun = if opening.writable { trees.begin(below).await } else { Ok(()) };
         match begun {
             Ok(()) => opened.trees.push(trees.pool),
-            Err(error) => {
-                blocks.disown(owner);
-                opened.lacking.push((trees.pool.format, error));
+            Err(why) => {
+                blocks.disown(owner.number);
+                opened.lacking.push(Lacking { format: trees.pool.format, key: owner.key, why });
             }
         }
     }
     if opened.trees.is_empty() {
         let none = || Error::new(Kind::Unsupported, "the pool has no volumes of a known format");
-        return Err(opened.lacking.into_iter().next().map_or_else(none, |(_, error)| error));
+        return Err(opened.lacking.into_iter().next().map_or_else(none, |lacking| lacking.why));
     }
     Ok(opened)
+}
+
+/// # Errors
+/// The device is smaller than the pool.
+pub(super) fn need_size(label: &Label, size: u64) -> Result<()> {
+    let bytes = label.extents * EXTENT * BLOCK;
+    match bytes > size {
+        true => Err(damaged(format!("the pool has {bytes} bytes, and there are only {size}"))),
+        false => Ok(()),
+    }
 }
 
 async fn find_trees(
@@ -210,7 +238,7 @@ async fn find_trees(
     (blocks, nodes): (&Arc<Blocks>, &Arc<Nodes>),
     below: Below<'_>,
 ) -> Result<Found> {
-    owner.features.allow(writable, "what the pool holds")?;
+    owner.features.allow(0, writable, "what the pool holds")?;
     let label = blocks.label();
     let root = read_root(&label, owner, below).await?;
     let journal = read_journal(&label, &root, below).await?;
@@ -218,7 +246,7 @@ async fn find_trees(
     let space = Space::new(blocks.clone(), owner.number, epoch, &journal.records);
     let catalog = read_catalog(nodes, &root, below).await?;
     let log = Log::new(root.log, root.epoch, root.tail);
-    let mut core = Core::new(format, root, log, catalog);
+    let mut core = Core::new((format, &owner.key), root, log, catalog);
     core.journal = journal.blocks;
     for block in &core.journal {
         space.mark(*block..block + 1)?;
@@ -247,19 +275,65 @@ impl Found {
     }
 }
 
-/// Makes trees of another format beside those of a pool that is open for writing, for which an owner of extents comes to be.
+/// Makes trees of another format beside those of a pool that is open for writing.
 ///
 /// # Errors
 /// [`Kind::NoSpace`].
 pub(super) async fn add_trees(format: Format, others: &Pool, below: Below<'_>) -> Result<Pool> {
     let (blocks, nodes) = (&others.space.blocks, &others.nodes);
+    let owner = add_owner(format, "", blocks, below).await?;
+    let trees = find_trees((format, &owner), true, (blocks, nodes), below).await?;
+    trees.begin(below).await?;
+    Ok(trees.pool)
+}
+
+/// Opens the trees that a block store below serves, which knows of one owner only and asks the store for extents.
+///
+/// # Errors
+/// As [`open`].
+pub(super) async fn open_leased(lease: Lease, memory: u64, below: Below<'_>) -> Result<Pool> {
+    let label = read_label(below).await?;
+    label.features.allow(Features::KEYS, true, "the pool")?;
+    let owners = read_owners(&label, below).await?.all.into_iter();
+    let found = owners.filter_map(|owner| Some((Format::numbered(owner.format)?, owner)));
+    let found = found.into_iter().find(|(_, owner)| owner.number == lease.owner);
+    let (format, owner) =
+        found.ok_or_else(|| damaged("the block store speaks of an owner that is not there"))?;
+    // Whoever has the key has nothing to tell it from.
+    let owner = Owner { key: String::new(), ..owner };
+    let nodes = Arc::new(Nodes::new(label.id, memory));
+    let blocks = Arc::new(Blocks::leased(label, lease, below).await?);
+    let trees = find_trees((format, &owner), true, (&blocks, &nodes), below).await?;
+    trees.begin(below).await?;
+    Ok(trees.pool)
+}
+
+/// The owner of that format and key, if there is one.
+pub(super) async fn find_owner(
+    format: Format,
+    key: &str,
+    label: &Label,
+    below: Below<'_>,
+) -> Result<Option<Owner>> {
+    let is = |owner: &Owner| owner.format == format.number() && owner.key == key;
+    Ok(read_owners(label, below).await?.all.into_iter().find(is))
+}
+
+/// Makes an owner of extents, whose trees are empty.
+///
+/// # Errors
+/// [`Kind::NoSpace`].
+pub(super) async fn add_owner(format: Format, key: &str, blocks: &Blocks, below: Below<'_>) -> Result<Owner> {
+    if !key.is_empty() {
+        blocks.allow_keys(below).await?;
+    }
     let label = blocks.label();
     let mut owners = read_owners(&label, below).await?;
     let number = owners.all.iter().map(|owner| owner.number).max().map_or(OWNER, |last| last + 1);
     let log = (label.extents / 64).clamp(1, LOG);
     let extents = blocks.settle(number, 1 + log, below).await?;
     let (first, log) = (extents.start, extents.end - extents.start - 1);
-    let owner = Owner { number, format: format.number(), root: first, features: Features::default() };
+    let owner = owner(number, format, first, key);
     write_first_root(&owner, [(first + 1) * EXTENT, log * EXTENT], &label.id, below).await?;
     below.flush().await?;
     owners.sequence += 1;
@@ -268,9 +342,7 @@ pub(super) async fn add_trees(format: Format, others: &Pool, below: Below<'_>) -
         below.write(place * BLOCK, Data::shared(owners.encode())).await?;
         below.flush().await?;
     }
-    let trees = find_trees((format, &owner), true, (blocks, nodes), below).await?;
-    trees.begin(below).await?;
-    Ok(trees.pool)
+    Ok(owner)
 }
 
 /// The root of trees that are empty.

@@ -1,7 +1,7 @@
 //! A volume of a pool in a file or on a block device.
 
 use super::below::block_on;
-use super::format::{BLOCK, EntryKind};
+use super::format::BLOCK;
 use super::pool::Core;
 use super::shared::{Shared, having, head_of};
 use super::volume::{Full, OnFull, Volume, unix_seconds};
@@ -111,11 +111,7 @@ impl Disk {
 
     fn snapshots(&self) -> Result<Vec<String>> {
         let (served, _) = self.volume()?;
-        let core = served.pool.core();
-        let number = core.volume(&self.params.volume);
-        let of =
-            |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume, .. } if Some(*volume) == number);
-        Ok(core.catalog.values().filter(|entry| of(&entry.kind)).map(|entry| entry.name.clone()).collect())
+        Ok(served.pool.core().snapshots(&self.params.volume))
     }
 }
 

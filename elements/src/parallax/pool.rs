@@ -41,7 +41,7 @@ impl Count {
         Here(self.clone())
     }
 
-    async fn none(&self) {
+    pub(super) async fn none(&self) {
         loop {
             let mut woken = std::pin::pin!(self.none.notified());
             woken.as_mut().enable();
@@ -128,6 +128,8 @@ pub(super) struct Young {
 /// Everything that changes, under one lock, which is held for no longer than a look takes.
 pub(super) struct Core {
     format: Format,
+    /// By which its volumes are told from those of other trees of the format, `KEY:NAME`; most have none.
+    pub(super) key: String,
     /// As it is on the device.
     pub(super) root: Root,
     pub(super) births: u64,
@@ -163,12 +165,18 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(format: Format, root: Root, log: Log, catalog: BTreeMap<u32, Entry>) -> Core {
+    pub(super) fn new(
+        (format, key): (Format, &str),
+        root: Root,
+        log: Log,
+        catalog: BTreeMap<u32, Entry>,
+    ) -> Core {
         let (births, next) = (root.births, root.next);
         let lines = catalog.iter().filter(|(_, entry)| matches!(entry.kind, EntryKind::Volume { .. }));
         let lines = lines.map(|(number, _)| (*number, Line::default())).collect();
         let mut core = Core {
             format,
+            key: key.to_owned(),
             root,
             births,
             next,
@@ -667,6 +675,13 @@ impl Pool {
             let ends = matches!(select(closing.as_mut(), pin!(due)).await, Either::Left(_));
             // The reason has been logged, and whoever writes is told.
             let _ = self.checkpoint(below).await;
+            if let Err(error) = self.settle(below).await {
+                tracing::warn!(
+                    graph = cx.graph_name(),
+                    element = cx.name(),
+                    "the block store below: {error}"
+                );
+            }
             self.warn(cx);
             if ends {
                 return;
@@ -680,6 +695,12 @@ impl Pool {
                 self.due.notify_one();
             }
         }
+    }
+
+    /// Gives the block store below what is not needed: true if it has more for everybody than was known.
+    pub(super) async fn settle(&self, below: Below<'_>) -> Result<bool> {
+        let _alone = self.checkpointing.lock().await;
+        self.space.settle(below).await
     }
 
     /// Says when there is little room left, once each time.

@@ -1,19 +1,23 @@
 //! A volume of a pool on the disk below.
 
 use super::admin::{Settings, check_name, check_size};
-use super::below::Below;
+use super::below::{Below, block_on};
 use super::format::{BLOCK, Format};
-use super::open::{Opening, add_trees, create, is_empty, open};
-use super::pool::{CHECKPOINT, Core};
+use super::lease::{self, Ask, Lease};
+use super::open::{Opening, add_trees, create, is_empty, open, open_leased};
+use super::pool::{CHECKPOINT, Core, Pool};
 use super::volume::{Full, OnFull, Volume};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
 use blockmason::lang::value::{Size, Time};
 use blockmason::{
-    Children, Cx, Element, Error, Flow, Geometry, Kind, LocalBoxFuture, Ops, Prepared, Request, Result,
+    Children, Cx, Element, Error, Extra, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Origin, Prepared,
+    Reply, Request, Result,
 };
-use futures::future::{Either, select};
+use futures::future::{Either, join, select};
+use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tokio::sync::{Notify, oneshot};
 
 blockmason::params! {
     /// A volume of a pool.
@@ -65,7 +69,10 @@ pub const TYPE: ElementType = ElementType {
     doc: "Keeps volumes in a pool on the disk below: copy-on-write radix trees over blocks of 4 KiB. A volume takes room for what \
           is written to it; discarded and zeroed ranges take none. An empty disk (its first block is zeros) is made a pool \
           by the first request; a disk with anything else on it is refused. The volume is made if the pool has none of that name.\n\n\
-          **Snapshots.** A control request `snapshot NAME` keeps the volume as it is at that instant. It takes one flush of the \
+          Below may be a disk, all of which is then the pool; or an `isolation` over a `block_store`, where others have trees of their \
+          own. In both cases one `radix` has the trees: several volumes of one pool are served by `(type parallax)`, or have a key \
+          each.\n\n\
+          **Snapshots.** `mason call Volume.snapshot NAME`, or a control request `snapshot NAME`, keeps the volume as it is at that instant. It takes one flush of the \
           disk below, whatever the size, and nobody waits for it. `(snapshot NAME)` serves it.\n\n\
           **Durability.** A write is answered when its data and a record of the log that leads to it have been written, so the \
           death of this process loses nothing. A flush is one flush of the disk below. After a loss of power each block \
@@ -77,6 +84,18 @@ pub const TYPE: ElementType = ElementType {
     handlers: &[
         Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
         Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
+        Handler {
+            name: "snapshots",
+            access: Access::Read,
+            doc: "names of the volume's snapshots, the oldest first",
+        },
+        Handler {
+            name: "snapshot",
+            access: Access::Call,
+            doc: "takes a snapshot of that name; durable when it is answered",
+        },
+        Handler { name: "delete_snapshot", access: Access::Call, doc: "deletes the snapshot of that name" },
+        Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
     ],
     layout: true,
     example: "element Guest (type nbd) (listen unix:radix.sock)\n\
@@ -91,34 +110,70 @@ pub const TYPE: ElementType = ElementType {
 struct Radix {
     params: Params,
     opening: tokio::sync::Mutex<()>,
+    /// By which a block store below knows it from others.
+    opener: OnceLock<u64>,
     volume: OnceLock<Volume>,
+    /// What an operator wants done, which needs the way down that `run` has.
+    calls: Mutex<VecDeque<Call>>,
+    called: Notify,
+}
+
+/// A control request of an operator.
+struct Call {
+    verb: String,
+    argument: String,
+    answer: oneshot::Sender<Reply>,
+}
+
+/// What is known for one graph.
+struct Known {
+    /// Bytes of what is below.
+    size: u64,
+    /// The volume may be used: a block store below, if there is one, knows of it.
+    announced: OnceLock<()>,
 }
 
 impl Radix {
     fn new(params: Params) -> Result<Radix> {
         check_size(params.size.0)?;
         check_name(&params.volume)?;
-        Ok(Radix { params, opening: tokio::sync::Mutex::default(), volume: OnceLock::new() })
+        let (opening, opener, volume, calls, called) = Default::default();
+        Ok(Radix { params, opening, opener, volume, calls, called })
+    }
+
+    /// The volume, if it is open and may be used.
+    fn opened(&self, cx: Cx<'_>) -> Option<&Volume> {
+        cx.prepared::<Known>().announced.get().and(self.volume.get())
     }
 
     /// The volume, opened if it is not yet.
     async fn open(&self, cx: Cx<'_>) -> Result<&Volume> {
         let _alone = self.opening.lock().await;
-        if let Some(volume) = self.volume.get() {
+        if let Some(volume) = self.opened(cx) {
             return Ok(volume);
         }
-        let (below, size) = (Below::Port(cx), *cx.prepared::<u64>());
-        if is_empty(below).await? {
-            let id = cx.rng(|rng| std::array::from_fn(|_| rng.u8(..)));
-            create(id, size, below).await?;
+        let below = Below::Port(cx);
+        let opener = *self.opener.get_or_init(|| cx.rng(|rng| rng.u64(..)));
+        let ask = Ask::Open { format: self.params.format.number(), opener };
+        let lease = match lease::ask::<Lease>(ask, below).await {
+            Err(error) if error.kind() == Kind::Unsupported => None,
+            lease => Some(lease?),
+        };
+        let known = cx.prepared::<Known>();
+        if let Some(volume) = self.volume.get() {
+            // It is what it was in the graph before.
+            if volume.pool.space.lease() != lease.map(|lease| lease.owner) {
+                let message = "another block store is below, or another key: start the graph anew";
+                return Err(Error::new(Kind::Busy, message));
+            }
+            let _ = known.announced.set(());
+            return Ok(volume);
         }
-        let Params { volume, checksums, order, format, memory, .. } = &self.params;
-        let opened = open(Opening::writable(memory.0), size, below).await?;
-        let pool = Arc::new(match opened.take(*format)? {
-            Err(others) => add_trees(*format, &others, below).await?,
-            Ok(trees) => trees,
+        let Params { volume, size, checksums, order, memory, .. } = &self.params;
+        let pool = Arc::new(match lease {
+            Some(lease) => open_leased(lease, memory.0, below).await?,
+            None => self.open_alone(known.size, cx).await?,
         });
-        let size = &self.params.size;
         let missing = pool.core().volume(volume).is_none();
         if missing {
             let ordered = *order == Order::Prefix;
@@ -126,7 +181,22 @@ impl Radix {
             pool.make_volume(volume, size.0, settings, below).await?;
         }
         let volume = Volume::open(pool, self.params.full(), None, |core| self.find(core)).await?;
+        let _ = known.announced.set(());
         Ok(self.volume.get_or_init(|| volume))
+    }
+
+    /// The pool on the disk below, all of which is ours.
+    async fn open_alone(&self, size: u64, cx: Cx<'_>) -> Result<Pool> {
+        let (below, format) = (Below::Port(cx), self.params.format);
+        if is_empty(below).await? {
+            let id = cx.rng(|rng| std::array::from_fn(|_| rng.u8(..)));
+            create(id, size, below).await?;
+        }
+        let opened = open(Opening::writable(self.params.memory.0), size, below).await?;
+        match opened.take(format)? {
+            Err(others) => add_trees(format, &others, below).await,
+            Ok(trees) => Ok(trees),
+        }
     }
 
     /// The number of the volume, or of the snapshot.
@@ -143,11 +213,41 @@ impl Radix {
         }
     }
 
+    fn calls(&self) -> MutexGuard<'_, VecDeque<Call>> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what is called for, each to its end, until the graph closes.
+    async fn obey(&self, volume: &Volume, cx: Cx<'_>) {
+        let mut closing = pin!(cx.closing());
+        loop {
+            let called = pin!(self.called.notified());
+            while let Some(Call { verb, argument, answer }) = self.next_call() {
+                let mut req = cx.child(&Request::new(Op::Control, 0, 0));
+                (req.root, req.origin) = (req.id, Origin::Internal);
+                req.extra = Some(Box::new(Extra { control: Some((verb, argument)), ..Extra::default() }));
+                // Nobody may wait for it any more.
+                let _ = answer.send(volume.submit(req, Below::Port(cx), cx).await);
+            }
+            if let Either::Left(_) = select(closing.as_mut(), called).await {
+                return;
+            }
+        }
+    }
+
+    fn next_call(&self) -> Option<Call> {
+        self.calls().pop_front()
+    }
+
     async fn work(&self, cx: Cx<'_>) {
         let mut closing = pin!(cx.closing());
         loop {
             match self.open(cx).await {
-                Ok(volume) => return volume.pool.tend(Below::Port(cx), cx).await,
+                Ok(volume) => {
+                    let tending = volume.pool.tend(Below::Port(cx), cx);
+                    join(tending, self.obey(volume, cx)).await;
+                    return;
+                }
                 Err(error) => {
                     tracing::error!(graph = cx.graph_name(), element = cx.name(), "no pool: {error}")
                 }
@@ -175,11 +275,11 @@ impl Element for Radix {
             atomic: 0,
             ..below.above()
         };
-        Ok(Prepared::with(geometry, below.size))
+        Ok(Prepared::with(geometry, Known { size: below.size, announced: OnceLock::new() }))
     }
 
     fn submit<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
-        match self.volume.get() {
+        match self.opened(cx) {
             Some(volume) => volume.submit(req, Below::Port(cx), cx),
             None => cx.later(&req.clone(), async move {
                 let volume = self.open(cx).await?;
@@ -192,11 +292,40 @@ impl Element for Radix {
         Some(Box::pin(self.work(cx)))
     }
 
-    fn get(&self, handler: &str) -> Result<String> {
-        let volume = self.volume.get();
-        let pool = &volume.ok_or_else(|| Error::new(Kind::Unavailable, "the pool is not open yet"))?.pool;
-        pool.get(handler)
+    /// What was called for too late is not done.
+    fn close(&self) {
+        self.calls().clear();
     }
+
+    fn get(&self, handler: &str) -> Result<String> {
+        let pool = &self.volume.get().ok_or_else(closed)?.pool;
+        match handler {
+            "snapshots" => Ok(pool.core().snapshots(&self.params.volume).join(" ")),
+            _ => pool.get(handler),
+        }
+    }
+
+    fn call(&self, handler: &str, argument: &str) -> Result<String> {
+        self.volume.get().ok_or_else(closed)?;
+        let volume = &self.params.volume;
+        let done = match handler {
+            "snapshot" => {
+                check_name(argument)?;
+                format!("{volume}@{argument}")
+            }
+            "delete_snapshot" => format!("{volume}@{argument} is deleted"),
+            "checkpoint" => "done".to_owned(),
+            _ => return Err(Error::no_handler(handler)),
+        };
+        let (answer, answered) = oneshot::channel();
+        self.calls().push_back(Call { verb: handler.to_owned(), argument: argument.to_owned(), answer });
+        self.called.notify_one();
+        block_on(answered).unwrap_or_else(|_| Err(closed())).map(|_| done)
+    }
+}
+
+fn closed() -> Error {
+    Error::new(Kind::Unavailable, "the pool is not open")
 }
 
 #[cfg(test)]

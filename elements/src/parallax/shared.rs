@@ -3,7 +3,7 @@
 use super::below::{Below, block_on};
 use super::blocks::write_size;
 use super::format::{BLOCK, EXTENT, Format, Id, Label};
-use super::open::{Opening, add_trees, create, open, read_label};
+use super::open::{Lacking, Opening, add_trees, create, open, read_label};
 use super::pool::Pool;
 use blockmason::heads::{self, HeadPlace, Standing};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
@@ -24,7 +24,7 @@ const FILE: &str = "blocks";
 /// A pool that is open.
 pub(super) struct Shared {
     io: FileIo,
-    /// Of each format one, at most.
+    /// Of each format and key one, at most.
     trees: Mutex<Vec<Arc<Pool>>>,
     pub(super) lacking: Vec<Lacking>,
     /// Held by whoever gives a volume a name, which is one in all formats, or makes trees of another one.
@@ -35,13 +35,6 @@ pub(super) struct Shared {
 
 /// That nobody else gives a volume a name.
 pub(super) type Naming<'a> = MutexGuard<'a, ()>;
-
-/// A format whose trees are there and cannot be opened, and why.
-pub(super) type Lacking = (Format, String);
-
-fn lacking(found: Vec<(Format, Error)>) -> Vec<Lacking> {
-    found.into_iter().map(|(format, error)| (format, error.to_string())).collect()
-}
 
 /// The file or device of a pool: by whatever name it is opened, it is one pool.
 struct Place {
@@ -109,13 +102,13 @@ impl Shared {
         let (image, size, device) = image(path, true)?;
         let opened = block_on(open(Opening::writable(memory), size, Below::Plain(image.file().as_fd())));
         let opened = opened.map_err(|error| error.with_path(path))?;
-        for (format, error) in &opened.lacking {
-            tracing::error!(pool = %path.display(), "its volumes of format {format} cannot be used: {error}");
+        for lacking in &opened.lacking {
+            tracing::error!(pool = %path.display(), "its {} cannot be used: {}", lacking.what(), lacking.why);
         }
         let io = FileIo::new(image, FileOptions { size, direct: false, device });
         let id = listed.0.id;
         let trees = Mutex::new(opened.trees.into_iter().map(Arc::new).collect());
-        let lacking = lacking(opened.lacking);
+        let lacking = opened.lacking;
         let shared = Arc::new(Shared { io, trees, lacking, naming: Mutex::default(), listed });
         all().insert(id, Arc::downgrade(&shared));
         CHANGED.notify_all();
@@ -139,7 +132,7 @@ impl Shared {
         let opened = block_on(open(Opening::read_only(16 << 20), size, below));
         let opened = opened.map_err(|error| error.with_path(&listed.0.path))?;
         let trees: Vec<Arc<Pool>> = opened.trees.into_iter().map(Arc::new).collect();
-        look(&trees, &lacking(opened.lacking))
+        look(&trees, &opened.lacking)
     }
 
     /// All trees of the pool, the oldest format first.
@@ -172,15 +165,18 @@ impl Shared {
         }
     }
 
-    /// The trees of a format, which are made if there are none.
+    /// The trees of a format that have no key, which are made if there are none.
     ///
     /// # Errors
     /// They cannot be opened; [`Kind::NoSpace`].
     pub(super) fn of_format(&self, format: Format, _alone: &Naming<'_>) -> Result<Arc<Pool>> {
-        if let Some((_, why)) = self.lacking.iter().find(|(other, _)| *other == format) {
-            return Err(Error::new(Kind::Io, format!("volumes of format {format} cannot be used: {why}")));
+        let is = |lacking: &&Lacking| lacking.format == format && lacking.key.is_empty();
+        if let Some(lacking) = self.lacking.iter().find(is) {
+            let message = format!("{} cannot be used: {}", lacking.what(), lacking.why);
+            return Err(Error::new(Kind::Io, message));
         }
-        if let Some(trees) = self.trees().into_iter().find(|trees| trees.format == format) {
+        let is = |trees: &Arc<Pool>| trees.format == format && trees.core().key.is_empty();
+        if let Some(trees) = self.trees().into_iter().find(is) {
             return Ok(trees);
         }
         let trees = Arc::new(block_on(add_trees(format, &self.any(), self.blocking()))?);
@@ -298,8 +294,8 @@ pub(super) fn having(trees: &[Arc<Pool>], lacking: &[Lacking], volume: &str) -> 
     let found = trees.iter().find(|trees| trees.core().volume(volume).is_some());
     let found = found.cloned().ok_or_else(|| super::admin::gone("volume", volume));
     match lacking.first() {
-        Some((format, why)) => found.map_err(|error| {
-            let message = format!("{}; those of format {format} cannot be used: {why}", error.message());
+        Some(lacking) => found.map_err(|error| {
+            let message = format!("{}; {} cannot be used: {}", error.message(), lacking.what(), lacking.why);
             Error::new(error.kind(), message)
         }),
         None => found,

@@ -1,8 +1,9 @@
 //! What one owner has of the block store: takes blocks, gives them back, promises them; and what his records say.
 
 use super::below::Below;
-use super::blocks::{Blocks, Extent, Map, STORE, State, ones};
+use super::blocks::{Blocks, Extent, Map, Owned, STORE, State, ones};
 use super::format::{EXTENT, ExtentRecord, Label, damaged};
+use super::lease::{self, Ask, Free, Row};
 use blockmason::{Error, Kind, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -90,6 +91,11 @@ impl Space {
 
     pub(super) fn label(&self) -> Label {
         self.blocks.label()
+    }
+
+    /// The owner, if it is a block store below that says who that is.
+    pub(super) fn lease(&self) -> Option<u32> {
+        self.blocks.leased.then_some(self.owner)
     }
 
     /// Blocks that nobody but the trees themselves may use.
@@ -247,6 +253,10 @@ impl Space {
     /// [`Kind::NoSpace`].
     pub(super) async fn back(&self, had: u64, below: Below<'_>) -> Result<()> {
         let _alone = self.blocks.granting.lock().await;
+        if self.blocks.leased {
+            let enough = self.state().account(self.owner).free > had;
+            return if enough { Ok(()) } else { self.ask_for_more(below).await };
+        }
         let (hollow, chosen) = {
             let state = self.state();
             if state.account(self.owner).free > had {
@@ -268,6 +278,61 @@ impl Space {
         }
         let chosen = allocate(chosen, below).await?;
         self.grant(chosen, below).await
+    }
+
+    /// Has the block store below give us extents.
+    async fn ask_for_more(&self, below: Below<'_>) -> Result<()> {
+        let ask = Ask::Grant { near: self.state().account(self.owner).last, epoch: self.epoch };
+        let Row { first, count, free } = match lease::ask(ask, below).await {
+            Err(error) if error.kind() == Kind::NoSpace => {
+                self.blocks.note_unowned(0);
+                return Err(error);
+            }
+            row => row?,
+        };
+        let record = ExtentRecord { owner: self.owner, epoch: self.epoch, used: [0; 8], backed: true };
+        {
+            let mut state = self.state();
+            let end = first.checked_add(count).filter(|end| count > 0 && *end <= state.extents.len() as u64);
+            let others = |at: u64| state.extents[at as usize].owned_by(self.owner).is_none();
+            let row = end.map(|end| first..end).filter(|row| row.clone().all(others));
+            let row = row.ok_or_else(|| damaged("the block store below gives extents that it has not"))?;
+            row.for_each(|at| drop(state.replace(at, Extent::of(&record, &[self.owner]))));
+        }
+        self.blocks.note_unowned(free);
+        Ok(())
+    }
+
+    /// Gives extents back to the block store below that are not needed, and learns how many are nobody's: true if those are
+    /// more than they were. The caller keeps checkpoints off.
+    ///
+    /// # Errors
+    /// The store does not answer: it may have what was given back.
+    pub(super) async fn settle(&self, below: Below<'_>) -> Result<bool> {
+        if !self.blocks.leased {
+            return Ok(false);
+        }
+        let _alone = self.blocks.granting.lock().await;
+        let had = self.blocks.unowned();
+        while let Some(row) = self.to_give_back() {
+            let ask = Ask::Give { first: row.start, count: row.end - row.start };
+            lease::ask::<Free>(ask, below).await?;
+        }
+        let Free { free } = lease::ask(Ask::Free {}, below).await?;
+        self.blocks.note_unowned(free);
+        Ok(free > had)
+    }
+
+    /// Extents in a row that are not needed, and not ours any more.
+    fn to_give_back(&self) -> Option<Range<u64>> {
+        let mut state = self.state();
+        // About a region is kept, so that what is written next needs none.
+        let kept = (state.extents.len() as u64 / 64).max(1);
+        let spare = state.spare(self.owner).checked_sub(kept).filter(|spare| *spare > 0)?;
+        let is_empty = |extent: &Extent| extent.owned_by(self.owner).is_some_and(Owned::is_empty);
+        let row = state.row_near(0, spare, is_empty);
+        row.clone().for_each(|at| drop(state.replace(at, Extent::Foreign(STORE))));
+        Some(row)
     }
 
     /// Makes extents ours that nobody uses, durably.

@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod doors;
 mod faults;
 mod kit;
 mod lines;

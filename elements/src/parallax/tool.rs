@@ -6,8 +6,9 @@ use super::below::{Below, block_on};
 use super::check::{Findings, check};
 pub use super::format::Format;
 use super::format::{BLOCK, Entry, EntryKind};
+use super::open::Lacking;
 use super::pool::{Core, Pool};
-use super::shared::{self, Lacking, Shared};
+use super::shared::{self, Shared};
 use super::volume::{Full, Volume, unix_seconds};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::{Data, Error, Op, Request, Result};
@@ -240,9 +241,9 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let Some(first) = volumes.first() else { return Ok(Value::Null) };
             let trees = shared.having(first)?;
             for volume in volumes {
-                if shared.having(volume)?.format != trees.format {
+                if !Arc::ptr_eq(&shared.having(volume)?, &trees) {
                     return Err(Error::unsupported(format!(
-                        "{first} and {volume} are of different formats: no snapshot of both is at one instant"
+                        "{first} and {volume} are of different formats or keys: no snapshot of both is at one instant"
                     )));
                 }
             }
@@ -278,6 +279,9 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let Account { mapped, shared, freed } = account;
             let entry = trees.core().catalog.get(&number).cloned();
             let mut said = entry.map_or(Value::Null, |entry| settings_of(&entry));
+            if snapshot.is_none() {
+                said["name"] = json!(volume);
+            }
             said["format"] = json!(trees.format);
             said["mapped"] = json!(mapped * BLOCK);
             said["shared"] = json!(shared * BLOCK);
@@ -358,10 +362,10 @@ fn stat(shared: &Shared) -> Value {
 fn being_deleted(core: &Core) -> Vec<String> {
     let called = |entry: &Entry| match &entry.kind {
         EntryKind::Snapshot { volume, .. } => {
-            let of = core.catalog.get(volume).map_or("", |entry| entry.name.as_str());
+            let of = core.catalog.get(volume).map_or(String::new(), |entry| core.called(&entry.name));
             format!("{of}@{}", entry.name)
         }
-        EntryKind::Volume { .. } => entry.name.clone(),
+        EntryKind::Volume { .. } => core.called(&entry.name),
     };
     core.catalog.values().filter(|entry| entry.deleting).map(called).collect()
 }
@@ -429,8 +433,8 @@ fn settings_of(entry: &Entry) -> Value {
 
 /// What is said of volumes that cannot be opened.
 fn unusable(lacking: &[Lacking]) -> Vec<String> {
-    let said = |(format, why): &Lacking| {
-        format!("volumes of format {format} cannot be used, and are left as they are: {why}")
+    let said = |lacking: &Lacking| {
+        format!("{} cannot be used, and are left as they are: {}", lacking.what(), lacking.why)
     };
     lacking.iter().map(said).collect()
 }
@@ -443,7 +447,7 @@ fn listed(all: &[Arc<Pool>], lacking: &[Lacking]) -> Value {
 
 fn volumes_of(trees: &Pool) -> Vec<Value> {
     let core = trees.core();
-    let name_of = |number: &u32| core.catalog.get(number).map(|entry| entry.name.clone());
+    let name_of = |number: &u32| core.catalog.get(number).map(|entry| core.called(&entry.name));
     let origin = |snapshot: &u32| {
         let entry = core.catalog.get(snapshot)?;
         match &entry.kind {
@@ -464,7 +468,7 @@ fn volumes_of(trees: &Pool) -> Vec<Value> {
     let volume = |(number, entry): (&u32, &Entry)| match &entry.kind {
         EntryKind::Volume { origin: (from, _), .. } if !entry.deleting => {
             let mut said = settings_of(entry);
-            said["format"] = json!(trees.format);
+            (said["name"], said["format"]) = (json!(core.called(&entry.name)), json!(trees.format));
             (said["mapped"], said["origin"]) = (json!(entry.mapped * BLOCK), json!(origin(from)));
             said["served"] = json!(core.served.contains_key(number));
             said["snapshots"] = json!(snapshots(*number));

@@ -444,6 +444,9 @@ impl Volume {
                 self.pool.checkpoint(below).await?;
                 continue;
             }
+            if tries < 3 && self.pool.settle(below).await? {
+                continue;
+            }
             let left = self.patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 // Whoever tends the pool says how little room there is.

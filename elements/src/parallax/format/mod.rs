@@ -12,7 +12,7 @@ pub(super) use log::{Change, Record, Stamp};
 pub(super) use map::{Map, MapRun};
 pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot};
 pub(super) use root::{Ptr, Root};
-pub(super) use store::{EXTENT_RECORD, ExtentRecord, Features, Label, Owner, Owners};
+pub(super) use store::{EXTENT_RECORD, ExtentRecord, Features, Label, MOST_KEY, Owner, Owners, is_key};
 
 use blockmason::{Error, Kind, Result};
 

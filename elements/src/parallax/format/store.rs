@@ -32,8 +32,11 @@ impl Features {
         }
     }
 
-    /// Whether this program, which knows of no feature yet, may do that with it.
-    pub(in super::super) fn allow(self, write: bool, what: &str) -> Result<()> {
+    /// Of a label: owners have keys.
+    pub(in super::super) const KEYS: u64 = 1;
+
+    /// Whether this program, which knows these of the incompatible features, may do that with it.
+    pub(in super::super) fn allow(self, known: u64, write: bool, what: &str) -> Result<()> {
         let refuse = |bits: u64, verb: &str| {
             let message = format!(
                 "{what} has features that this program does not know ({bits:#x}): a newer one can {verb} it"
@@ -41,7 +44,9 @@ impl Features {
             Err(Error::new(Kind::Unsupported, message))
         };
         match self {
-            Features { incompatible: 1.., .. } => refuse(self.incompatible, "open"),
+            Features { incompatible, .. } if incompatible & !known != 0 => {
+                refuse(incompatible & !known, "open")
+            }
             Features { read_only: 1.., .. } if write => refuse(self.read_only, "write"),
             _ => Ok(()),
         }
@@ -130,6 +135,17 @@ pub(in super::super) struct Owner {
     pub(in super::super) format: u32,
     pub(in super::super) root: u64,
     pub(in super::super) features: Features,
+    /// Empty, or by which it is told from others of its format: see [`is_key`].
+    pub(in super::super) key: String,
+}
+
+/// Bytes of a key, at most.
+pub(in super::super) const MOST_KEY: usize = 24;
+
+/// True of letters, digits, `.`, `_` and `-`, of which a key has one at least.
+pub(in super::super) fn is_key(key: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=MOST_KEY).contains(&key.len()) && key.bytes().all(fits)
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,6 +172,8 @@ impl Owners {
             put(&mut bytes, at + 4, 4, u64::from(owner.format));
             put(&mut bytes, at + 8, 8, owner.root);
             owner.features.put(&mut bytes, at + 16);
+            let key = owner.key.as_bytes();
+            bytes[at + 40..at + 40 + key.len()].copy_from_slice(key);
         }
         seal(&mut bytes, 8);
         bytes
@@ -171,25 +189,31 @@ impl Owners {
         }
         expect_zeros(&bytes[40..64], "the list of owners")?;
         expect_zeros(&bytes[64 + count * Owners::EACH..], "the list of owners")?;
-        for at in (64..64 + count * Owners::EACH).step_by(Owners::EACH) {
-            expect_zeros(&bytes[at + 40..at + Owners::EACH], "an owner")?;
-        }
         let one = |ix: usize| {
             let at = 64 + ix * Owners::EACH;
-            Owner {
+            Ok(Owner {
                 number: u32_at(bytes, at),
                 format: u32_at(bytes, at + 4),
                 root: u64_at(bytes, at + 8),
                 features: Features::at(bytes, at + 16),
-            }
+                key: key_at(&bytes[at + 40..at + Owners::EACH])?,
+            })
         };
-        let all: Vec<Owner> = (0..count).map(one).collect();
+        let all: Vec<Owner> = (0..count).map(one).collect::<Result<_>>()?;
         let outside = |owner: &Owner| !(label.first()..label.extents).contains(&owner.root);
         if all.iter().any(outside) {
             return Err(damaged("an owner's root is outside the pool"));
         }
         Ok(Owners { id: label.id, sequence: u64_at(bytes, 32), all })
     }
+}
+
+/// A key, with zeros behind it.
+fn key_at(bytes: &[u8]) -> Result<String> {
+    let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    expect_zeros(&bytes[len..], "an owner")?;
+    let key = std::str::from_utf8(&bytes[..len]).ok().filter(|key| key.is_empty() || is_key(key));
+    key.map(str::to_owned).ok_or_else(|| damaged("the key of an owner is none"))
 }
 
 /// Whose an extent is, and which of its blocks are used.
@@ -260,16 +284,25 @@ mod tests {
     #[test]
     fn unknown_features_are_refused_as_they_ask() {
         let some = |compatible, read_only, incompatible| Features { compatible, read_only, incompatible };
-        assert!(some(1, 0, 0).allow(true, "it").is_ok());
-        assert!(some(0, 1, 0).allow(false, "it").is_ok() && some(0, 1, 0).allow(true, "it").is_err());
-        assert!(some(0, 0, 1).allow(false, "it").is_err());
+        assert!(some(1, 0, 0).allow(0, true, "it").is_ok());
+        assert!(some(0, 1, 0).allow(0, false, "it").is_ok() && some(0, 1, 0).allow(0, true, "it").is_err());
+        assert!(some(0, 0, 1).allow(0, false, "it").is_err());
+        assert!(some(0, 0, 1).allow(1, false, "it").is_ok() && some(0, 0, 3).allow(1, false, "it").is_err());
     }
 
     #[test]
     fn owners_and_extents_say_what_was_written() {
-        let owner = Owner { number: 2, format: 1, root: 9, features: Features::default() };
-        let owners = Owners { id: [7; 16], sequence: 1, all: vec![owner] };
+        let owner = |number, key: &str| {
+            let key = key.to_owned();
+            Owner { number, format: 1, root: 9, features: Features::default(), key }
+        };
+        let all = vec![owner(2, ""), owner(3, "v2"), owner(4, "exactly.twenty-4_letters")];
+        let owners = Owners { id: [7; 16], sequence: 1, all };
         assert_eq!(Owners::decode(&owners.encode(), &label()).unwrap(), owners);
+        for bad in ["a/b", "a\0b", "\u{e9}"] {
+            let bytes = Owners { all: vec![owner(2, bad)], ..owners.clone() }.encode();
+            assert!(Owners::decode(&bytes, &label()).is_err(), "{bad:?}");
+        }
         let extent = ExtentRecord { owner: 2, epoch: 5, used: [1, 2, 3, 4, 5, 6, 7, u64::MAX], backed: true };
         assert_eq!(ExtentRecord::decode(&extent.encode()), Some(extent));
         assert_eq!(ExtentRecord::default().encode(), [0; 128]);

@@ -12,8 +12,13 @@ pub(super) fn seeds() -> std::ops::Range<u64> {
 
 /// Lives for some requests, dies, and lives again.
 fn play(seed: u64, more: &str, kinds: [bool; 2]) {
+    play_over(seed, more, kinds, &[]);
+}
+
+/// The same over these elements.
+fn play_over(seed: u64, more: &str, kinds: [bool; 2], way: &[&'static str]) {
     run(seed, async |host| {
-        let mut story = Story::begin(&host, seed, more).await;
+        let mut story = Story::begin(&host, seed, more, way).await;
         for round in 0..6 {
             for _ in 0..story.rng.usize(1..60) {
                 story.send();
@@ -56,6 +61,19 @@ fn with_next_to_no_memory() {
 #[test]
 fn a_volume_of_format_2_in_turn() {
     seeds().for_each(|seed| play(seed + 500_000, "(format 2)", [false, true]));
+}
+
+/// The trees, the way to the block store, and the store are elements of their own.
+#[test]
+fn over_a_block_store_in_turn() {
+    let ways = [
+        ["I (type isolation)", "S (type block_store)"],
+        ["I (type isolation) (key v2)", "S (type block_store)"],
+    ];
+    for seed in seeds() {
+        let format = if seed % 4 < 2 { "" } else { "(format 2)" };
+        play_over(seed + 600_000, format, [false, true], &ways[seed as usize % 2]);
+    }
 }
 
 #[test]

@@ -194,7 +194,8 @@ fn what_a_newer_program_has_made_is_left_alone() {
         (Label::PLACES, 12, 2, false, false, "version 2"),
         (Label::PLACES, 56, 1, true, true, ""),
         (Label::PLACES, 64, 1, true, false, told),
-        (Label::PLACES, 72, 1, false, false, told),
+        (Label::PLACES, 72, 1, true, true, ""),
+        (Label::PLACES, 72, 2, false, false, told),
         (Owners::PLACES, 64 + 4, 3, false, false, "no volumes of a known format"),
         (Owners::PLACES, 64 + 16, 1, true, true, ""),
         (Owners::PLACES, 64 + 24, 1, true, false, told),
@@ -343,7 +344,7 @@ fn trees_that_cannot_be_opened_are_left_alone() {
         assert_eq!(pool.carry_out(&read("old")).unwrap(), data.as_str());
         let error = pool.carry_out(&read("new")).unwrap_err();
         assert!(
-            error.to_string().contains("there is no volume new; those of format 2 cannot be used"),
+            error.to_string().contains("there is no volume new; volumes of format 2 cannot be used"),
             "{error}"
         );
         let settings = Settings { format: Format::Two, ..Settings::default() };

@@ -83,6 +83,8 @@ struct Snapshot {
 pub(super) struct Story {
     host: Arc<Host>,
     text: String,
+    /// All elements, from the top.
+    names: Vec<&'static str>,
     pub(super) rng: fastrand::Rng,
     seed: u64,
     graph: Arc<Graph>,
@@ -118,16 +120,21 @@ pub(super) fn bytes(block: usize, version: u32) -> Vec<u8> {
 }
 
 impl Story {
-    pub(super) async fn begin(host: &Arc<Host>, seed: u64, more: &str) -> Story {
+    /// A volume with these parameters, over these elements, which have names of one letter.
+    pub(super) async fn begin(host: &Arc<Host>, seed: u64, more: &str, way: &[&'static str]) -> Story {
         let jitter = ["0s", "2ms"][seed as usize % 2];
         // Trees of another format take room beside the first.
-        let size = if more.contains("format 2") { "52M" } else { "36M" };
+        let size = if more.contains("format 2") || !way.is_empty() { "52M" } else { "36M" };
         let text = format!(
             "element R (type radix) (volume v) (size {}k) {more} element P (type plug) \
              element T (type delay) (all {jitter}) (jitter {jitter}) \
-             element D (type volatile) (size {size}) (seed {seed}) R -> T -> P -> D",
+             element D (type volatile) (size {size}) (seed {seed}) ",
             BLOCKS * 4
         );
+        let between: String = way.iter().map(|element| format!("element {element} ")).collect();
+        let names =
+            [vec!["R"], way.iter().map(|element| &element[..1]).collect(), vec!["T", "P", "D"]].concat();
+        let text = format!("{text} {between} {}", names.join(" -> "));
         let graph = graph(host, *TYPES, &text, "R").unwrap();
         let disk = TestDisk::serve(host, graph.clone()).await;
         disk.read(0, 4096).await.unwrap();
@@ -135,6 +142,7 @@ impl Story {
         Story {
             host: host.clone(),
             text,
+            names,
             rng: fastrand::Rng::with_seed(seed),
             seed,
             graph,
@@ -303,7 +311,7 @@ impl Story {
         }
         self.disk = None;
         self.forget();
-        self.graph = reborn(&self.host, &self.graph, &self.text);
+        self.graph = reborn(&self.host, &self.graph, &self.text, &self.names);
         self.verify(&self.copy(&sink).await, power);
         let disk = TestDisk::serve(&self.host, self.graph.clone()).await;
         let found = disk.read(0, BLOCKS as u64 * BLOCK).await.unwrap();
@@ -355,13 +363,13 @@ impl Story {
         let unused: Vec<_> = pool.space.leaked(&pool.core().journal);
         assert_eq!(unused, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
         self.hold_snapshots(&pool, below);
-        let number = pool.core().volume("v").unwrap();
+        let number = volume_of(&pool);
         self.hold(&read_all(&pool, number, BLOCKS, below), power);
     }
 
     /// Each snapshot holds what it may, and is always what it was when it was read first.
     fn hold_snapshots(&mut self, pool: &Arc<Pool>, below: Below<'_>) {
-        let number = pool.core().volume("v").unwrap();
+        let number = volume_of(pool);
         for (name, snapshot) in &mut self.snapshots {
             let taken = pool.core().snapshot(number, name);
             let taken = taken.unwrap_or_else(|| panic!("seed {}: snapshot {name} is gone", self.seed));
@@ -452,6 +460,12 @@ impl Story {
     }
 }
 
+/// The volume's number, whatever the key of its trees.
+fn volume_of(pool: &Pool) -> u32 {
+    let core = pool.core();
+    core.volume(&core.called("v")).unwrap()
+}
+
 /// What of a block is none of these versions, each sector by itself.
 pub(super) fn misfit(block: usize, found: &[u8], allowed: &[u32]) -> Option<String> {
     let sectors = found.chunks(BLOCK as usize / SECTORS).enumerate();
@@ -473,21 +487,17 @@ pub(super) fn read_all(pool: &Arc<Pool>, number: u32, blocks: usize, below: Belo
         .to_vec()
 }
 
-/// The same graph with a new `R`: that of the old one is dead.
-fn reborn(host: &Arc<Host>, before: &Graph, text: &str) -> Arc<Graph> {
+/// The same graph, of which only the disk is what it was: all else has died.
+fn reborn(host: &Arc<Host>, before: &Graph, text: &str, names: &[&'static str]) -> Arc<Graph> {
     let fresh = graph(host, *TYPES, text, "R").unwrap();
-    let instances: Vec<_> = fresh
-        .instances()
-        .map(|instance| {
-            if ["R", "P", "T"].contains(&instance.name.as_str()) {
-                instance.clone()
-            } else {
-                find(before, &instance.name)
-            }
-        })
-        .collect();
+    let instance = |instance: &Arc<Instance>| match instance.name == "D" {
+        true => find(before, "D"),
+        false => instance.clone(),
+    };
+    let instances: Vec<_> = fresh.instances().map(instance).collect();
     let place = |name: &str| instances.iter().position(|instance| instance.name == name).unwrap();
-    let edges = [("R", "T"), ("T", "P"), ("P", "D"), ("Client", "R")];
-    let edges = edges.map(|(from, to)| Connection { from: place(from), port: "out".into(), to: place(to) });
+    let row = [&["Client"], names].concat();
+    let edge = |pair: &[&str]| Connection { from: place(pair[0]), port: "out".into(), to: place(pair[1]) };
+    let edges: Vec<_> = row.windows(2).map(edge).collect();
     Arc::new(Graph::assemble("test", &instances, &edges, host.shards()).unwrap())
 }

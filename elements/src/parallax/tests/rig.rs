@@ -102,7 +102,7 @@ impl Rig {
         let text: String = elements.iter().map(|element| format!("element {element} ")).collect();
         let text = format!("{text} {}", names.join(" -> "));
         let graph = graph(host, *TYPES, &text, "R").unwrap();
-        let below = below(host, &text, &find(&graph, "D")).await;
+        let below = below(host, &text, &find(&graph, "D"), *TYPES).await;
         let disk = TestDisk::serve(host, graph.clone()).await;
         Rig { host: host.clone(), text, names, graph, disk, below }
     }
@@ -244,8 +244,8 @@ fn leaf(pool: &Pool, index: u64, below: Below<'_>) -> [u64; 2] {
 }
 
 /// A disk that is the bottom of others.
-async fn below(host: &Arc<Host>, text: &str, sink: &Arc<Instance>) -> TestDisk {
-    let fresh = graph(host, *TYPES, text, "D").unwrap();
+pub(super) async fn below(host: &Arc<Host>, text: &str, sink: &Arc<Instance>, types: Catalogue) -> TestDisk {
+    let fresh = graph(host, types, text, "D").unwrap();
     let client = find(&fresh, "Client");
     let edges = [Connection { from: 0, port: "out".into(), to: 1 }];
     let graph = Graph::assemble("below", &[client, sink.clone()], &edges, host.shards()).unwrap();
