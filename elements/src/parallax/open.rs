@@ -177,7 +177,8 @@ struct Found {
     journal: Vec<(u64, ExtentRecord)>,
 }
 
-/// Opens the pool on a device of that size.
+/// Opens the pool on a device of that size. Trees that have damage in the way of their first checkpoint are open for reading only, and
+/// say so to whoever writes.
 ///
 /// # Errors
 /// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged, or none of its trees can be opened.
@@ -209,6 +210,11 @@ pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Resul
         let begun = if opening.writable { trees.begin(below).await } else { Ok(()) };
         match begun {
             Ok(()) => opened.trees.push(trees.pool),
+            // What is there can be read, what the log has with it.
+            Err(error) if error.kind() == Kind::Io => {
+                trees.pool.break_down(&error);
+                opened.trees.push(trees.pool);
+            }
             Err(why) => {
                 blocks.disown(owner.number);
                 opened.lacking.push(Lacking { format: trees.pool.format, key: owner.key, why });

@@ -215,7 +215,9 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         Operation::Check => {
             let mut all = Findings::default();
             for trees in shared.trees() {
-                block_on(trees.checkpoint(below))?;
+                if trees.check().is_ok() {
+                    block_on(trees.checkpoint(below))?;
+                }
                 all += block_on(check(&trees, below))?;
             }
             all.problems.extend(unusable(&shared.lacking));
@@ -321,7 +323,13 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             {
                 return Err(Error::invalid(format!("{volume}@{until} is older than {volume}@{since}")));
             }
-            let changed = block_on(trees.changed_since(number, birth, below))?;
+            let changed = block_on(async {
+                match trees.check() {
+                    Ok(()) => trees.changed_since(number, birth, below).await,
+                    // What is in no tree will not get there.
+                    Err(_) => Volume::new(trees.clone(), number).born_after(birth, below).await,
+                }
+            })?;
             let range = |range: &std::ops::Range<u64>| {
                 json!([range.start * BLOCK, (range.end - range.start) * BLOCK])
             };

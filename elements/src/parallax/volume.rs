@@ -630,6 +630,21 @@ impl Volume {
         Ok(Answer::Extents(pieces.iter().map(extent).collect()))
     }
 
+    /// The blocks that were born after that, in order, whether or not they are in the trees yet.
+    pub(super) async fn born_after(&self, birth: u64, below: Below<'_>) -> Result<Vec<Range<u64>>> {
+        let end = self.pool.core().catalog.get(&self.number).map_or(0, |entry| entry.size / BLOCK);
+        let (mut found, mut at) = (Vec::<Range<u64>>::new(), 0);
+        while at < end {
+            let search = Search { since: Some(birth), ..Search::default() };
+            let (pieces, _hold) = self.search(at..end, MOST_PIECES, false, search, below).await?;
+            let young = pieces.iter().filter(|piece| piece.at != 0);
+            young.for_each(|piece| add_to(&mut found, piece.first..piece.first + piece.len));
+            let last = pieces.last().ok_or_else(|| Error::internal("nothing was found of a volume"))?;
+            at = last.first + last.len;
+        }
+        Ok(found)
+    }
+
     /// What was born after that has changed, as a map says it.
     ///
     /// # Errors
@@ -665,6 +680,14 @@ impl Volume {
             "checkpoint" => self.pool.checkpoint(below).await.map(|()| Answer::Done),
             _ => Err(Error::unsupported("a volume knows of no such thing")),
         }
+    }
+}
+
+/// Adds a range to those before it.
+fn add_to(found: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match found.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => found.push(range),
     }
 }
 

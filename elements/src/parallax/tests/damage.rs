@@ -368,3 +368,73 @@ fn trees_that_cannot_be_opened_are_left_alone() {
     assert_eq!(pool.carry_out(&read).unwrap(), data.as_str());
     assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
 }
+
+/// Damage that is in the way of every checkpoint: what is there can be read, compared and taken elsewhere.
+#[test]
+fn trees_that_cannot_be_changed_are_open_for_reading() {
+    for format in [Format::One, Format::Two] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.pool");
+        make(&path, Some(128 << 20), [7; 16]).unwrap();
+        let write = |byte: u8, at: u64| Operation::Write {
+            volume: "v".into(),
+            offset: at * BLOCK,
+            data: BASE64_STANDARD.encode([byte; 2 * BLOCK as usize]),
+        };
+        let snapshot = |name: &str| Operation::Snapshot { volumes: vec!["v".into()], name: name.into() };
+        let list = {
+            let pool = tool::open(&path).unwrap();
+            let settings = Settings { format, ..Settings::default() };
+            pool.carry_out(&Operation::CreateVolume { name: "v".into(), size: 1 << 30, settings }).unwrap();
+            pool.carry_out(&write(1, 0)).unwrap();
+            pool.carry_out(&write(1, 40)).unwrap();
+            pool.carry_out(&snapshot("s")).unwrap();
+            pool.carry_out(&write(2, 0)).unwrap();
+            pool.carry_out(&Operation::Check).unwrap();
+            Shared::look(&path, |trees, _| {
+                let trees = trees.iter().find(|trees| trees.format == format).unwrap();
+                let core = trees.core();
+                let EntryKind::Snapshot { dead, .. } = core.catalog[&core.find("v", Some("s")).unwrap()].kind
+                else {
+                    panic!("a snapshot was expected")
+                };
+                Ok(dead.at)
+            })
+            .unwrap()
+        };
+        assert_ne!(list[0], 0);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let diff = |since: Option<&str>| Operation::Diff {
+            volume: "v".into(),
+            until: None,
+            since: since.map(str::to_owned),
+        };
+        let read = |at: u64| Operation::Read {
+            volume: "v".into(),
+            snapshot: None,
+            offset: at * BLOCK,
+            len: 2 * BLOCK,
+        };
+        list.iter().for_each(|at| file.write_all_at(&[1; 8192], at * BLOCK).unwrap());
+        {
+            let pool = tool::open(&path).unwrap();
+            pool.carry_out(&write(3, 1)).unwrap();
+            pool.carry_out(&write(4, 40)).unwrap();
+        }
+        for round in 0..2 {
+            let pool = tool::open(&path).unwrap();
+            let data = |byte: u8| serde_json::json!(BASE64_STANDARD.encode([byte; 8192]));
+            assert_eq!(pool.carry_out(&read(1)).unwrap(), data(3), "{round}");
+            assert_eq!(pool.carry_out(&read(40)).unwrap(), data(4));
+            assert_eq!(
+                pool.carry_out(&diff(Some("s"))).unwrap(),
+                serde_json::json!([[0, 3 * BLOCK], [40 * BLOCK, 2 * BLOCK]])
+            );
+            let refused = pool.carry_out(&write(5, 0)).unwrap_err();
+            assert!(refused.to_string().contains("takes no more changes"), "{refused}");
+            let found = pool.carry_out(&Operation::Check).unwrap();
+            let problems = found["problems"].as_array().unwrap();
+            assert!(problems.iter().any(|said| said.as_str().unwrap().contains("snapshot s")), "{found}");
+        }
+    }
+}
