@@ -57,7 +57,6 @@ fn due(said: &mut Instant) -> bool {
 }
 
 /// Says from time to time how many of something are done, for whoever is called with that.
-#[cfg(feature = "s3")]
 pub(crate) fn lines(what: &'static str) -> impl Fn(u64, u64) + Send + Sync + 'static {
     let said = std::sync::Mutex::new(rt::now());
     move |done, of| {

@@ -4,12 +4,11 @@
 use super::below::Below;
 use super::checkpoint::Frozen;
 use super::format::{BLOCK, Dead, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS, damaged};
-use super::items::Item;
 use super::merge::{Merge, Who, height};
-use super::nodes::Place;
 use super::pool::{Core, Pool, with_nodes};
+use super::streams::Step;
 use super::volume::unix_seconds;
-use blockmason::{Error, Kind, LocalBoxFuture, Result};
+use blockmason::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::iter::once;
@@ -185,7 +184,7 @@ impl Catalog<'_> {
     fn snapshot(&self, number: u32) -> Option<Snapshot> {
         let entry = self.get(number)?;
         match entry.kind {
-            EntryKind::Snapshot { before, volume, birth, dead } => {
+            EntryKind::Snapshot { before, volume, birth, dead, .. } => {
                 Some(Snapshot { before, volume, birth, dead, entry })
             }
             EntryKind::Volume { .. } => None,
@@ -250,6 +249,7 @@ pub(super) enum Plan {
         limits: Limits,
         ordered: bool,
     },
+    Receive(u32, Step),
 }
 
 /// Entries of the catalog that a change of it rewrites, about.
@@ -314,6 +314,12 @@ impl Plan {
                     *limits = *new;
                 }
             }),
+            Plan::Receive(volume, step) => {
+                catalog.change(*volume, |entry| step.change(entry));
+                if let Step::Whole { snapshot, .. } = step {
+                    catalog.change(*snapshot, |entry| step.change(entry));
+                }
+            }
         }
         Ok(())
     }
@@ -394,8 +400,13 @@ async fn rollback(
         });
     }
     let newest = if newer.is_empty() { 0 } else { newest };
-    let kind =
-        EntryKind::Volume { newest, origin: (number, snapshot.birth), limits: Limits::default(), own: 0 };
+    let kind = EntryKind::Volume {
+        newest,
+        origin: (number, snapshot.birth),
+        limits: Limits::default(),
+        own: 0,
+        receiving: None,
+    };
     catalog.set(old.0, Some(Entry { name: old.1.clone(), made: unix_seconds(), kind, ..entry }));
     // The line sees again what it had let go of.
     merge.take_dead(number, snapshot.dead, usize::MAX).await?;
@@ -403,8 +414,8 @@ async fn rollback(
     catalog.change(volume, |entry| {
         (entry.root, entry.height, entry.size, entry.mapped) =
             (snapshot.entry.root, snapshot.entry.height, snapshot.entry.size, snapshot.entry.mapped);
-        if let EntryKind::Volume { newest, own, .. } = &mut entry.kind {
-            (*newest, *own) = (number, 0);
+        if let EntryKind::Volume { newest, own, receiving, .. } = &mut entry.kind {
+            (*newest, *own, *receiving) = (number, 0, None);
         }
     });
     Ok(())
@@ -513,7 +524,11 @@ async fn grow(
 
 impl Pool {
     /// Does something with the catalog. `plan` says what, or why it may not be; nothing has changed then.
-    async fn administer(&self, below: Below<'_>, plan: impl FnOnce(&mut Core) -> Result<Plan>) -> Result<()> {
+    pub(super) async fn administer(
+        &self,
+        below: Below<'_>,
+        plan: impl FnOnce(&mut Core) -> Result<Plan>,
+    ) -> Result<()> {
         self.check()?;
         let _alone = self.administering.write().await;
         self.checkpoint(below).await?;
@@ -545,7 +560,13 @@ impl Pool {
             mapped: 0,
             made: unix_seconds(),
             features: Features::default(),
-            kind: EntryKind::Volume { newest: 0, origin: (0, 0), limits: Limits { quota, reserve }, own: 0 },
+            kind: EntryKind::Volume {
+                newest: 0,
+                origin: (0, 0),
+                limits: Limits { quota, reserve },
+                own: 0,
+                receiving: None,
+            },
         };
         let mut made = 0;
         let plan = |core: &mut Core| {
@@ -666,7 +687,7 @@ impl Pool {
                 return Err(gone("snapshot", snapshot));
             };
             let (origin, limits) = ((origin, birth), Limits::default());
-            let kind = EntryKind::Volume { newest: 0, origin, limits, own: 0 };
+            let kind = EntryKind::Volume { newest: 0, origin, limits, own: 0, receiving: None };
             let entry = Entry { name, made: unix_seconds(), kind, ..entry };
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
         };
@@ -726,63 +747,6 @@ impl Pool {
             }
         };
         self.administer(below, plan).await
-    }
-
-    /// The blocks of a volume or snapshot that have changed since a snapshot of its line, or its origin, in order.
-    pub(super) async fn changed_since(
-        &self,
-        number: u32,
-        birth: u64,
-        below: Below<'_>,
-    ) -> Result<Vec<Range<u64>>> {
-        self.checkpoint(below).await?;
-        let (root, height, size, _era) = {
-            let core = self.core();
-            let Some(entry) = core.catalog.get(&number) else { return Ok(Vec::new()) };
-            (entry.root, entry.height, entry.size / BLOCK, core.era.clone())
-        };
-        let mut found = Vec::new();
-        self.walk_younger((root, height, 0), birth, &mut found, below).await?;
-        // A tree reaches further than its volume, and so do the holes in it.
-        found.retain(|blocks| blocks.start < size);
-        if let Some(last) = found.last_mut() {
-            last.end = last.end.min(size);
-        }
-        Ok(found)
-    }
-
-    fn walk_younger<'a>(
-        &'a self,
-        (ptr, level, index): (Ptr, u8, u64),
-        birth: u64,
-        found: &'a mut Vec<Range<u64>>,
-        below: Below<'a>,
-    ) -> LocalBoxFuture<'a, Result<()>> {
-        Box::pin(async move {
-            if ptr.birth <= birth {
-                return Ok(());
-            }
-            let items = match Item::of(self.format, ptr, level, index) {
-                run @ Item::Run { .. } => vec![run],
-                Item::Node(place) => {
-                    let node = self.nodes.get(&place, below).await?;
-                    Item::all(self.format, &node.body, level, index)
-                }
-            };
-            for item in items {
-                match item {
-                    Item::Run { first, len, slot } if slot.birth > birth => match found.last_mut() {
-                        Some(last) if last.end == first => last.end = first + len,
-                        _ => found.push(first..first + len),
-                    },
-                    Item::Run { .. } => {}
-                    Item::Node(Place { ptr, level, index, .. }) => {
-                        self.walk_younger((ptr, level, index), birth, found, below).await?;
-                    }
-                }
-            }
-            Ok(())
-        })
     }
 }
 

@@ -164,7 +164,7 @@ impl Check<'_> {
                 }
                 format!("volume {}", entry.name)
             }
-            EntryKind::Snapshot { volume, before, birth, dead } => {
+            EntryKind::Snapshot { volume, before, birth, dead, .. } => {
                 self.findings.snapshots += u64::from(!entry.deleting);
                 if !catalog.contains_key(volume) || *before != 0 && !catalog.contains_key(before) {
                     self.problem(format!("snapshot {} names something that is not there", entry.name));

@@ -13,6 +13,7 @@ pub mod block_store;
 mod blocks;
 mod check;
 mod checkpoint;
+mod diff;
 mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
@@ -33,6 +34,7 @@ pub mod radix;
 mod runs;
 mod shared;
 mod space;
+mod streams;
 #[cfg(test)]
 mod tests;
 pub mod tool;

@@ -244,7 +244,7 @@ async fn find_trees(
     (blocks, nodes): (&Arc<Blocks>, &Arc<Nodes>),
     below: Below<'_>,
 ) -> Result<Found> {
-    owner.features.allow(0, writable, "what the pool holds")?;
+    owner.features.allow(Features::STREAMS, writable, "what the pool holds")?;
     let label = blocks.label();
     let root = read_root(&label, owner, below).await?;
     let journal = read_journal(&label, &root, below).await?;
@@ -344,11 +344,33 @@ pub(super) async fn add_owner(format: Format, key: &str, blocks: &Blocks, below:
     below.flush().await?;
     owners.sequence += 1;
     owners.all.push(owner.clone());
+    write_owners(&owners, below).await?;
+    Ok(owner)
+}
+
+/// The catalog of these trees may say what has come from other pools, from now on, durably.
+pub(super) async fn allow_streams(trees: &Pool, below: Below<'_>) -> Result<()> {
+    let blocks = &trees.space.blocks;
+    let _alone = blocks.naming.lock().await;
+    let mut owners = read_owners(&blocks.label(), below).await?;
+    let number = trees.core().root.owner;
+    let ours = owners.all.iter_mut().find(|owner| owner.number == number);
+    let features = ours.map(|owner| &mut owner.features.incompatible);
+    if let Some(features) = features.filter(|features| **features & Features::STREAMS == 0) {
+        *features |= Features::STREAMS;
+        owners.sequence += 1;
+        write_owners(&owners, below).await?;
+    }
+    Ok(())
+}
+
+/// Writes both copies, each durably.
+async fn write_owners(owners: &Owners, below: Below<'_>) -> Result<()> {
     for place in Owners::PLACES {
         below.write(place * BLOCK, Data::shared(owners.encode())).await?;
         below.flush().await?;
     }
-    Ok(owner)
+    Ok(())
 }
 
 /// The root of trees that are empty.

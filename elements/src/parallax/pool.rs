@@ -214,6 +214,13 @@ impl Core {
     /// # Errors
     /// [`Kind::Busy`] if another graph than this one writes a volume.
     pub(super) fn need_writable_by(&self, volume: u32, graph: &str) -> Result<()> {
+        if let Some(EntryKind::Volume { receiving: Some(_), .. }) =
+            self.catalog.get(&volume).map(|entry| &entry.kind)
+        {
+            let message = "it is being received from another pool: finish that, or give it up with \
+                           mason volume receive --abort";
+            return Err(Error::new(Kind::Busy, message));
+        }
         match self.writers.get(&volume) {
             Some((other, _)) if other != graph => {
                 Err(Error::new(Kind::Busy, format!("the graph {other} has it open")))
@@ -273,7 +280,7 @@ impl Core {
         };
         (line.snapping, line.in_place) = (false, Arc::default());
         let dead = super::format::Ptr::default();
-        let kind = EntryKind::Snapshot { before: newest.0, volume, birth, dead };
+        let kind = EntryKind::Snapshot { before: newest.0, volume, birth, dead, id: None };
         let snapshot = Entry { name, made, kind, ..entry.clone() };
         if let EntryKind::Volume { newest, own, .. } = &mut entry.kind {
             (*newest, *own) = (number, 0);

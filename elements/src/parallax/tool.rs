@@ -5,7 +5,7 @@ pub use super::admin::{NewSettings, Settings};
 use super::below::{Below, block_on};
 use super::check::{Findings, check};
 pub use super::format::Format;
-use super::format::{BLOCK, Entry, EntryKind};
+use super::format::{BLOCK, Entry, EntryKind, Receiving, SnapshotId};
 use super::open::Lacking;
 use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
@@ -153,6 +153,26 @@ pub enum Operation {
         offset: u64,
         /// How many, a multiple of 4096.
         len: u64,
+    },
+    /// Says how far a volume that nobody serves has been filled with a snapshot of another pool, durably with what was written before.
+    Fill {
+        /// The volume.
+        volume: String,
+        /// The snapshot's identity, 32 hexadecimal digits.
+        id: String,
+        /// What comes before it is there.
+        offset: u64,
+    },
+    /// Such a volume has all of it, and what it is now is that snapshot.
+    Filled {
+        /// The volume.
+        volume: String,
+        /// The snapshot's identity.
+        id: String,
+        /// Its name.
+        snapshot: String,
+        /// Seconds since 1970 at which it was made.
+        made: u64,
     },
     /// Makes the pool larger.
     Grow {
@@ -305,6 +325,13 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
         Operation::Punch { volume, offset, len } => {
             change(&shared.having(volume)?, volume, Request::new(Op::Discard, *offset, *len), below)?;
         }
+        Operation::Fill { volume, id, offset } => {
+            block_on(shared.having(volume)?.fill(volume, &identity(id)?, *offset, below))?;
+        }
+        Operation::Filled { volume, id, snapshot, made } => {
+            let taken = (snapshot.as_str(), &identity(id)?, *made);
+            block_on(shared.having(volume)?.filled(volume, taken, below))?;
+        }
         Operation::Grow { size } => return shared.grow(*size).map(|size| json!({ "size": size })),
         Operation::Gc => {
             let mut given = Some(0);
@@ -427,14 +454,29 @@ fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {
     core.birth(number).ok_or_else(|| Error::internal("a snapshot was expected"))
 }
 
+/// Digits of an identity, or of its beginning.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn identity(digits: &str) -> Result<SnapshotId> {
+    let digits: Option<Vec<u8>> = digits.chars().map(|digit| Some(digit.to_digit(16)? as u8)).collect();
+    let digits = digits.filter(|digits| digits.len() == 32);
+    let digits = digits.ok_or_else(|| Error::invalid("an identity has 32 hexadecimal digits"))?;
+    Ok(std::array::from_fn(|ix| digits[2 * ix] << 4 | digits[2 * ix + 1]))
+}
+
 /// How a volume, or a snapshot, is made.
 fn settings_of(entry: &Entry) -> Value {
     let mut said = json!({
         "name": entry.name, "size": entry.size, "made": entry.made, "checksums": entry.checksums,
         "ordered": entry.ordered,
     });
-    if let EntryKind::Volume { limits, .. } = &entry.kind {
+    if let EntryKind::Volume { limits, receiving, .. } = &entry.kind {
         (said["quota"], said["reserve"]) = (json!(limits.quota), json!(limits.reserve));
+        if let Some(Receiving { id, blocks }) = receiving {
+            said["receiving"] = json!({ "id": hex(id), "offset": blocks * BLOCK });
+        }
     }
     said
 }
@@ -469,7 +511,8 @@ fn volumes_of(trees: &Pool) -> Vec<Value> {
         };
         let said = |(number, entry): (&u32, &Entry)| {
             let served = core.served.contains_key(number);
-            json!({ "name": entry.name, "size": entry.size, "made": entry.made, "served": served })
+            let id = core.identity(*number).map(|id| hex(&id));
+            json!({ "name": entry.name, "size": entry.size, "made": entry.made, "served": served, "id": id })
         };
         core.catalog.iter().filter(of).map(said).collect()
     };

@@ -3,14 +3,13 @@
 //! The first line names the form, the second the volume. Then come changes, one a line, and between them the snapshots
 //! that were taken, the oldest first. The last line has the CRC-32 of all before it: what is cut short is noticed.
 
-use super::{ask, pool::number};
-use crate::control::find::ControlArgs;
+use super::pool::number;
+use super::reach::Pool;
 use crate::failure::{Failure, Outcome};
 use blockmason_elements::parallax::tool::{Format, Operation, Settings};
 use crc32fast::Hasher;
 use serde_json::Value;
 use std::io::{BufRead, Write};
-use std::path::Path;
 
 const FORM: &str = "mason-volume 1";
 
@@ -22,26 +21,6 @@ const PART: &str = ".restoring";
 
 /// Longest line that is read.
 const LONGEST: u64 = 2 * PIECE;
-
-/// A pool, and how the daemon is reached that serves it.
-pub(super) struct Pool<'a> {
-    pub(super) path: &'a Path,
-    pub(super) control: &'a ControlArgs,
-}
-
-impl Pool<'_> {
-    fn ask(&self, operation: &Operation) -> Outcome<Value> {
-        ask(self.path, operation, self.control)
-    }
-
-    /// What `mason pool list` knows of a volume.
-    fn volume(&self, name: &str) -> Outcome<Value> {
-        let found = self.ask(&Operation::List)?;
-        let mut volumes = found["volumes"].as_array().into_iter().flatten();
-        let volume = volumes.find(|volume| volume["name"] == name).cloned();
-        volume.ok_or_else(|| Failure::new(format!("there is no volume {name}")))
-    }
-}
 
 /// Writes lines and remembers their checksum.
 struct Lines<W> {
@@ -139,7 +118,7 @@ pub(super) fn restore(pool: &Pool<'_>, (name, format): (&str, Format), from: imp
     let (Ok(size), Ok(checksums), Ok(ordered)) = (size.parse(), checksums.parse(), ordered.parse()) else {
         return Err(reader.bad());
     };
-    if pool.volume(name).is_ok() {
+    if pool.find(name)?.is_some() {
         return Err(Failure::new(format!("there is a volume {name} already")));
     }
     let settings = Settings { format, checksums, ordered, ..Settings::default() };

@@ -2,6 +2,10 @@
 
 mod dump;
 pub(crate) mod pool;
+mod reach;
+mod receive;
+mod send;
+mod stream;
 pub(crate) mod volume;
 
 use crate::control::find::ControlArgs;

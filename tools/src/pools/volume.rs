@@ -1,5 +1,8 @@
 //! `mason volume`: makes volumes, snapshots and clones, and undoes them.
 
+use super::reach::Pool;
+use super::receive::{self, Token};
+use super::send::{self, Wanted};
 use super::{Named, ask, dump, named, pool};
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
@@ -7,6 +10,7 @@ use crate::output;
 use crate::units::{Bytes, Exact};
 use blockmason::lang::value::Size;
 use blockmason_elements::parallax::tool::{Format, NewSettings, Operation, Settings};
+use std::io::{BufReader, BufWriter, IsTerminal};
 use std::path::{Path, PathBuf};
 
 /// Make thin volumes of a pool, their snapshots and clones.
@@ -20,6 +24,7 @@ use std::path::{Path, PathBuf};
   mason volume delete vms.pool vm1@monday
   mason volume set vms.pool vm1 --quota 30G --reserve 10G
   mason volume dump vms.pool vm1 | ssh far mason volume restore other.pool vm1
+  mason volume send vms.pool vm1@tuesday --from monday | ssh far mason volume receive other.pool vm1
 
 All of it is durable when the command returns. What a daemon serves is changed by that daemon, while guests go on.")]
 pub(crate) struct Args {
@@ -183,6 +188,42 @@ enum Command {
         #[command(flatten)]
         control: ControlArgs,
     },
+    /// Write a snapshot to stdout for `receive`, or what has changed since an older one
+    ///
+    /// What takes room is sent as it is in the volume: of a disk that a guest or a graph encrypts, what is encrypted.
+    Send {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT
+        #[arg(value_parser = named)]
+        of: Named,
+        /// Only what has changed since this older snapshot, which the other side has
+        #[arg(long, value_name = "SNAPSHOT")]
+        from: Option<String>,
+        /// What is left after this, which `stat` of the volume that is being received shows
+        #[arg(long, value_name = "TOKEN")]
+        resume: Option<Token>,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Make a volume of what `send` has written, or bring one up to it, from stdin
+    ///
+    /// Until all of it is there the volume cannot be served, but its snapshots can; what comes to an end early is gone on with by
+    /// `send --resume`. The volume has a snapshot then that is the one that was sent.
+    Receive {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// The volume
+        name: String,
+        /// The format of its map, if it is made
+        #[arg(long, default_value_t)]
+        format: Format,
+        /// Gives up what is half received: the volume is what its newest snapshot is, or gone if it has none
+        #[arg(long)]
+        abort: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
     /// Show what has changed in a volume since a snapshot: offset and length of each range
     Diff {
         /// The pool: a file, a block device, or the folder that holds the file
@@ -291,12 +332,34 @@ pub(crate) fn main(args: &Args) -> Outcome {
         }
         Command::Dump { pool, name, control } => {
             let (volume, snapshot) = volume_of(name);
-            let from = dump::Pool { path: pool, control };
-            dump::dump(&from, &volume, snapshot.as_deref(), std::io::BufWriter::new(std::io::stdout().lock()))
+            let from = Pool::reach(pool, control);
+            dump::dump(&from, &volume, snapshot.as_deref(), BufWriter::new(std::io::stdout().lock()))
         }
         Command::Restore { pool, name, format, control } => {
-            dump::restore(&dump::Pool { path: pool, control }, (name, *format), std::io::stdin().lock())
+            dump::restore(&Pool::reach(pool, control), (name, *format), std::io::stdin().lock())
         }
+        Command::Send { pool, of, from, resume, control } => {
+            if std::io::stdout().is_terminal() {
+                return Err(Failure::Usage(
+                    "a stream is nothing for a terminal: pipe it, or write it to a file".to_owned(),
+                ));
+            }
+            let since = from.as_ref().map(|from| volume_of(from).1.unwrap_or_else(|| from.clone()));
+            let wanted = Wanted { of, since: since.as_deref(), resume: resume.as_ref() };
+            send::send(
+                &Pool::reach(pool, control),
+                &wanted,
+                BufWriter::with_capacity(1 << 20, std::io::stdout().lock()),
+            )
+        }
+        Command::Receive { pool, name, abort: true, control, .. } => {
+            receive::abort(&Pool::reach(pool, control), name)
+        }
+        Command::Receive { pool, name, format, control, .. } => receive::receive(
+            &Pool::reach(pool, control),
+            (name, *format),
+            BufReader::with_capacity(1 << 20, std::io::stdin().lock()),
+        ),
         Command::Diff { pool, since, until, json, control } => {
             diff(pool, since, until.as_deref(), *json, control)
         }
@@ -327,6 +390,9 @@ fn stat(found: &serde_json::Value) -> String {
     }
     said += &words("order", if found["ordered"] == true { "prefix" } else { "block" });
     said += &words("checksums", yes("checksums"));
+    if let Some(token) = Token::of(&found["receiving"]) {
+        said += &format!("being received, with the rest sent by --resume {token}\n");
+    }
     said + &words("format", found["format"].as_str().unwrap_or("1"))
 }
 

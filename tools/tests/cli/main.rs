@@ -25,6 +25,7 @@ mod refused;
 mod replay;
 mod run;
 mod show;
+mod streams;
 #[cfg(feature = "tui")]
 mod top;
 mod trace;

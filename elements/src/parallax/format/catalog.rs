@@ -16,6 +16,30 @@ pub(in super::super) struct Limits {
     pub(in super::super) reserve: u64,
 }
 
+/// A snapshot's identity, in every pool that has it.
+pub(in super::super) type SnapshotId = [u8; 16];
+
+/// What a volume is being filled with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct Receiving {
+    /// The first bytes of the identity of the snapshot that it becomes.
+    pub(in super::super) id: [u8; 10],
+    /// What comes before that block is there, durably.
+    pub(in super::super) blocks: u64,
+}
+
+impl Receiving {
+    fn put(self, bytes: &mut [u8]) {
+        put(bytes, 48, 5, self.blocks + 1);
+        bytes[53..63].copy_from_slice(&self.id);
+    }
+
+    fn at(bytes: &[u8]) -> Option<Receiving> {
+        let blocks = u40_at(bytes, 48).checked_sub(1)?;
+        Some(Receiving { id: std::array::from_fn(|ix| bytes[53 + ix]), blocks })
+    }
+}
+
 /// What differs between volumes and snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in super::super) enum Kind {
@@ -27,6 +51,7 @@ pub(in super::super) enum Kind {
         limits: Limits,
         /// Blocks that only it sees, at least: those born since its newest snapshot.
         own: u64,
+        receiving: Option<Receiving>,
     },
     Snapshot {
         /// The one before it in the same line, 0 none.
@@ -35,6 +60,8 @@ pub(in super::super) enum Kind {
         birth: u64,
         /// Its dead list.
         dead: Ptr,
+        /// If it came from another pool.
+        id: Option<SnapshotId>,
     },
 }
 
@@ -73,14 +100,18 @@ impl Entry {
         bytes[128..128 + self.name.len()].copy_from_slice(self.name.as_bytes());
         put(bytes, 112, 8, self.mapped);
         let (number, links, birth) = match &self.kind {
-            Kind::Volume { newest, origin, limits, own } => {
+            Kind::Volume { newest, origin, limits, own, receiving } => {
                 put(bytes, 96, 8, limits.quota);
                 put(bytes, 104, 8, limits.reserve);
                 put(bytes, 120, 8, *own);
+                if let Some(receiving) = receiving {
+                    receiving.put(bytes);
+                }
                 (1, [*newest, origin.0], origin.1)
             }
-            Kind::Snapshot { before, volume, birth, dead } => {
+            Kind::Snapshot { before, volume, birth, dead, id } => {
                 dead.put(bytes, 48);
+                bytes[96..112].copy_from_slice(&id.unwrap_or_default());
                 (2, [*before, *volume], *birth)
             }
         };
@@ -97,18 +128,23 @@ impl Entry {
         let (links, birth) = ([u32_at(bytes, 4), u32_at(bytes, 8)], u40_at(bytes, 40));
         let kind = match bytes[0] {
             1 => {
-                expect_zeros(&bytes[48..63], "a volume's record")?;
+                let receiving = Receiving::at(bytes);
+                if receiving.is_none() {
+                    expect_zeros(&bytes[48..63], "a volume's record")?;
+                }
                 Kind::Volume {
                     newest: links[0],
                     origin: (links[1], birth),
                     limits: Limits { quota: u64_at(bytes, 96), reserve: u64_at(bytes, 104) },
                     own: u64_at(bytes, 120),
+                    receiving,
                 }
             }
             2 => {
-                expect_zeros(&bytes[96..112], "a snapshot's record")?;
                 expect_zeros(&bytes[120..128], "a snapshot's record")?;
-                Kind::Snapshot { before: links[0], volume: links[1], birth, dead: Ptr::at(bytes, 48) }
+                let id: SnapshotId = std::array::from_fn(|ix| bytes[96 + ix]);
+                let id = (id != SnapshotId::default()).then_some(id);
+                Kind::Snapshot { before: links[0], volume: links[1], birth, dead: Ptr::at(bytes, 48), id }
             }
             _ => return Err(damaged("the catalog has a record of no known kind")),
         };
@@ -146,10 +182,11 @@ mod tests {
     #[test]
     fn a_record_says_what_was_written() {
         let limits = Limits { quota: 1 << 40, reserve: 12345 };
-        let volume = Kind::Volume { newest: 3, origin: (4, 99), limits, own: 77 };
+        let volume = |receiving| Kind::Volume { newest: 3, origin: (4, 99), limits, own: 77, receiving };
+        let receiving = Receiving { id: [9; 10], blocks: 1 << 36 };
         let dead = Ptr { at: [5, 6], birth: 7 };
-        let snapshot = Kind::Snapshot { before: 1, volume: 2, birth: 1 << 39, dead };
-        for kind in [volume, snapshot] {
+        let snapshot = |id| Kind::Snapshot { before: 1, volume: 2, birth: 1 << 39, dead, id };
+        for kind in [volume(None), volume(Some(receiving)), snapshot(None), snapshot(Some([3; 16]))] {
             let entry = Entry {
                 name: "vm1/ä".to_owned(),
                 size: 1 << 30,

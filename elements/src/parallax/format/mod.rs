@@ -7,7 +7,7 @@ mod node;
 mod root;
 mod store;
 
-pub(super) use catalog::{Entry, Kind as EntryKind, Limits, RECORDS};
+pub(super) use catalog::{Entry, Kind as EntryKind, Limits, RECORDS, Receiving, SnapshotId};
 pub(super) use log::{Change, Record, Stamp};
 pub(super) use map::{Map, MapRun};
 pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot};

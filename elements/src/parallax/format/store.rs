@@ -34,6 +34,8 @@ impl Features {
 
     /// Of a label: owners have keys.
     pub(in super::super) const KEYS: u64 = 1;
+    /// Of an owner: the catalog says what has come from other pools.
+    pub(in super::super) const STREAMS: u64 = 1;
 
     /// Whether this program, which knows these of the incompatible features, may do that with it.
     pub(in super::super) fn allow(self, known: u64, write: bool, what: &str) -> Result<()> {
