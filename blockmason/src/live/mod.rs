@@ -21,7 +21,7 @@ use crate::graph::tally::Histogram;
 use crate::graph::{Graph, Instance};
 use crate::heads::{self, Finding, Names, Volume};
 use crate::lang::Spec;
-use crate::sched::{CalledOff, Change, Changed, Commit, Disk, Host, Setting, contained};
+use crate::sched::{CalledOff, Change, Changed, Commit, Disk, Host, Setting, contained, knows_disk};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -47,7 +47,8 @@ pub struct Options {
     pub deadline: Duration,
     /// Clients that cannot live with the new graph are sent away, instead of the change refused.
     pub disconnect: bool,
-    /// No client may stay connected: see [`Change::alone`].
+    /// No client may stay connected: see [`Change::alone`]. What elements between exports and disks know they find out
+    /// anew.
     pub alone: bool,
     /// What the heads of volumes have to say.
     pub heads: Heads,
@@ -161,7 +162,7 @@ impl Live {
 
     async fn begin_with(&self, spec: Spec, heads: Heads, may_stand_by: bool) -> Result<()> {
         let (diff, next) = (self.diff(&spec), Arc::new(spec));
-        let graph = self.build(&next, &diff, &self.disk.graph(), &[]).await?;
+        let graph = self.build(&next, &diff, &self.disk.graph(), &Options::default()).await?;
         if may_stand_by && graph.instances().any(|instance| instance.element.stands_by()) {
             let exports = self.disk.stand_by(Arc::new(graph)).await?;
             *self.state() = State { spec: next, exports, standby: Some(heads) };
@@ -273,7 +274,7 @@ impl Live {
             return Ok(Report { diff, pause_seconds: 0.0, took_seconds, left: Vec::new() });
         }
         let before = self.disk.graph();
-        let graph = self.build(&next, &diff, &before, &options.renames).await?;
+        let graph = self.build(&next, &diff, &before, options).await?;
         let changed = self.change_to(next, graph, &diff, options).await?;
         Ok(Report {
             diff,
@@ -325,14 +326,15 @@ impl Live {
         next: &Arc<Spec>,
         diff: &Diff,
         before: &Arc<Graph>,
-        renames: &[(String, String)],
+        options: &Options,
     ) -> Result<Graph> {
         let before = before.clone();
         let stays = |name: &str| matches!(diff.fate(name), Some(Fate::Kept | Fate::Set));
-        let kept = before.instances().filter(|instance| stays(&instance.name));
+        let forgets = |instance: &Instance| options.alone && knows_disk(instance.ty);
+        let kept = before.instances().filter(|instance| stays(&instance.name) && !forgets(instance));
         let mut kept: HashMap<String, Arc<Instance>> =
             kept.map(|instance| (instance.name.clone(), instance.clone())).collect();
-        kept.extend(self.renamed(next, &before, renames)?);
+        kept.extend(self.renamed(next, &before, &options.renames)?);
         let (setup, next, shards) = (self.setup.clone(), next.clone(), self.disk.host().shards());
         let build = move || {
             let (name, state_dir) = (&*setup.name, &*setup.state_dir);

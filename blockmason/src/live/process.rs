@@ -1,6 +1,6 @@
 //! A graph that goes to another process, as it runs, and one that has come from there.
 
-use super::{Live, Setup, State};
+use super::{Live, Options, Setup, State};
 use crate::error::{Error, Kind, Result};
 use crate::events::EventKind;
 use crate::lang::Spec;
@@ -44,7 +44,7 @@ impl Live {
     ) -> Result<Arriving> {
         let live = Live::empty(host, setup, &spec).await?;
         let spec = Arc::new(spec);
-        let graph = live.build(&spec, &live.diff(&spec), &live.disk.graph(), &[]).await?;
+        let graph = live.build(&spec, &live.diff(&spec), &live.disk.graph(), &Options::default()).await?;
         built()?;
         let entering = live.disk.enter(Arc::new(graph)).await?;
         *live.state() = State { spec, exports: entering.announced.clone(), standby: None };

@@ -232,6 +232,11 @@ impl Disk {
     }
 }
 
+/// True of an element that may keep in memory what is on the disks below it.
+pub(crate) fn knows_disk(ty: &ElementType) -> bool {
+    !matches!(ty.family, Family::Export | Family::Route | Family::Fault | Family::Sink)
+}
+
 /// One change of graph.
 struct Step<'a> {
     disk: &'a Arc<Disk>,
@@ -435,7 +440,9 @@ impl Step<'_> {
     /// Elements of the same name and type take over what those before have learnt.
     fn take_over(&self) -> Result<()> {
         let olds: HashMap<_, _> = self.leaving().map(|old| (&old.name, old)).collect();
-        for new in self.coming() {
+        // What those before know of a disk that goes back to an earlier state is not so any more.
+        let may_learn = |new: &&Arc<Instance>| !(self.change.alone && knows_disk(new.ty));
+        for new in self.coming().filter(may_learn) {
             if let Some(old) = olds.get(&new.name).filter(|old| std::ptr::eq(old.ty, new.ty)) {
                 contained(|| new.element.take_state(&*old.element)).map_err(|e| e.in_element(&new.name))?;
             }

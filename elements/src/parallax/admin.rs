@@ -107,6 +107,12 @@ impl Core {
             Error::invalid(format!("the name begins with the key of its trees: {}:{called}", self.key))
         })?;
         check_name(name)?;
+        if name.contains(':') {
+            let message = format!(
+                "`{name}`: what comes before a : is a key, whose volumes are made by a graph with that key"
+            );
+            return Err(Error::invalid(message));
+        }
         match self.volume(called) {
             Some(_) => Err(taken(called)),
             None => Ok(name.to_owned()),

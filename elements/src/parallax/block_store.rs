@@ -19,7 +19,7 @@ blockmason::params! {
     /// The block store of a pool.
     struct Params {
         /// Bytes that trees are given at once, which costs one write of metadata: a multiple of 2 MiB. Without it a
-        /// sixty-fourth of the pool, 2 GiB at most.
+        /// sixty-fourth of the pool, 2 GiB at most. Never more than a sixteenth of the pool.
         region: Option<Size>,
     }
 }
@@ -130,8 +130,9 @@ impl BlockStore {
             Ask::Open { format, .. } => text(&open_trees(format, door, blocks, known, below).await?),
             Ask::Grant { near, epoch } => {
                 let owner = known.owner(&door)?;
-                let region =
-                    self.region.unwrap_or_else(|| (blocks.label().extents / 64).clamp(1, MOST_REGION));
+                let extents = blocks.label().extents;
+                let region = self.region.unwrap_or((extents / 64).min(MOST_REGION));
+                let region = region.clamp(1, (extents / 16).max(1));
                 let row = blocks.hand_out(owner, (near, region), epoch, below).await?;
                 self.grants.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 let Range { start: first, end } = row;

@@ -513,7 +513,10 @@ impl Blocks {
                 row = state.to_take(owner, count);
             }
             if row.end - row.start < 2 || !state.has(owner, (row.end - row.start + 1) * EXTENT) {
-                return Err(Error::new(Kind::NoSpace, "the pool has no room for volumes of another format"));
+                return Err(Error::new(
+                    Kind::NoSpace,
+                    "the pool has no room for trees of another format or key",
+                ));
             }
             row.clone().for_each(|at| drop(state.replace(at, Extent::Foreign(owner))));
             row
@@ -609,6 +612,9 @@ impl Blocks {
             for (ix, (one, other)) in one.chunks(each).zip(other.chunks(each)).enumerate() {
                 let extent = at / EXTENT_RECORD + ix as u64;
                 let (first, second) = (ExtentRecord::decode(one), ExtentRecord::decode(other));
+                if first.is_none() && second.is_none() {
+                    problems.push(format!("both copies of the record of extent {extent} are damaged"));
+                }
                 let Some(record) = first.or(second).filter(|_| one != other) else { continue };
                 // Both are sound where a process has died between the two: nothing relies on that record yet.
                 if first.is_none() || second.is_none() {

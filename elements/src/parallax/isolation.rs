@@ -9,7 +9,7 @@ use super::pool::Count;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::{Answer, Children, Cx, Element, Error, Flow, Kind, Op, Prepared, Reply, Request, Result};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 blockmason::params! {
     /// The way to a block store.
@@ -55,6 +55,7 @@ pub const TYPE: ElementType = ElementType {
         }
         Ok(Arc::new(Isolation {
             key,
+            rights: RwLock::default(),
             revoked: AtomicBool::new(false),
             changing: Arc::default(),
             refused: AtomicU64::new(0),
@@ -65,21 +66,22 @@ pub const TYPE: ElementType = ElementType {
 
 struct Isolation {
     key: String,
+    /// What the trees have that come this way. Two graphs may be in use at once: it is the same in both.
+    rights: RwLock<Option<Arc<Rights>>>,
     revoked: AtomicBool,
     /// Changes that are on their way.
     changing: Arc<Count>,
     refused: AtomicU64,
 }
 
-/// What is known for one graph: who has opened the trees, and what they have.
+/// What is known for one graph: who has opened the trees, who are the only ones to come this way.
 #[derive(Default)]
 struct Known {
     opening: tokio::sync::Mutex<()>,
-    rights: OnceLock<Rights>,
+    opener: OnceLock<u64>,
 }
 
 struct Rights {
-    opener: u64,
     owner: u32,
     label: Label,
     /// A bit for each extent.
@@ -88,10 +90,10 @@ struct Rights {
 
 impl Rights {
     /// Reads them from the table.
-    async fn read(opener: u64, owner: u32, below: Below<'_>) -> Result<Rights> {
+    async fn read(owner: u32, below: Below<'_>) -> Result<Rights> {
         let label = read_label(below).await?;
         let ours = (0..label.extents.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        let (rights, mut extent) = (Rights { opener, owner, label, ours }, 0);
+        let (rights, mut extent) = (Rights { owner, label, ours }, 0);
         read_table(&rights.label, below, |record| {
             if record.is_some_and(|record| record.owner == owner) {
                 rights.set(extent, true);
@@ -145,8 +147,9 @@ impl Isolation {
         let ask = letter?.ask;
         let known = cx.prepared::<Known>();
         let _alone = known.opening.lock().await;
-        match (&ask, known.rights.get()) {
-            (Ask::Open { opener, .. }, Some(rights)) if rights.opener != *opener => {
+        let rights = self.rights();
+        match (&ask, rights.as_deref().filter(|_| known.opener.get().is_some())) {
+            (Ask::Open { opener, .. }, _) if known.opener.get().is_some_and(|other| other != opener) => {
                 return Err(Error::new(
                     Kind::Busy,
                     "another element has opened the trees that this way leads to",
@@ -169,11 +172,15 @@ impl Isolation {
         }
         let reply = cx.forward(0, req).await?;
         let Answer::Text(said) = &reply else { return Ok(reply) };
-        match (ask, known.rights.get()) {
-            (Ask::Open { opener, .. }, None) => {
+        match (ask, rights) {
+            (Ask::Open { opener, .. }, rights) => {
                 let Lease { owner, .. } = answer(said)?;
-                let rights = Rights::read(opener, owner, Below::Port(cx)).await?;
-                let _ = known.rights.set(rights);
+                // Those that are known have followed every grant: the table may lag behind.
+                if rights.is_none_or(|rights| rights.owner != owner) {
+                    let found = Arc::new(Rights::read(owner, Below::Port(cx)).await?);
+                    *self.rights.write().unwrap_or_else(PoisonError::into_inner) = Some(found);
+                }
+                let _ = known.opener.set(opener);
             }
             (Ask::Grant { .. }, Some(rights)) => {
                 let Row { first, count, .. } = answer(said)?;
@@ -185,11 +192,16 @@ impl Isolation {
         Ok(reply)
     }
 
+    fn rights(&self) -> Option<Arc<Rights>> {
+        self.rights.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn change<'a>(&'a self, req: Request, cx: Cx<'a>) -> Flow<'a> {
         let here = self.changing.enter();
         // Whoever revokes sets that first and counts then.
         fence(Ordering::SeqCst);
-        let denied = match cx.prepared::<Known>().rights.get() {
+        let known = self.rights().filter(|_| cx.prepared::<Known>().opener.get().is_some());
+        let denied = match known {
             _ if self.revoked.load(Ordering::SeqCst) => revoked(),
             None => unopened(),
             Some(rights) if rights.allow(&req) => {

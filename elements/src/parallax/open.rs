@@ -107,17 +107,19 @@ pub(super) async fn clear(size: u64, below: Below<'_>) -> Result<()> {
     Ok(())
 }
 
-/// True if the device has no pool and reads as zeros where its label would be.
+/// True if the device has no pool, and reads as zeros in its first 2 MiB, but for what is left of a pool that was half made.
 pub(super) async fn is_empty(below: Below<'_>) -> Result<bool> {
-    let mut unread = None;
     for place in Label::PLACES {
-        match below.read(place * BLOCK, BLOCK).await {
-            Ok(data) if data.is_zero() => {}
-            Ok(_) => return Ok(false),
-            Err(error) => unread = Some(error),
+        // One copy says enough, whatever becomes of the other.
+        if below.read(place * BLOCK, BLOCK).await.is_ok_and(|data| !data.is_zero()) {
+            return Ok(false);
         }
     }
-    unread.map_or(Ok(true), Err)
+    let found = below.read(0, EXTENT * BLOCK).await?.to_vec();
+    let mut blocks = found.chunks(BLOCK as usize).zip(0..);
+    Ok(blocks.all(|(block, at)| {
+        block.iter().all(|byte| *byte == 0) || Owners::PLACES.contains(&at) && Owners::is_one(block)
+    }))
 }
 
 /// Trees that are there and cannot be opened.
@@ -314,15 +316,29 @@ pub(super) async fn open_leased(lease: Lease, memory: u64, below: Below<'_>) -> 
     Ok(trees.pool)
 }
 
-/// The owner of that format and key, if there is one.
+/// The owner of that format and key, if there is one. Of a key all trees are of one format, so that a name is one volume's.
+///
+/// # Errors
+/// [`Kind::Busy`] if they are of another one.
 pub(super) async fn find_owner(
     format: Format,
     key: &str,
     label: &Label,
     below: Below<'_>,
 ) -> Result<Option<Owner>> {
-    let is = |owner: &Owner| owner.format == format.number() && owner.key == key;
-    Ok(read_owners(label, below).await?.all.into_iter().find(is))
+    let mut all = read_owners(label, below).await?.all.into_iter().filter(|owner| owner.key == key);
+    match all.next() {
+        Some(first) if first.format == format.number() => Ok(Some(first)),
+        None => Ok(None),
+        Some(first) => {
+            let whose = if key.is_empty() { "without a key".to_owned() } else { format!("of the key {key}") };
+            let message = format!(
+                "the trees {whose} are of format {}: give those of another format a key of their own",
+                first.format
+            );
+            Err(Error::new(Kind::Busy, message))
+        }
+    }
 }
 
 /// Makes an owner of extents, whose trees are empty.

@@ -457,6 +457,11 @@ impl Pool {
         }
     }
 
+    /// Why it takes no more changes, if it does not.
+    pub(super) fn broken(&self) -> Option<&str> {
+        self.broken.get().map(String::as_str)
+    }
+
     /// # Errors
     /// Why nothing may be written.
     pub(super) fn check(&self) -> Result<()> {

@@ -16,6 +16,7 @@ use blockmason::{
 use futures::future::{Either, join, select};
 use std::collections::VecDeque;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Notify, oneshot};
 
@@ -98,6 +99,7 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
     ],
     layout: true,
+    tuning: &["on_full", "full_timeout", "memory"],
     example: "element Guest (type nbd) (listen unix:radix.sock)\n\
               element Volume (type radix) (volume vm1) (size 1G)\n\
               element Pool (type file) (path pool.img) (size 256M)\n\
@@ -107,12 +109,17 @@ pub const TYPE: ElementType = ElementType {
     ..ElementType::BASE
 };
 
+/// A pool that takes no changes is opened anew so often; then it is served for reading.
+const TRIES: u32 = 3;
+
 struct Radix {
     params: Params,
     opening: tokio::sync::Mutex<()>,
     /// By which a block store below knows it from others.
     opener: OnceLock<u64>,
     volume: OnceLock<Volume>,
+    /// How often the pool was found to take no changes when it was opened.
+    tries: AtomicU32,
     /// What an operator wants done, which needs the way down that `run` has.
     calls: Mutex<VecDeque<Call>>,
     called: Notify,
@@ -137,8 +144,8 @@ impl Radix {
     fn new(params: Params) -> Result<Radix> {
         check_size(params.size.0)?;
         check_name(&params.volume)?;
-        let (opening, opener, volume, calls, called) = Default::default();
-        Ok(Radix { params, opening, opener, volume, calls, called })
+        let (opening, opener, volume, tries, calls, called) = Default::default();
+        Ok(Radix { params, opening, opener, volume, tries, calls, called })
     }
 
     /// The volume, if it is open and may be used.
@@ -174,6 +181,12 @@ impl Radix {
             Some(lease) => open_leased(lease, memory.0, below).await?,
             None => self.open_alone(known.size, cx).await?,
         });
+        // It may be a failure that passes: only what stays is put up with.
+        if let Some(why) = pool.broken()
+            && self.tries.fetch_add(1, Ordering::Relaxed) < TRIES
+        {
+            return Err(Error::new(Kind::Io, why.to_owned()));
+        }
         let missing = pool.core().volume(volume).is_none();
         if missing {
             let ordered = *order == Order::Prefix;
@@ -249,7 +262,10 @@ impl Radix {
                     return;
                 }
                 Err(error) => {
-                    tracing::error!(graph = cx.graph_name(), element = cx.name(), "no pool: {error}")
+                    tracing::error!(graph = cx.graph_name(), element = cx.name(), "no pool: {error}");
+                    for call in self.calls().drain(..) {
+                        let _ = call.answer.send(Err(error.clone()));
+                    }
                 }
             }
             if let Either::Left(_) = select(closing.as_mut(), pin!(cx.sleep(CHECKPOINT))).await {
@@ -306,7 +322,6 @@ impl Element for Radix {
     }
 
     fn call(&self, handler: &str, argument: &str) -> Result<String> {
-        self.volume.get().ok_or_else(closed)?;
         let volume = &self.params.volume;
         let done = match handler {
             "snapshot" => {

@@ -291,8 +291,13 @@ impl Drop for Listed {
 /// # Errors
 /// [`Kind::Unavailable`].
 pub(super) fn having(trees: &[Arc<Pool>], lacking: &[Lacking], volume: &str) -> Result<Arc<Pool>> {
-    let found = trees.iter().find(|trees| trees.core().volume(volume).is_some());
-    let found = found.cloned().ok_or_else(|| super::admin::gone("volume", volume));
+    let mut all = trees.iter().filter(|trees| trees.core().volume(volume).is_some());
+    let found = all.next().cloned().ok_or_else(|| super::admin::gone("volume", volume));
+    if all.next().is_some() {
+        let message =
+            format!("two volumes are called {volume}: serve one of them from a graph, and delete it there");
+        return Err(Error::new(Kind::Busy, message));
+    }
     match lacking.first() {
         Some(lacking) => found.map_err(|error| {
             let message = format!("{}; {} cannot be used: {}", error.message(), lacking.what(), lacking.why);

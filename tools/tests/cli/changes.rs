@@ -239,6 +239,50 @@ fn after_a_crash_the_next_start_knows() {
     home.run(&["vm.mason"], 1).stop().done();
 }
 
+/// What knows in memory what is on a disk finds it out anew when the disk goes back.
+#[test]
+fn a_volume_goes_back_with_its_disk() {
+    const MIB: u64 = 1 << 20;
+    let home = Home::new();
+    home.file(
+        "vm.mason",
+        "element Guest (type nbd) (listen unix:vm.nbd)\n\
+         element Volume (type radix) (volume v) (size 64M)\n\
+         element Trees (type isolation)\n\
+         element Store (type block_store)\n\
+         element Disk (type file) (path vm.pool) (size 160M)\n\
+         Guest -> Volume -> Trees -> Store -> Disk\n",
+    );
+    let write = |at: u64, len: u64, byte: u8| {
+        let mut client = home.nbd_client("vm.nbd");
+        client.write(at * MIB, &vec![byte; (len * MIB) as usize]).unwrap();
+        client.send(3, 0, 0).unwrap();
+    };
+    let reads = |at: u64, byte: u8| {
+        let found = home.nbd_client("vm.nbd").read(at * MIB, 4096).unwrap();
+        assert!(found.iter().all(|found| *found == byte), "at {at} MiB: {}, not {byte}", found[0]);
+    };
+    let daemon = home.run(&["vm.mason"], 1);
+    write(0, 4, 1);
+    assert_eq!(home.mason(&["try", "vm.mason"]).code, Some(0));
+    write(8, 24, 2);
+    home.mason(&["call", "Volume.snapshot", "s"]).done();
+    home.mason(&["call", "Volume.checkpoint"]).done();
+    assert_eq!(home.mason(&["discard", "--disconnect"]).code, Some(0));
+    reads(0, 1);
+    reads(8, 0);
+    assert_eq!(home.mason(&["get", "Volume.snapshots"]).done(), "");
+    write(40, 8, 3);
+    write(0, 1, 4);
+    assert_eq!(daemon.stop().code, Some(0));
+    assert_eq!(home.mason(&["pool", "check", "vm.pool"]).code, Some(0));
+    let daemon = home.run(&["vm.mason"], 1);
+    for (at, byte) in [(0, 4), (2, 1), (8, 0), (41, 3)] {
+        reads(at, byte);
+    }
+    daemon.stop();
+}
+
 #[test]
 fn a_graph_on_trial_is_kept_or_given_up() {
     let (home, daemon) = served();

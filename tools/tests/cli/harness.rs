@@ -126,6 +126,16 @@ impl NbdClient {
     /// Sends a request without a payload, and takes the head of the reply.
     pub(crate) fn send(&mut self, command: u16, offset: u64, len: u32) -> Result<(), u32> {
         self.ask(command, offset, len);
+        self.answer()
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), u32> {
+        self.ask(1, offset, data.len() as u32);
+        self.0.write_all(data).unwrap();
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<(), u32> {
         let mut head = [0; 16];
         self.0.read_exact(&mut head).unwrap();
         assert_eq!(head[..4], 0x6744_6698u32.to_be_bytes());

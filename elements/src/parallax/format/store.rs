@@ -163,6 +163,11 @@ impl Owners {
     const EACH: usize = 64;
     const MOST: usize = (BLOCK as usize - 64) / Owners::EACH;
 
+    /// True if it looks like a list of owners.
+    pub(in super::super) fn is_one(bytes: &[u8]) -> bool {
+        bytes.starts_with(OWNERS)
+    }
+
     pub(in super::super) fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; BLOCK as usize];
         bytes[..8].copy_from_slice(OWNERS);

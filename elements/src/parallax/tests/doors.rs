@@ -330,3 +330,28 @@ fn what_leads_to_the_same_trees_twice_is_refused() {
         }
     });
 }
+
+/// A graph that is changed without a pause is in use beside the next one for a while: what trees are given through one of
+/// them they have in both.
+#[test]
+fn two_graphs_are_in_use_at_once() {
+    run(1, async |host| {
+        let text = "element R (type radix) (volume v) (size 512M) element I (type isolation) (key k) \
+            element S (type block_store) (region 2M) element D (type mem) (size 160M) R -> I -> S -> D";
+        let (old, through_old) = serve(&host, text).await;
+        let names = ["Client", "R", "I", "S", "D"];
+        let parts = names.map(|name| find(&old, name));
+        let edge = |from| blockmason::Connection { from, port: "out".into(), to: from + 1 };
+        let next = blockmason::Graph::assemble("next", &parts, &[0, 1, 2, 3].map(edge), host.shards());
+        let through_next = TestDisk::serve(&host, Arc::new(next.unwrap())).await;
+        through_next.write(0, &[1; 4096]).await.unwrap();
+        for (round, disk) in [&through_old, &through_next, &through_old].into_iter().enumerate() {
+            let at = (round as u64 + 1) * (64 << 20);
+            disk.write(at, &vec![2; 16 << 20]).await.unwrap();
+            for other in [&through_old, &through_next] {
+                other.write(at, &vec![3; 16 << 20]).await.unwrap();
+            }
+        }
+        assert_eq!(find(&old, "I").element.get("refused").unwrap(), "0");
+    });
+}
