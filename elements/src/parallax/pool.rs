@@ -703,7 +703,10 @@ impl Pool {
             if let Ok(true) = self.delete_some(below).await {
                 // As long again is for others.
                 let pause = cx.sleep(begun.elapsed());
-                select(closing.as_mut(), pin!(pause)).await;
+                if let Either::Left(_) = select(closing.as_mut(), pin!(pause)).await {
+                    let _ = self.checkpoint(below).await;
+                    return;
+                }
                 self.due.notify_one();
             }
         }

@@ -127,3 +127,22 @@ fn what_is_answered_as_durable_is() {
         });
     }
 }
+
+/// The graph ends while the room of a snapshot that was deleted comes back, step by step with pauses.
+#[test]
+fn a_graph_ends_at_any_moment_of_a_deletion() {
+    for ms in (4700..5100).step_by(4) {
+        run(ms, async |host| {
+            let rig = Rig::new(&host, "(size 8M)", &["T (type delay) (all 1ms)"], DISK).await;
+            rig.fill(0, 2000, 1).await.unwrap();
+            rig.control("snapshot", "s").await.unwrap().unwrap();
+            for block in (0..2000).step_by(100) {
+                rig.fill(block, 1, 2).await.unwrap();
+            }
+            rig.checkpoint().await.unwrap();
+            rig.control("delete_snapshot", "s").await.unwrap().unwrap();
+            blockmason::rt::sleep(std::time::Duration::from_millis(ms)).await;
+            assert!(rig.stop().await, "{ms} ms");
+        });
+    }
+}

@@ -127,6 +127,12 @@ impl Rig {
         self.disk = TestDisk::serve(&self.host, self.graph.clone()).await;
     }
 
+    /// The graph ends. False if it has failed.
+    pub(super) async fn stop(&self) -> bool {
+        let _ = self.disk.disk.stop().await;
+        !self.graph.is_failed()
+    }
+
     pub(super) fn element(&self, name: &str) -> Arc<dyn Element> {
         find(&self.graph, name).element.clone()
     }
