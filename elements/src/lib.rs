@@ -1,6 +1,8 @@
 //! The element library of Block Mason: one file for each element, one visible table of them all.
 
 mod advice;
+#[cfg_attr(not(feature = "s3"), expect(dead_code, reason = "months are for what is paid by the month"))]
+mod calendar;
 #[cfg(feature = "s3")]
 pub mod cloud;
 pub mod export;

@@ -1,9 +1,9 @@
 //! Who has opened a volume, or works on a backup, and whether he still lives.
 
-use super::calendar::{clock, seconds};
 use super::format::{Checkpoint, Claim, version};
 use super::key;
 use super::store::Bucket;
+use crate::calendar::{clock, seconds};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
 

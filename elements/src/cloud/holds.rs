@@ -1,8 +1,8 @@
 //! Caches that may have changes which the bucket has not: docs/formats/bucket.md, "Holds".
 
-use super::calendar::{clock, seconds};
 use super::key;
 use super::store::{Bucket, Listed};
+use crate::calendar::{clock, seconds};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};

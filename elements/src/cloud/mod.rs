@@ -1,7 +1,6 @@
 //! Disks in buckets of object stores: docs/decisions/0010-cloud.md, docs/formats/bucket.md.
 
 mod backup;
-pub(crate) mod calendar;
 pub(crate) mod claims;
 pub(crate) mod client;
 pub(crate) mod counts;

@@ -1,6 +1,5 @@
 //! Making a volume, and becoming its owner: docs/formats/bucket.md, "Opening".
 
-use super::calendar::seconds;
 use super::claims::{self, last_claim, may_be_taken, taken_over};
 use super::format::{
     Checkpoint, Commit, Description, END_LEN, End, Entry, Gone, Id, LARGEST, Link, Span, decode_part, unhex,
@@ -11,6 +10,7 @@ use super::pieces::{Fill, Piece, Pieces};
 use super::store::{Bucket, Listed};
 use super::volume::{Batch, Opening, State, Volume};
 use super::{holds, key};
+use crate::calendar::seconds;
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result, rt};
 use futures::stream::{StreamExt, TryStreamExt};

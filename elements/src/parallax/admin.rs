@@ -5,9 +5,10 @@ use super::below::Below;
 use super::checkpoint::Frozen;
 use super::format::{BLOCK, Dead, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS, damaged};
 use super::merge::{Merge, Who, height};
+use super::open::need_feature;
 use super::pool::{Core, Pool, with_nodes};
 use super::streams::Step;
-use super::volume::unix_seconds;
+use crate::calendar::seconds;
 use blockmason::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
@@ -256,6 +257,7 @@ pub(super) enum Plan {
         ordered: bool,
     },
     Receive(u32, Step),
+    Hold(u32, bool),
 }
 
 /// Entries of the catalog that a change of it rewrites, about.
@@ -320,6 +322,7 @@ impl Plan {
                     *limits = *new;
                 }
             }),
+            Plan::Hold(snapshot, held) => catalog.change(*snapshot, |entry| entry.held = *held),
             Plan::Receive(volume, step) => {
                 catalog.change(*volume, |entry| step.change(entry));
                 if let Step::Whole { snapshot, .. } = step {
@@ -413,7 +416,7 @@ async fn rollback(
         own: 0,
         receiving: None,
     };
-    catalog.set(old.0, Some(Entry { name: old.1.clone(), made: unix_seconds(), kind, ..entry }));
+    catalog.set(old.0, Some(Entry { name: old.1.clone(), made: seconds(), kind, ..entry }));
     // The line sees again what it had let go of.
     merge.take_dead(number, snapshot.dead, usize::MAX).await?;
     catalog.change(number, |entry| set_dead(entry, Ptr::default()));
@@ -563,8 +566,9 @@ impl Pool {
             checksums,
             deleting: false,
             ordered,
+            held: false,
             mapped: 0,
-            made: unix_seconds(),
+            made: seconds(),
             features: Features::default(),
             kind: EntryKind::Volume {
                 newest: 0,
@@ -640,6 +644,9 @@ impl Pool {
         let plan = |core: &mut Core| {
             let snapshot = core.find(volume, Some(name))?;
             core.need_free(snapshot, &format!("{volume}@{name}"))?;
+            if core.catalog.get(&snapshot).is_some_and(|entry| entry.held) {
+                return Err(busy(format!("{volume}@{name} is held: release it first")));
+            }
             match core.clones(snapshot)[..] {
                 [] => Ok(Plan::Delete(snapshot)),
                 [Entry { name: clone, deleting: true, .. }, ..] => Err(busy(format!(
@@ -652,6 +659,13 @@ impl Pool {
                 }
             }
         };
+        self.administer(below, plan).await
+    }
+
+    /// Keeps a snapshot from being deleted, or does not any more.
+    pub(super) async fn hold(&self, volume: &str, name: &str, held: bool, below: Below<'_>) -> Result<()> {
+        need_feature(self, Features::HOLDS, below).await?;
+        let plan = |core: &mut Core| Ok(Plan::Hold(core.find(volume, Some(name))?, held));
         self.administer(below, plan).await
     }
 
@@ -694,7 +708,7 @@ impl Pool {
             };
             let (origin, limits) = ((origin, birth), Limits::default());
             let kind = EntryKind::Volume { newest: 0, origin, limits, own: 0, receiving: None };
-            let entry = Entry { name, made: unix_seconds(), kind, ..entry };
+            let entry = Entry { name, made: seconds(), kind, held: false, ..entry };
             Ok(Plan::Make { number: made, entry: Box::new(entry) })
         };
         self.administer(below, plan).await?;

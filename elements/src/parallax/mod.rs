@@ -32,6 +32,7 @@ mod pool;
 mod promise;
 pub mod radix;
 mod runs;
+mod schedule;
 mod shared;
 mod space;
 mod streams;

@@ -246,7 +246,7 @@ async fn find_trees(
     (blocks, nodes): (&Arc<Blocks>, &Arc<Nodes>),
     below: Below<'_>,
 ) -> Result<Found> {
-    owner.features.allow(Features::STREAMS, writable, "what the pool holds")?;
+    owner.features.allow(Features::STREAMS | Features::HOLDS, writable, "what the pool holds")?;
     let label = blocks.label();
     let root = read_root(&label, owner, below).await?;
     let journal = read_journal(&label, &root, below).await?;
@@ -364,16 +364,16 @@ pub(super) async fn add_owner(format: Format, key: &str, blocks: &Blocks, below:
     Ok(owner)
 }
 
-/// The catalog of these trees may say what has come from other pools, from now on, durably.
-pub(super) async fn allow_streams(trees: &Pool, below: Below<'_>) -> Result<()> {
+/// Whoever opens these trees has to know that feature from now on, durably.
+pub(super) async fn need_feature(trees: &Pool, feature: u64, below: Below<'_>) -> Result<()> {
     let blocks = &trees.space.blocks;
     let _alone = blocks.naming.lock().await;
     let mut owners = read_owners(&blocks.label(), below).await?;
     let number = trees.core().root.owner;
     let ours = owners.all.iter_mut().find(|owner| owner.number == number);
     let features = ours.map(|owner| &mut owner.features.incompatible);
-    if let Some(features) = features.filter(|features| **features & Features::STREAMS == 0) {
-        *features |= Features::STREAMS;
+    if let Some(features) = features.filter(|features| **features & feature == 0) {
+        *features |= feature;
         owners.sequence += 1;
         write_owners(&owners, below).await?;
     }

@@ -3,8 +3,10 @@
 use super::below::block_on;
 use super::format::BLOCK;
 use super::pool::Core;
+use super::schedule::Schedule;
 use super::shared::{Shared, having, head_of};
-use super::volume::{Full, OnFull, Volume, unix_seconds};
+use super::volume::{Full, OnFull, Volume};
+use crate::calendar::seconds;
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
 use blockmason::io::Opened;
@@ -12,6 +14,8 @@ use blockmason::lang::value::{FilePath, Service, Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
 };
+use futures::FutureExt;
+use futures::future::join;
 use std::sync::{Arc, OnceLock};
 
 blockmason::params! {
@@ -27,12 +31,22 @@ blockmason::params! {
         on_full: OnFull = "error",
         /// How long it waits, at most; then it fails.
         full_timeout: Time = "60s",
+        /// Takes a snapshot of it whenever so much time of UTC is over, `1h` or `24h`, if it has changed since its newest one. Their names
+        /// begin with `auto-`.
+        snapshot_every: Option<Time>,
+        /// So many of those are kept; older ones are deleted, unless they are held, served, or have a clone.
+        keep: usize = "24",
         /// Memory that the pool's map may take. What the first graph says that opens the pool counts.
         memory: Size = "256M",
     }
 }
 
 impl Params {
+    fn schedule(&self) -> Result<Option<Schedule>> {
+        let every = self.snapshot_every.as_ref().map(|every| every.0);
+        Schedule::new(every, self.keep, self.snapshot.is_none())
+    }
+
     fn full(&self) -> Full {
         Full { on_full: self.on_full, timeout: self.full_timeout.0 }
     }
@@ -85,6 +99,7 @@ pub const TYPE: ElementType = ElementType {
     check: Params::check,
     build: |build: &Build<'_>| {
         let (params, graph) = (build.read(Params::from)?, build.graph.to_owned());
+        params.schedule()?;
         Ok(Arc::new(Disk { params, graph, open: OnceLock::new() }))
     },
     ..ElementType::BASE
@@ -181,7 +196,15 @@ impl Element for Disk {
 
     fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
         let (volume, shared) = self.open.get()?;
-        Some(Box::pin(volume.pool.tend(shared.below(cx), cx)))
+        let tending = volume.pool.tend(shared.below(cx), cx);
+        Some(match self.params.schedule().ok().flatten() {
+            None => Box::pin(tending),
+            Some(schedule) => {
+                let whole = || shared.is_whole(&self.params.volume).is_ok();
+                let taking = schedule.run(volume, whole, shared.below(cx), cx);
+                Box::pin(join(tending, taking).map(drop))
+            }
+        })
     }
 
     fn may_hand_over(&self) -> Result<()> {
@@ -204,7 +227,7 @@ impl Element for Disk {
             "snapshot" => {
                 super::admin::check_name(argument)?;
                 let number = pool.core().find(volume, None)?;
-                block_on(pool.snapshot(&[(number, argument.to_owned())], unix_seconds(), below))?;
+                block_on(pool.snapshot(&[(number, argument.to_owned())], seconds(), below))?;
                 Ok(format!("{volume}@{argument}"))
             }
             "delete_snapshot" => {

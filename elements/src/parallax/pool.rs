@@ -90,6 +90,13 @@ pub(super) struct Line {
     pub(super) pending: Fresh,
 }
 
+impl Line {
+    /// True if it has changes that are in no tree.
+    pub(super) fn has_runs(&self) -> bool {
+        !self.active.is_empty() || !self.layers.is_empty()
+    }
+}
+
 /// Blocks of a volume that have been given room and are in no tree yet.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Fresh {

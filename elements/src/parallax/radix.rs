@@ -6,6 +6,7 @@ use super::format::{BLOCK, Format};
 use super::lease::{self, Ask, Lease};
 use super::open::{Opening, add_trees, create, is_empty, open, open_leased};
 use super::pool::{CHECKPOINT, Core, Pool};
+use super::schedule::Schedule;
 use super::volume::{Full, OnFull, Volume};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
 use blockmason::lang::value::{Size, Time};
@@ -13,7 +14,7 @@ use blockmason::{
     Children, Cx, Element, Error, Extra, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Origin, Prepared,
     Reply, Request, Result,
 };
-use futures::future::{Either, join, select};
+use futures::future::{Either, OptionFuture, join3, select};
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -42,6 +43,11 @@ blockmason::params! {
         on_full: OnFull = "error",
         /// How long it waits, at most; then it fails.
         full_timeout: Time = "60s",
+        /// Takes a snapshot of it whenever so much time of UTC is over, `1h` or `24h`, if it has changed since its newest one. Their names
+        /// begin with `auto-`.
+        snapshot_every: Option<Time>,
+        /// So many of those are kept; older ones are deleted, unless they are held, served, or have a clone.
+        keep: usize = "24",
         /// Memory that the pool's map may take.
         memory: Size = "256M",
     }
@@ -58,6 +64,11 @@ blockmason::words! {
 }
 
 impl Params {
+    fn schedule(&self) -> Result<Option<Schedule>> {
+        let every = self.snapshot_every.as_ref().map(|every| every.0);
+        Schedule::new(every, self.keep, self.snapshot.is_none())
+    }
+
     fn full(&self) -> Full {
         Full { on_full: self.on_full, timeout: self.full_timeout.0 }
     }
@@ -99,7 +110,7 @@ pub const TYPE: ElementType = ElementType {
         Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
     ],
     layout: true,
-    tuning: &["on_full", "full_timeout", "memory"],
+    tuning: &["on_full", "full_timeout", "memory", "snapshot_every", "keep"],
     example: "element Guest (type nbd) (listen unix:radix.sock)\n\
               element Volume (type radix) (volume vm1) (size 1G)\n\
               element Pool (type file) (path pool.img) (size 256M)\n\
@@ -143,6 +154,7 @@ struct Known {
 impl Radix {
     fn new(params: Params) -> Result<Radix> {
         check_size(params.size.0)?;
+        params.schedule()?;
         check_name(&params.volume)?;
         let (opening, opener, volume, tries, calls, called) = Default::default();
         Ok(Radix { params, opening, opener, volume, tries, calls, called })
@@ -258,7 +270,11 @@ impl Radix {
             match self.open(cx).await {
                 Ok(volume) => {
                     let tending = volume.pool.tend(Below::Port(cx), cx);
-                    join(tending, self.obey(volume, cx)).await;
+                    let schedule = self.params.schedule().ok().flatten();
+                    let taking = OptionFuture::from(
+                        schedule.map(|schedule| schedule.run(volume, || true, Below::Port(cx), cx)),
+                    );
+                    join3(tending, self.obey(volume, cx), taking).await;
                     return;
                 }
                 Err(error) => {

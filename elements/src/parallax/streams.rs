@@ -2,8 +2,8 @@
 
 use super::admin::Plan;
 use super::below::Below;
-use super::format::{BLOCK, Entry, EntryKind, Receiving, SnapshotId};
-use super::open::allow_streams;
+use super::format::{BLOCK, Entry, EntryKind, Features, Receiving, SnapshotId};
+use super::open::need_feature;
 use super::pool::{Core, Pool};
 use blockmason::{Error, Kind, Result};
 
@@ -74,7 +74,7 @@ impl Pool {
         offset: u64,
         below: Below<'_>,
     ) -> Result<()> {
-        allow_streams(self, below).await?;
+        need_feature(self, Features::STREAMS, below).await?;
         let filled = Receiving { id: prefix(id), blocks: offset / BLOCK };
         let plan = |core: &mut Core| {
             let number = core.find(name, None)?;

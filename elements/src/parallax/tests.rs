@@ -11,6 +11,7 @@ mod opening;
 mod races;
 mod rig;
 mod room;
+mod schedules;
 mod sweep;
 
 use blockmason::testing::{TestDisk, play_against_model, run};

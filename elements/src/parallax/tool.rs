@@ -9,7 +9,8 @@ use super::format::{BLOCK, Entry, EntryKind, Receiving, SnapshotId};
 use super::open::Lacking;
 use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
-use super::volume::{Full, Volume, unix_seconds};
+use super::volume::{Full, Volume};
+use crate::calendar::seconds;
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason::{Data, Error, Op, Request, Result};
 use serde::{Deserialize, Serialize};
@@ -67,6 +68,15 @@ pub enum Operation {
         volume: String,
         /// Its name.
         name: String,
+    },
+    /// Keeps a snapshot from being deleted, or does not any more.
+    Hold {
+        /// Of this volume.
+        volume: String,
+        /// Its name.
+        name: String,
+        /// Whether it is held from now on.
+        held: bool,
     },
     /// Makes a volume that begins as a snapshot.
     Clone {
@@ -271,12 +281,15 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             }
             let wanted = |volume: &String| Ok((trees.core().find(volume, None)?, name.clone()));
             let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
-            block_on(trees.snapshot(&wanted, unix_seconds(), below))?;
+            block_on(trees.snapshot(&wanted, seconds(), below))?;
         }
         Operation::DeleteSnapshot { volume, name } => {
             let trees = shared.having(volume)?;
             block_on(trees.delete_snapshot(volume, name, below))?;
             end_deletion(&trees, below)?;
+        }
+        Operation::Hold { volume, name, held } => {
+            block_on(shared.having(volume)?.hold(volume, name, *held, below))?;
         }
         Operation::Clone { volume, snapshot, name } => {
             let _naming = shared.name(name)?;
@@ -512,7 +525,7 @@ fn volumes_of(trees: &Pool) -> Vec<Value> {
         let said = |(number, entry): (&u32, &Entry)| {
             let served = core.served.contains_key(number);
             let id = core.identity(*number).map(|id| hex(&id));
-            json!({ "name": entry.name, "size": entry.size, "made": entry.made, "served": served, "id": id })
+            json!({ "name": entry.name, "size": entry.size, "made": entry.made, "served": served, "id": id, "held": entry.held })
         };
         core.catalog.iter().filter(of).map(said).collect()
     };

@@ -10,6 +10,7 @@ use super::pool::{Core, Fresh, Here, Pool};
 use super::promise::Promise;
 use super::runs::Run;
 use super::space::Want;
+use crate::calendar::seconds;
 use blockmason::{
     Answer, Cx, Data, Error, Extent, ExtentState, Flags, Flow, Kind, Op, Reply, Request, Result,
 };
@@ -162,8 +163,9 @@ impl Volume {
         self.number
     }
 
-    fn name(&self) -> String {
-        self.pool.core().catalog.get(&self.number).map(|entry| entry.name.clone()).unwrap_or_default()
+    pub(super) fn name(&self) -> String {
+        let core = self.pool.core();
+        core.catalog.get(&self.number).map_or(String::new(), |entry| core.called(&entry.name))
     }
 
     fn blocks(req: &Request) -> Range<u64> {
@@ -666,7 +668,7 @@ impl Volume {
         let (verb, argument) = req.extra.as_ref().and_then(|extra| extra.control.clone()).unwrap_or_default();
         match verb.as_str() {
             "snapshot" => {
-                let made = unix_seconds();
+                let made = seconds();
                 let numbers = self.pool.snapshot(&[(self.number, argument.clone())], made, below).await?;
                 cx.notice(format!("snapshot {argument} is taken"));
                 Ok(Answer::Text(numbers.iter().map(u32::to_string).collect()))
@@ -754,10 +756,4 @@ fn rows(pieces: &[Piece]) -> Vec<(Option<u64>, Range<u64>)> {
         }
     }
     rows
-}
-
-/// Seconds since 1970.
-pub(super) fn unix_seconds() -> u64 {
-    let now = blockmason::rt::wall_clock().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
 }

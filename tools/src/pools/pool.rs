@@ -122,8 +122,15 @@ pub(super) fn list(found: &Value) -> String {
         for snapshot in volume["snapshots"].as_array().into_iter().flatten() {
             let name = format!("{}@{}", word(&volume["name"]), word(&snapshot["name"]));
             let size = Exact(number(&snapshot["size"])).to_string();
-            let serving = if snapshot["served"] == true { "served" } else { "-" };
-            rows.push(vec![name, size, "-".to_owned(), serving.to_owned()]);
+            let is = |key: &str| snapshot[key] == true;
+            let state = if is("served") {
+                "served"
+            } else if is("held") {
+                "held"
+            } else {
+                "-"
+            };
+            rows.push(vec![name, size, "-".to_owned(), state.to_owned()]);
         }
     }
     let mut said = format!("{} of {} in use\n", Bytes(size - free), Bytes(size));

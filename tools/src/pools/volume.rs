@@ -94,6 +94,26 @@ enum Command {
         #[command(flatten)]
         control: ControlArgs,
     },
+    /// Keep a snapshot from being deleted, by a schedule or by anybody
+    Hold {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT
+        #[arg(value_parser = named)]
+        name: Named,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Let a snapshot be deleted that was held
+    Release {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// VOLUME@SNAPSHOT
+        #[arg(value_parser = named)]
+        name: Named,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
     /// Make a volume that begins as a snapshot
     Clone {
         /// The pool: a file, a block device, or the folder that holds the file
@@ -308,6 +328,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
             let volumes = names.iter().map(|name| name.volume.clone()).collect();
             done(pool, Operation::Snapshot { volumes, name }, control)
         }
+        Command::Hold { pool, name, control } => done(pool, hold(name, true), control),
+        Command::Release { pool, name, control } => done(pool, hold(name, false), control),
         Command::Clone { pool, of, name, control } => {
             let Named { volume, snapshot } = of.clone();
             done(pool, Operation::Clone { volume, snapshot, name: name.clone() }, control)
@@ -364,6 +386,11 @@ pub(crate) fn main(args: &Args) -> Outcome {
             diff(pool, since, until.as_deref(), *json, control)
         }
     }
+}
+
+fn hold(name: &Named, held: bool) -> Operation {
+    let Named { volume, snapshot } = name.clone();
+    Operation::Hold { volume, name: snapshot, held }
 }
 
 /// A volume, or one of its snapshots.

@@ -4,12 +4,12 @@
 pub(super) mod points;
 mod run;
 
-use super::calendar::seconds;
 use super::format::{Backup, Checkpoint, Claim, Description, Id, LARGEST, Point, renamed};
 use super::found::{Found, Needed, Reasons, Seen, backup_of, describe};
 use super::key;
 use super::open;
 use super::store::Bucket;
+use crate::calendar::seconds;
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
 use futures::StreamExt;

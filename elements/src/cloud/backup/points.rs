@@ -1,9 +1,9 @@
 //! The points in time that a backup has, and which of them stay.
 
-use super::super::calendar::{Month, day_of};
 use super::super::format::Point;
 use super::super::key;
 use super::super::store::Bucket;
+use crate::calendar::{Month, day_of};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
 use std::collections::BTreeSet;
@@ -111,7 +111,7 @@ pub(super) async fn put(backup: &Bucket, point: &Point) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cloud::calendar::DAY;
+    use crate::calendar::DAY;
 
     /// One in six hours, from the day `days` on, which is a Thursday.
     fn points(days: u64) -> Vec<Point> {

@@ -1,10 +1,10 @@
 //! One at a time makes a backup or deletes points of it: docs/formats/bucket.md, "Runs".
 
-use super::super::calendar::{clock, seconds};
 use super::super::claims::has_died;
 use super::super::format::Claim;
 use super::super::key;
 use super::super::store::Bucket;
+use crate::calendar::{clock, seconds};
 use blockmason::data::Data;
 use blockmason::{Error, Kind, Result};
 

@@ -1,7 +1,7 @@
 //! A ledger with prices: what `mason bill` shows.
 
 use super::{Day, Ledger, book};
-use crate::cloud::calendar::{Month, date};
+use crate::calendar::{Month, date};
 use crate::cloud::counts::Call;
 use crate::cloud::price::Prices;
 use blockmason::{Error, Result};

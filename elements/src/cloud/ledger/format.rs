@@ -1,7 +1,7 @@
 //! The ledger byte for byte: docs/formats/ledger.md.
 
 use super::{Day, Ledger, MOST_DAYS};
-use crate::cloud::calendar::{LAST, day_of};
+use crate::calendar::{LAST, day_of};
 use crate::cloud::counts::Sum;
 use crate::cloud::price::Prices;
 use blockmason::{Error, Result};

@@ -10,9 +10,9 @@ pub(crate) use bill::bill;
 pub use bill::{check_month, check_prices, read};
 pub(crate) use book::Book;
 
-use super::calendar::{DAY, LAST, Month, day_of};
 use super::counts::Sum;
 use super::price::{GB, Prices, STANDARD};
+use crate::calendar::{DAY, LAST, Month, day_of};
 use std::collections::BTreeMap;
 
 /// Days that are kept.

@@ -3,7 +3,7 @@
 use super::book::Book;
 use super::format::{SLOT, decode, encode, read};
 use super::*;
-use crate::cloud::calendar::date;
+use crate::calendar::date;
 use crate::cloud::counts::Call;
 use blockmason::Kind;
 use std::os::unix::fs::FileExt;

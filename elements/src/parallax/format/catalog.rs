@@ -75,6 +75,8 @@ pub(in super::super) struct Entry {
     pub(in super::super) deleting: bool,
     /// After a loss of power it is what it was at some instant since the last flush.
     pub(in super::super) ordered: bool,
+    /// A snapshot that is not to be deleted.
+    pub(in super::super) held: bool,
     /// Blocks that hold data.
     pub(in super::super) mapped: u64,
     /// Seconds since 1970.
@@ -91,7 +93,8 @@ impl Entry {
     /// Into zeros.
     pub(super) fn encode(&self, bytes: &mut [u8]) {
         bytes[1] = self.height;
-        bytes[2] = u8::from(self.checksums) | u8::from(self.deleting) << 1 | u8::from(self.ordered) << 2;
+        let flags = [self.checksums, self.deleting, self.ordered, self.held];
+        bytes[2] = flags.into_iter().zip(0..).map(|(flag, bit)| u8::from(flag) << bit).sum();
         bytes[3] = self.name.len() as u8;
         self.root.put(bytes, 16);
         put(bytes, 32, 8, self.size);
@@ -164,13 +167,14 @@ impl Entry {
             checksums: bytes[2] & 1 != 0,
             deleting: bytes[2] & 2 != 0,
             ordered: bytes[2] & 4 != 0,
+            held: bytes[2] & 8 != 0,
             mapped: u64_at(bytes, 112),
             made: u64_at(bytes, 64),
             features: Features::at(bytes, 72),
             kind,
         };
         let sane =
-            bytes[2] < 8 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
+            bytes[2] < 16 && entry.height <= 4 && entry.size.is_multiple_of(BLOCK) && entry.size <= 1 << 48;
         sane.then_some(Some(entry)).ok_or_else(|| damaged("the catalog has numbers that cannot be"))
     }
 }
@@ -195,6 +199,7 @@ mod tests {
                 checksums: true,
                 deleting: false,
                 ordered: true,
+                held: true,
                 mapped: 999,
                 made: 1_700_000_000,
                 features: Features { compatible: 1, read_only: 2, incompatible: 4 },

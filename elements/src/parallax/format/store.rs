@@ -36,6 +36,8 @@ impl Features {
     pub(in super::super) const KEYS: u64 = 1;
     /// Of an owner: the catalog says what has come from other pools.
     pub(in super::super) const STREAMS: u64 = 1;
+    /// Of an owner: snapshots may be held.
+    pub(in super::super) const HOLDS: u64 = 2;
 
     /// Whether this program, which knows these of the incompatible features, may do that with it.
     pub(in super::super) fn allow(self, known: u64, write: bool, what: &str) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Budgets: steps at rising amounts, of a day and of a month.
 
-use crate::cloud::calendar::Month;
+use crate::calendar::Month;
 use crate::cloud::ledger::Ledger;
 use crate::cloud::price::{Dollars, Prices};
 use std::fmt;

@@ -6,7 +6,7 @@ mod tests;
 
 use super::gauge::Gauge;
 use super::throttle::{Bandwidth, Cost, Frequency, Gate};
-use crate::cloud::calendar::seconds;
+use crate::calendar::seconds;
 use crate::cloud::ledger::{Book, bill};
 use crate::cloud::metered::Metered;
 use crate::cloud::price::{self, Dollars, Prices, Word};

@@ -1,7 +1,7 @@
 //! The meter above a disk whose bill the test writes, on a clock that stands still until everything waits.
 
 use super::*;
-use crate::cloud::calendar::DAY;
+use crate::calendar::DAY;
 use crate::cloud::counts::{Call, Counts, Sum};
 use blockmason::describe::Catalogue;
 use blockmason::events::Follower;
