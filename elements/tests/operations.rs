@@ -40,6 +40,10 @@ const fn disk(ty: &'static str, graph: &'static str) -> Fragment {
     Fragment { ty, graph, nature: Nature::Disk }
 }
 
+/// What these types pass on are requests of trees, which are the disk.
+const IN_PIECES: &str = "element X (type radix) (volume v) (size 76k) element I (type isolation) \
+    element B (type block_store) element S (type mem) (size 40M) X -> I -> B -> S";
+
 /// Sorted as the table is.
 const FRAGMENTS: &[Fragment] = &[
     disk("file", "element X (type file) (path {folder}/disk.img) (size 70001)"),
@@ -99,6 +103,8 @@ const FRAGMENTS: &[Fragment] = &[
         "wal",
         "element X (type wal) element S {odd} element L (type mem) (size 128k) (X, out) -> S (X, log) -> L",
     ),
+    disk("block_store", IN_PIECES),
+    disk("isolation", IN_PIECES),
     disk("parallax", "element X (type parallax) (pool {folder}/x.pool) (volume v)"),
     disk("radix", "element X (type radix) (volume v) (size 76k) element S (type mem) (size 40M) X -> S"),
     disk("workload_log", "element X (type workload_log) (log {folder}/workload) element S {odd} X -> S"),
@@ -110,7 +116,8 @@ const FRAGMENTS: &[Fragment] = &[
 
 /// Types that keep changes and hand on what they make of them later, or elsewhere; flags and flushes end there; and one
 /// whose requests have another length below. What reaches the disks below is tested beside their code.
-const KEEPERS: &[&str] = &["cache", "checksum", "compress", "crypto", "wal", "radix"];
+const KEEPERS: &[&str] =
+    &["cache", "checksum", "compress", "crypto", "wal", "block_store", "isolation", "radix"];
 
 /// Types that need a server, on which time cannot be stopped, and the test that plays operations through
 /// them against the same model.
