@@ -175,8 +175,9 @@ impl Isolation {
         match (ask, rights) {
             (Ask::Open { opener, .. }, rights) => {
                 let Lease { owner, .. } = answer(said)?;
+                let id = read_label(Below::Port(cx)).await?.id;
                 // Those that are known have followed every grant: the table may lag behind.
-                if rights.is_none_or(|rights| rights.owner != owner) {
+                if rights.is_none_or(|rights| (rights.owner, rights.label.id) != (owner, id)) {
                     let found = Arc::new(Rights::read(owner, Below::Port(cx)).await?);
                     *self.rights.write().unwrap_or_else(PoisonError::into_inner) = Some(found);
                 }

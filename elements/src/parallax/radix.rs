@@ -4,7 +4,7 @@ use super::admin::{Settings, check_name, check_size};
 use super::below::{Below, block_on};
 use super::format::{BLOCK, Format};
 use super::lease::{self, Ask, Lease};
-use super::open::{Opening, add_trees, create, is_empty, open, open_leased};
+use super::open::{Opening, add_trees, create, is_empty, open, open_leased, read_label};
 use super::pool::{CHECKPOINT, Core, Pool};
 use super::schedule::Schedule;
 use super::volume::{Full, OnFull, Volume};
@@ -180,9 +180,10 @@ impl Radix {
         };
         let known = cx.prepared::<Known>();
         if let Some(volume) = self.volume.get() {
-            // It is what it was in the graph before.
-            if volume.pool.space.lease() != lease.map(|lease| lease.owner) {
-                let message = "another block store is below, or another key: start the graph anew";
+            // It has to be what it was in the graph before.
+            let same_trees = volume.pool.space.lease() == lease.map(|lease| lease.owner);
+            if !same_trees || read_label(below).await?.id != volume.pool.id {
+                let message = "another pool is below, or another key: start the graph anew";
                 return Err(Error::new(Kind::Busy, message));
             }
             let _ = known.announced.set(());

@@ -355,3 +355,35 @@ fn two_graphs_are_in_use_at_once() {
         assert_eq!(find(&old, "I").element.get("refused").unwrap(), "0");
     });
 }
+
+/// A graph is changed so that another pool is below: what trees know is not written to that one.
+#[test]
+fn another_pool_is_not_taken_for_the_one_before() {
+    run(1, async |host| {
+        for (way, row) in [
+            ("", vec!["R", "D"]),
+            ("element I (type isolation) element S (type block_store) ", vec!["R", "I", "S", "D"]),
+        ] {
+            let chain = row.join(" -> ");
+            let text = format!(
+                "element R (type radix) (volume v) (size 8M) {way}element D (type mem) (size 64M) {chain}"
+            );
+            let (one, _) = serve(&host, &text).await;
+            let (other, of_other) = serve(&host, &text).await;
+            let (_, of_one) = (&one, TestDisk::serve(&host, one.clone()).await);
+            of_one.write(0, &[1; 8192]).await.unwrap();
+            of_other.write(0, &[2; 8192]).await.unwrap();
+            // The trees of the one over the disk of the other, with a store that has been opened for that.
+            let names: Vec<&str> = ["Client"].into_iter().chain(row).collect();
+            let part = |name: &&str| find(if ["D", "S"].contains(name) { &other } else { &one }, name);
+            let parts: Vec<_> = names.iter().map(part).collect();
+            let edge = |from| blockmason::Connection { from, port: "out".into(), to: from + 1 };
+            let edges: Vec<_> = (0..names.len() - 1).map(edge).collect();
+            let mixed = blockmason::Graph::assemble("mixed", &parts, &edges, host.shards()).unwrap();
+            let mixed = TestDisk::serve(&host, Arc::new(mixed)).await;
+            let refused = failure(mixed.write(0, &[3; 4096]).await);
+            assert!(refused.to_string().contains("another pool is below"), "{refused}");
+            assert_eq!(of_other.read(0, 8192).await.unwrap(), [2; 8192]);
+        }
+    });
+}
