@@ -1,6 +1,7 @@
 //! `mason pool` and `mason volume`: pools of thin volumes, served or not.
 
 mod dump;
+mod image;
 pub(crate) mod pool;
 mod reach;
 mod receive;

@@ -1,5 +1,6 @@
 //! `mason volume`: makes volumes, snapshots and clones, and undoes them.
 
+use super::image::{self, Layout};
 use super::reach::Pool;
 use super::receive::{self, Token};
 use super::send::{self, Wanted};
@@ -24,6 +25,7 @@ use std::path::{Path, PathBuf};
   mason volume delete vms.pool vm1@monday
   mason volume set vms.pool vm1 --quota 30G --reserve 10G
   mason volume dump vms.pool vm1 | ssh far mason volume restore other.pool vm1
+  mason volume import vms.pool vm4 debian.qcow2
   mason volume send vms.pool vm1@tuesday --from monday | ssh far mason volume receive other.pool vm1
 
 All of it is durable when the command returns. What a daemon serves is changed by that daemon, while guests go on.")]
@@ -208,6 +210,42 @@ enum Command {
         #[command(flatten)]
         control: ControlArgs,
     },
+    /// Make a volume of an image, raw or qcow2, that nobody writes meanwhile
+    ///
+    /// What is zero in it takes no room. An image that needs others is refused: whoever made it may have named any file.
+    Import {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// The volume
+        name: String,
+        /// The image
+        image: PathBuf,
+        /// How it is laid out; what it begins with says so otherwise, which is what a guest has written if it is raw
+        #[arg(long = "as", value_name = "LAYOUT")]
+        layout: Option<Layout>,
+        /// Keeps a checksum of each block; blocks are then never written in place
+        #[arg(long)]
+        checksums: bool,
+        /// The format of its map
+        #[arg(long, default_value_t)]
+        format: Format,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Write a volume or a snapshot to a new image, raw or qcow2; durable when the command returns
+    Export {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// VOLUME or VOLUME@SNAPSHOT
+        name: String,
+        /// The image
+        image: PathBuf,
+        /// How it is laid out; otherwise qcow2 if its name ends so, or raw
+        #[arg(long = "as", value_name = "LAYOUT")]
+        layout: Option<Layout>,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
     /// Write a snapshot to stdout for `receive`, or what has changed since an older one
     ///
     /// What takes room is sent as it is in the volume: of a disk that a guest or a graph encrypts, what is encrypted.
@@ -359,6 +397,14 @@ pub(crate) fn main(args: &Args) -> Outcome {
         }
         Command::Restore { pool, name, format, control } => {
             dump::restore(&Pool::reach(pool, control), (name, *format), std::io::stdin().lock())
+        }
+        Command::Import { pool, name, image, layout, checksums, format, control } => {
+            let settings = Settings { format: *format, checksums: *checksums, ..Settings::default() };
+            image::import(&Pool::reach(pool, control), (name, settings), image, *layout)
+        }
+        Command::Export { pool, name, image, layout, control } => {
+            let (volume, snapshot) = volume_of(name);
+            image::export(&Pool::reach(pool, control), (&volume, snapshot.as_deref()), image, *layout)
         }
         Command::Send { pool, of, from, resume, control } => {
             if std::io::stdout().is_terminal() {

@@ -17,6 +17,7 @@ mod handlers;
 mod handover;
 mod harness;
 mod heads;
+mod images;
 mod live;
 mod load;
 mod metrics;
