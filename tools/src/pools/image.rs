@@ -179,7 +179,7 @@ pub(super) fn export(
     part.push(".part");
     let part = PathBuf::from(part);
     let target = Target::make(&part, layout, size).map_err(failed)?;
-    let done = copy(pool, (name, snapshot), &has, &target, &failed);
+    let done = copy(pool, (name, snapshot), &has, &target, failed);
     let done = done.and_then(|()| target.end().map_err(failed));
     let done = done.and_then(|()| std::fs::rename(&part, path).map_err(failed));
     done.inspect_err(|_| _ = std::fs::remove_file(&part))
