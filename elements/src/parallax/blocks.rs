@@ -435,29 +435,44 @@ impl Blocks {
     ) -> Result<Range<u64>> {
         let _alone = self.granting.lock().await;
         let row = {
-            let mut state = self.state();
+            let state = self.state();
             let near = near.min(state.extents.len() as u64);
-            let row = state.row_near(near, want, |extent| matches!(extent, Extent::Nobodys));
-            row.clone().for_each(|at| drop(state.replace(at, Extent::Foreign(owner))));
-            row
+            state.row_near(near, want, |extent| matches!(extent, Extent::Nobodys))
         };
         if row.is_empty() {
             return Err(Error::new(Kind::NoSpace, "the pool is full"));
         }
         let record = ExtentRecord { owner, epoch, used: [0; 8], backed: true };
-        let records: Vec<(u64, ExtentRecord)> = row.clone().map(|at| (at, record)).collect();
+        self.assign(row.clone(), record, &[], below).await.map(|()| row)
+    }
+
+    /// Makes extents somebody's that nobody uses, durably. He is one of these owners, or none of ours.
+    pub(super) async fn assign(
+        &self,
+        chosen: Range<u64>,
+        record: ExtentRecord,
+        owners: &[u32],
+        below: Below<'_>,
+    ) -> Result<()> {
+        // Another owner may have begun to use some of them.
+        let chosen: Vec<(u64, Extent)> = {
+            let mut state = self.state();
+            let free = |extent: &u64| state.is_unused(*extent);
+            let free: Vec<u64> = chosen.filter(free).collect();
+            free.into_iter().filter_map(|at| Some((at, state.replace(at, Extent::Foreign(STORE))?))).collect()
+        };
+        let records: Vec<(u64, ExtentRecord)> = chosen.iter().map(|(at, _)| (*at, record)).collect();
         let done = async {
             self.write_records(&records, below).await?;
             below.flush().await
         };
-        match done.await {
-            Ok(()) => Ok(row),
-            Err(error) => {
-                let mut state = self.state();
-                row.for_each(|at| drop(state.replace(at, Extent::Nobodys)));
-                Err(error)
-            }
+        let done = done.await;
+        let mut state = self.state();
+        for (at, before) in chosen {
+            let now = if done.is_ok() { Extent::of(&record, owners) } else { before };
+            state.replace(at, now);
         }
+        done
     }
 
     /// Takes extents back of which an owner uses nothing.

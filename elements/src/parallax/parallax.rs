@@ -52,6 +52,24 @@ impl Params {
     }
 }
 
+/// What all elements can be asked that serve a volume.
+pub(super) const HANDLERS: &[Handler] = &[
+    Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
+    Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
+    Handler {
+        name: "snapshots",
+        access: Access::Read,
+        doc: "names of the volume's snapshots, the oldest first",
+    },
+    Handler {
+        name: "snapshot",
+        access: Access::Call,
+        doc: "takes a snapshot of that name; durable when it is answered",
+    },
+    Handler { name: "delete_snapshot", access: Access::Call, doc: "deletes the snapshot of that name" },
+    Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
+];
+
 /// See the module.
 pub const TYPE: ElementType = ElementType {
     name: "parallax",
@@ -72,22 +90,7 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Parallax,
     params: Params::PARAMS,
     ports: Ports::SINK,
-    handlers: &[
-        Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
-        Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
-        Handler {
-            name: "snapshots",
-            access: Access::Read,
-            doc: "names of the volume's snapshots, the oldest first",
-        },
-        Handler {
-            name: "snapshot",
-            access: Access::Call,
-            doc: "takes a snapshot of that name; durable when it is answered",
-        },
-        Handler { name: "delete_snapshot", access: Access::Call, doc: "deletes the snapshot of that name" },
-        Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
-    ],
+    handlers: HANDLERS,
     example: "element Guest (type nbd) (listen unix:vm1.sock)\n\
               element Disk (type parallax) (pool vms.pool) (volume vm1)\n\
               Guest -> Disk\n",

@@ -221,13 +221,7 @@ impl Core {
     /// # Errors
     /// [`Kind::Busy`] if another graph than this one writes a volume.
     pub(super) fn need_writable_by(&self, volume: u32, graph: &str) -> Result<()> {
-        if let Some(EntryKind::Volume { receiving: Some(_), .. }) =
-            self.catalog.get(&volume).map(|entry| &entry.kind)
-        {
-            let message = "it is being received from another pool: finish that, or give it up with \
-                           mason volume receive --abort";
-            return Err(Error::new(Kind::Busy, message));
-        }
+        self.need_whole(volume)?;
         match self.writers.get(&volume) {
             Some((other, _)) if other != graph => {
                 Err(Error::new(Kind::Busy, format!("the graph {other} has it open")))
@@ -694,7 +688,7 @@ impl Pool {
             let ends = matches!(select(closing.as_mut(), pin!(due)).await, Either::Left(_));
             // The reason has been logged, and whoever writes is told.
             let _ = self.checkpoint(below).await;
-            if let Err(error) = self.settle(below).await {
+            if let Err(error) = self.give_back(below).await {
                 tracing::warn!(
                     graph = cx.graph_name(),
                     element = cx.name(),
@@ -720,9 +714,9 @@ impl Pool {
     }
 
     /// Gives the block store below what is not needed: true if it has more for everybody than was known.
-    pub(super) async fn settle(&self, below: Below<'_>) -> Result<bool> {
+    pub(super) async fn give_back(&self, below: Below<'_>) -> Result<bool> {
         let _alone = self.checkpointing.lock().await;
-        self.space.settle(below).await
+        self.space.give_back(below).await
     }
 
     /// Says when there is little room left, once each time.

@@ -5,10 +5,11 @@ use super::below::{Below, block_on};
 use super::format::{BLOCK, Format};
 use super::lease::{self, Ask, Lease};
 use super::open::{Opening, add_trees, create, is_empty, open, open_leased, read_label};
+use super::parallax::HANDLERS;
 use super::pool::{CHECKPOINT, Core, Pool};
 use super::schedule::Schedule;
 use super::volume::{Full, OnFull, Volume};
-use blockmason::describe::{Access, Build, ElementType, Family, Handler, Outs, Ports};
+use blockmason::describe::{Build, ElementType, Family, Outs, Ports};
 use blockmason::lang::value::{Size, Time};
 use blockmason::{
     Children, Cx, Element, Error, Extra, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Origin, Prepared,
@@ -93,22 +94,7 @@ pub const TYPE: ElementType = ElementType {
     family: Family::Parallax,
     params: Params::PARAMS,
     ports: Ports { input: true, out: Outs::Named(&["out"]) },
-    handlers: &[
-        Handler { name: "free", access: Access::Read, doc: "bytes of the pool that are free" },
-        Handler { name: "used", access: Access::Read, doc: "bytes of the pool that are in use" },
-        Handler {
-            name: "snapshots",
-            access: Access::Read,
-            doc: "names of the volume's snapshots, the oldest first",
-        },
-        Handler {
-            name: "snapshot",
-            access: Access::Call,
-            doc: "takes a snapshot of that name; durable when it is answered",
-        },
-        Handler { name: "delete_snapshot", access: Access::Call, doc: "deletes the snapshot of that name" },
-        Handler { name: "checkpoint", access: Access::Call, doc: "brings what is in the log into the trees" },
-    ],
+    handlers: HANDLERS,
     layout: true,
     tuning: &["on_full", "full_timeout", "memory", "snapshot_every", "keep"],
     example: "element Guest (type nbd) (listen unix:radix.sock)\n\
@@ -229,6 +215,7 @@ impl Radix {
     fn find(&self, core: &Core) -> Result<u32> {
         let Params { volume, size, snapshot, .. } = &self.params;
         let number = core.find(volume, snapshot.as_deref())?;
+        core.need_whole(number)?;
         let has = core.catalog.get(&number).map_or(0, |entry| entry.size);
         match has == size.0 {
             true => Ok(number),

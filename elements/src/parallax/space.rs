@@ -277,7 +277,8 @@ impl Space {
             return Err(Error::new(Kind::NoSpace, "the pool is full"));
         }
         let chosen = allocate(chosen, below).await?;
-        self.grant(chosen, below).await
+        let record = ExtentRecord { owner: self.owner, epoch: self.epoch, used: [0; 8], backed: true };
+        self.blocks.assign(chosen, record, &[self.owner], below).await
     }
 
     /// Has the block store below give us extents.
@@ -308,7 +309,7 @@ impl Space {
     ///
     /// # Errors
     /// The store does not answer: it may have what was given back.
-    pub(super) async fn settle(&self, below: Below<'_>) -> Result<bool> {
+    pub(super) async fn give_back(&self, below: Below<'_>) -> Result<bool> {
         if !self.blocks.leased {
             return Ok(false);
         }
@@ -333,30 +334,6 @@ impl Space {
         let row = state.row_near(0, spare, is_empty);
         row.clone().for_each(|at| drop(state.replace(at, Extent::Foreign(STORE))));
         Some(row)
-    }
-
-    /// Makes extents ours that nobody uses, durably.
-    async fn grant(&self, chosen: Range<u64>, below: Below<'_>) -> Result<()> {
-        // Another owner may have begun to use some of them.
-        let chosen: Vec<(u64, Extent)> = {
-            let mut state = self.state();
-            let free = |extent: &u64| state.is_unused(*extent);
-            let free: Vec<u64> = chosen.filter(free).collect();
-            free.into_iter().filter_map(|at| Some((at, state.replace(at, Extent::Foreign(STORE))?))).collect()
-        };
-        let record = ExtentRecord { owner: self.owner, epoch: self.epoch, used: [0; 8], backed: true };
-        let records: Vec<(u64, ExtentRecord)> = chosen.iter().map(|(at, _)| (*at, record)).collect();
-        let done = async {
-            self.blocks.write_records(&records, below).await?;
-            below.flush().await
-        };
-        let done = done.await;
-        let mut state = self.state();
-        for (at, before) in chosen {
-            let now = if done.is_ok() { Extent::of(&record, &[self.owner]) } else { before };
-            state.replace(at, now);
-        }
-        done
     }
 
     /// The records as a checkpoint makes them, and how many more blocks are used by them.

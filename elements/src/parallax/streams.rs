@@ -47,6 +47,18 @@ impl Core {
         Some(id.unwrap_or_else(made))
     }
 
+    /// # Errors
+    /// [`Kind::Busy`] if a volume is being filled: it is no whole disk yet.
+    pub(super) fn need_whole(&self, number: u32) -> Result<()> {
+        match self.receiving(number) {
+            Some(_) => Err(Error::new(
+                Kind::Busy,
+                "it is being received from another pool: finish that, or give it up with mason volume receive --abort",
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// How far a volume has been filled.
     pub(super) fn receiving(&self, number: u32) -> Option<Receiving> {
         match self.catalog.get(&number)?.kind {

@@ -279,7 +279,11 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
                     )));
                 }
             }
-            let wanted = |volume: &String| Ok((trees.core().find(volume, None)?, name.clone()));
+            let wanted = |volume: &String| {
+                let core = trees.core();
+                let number = core.find(volume, None)?;
+                core.need_whole(number).map(|()| (number, name.clone()))
+            };
             let wanted = volumes.iter().map(wanted).collect::<Result<Vec<_>>>()?;
             block_on(trees.snapshot(&wanted, seconds(), below))?;
         }

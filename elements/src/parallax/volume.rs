@@ -446,7 +446,7 @@ impl Volume {
                 self.pool.checkpoint(below).await?;
                 continue;
             }
-            if tries < 3 && self.pool.settle(below).await? {
+            if tries < 3 && self.pool.give_back(below).await? {
                 continue;
             }
             let left = self.patience.saturating_sub(begun.elapsed());

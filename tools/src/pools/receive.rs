@@ -74,13 +74,14 @@ enum Plan {
     Make,
     /// It is to be filled from the start.
     Begin,
-    GoOn,
+    /// It has what comes before that.
+    GoOn(u64),
 }
 
 pub(super) fn receive(pool: &Pool<'_>, (name, format): (&str, Format), from: impl Read) -> Outcome {
     let mut reader = Reader::begin(from)?;
     let about = reader.about.clone();
-    let found = pool.find(name)?;
+    let (found, mut at) = (pool.find(name)?, about.offset);
     match plan(&about, name, found.as_ref())? {
         Plan::Nothing => {
             return output::text(&format!("{name} has {} already\n", about.snapshot.name));
@@ -102,12 +103,11 @@ pub(super) fn receive(pool: &Pool<'_>, (name, format): (&str, Format), from: imp
             unchanged(pool, name, &about)?;
             fill(pool, name, &about, 0)?;
         }
-        Plan::GoOn => {}
+        Plan::GoOn(has) => at = at.max(has),
     }
     if found.is_some_and(|found| number(&found["size"]) < about.size) {
         pool.ask(&Operation::Resize { name: name.to_owned(), size: about.size })?;
     }
-    let mut at = about.offset;
     if let Err(failure) = write_all(pool, name, &mut reader, &mut at) {
         // What is there need not come again.
         let _ = fill(pool, name, &about, at);
@@ -150,8 +150,16 @@ fn plan(about: &About, name: &str, found: Option<&Value>) -> Outcome<Plan> {
         return refused(format!("{name} is in use: a graph serves it"));
     }
     if let Some(token) = Token::of(&found["receiving"]) {
+        // What no record speaks of is what it is in that snapshot, or zeros: the same for all of what is received.
+        let since = about.since.as_ref().map(|since| since.id.as_str());
+        let begun = snapshots.last().and_then(|last| last["id"].as_str());
+        if token.is_of(&about.snapshot.id) && since != begun {
+            let whole = "all of it, without --from";
+            let what = begun.map_or(whole, |_| "what has changed since its newest snapshot, with --from");
+            return refused(format!("{name} is being filled with {what}, and the stream is something else"));
+        }
         return match (token.is_of(&about.snapshot.id), about.offset <= token.offset) {
-            (true, true) => Ok(Plan::GoOn),
+            (true, true) => Ok(Plan::GoOn(token.offset)),
             (true, false) => refused(format!(
                 "the stream begins at {}: send what is missing with --resume {token}",
                 about.offset
@@ -215,7 +223,8 @@ fn write_all<R: Read>(pool: &Pool<'_>, name: &str, reader: &mut Reader<R>, at: &
                 pool.ask(&Operation::Punch { volume, offset, len })?;
             }
         }
-        *at = range.end;
+        // What is sent a second time is there already.
+        *at = range.end.max(*at);
         (done, since) = (done + range.end - range.start, since + range.end - range.start);
         if since >= STEP {
             fill(pool, name, &about, *at)?;

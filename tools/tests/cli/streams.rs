@@ -267,3 +267,33 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     let failed = pair.home.mason(&["volume", "receive", "b.pool", "w", "--abort"]).failed();
     assert!(failed.contains("w is not being received"), "{failed}");
 }
+
+/// The rest of a snapshot is of no use to whoever has begun with what has changed in it, nor the other way round.
+#[test]
+fn what_has_begun_as_changes_goes_on_as_changes() {
+    let mut pair = Pair::new(8, Format::One);
+    pair.snapshot("a");
+    pair.receive("w", &pair.send(&["v@a"])).done();
+    pair.change();
+    let contents = pair.snapshot("b");
+    let (whole, changes) = (pair.send(&["v@b"]), pair.send(&["v@b", "--from", "a"]));
+    let half = |stream: &[u8]| stream[..stream.len() * 3 / 4].to_vec();
+    pair.receive("w", &half(&changes)).failed();
+    let token = pair.token();
+    for stream in [whole.clone(), pair.send(&["v@b", "--resume", &token])] {
+        let failed = pair.receive("w", &stream).failed();
+        assert!(failed.contains("the stream is something else"), "{failed}");
+    }
+    // What fails at its first byte takes back nothing of what is there.
+    pair.receive("w", &changes[..400]).failed();
+    assert_eq!(pair.token(), token);
+    let taken = pair.home.mason(&["volume", "snapshot", "b.pool", "w@mine"]).failed();
+    assert!(taken.contains("it is being received"), "{taken}");
+    pair.receive("x", &half(&whole)).failed();
+    let failed = pair.receive("x", &changes).failed();
+    assert!(failed.contains("the stream is something else"), "{failed}");
+    pair.receive("w", &changes).done();
+    pair.receive("x", &whole).done();
+    pair.expect("w", None, &contents);
+    pair.expect("x", None, &contents);
+}
