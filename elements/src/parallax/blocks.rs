@@ -279,7 +279,7 @@ pub(super) struct Blocks {
     pub(super) granting: tokio::sync::Mutex<()>,
     /// Held by whoever writes records to both copies of the table, or compares them.
     table: tokio::sync::Mutex<()>,
-    /// Held by whoever makes owners of extents.
+    /// Held by whoever changes the list of owners, from reading it to having written it.
     pub(super) naming: tokio::sync::Mutex<()>,
     /// A block store that is an element below gives extents away, and knows of what is nobody's.
     pub(super) leased: bool,

@@ -289,7 +289,11 @@ impl Found {
 /// [`Kind::NoSpace`].
 pub(super) async fn add_trees(format: Format, others: &Pool, below: Below<'_>) -> Result<Pool> {
     let (blocks, nodes) = (&others.space.blocks, &others.nodes);
-    let owner = add_owner(format, "", blocks, below).await?;
+    let owner = {
+        // Whoever else changes the list of owners has read it before, or reads it after this.
+        let _alone = blocks.naming.lock().await;
+        add_owner(format, "", blocks, below).await?
+    };
     let trees = find_trees((format, &owner), true, (blocks, nodes), below).await?;
     trees.begin(below).await?;
     Ok(trees.pool)
@@ -341,7 +345,7 @@ pub(super) async fn find_owner(
     }
 }
 
-/// Makes an owner of extents, whose trees are empty.
+/// Makes an owner of extents, whose trees are empty. The caller holds [`Blocks::naming`].
 ///
 /// # Errors
 /// [`Kind::NoSpace`].

@@ -160,8 +160,8 @@ impl Shared {
     pub(super) fn name(&self, name: &str) -> Result<Naming<'_>> {
         let alone = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         match self.having(name) {
-            Ok(_) => Err(super::admin::taken(name)),
-            Err(_) => Ok(alone),
+            Err(error) if error.kind() == Kind::Unavailable => Ok(alone),
+            _ => Err(super::admin::taken(name)),
         }
     }
 
@@ -295,7 +295,7 @@ pub(super) fn having(trees: &[Arc<Pool>], lacking: &[Lacking], volume: &str) -> 
     let found = all.next().cloned().ok_or_else(|| super::admin::gone("volume", volume));
     if all.next().is_some() {
         let message =
-            format!("two volumes are called {volume}: serve one of them from a graph, and delete it there");
+            format!("two volumes are called {volume}, of different formats: tools cannot tell them apart");
         return Err(Error::new(Kind::Busy, message));
     }
     match lacking.first() {
