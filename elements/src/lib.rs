@@ -5,6 +5,7 @@ mod advice;
 mod calendar;
 #[cfg(feature = "s3")]
 pub mod cloud;
+mod compression;
 pub mod export;
 pub mod fault;
 pub mod migrate;

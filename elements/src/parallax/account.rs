@@ -1,7 +1,7 @@
 //! Whose the room of a pool is, and how it is given back to the file system that the pool is on.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, EntryKind, NODE, Ptr, damaged};
+use super::format::{BLOCK, Body, EntryKind, NODE, Ptr, Slot, damaged};
 use super::items::Item;
 use super::nodes::{Place, Tree};
 use super::pool::Pool;
@@ -19,6 +19,8 @@ pub(super) struct Account {
     pub(super) shared: u64,
     /// Comes back if it is deleted, with the nodes that lead to it; of a volume: together with its snapshots.
     pub(super) freed: u64,
+    /// Of a volume, of what is its own and its snapshots': what is compressed, and what that takes.
+    pub(super) packed: [u64; 2],
 }
 
 /// Extents whose free blocks are given back together.
@@ -27,8 +29,23 @@ const AT_ONCE: usize = if cfg!(test) { 3 } else { 256 };
 /// Blocks of a tree.
 #[derive(Clone, Copy, Default)]
 struct Counted {
+    /// Of the volume.
     data: u64,
+    /// Of the pool: what those take.
+    room: u64,
     nodes: u64,
+    /// What of both is in packs.
+    packed: [u64; 2],
+}
+
+impl Counted {
+    fn add(&mut self, len: u64, slot: Slot, room: u64) {
+        self.data += len;
+        self.room += room;
+        if slot.pack.is_some() {
+            self.packed = [self.packed[0] + len, self.packed[1] + room];
+        }
+    }
 }
 
 /// A tree as it was at one instant, whose blocks stay what they are as long as this is held.
@@ -58,17 +75,18 @@ impl Pool {
                 let newest = self.core().ancestors(number).0.1;
                 let alone = self.younger(&tree, newest.max(origin.1), below).await?;
                 let line = self.younger(&tree, origin.1, below).await?;
-                let mut freed = line.data + line.nodes;
+                let mut freed = line.room + line.nodes;
                 for (snapshot, dead) in self.dead_lists(number) {
                     freed += self.dead(snapshot, dead, origin.1, below).await?;
                 }
-                Ok(Account { mapped, shared: mapped.saturating_sub(alone.data), freed })
+                let shared = mapped.saturating_sub(alone.data);
+                Ok(Account { mapped, shared, freed, packed: line.packed })
             }
             EntryKind::Snapshot { before, dead, .. } => {
                 let before = self.core().birth(before).unwrap_or(0);
                 let freed = self.dead(number, dead, before, below).await?;
                 // A dead list does not tell data from nodes.
-                Ok(Account { mapped, shared: mapped.saturating_sub(freed), freed })
+                Ok(Account { mapped, shared: mapped.saturating_sub(freed), freed, packed: [0; 2] })
             }
         }
     }
@@ -110,7 +128,9 @@ impl Pool {
             };
             for item in items {
                 match item {
-                    Item::Run { len, slot, .. } if slot.at != 0 && slot.birth > birth => counted.data += len,
+                    Item::Run { len, slot, room, .. } if slot.at != 0 && slot.birth > birth => {
+                        counted.add(len, slot, room.end - room.start);
+                    }
                     Item::Run { .. } => {}
                     Item::Node(Place { ptr, level, index, .. }) => {
                         self.count_younger((ptr, level, index), birth, counted, below).await?;

@@ -3,7 +3,7 @@
 
 use super::below::Below;
 use super::checkpoint::Frozen;
-use super::format::{BLOCK, Dead, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS, damaged};
+use super::format::{BLOCK, Compress, Dead, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS, damaged};
 use super::merge::{Merge, Who, height};
 use super::open::need_feature;
 use super::pool::{Core, Pool, with_nodes};
@@ -255,6 +255,7 @@ pub(super) enum Plan {
         volume: u32,
         limits: Limits,
         ordered: bool,
+        compress: Compress,
     },
     Receive(u32, Step),
     Hold(u32, bool),
@@ -280,6 +281,8 @@ pub struct Settings {
     pub checksums: bool,
     /// After a loss of power it is what it was at some instant since the last flush.
     pub ordered: bool,
+    /// How what is written to it is compressed.
+    pub compress: Compress,
     /// Bytes of it that may hold data, 0 any.
     pub quota: u64,
     /// Bytes that can be written to it since its newest snapshot, whatever others do.
@@ -292,6 +295,7 @@ pub struct Settings {
 #[allow(missing_docs, reason = "as in Settings")]
 pub struct NewSettings {
     pub ordered: Option<bool>,
+    pub compress: Option<Compress>,
     pub quota: Option<u64>,
     pub reserve: Option<u64>,
 }
@@ -316,8 +320,8 @@ impl Plan {
             Plan::Promote(number) => promote(merge, &mut catalog, *number).await?,
             Plan::Rename(number, name) => catalog.change(*number, |entry| entry.name.clone_from(name)),
             Plan::Grow(number, size) => grow(merge, &mut catalog, (*number, *size), births).await?,
-            Plan::Set { volume, limits: new, ordered } => catalog.change(*volume, |entry| {
-                entry.ordered = *ordered;
+            Plan::Set { volume, limits: new, ordered, compress } => catalog.change(*volume, |entry| {
+                (entry.ordered, entry.compress) = (*ordered, *compress);
                 if let EntryKind::Volume { limits, .. } = &mut entry.kind {
                     *limits = *new;
                 }
@@ -557,7 +561,8 @@ impl Pool {
         below: Below<'_>,
     ) -> Result<u32> {
         check_size(size)?;
-        let Settings { checksums, ordered, quota, reserve, format: _ } = settings;
+        let Settings { checksums, ordered, compress, quota, reserve, format: _ } = settings;
+        self.need_packs(compress, below).await?;
         let entry = Entry {
             name: name.to_owned(),
             size,
@@ -567,6 +572,7 @@ impl Pool {
             deleting: false,
             ordered,
             held: false,
+            compress,
             mapped: 0,
             made: seconds(),
             features: Features::default(),
@@ -591,9 +597,10 @@ impl Pool {
 
     /// Changes how much room a volume may take, and what is left of it after a loss of power.
     pub(super) async fn set(&self, name: &str, new: NewSettings, below: Below<'_>) -> Result<()> {
+        self.need_packs(new.compress.unwrap_or_default(), below).await?;
         let plan = |core: &mut Core| {
             let volume = core.find(name, None)?;
-            let Some(Entry { kind: EntryKind::Volume { limits, .. }, ordered, .. }) =
+            let Some(Entry { kind: EntryKind::Volume { limits, .. }, ordered, compress, .. }) =
                 core.catalog.get(&volume)
             else {
                 return Err(gone("volume", name));
@@ -604,14 +611,26 @@ impl Pool {
             };
             let more = wanted.reserve.saturating_sub(limits.reserve).div_ceil(BLOCK);
             let ordered = new.ordered.unwrap_or(*ordered);
+            let compress = new.compress.unwrap_or(*compress);
             self.need_room(core, more, name)?;
             // From now on: what is written meanwhile is replayed as that of an ordered volume.
             if let Some(entry) = core.catalog.get_mut(&volume) {
                 entry.ordered |= ordered;
             }
-            Ok(Plan::Set { volume, limits: wanted, ordered })
+            Ok(Plan::Set { volume, limits: wanted, ordered, compress })
         };
         self.administer(below, plan).await
+    }
+
+    /// There may be packs from now on, if that compresses.
+    async fn need_packs(&self, compress: Compress, below: Below<'_>) -> Result<()> {
+        if compress == Compress::No {
+            return Ok(());
+        }
+        if !cfg!(feature = "compress") {
+            return Err(Error::unsupported("this program was built without what compresses"));
+        }
+        need_feature(self, Features::PACKS, below).await
     }
 
     /// # Errors

@@ -4,7 +4,7 @@ use super::below::Below;
 use super::blocks::Blocks;
 use super::format::{BLOCK, EXTENT, Features, Format, is_key};
 use super::lease::{Ask, Door, Free, Lease, Letter, Row, letter, text};
-use super::open::{add_owner, create, find_owner, is_empty, need_size, read_label};
+use super::open::{add_owner, create, find_owner, is_empty, need_size, note_feature, read_label};
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::lang::value::Size;
 use blockmason::{
@@ -140,6 +140,10 @@ impl BlockStore {
             }
             Ask::Give { first, count } => {
                 blocks.take_back(known.owner(&door)?, first, count, below).await?;
+                text(&Free { free: blocks.unowned() })
+            }
+            Ask::Need { feature } => {
+                note_feature(blocks, known.owner(&door)?, feature, below).await?;
                 text(&Free { free: blocks.unowned() })
             }
             Ask::Free {} => text(&Free { free: blocks.unowned() }),

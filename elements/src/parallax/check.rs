@@ -2,13 +2,15 @@
 //! meanings, and exactly what is reachable is marked as used.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, Ptr, RECORDS, SLOTS, Slot};
+use super::format::{
+    BLOCK, Body, Dead, EXTENT, Entry, EntryKind, LIMIT, Pack, Ptr, RECORDS, SLOTS, Slot, damaged, unit,
+};
 use super::items::Item;
 use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::{crc_of, examine_copies};
 use super::pool::Pool;
-use blockmason::{LocalBoxFuture, Result};
+use blockmason::{Data, LocalBoxFuture, Result};
 use std::collections::hash_map::Entry as Known;
 use std::collections::{HashMap, HashSet};
 use std::mem::Discriminant;
@@ -55,6 +57,8 @@ struct Check<'a> {
     known: HashMap<u64, Meaning>,
     /// Nodes below which everything has been looked at.
     seen: HashSet<u64>,
+    /// The pack that was looked at last, and what was in it.
+    pack: Option<(u64, Option<Data>)>,
 }
 
 /// Checks the trees of a pool as the newest root has them. Guests go on meanwhile, as long as the log has room; checkpoints
@@ -65,8 +69,14 @@ pub(super) async fn check(pool: &Pool, below: Below<'_>) -> Result<Findings> {
         let core = pool.core();
         (core.root.clone(), core.catalog.clone())
     };
-    let mut check =
-        Check { pool, below, findings: Findings::default(), known: HashMap::new(), seen: HashSet::new() };
+    let mut check = Check {
+        pool,
+        below,
+        findings: Findings::default(),
+        known: HashMap::new(),
+        seen: HashSet::new(),
+        pack: None,
+    };
     for problem in examine_copies(pool, below).await? {
         check.problem(problem);
     }
@@ -199,8 +209,8 @@ impl Check<'_> {
             };
             for item in items {
                 match item {
-                    Item::Run { first, len, slot } if slot.at != 0 => {
-                        self.run(first..first + len, slot, entry, what).await;
+                    Item::Run { first, len, slot, room } if slot.at != 0 => {
+                        self.run(first..first + len, (slot, room), entry, what).await;
                     }
                     Item::Run { .. } => {}
                     Item::Node(Place { ptr, level, index, .. }) => {
@@ -212,24 +222,44 @@ impl Check<'_> {
     }
 
     /// Blocks that are in a row in the pool.
-    async fn run(&mut self, blocks: Range<u64>, slot: Slot, entry: &Entry, what: &str) {
+    async fn run(&mut self, blocks: Range<u64>, (slot, room): (Slot, Range<u64>), entry: &Entry, what: &str) {
         if blocks.end * BLOCK > entry.size {
             self.problem(format!("{what} has a block behind its end: {}", blocks.end - 1));
         }
-        if slot.at + (blocks.end - blocks.start) > self.pool.space.label().extents * EXTENT {
+        if room.end > self.pool.space.label().extents * EXTENT {
             return self.problem(format!("{what} has blocks outside the pool, from {} on", slot.at));
         }
-        for (block, at) in blocks.zip(slot.at..) {
+        let first = if slot.pack.is_some() { unit(blocks.start).start } else { blocks.start };
+        for (block, at) in (first..).zip(room) {
             self.claim(at, 1, Meaning::Data(block, slot.birth));
-            if entry.checksums {
-                self.contents(at, slot.crc, block, what).await;
+        }
+        if let Some(pack) = slot.pack {
+            return self.packed(blocks.start, (slot, pack), entry.checksums, what).await;
+        }
+        if entry.checksums {
+            for (block, at) in blocks.zip(slot.at..) {
+                let found = self.below.read(at * BLOCK, BLOCK).await;
+                self.contents(found, Some(slot.crc), block, what);
             }
         }
     }
 
-    async fn contents(&mut self, at: u64, crc: u32, block: u64, what: &str) {
-        match self.below.read(at * BLOCK, BLOCK).await {
-            Ok(data) if crc_of(&data) == crc => {}
+    /// A block that is in a pack.
+    async fn packed(&mut self, block: u64, (slot, pack): (Slot, Pack), checksums: bool, what: &str) {
+        if self.pack.as_ref().is_none_or(|(at, _)| *at != slot.at) {
+            let found = self.below.read(slot.at * BLOCK, u64::from(pack.blocks) * BLOCK).await;
+            self.pack = Some((slot.at, found.and_then(|found| pack.open(&found)).ok()));
+        }
+        let at = ((block - unit(block).start) * BLOCK) as usize;
+        let contents = self.pack.as_ref().and_then(|(_, contents)| contents.as_ref());
+        let found = contents.map(|contents| contents.slice(at..at + BLOCK as usize));
+        let found = found.ok_or_else(|| damaged("the compressed blocks that it is in are damaged"));
+        self.contents(found, checksums.then_some(slot.crc), block, what);
+    }
+
+    fn contents(&mut self, found: Result<Data>, crc: Option<u32>, block: u64, what: &str) {
+        match found {
+            Ok(data) if crc.is_none_or(|crc| crc_of(&data) == crc) => {}
             Ok(_) => self.problem(format!("{what}: the 4096 bytes at {} are damaged", block * BLOCK)),
             Err(error) => {
                 self.problem(format!("{what}: the 4096 bytes at {} cannot be read: {error}", block * BLOCK))

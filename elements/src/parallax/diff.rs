@@ -52,7 +52,7 @@ impl Pool {
             };
             for item in items {
                 match item {
-                    Item::Run { first, len, slot } if slot.birth > birth => match found.last_mut() {
+                    Item::Run { first, len, slot, .. } if slot.birth > birth => match found.last_mut() {
                         Some(last) if last.end == first => last.end = first + len,
                         _ => found.push(first..first + len),
                     },

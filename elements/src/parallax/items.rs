@@ -1,14 +1,16 @@
 //! What nodes of a volume's tree lead to, whatever their kind and format.
 
-use super::format::{Body, EXTENT, Format, Map, Ptr, SLOTS, Slot};
+use super::format::{Body, EXTENT, Format, Map, Ptr, SLOTS, Slot, unit};
 use super::merge::span;
 use super::nodes::{Place, Tree};
+use std::ops::Range;
 
 /// What is at a place of a tree.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Item {
-    /// Blocks of the volume in a row that are in a row in the pool and born at once, or a hole.
-    Run { first: u64, len: u64, slot: Slot },
+    /// Blocks of the volume in a row that are in a row in the pool, or in one pack, and born at once; or a hole. The blocks of the
+    /// pool that hold them: of a pack with the first of its items alone.
+    Run { first: u64, len: u64, slot: Slot, room: Range<u64> },
     /// A node that says more.
     Node(Place),
 }
@@ -19,10 +21,15 @@ impl Item {
         match ptr.is_node() {
             true => Item::Node(Place { tree: Tree::Volume(format), ptr, level, index }),
             false => {
-                let (len, slot) = (span(level + 1), Slot { at: ptr.at[0], birth: ptr.birth, crc: 0 });
-                Item::Run { first: index * len, len, slot }
+                let len = span(level + 1);
+                Item::run(index * len, len, Slot::new(ptr.at[0], ptr.birth))
             }
         }
+    }
+
+    /// Blocks that are in no pack.
+    fn run(first: u64, len: u64, slot: Slot) -> Item {
+        Item::Run { first, len, slot, room: slot.room(len) }
     }
 
     /// The first block of it.
@@ -38,8 +45,11 @@ impl Item {
         let child = |ix: u64| index * SLOTS as u64 + ix;
         match body {
             Body::Leaf(slots) => {
-                let slots = (child(0)..).zip(slots.iter());
-                slots.map(|(first, slot)| Item::Run { first, len: 1, slot: *slot }).collect()
+                let item = |(ix, slot): (usize, &Slot)| {
+                    let before = &slots[unit(ix as u64).start as usize..ix];
+                    Item::Run { first: child(ix as u64), len: 1, slot: *slot, room: slot.left_by(before) }
+                };
+                slots.iter().enumerate().map(item).collect()
             }
             Body::Inner(children) => {
                 let children = (child(0)..).zip(children.iter());
@@ -49,8 +59,7 @@ impl Item {
                 let leaves = map.leaves.iter();
                 let leaves = leaves.map(|(ix, leaf)| Item::of(format, *leaf, 0, child(u64::from(*ix))));
                 let runs = map.runs.iter().map(|run| {
-                    let slot = Slot { at: run.at, birth: run.birth, crc: 0 };
-                    Item::Run { first: index * Map::BLOCKS + run.first, len: run.len, slot }
+                    Item::run(index * Map::BLOCKS + run.first, run.len, Slot::new(run.at, run.birth))
                 });
                 let mut all: Vec<Item> = leaves.chain(runs).collect();
                 all.sort_by_key(Item::first);

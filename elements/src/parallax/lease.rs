@@ -44,6 +44,8 @@ pub(super) enum Ask {
     Give { first: u64, count: u64 },
     /// How many extents are nobody's: [`Free`].
     Free {},
+    /// That whoever opens the trees has to know a feature of them from now on: [`Free`].
+    Need { feature: u64 },
 }
 
 /// Trees may be used.

@@ -1,6 +1,6 @@
 //! Compares two trees of one line: what the older one sees and the newer one does not has died.
 
-use super::format::{Body, Entry, Format, Map, NODE, Ptr, SLOTS, Slot, damaged};
+use super::format::{Body, Entry, Format, Map, NODE, Ptr, SLOTS, Slot, damaged, unit, unit_of};
 use super::maps::{blocks_of, slots_of};
 use super::merge::{Merge, Who};
 use blockmason::{LocalBoxFuture, Result};
@@ -92,8 +92,17 @@ impl Merge<'_> {
     }
 
     fn lost_slots(&mut self, origin: u64, old: &[Slot; SLOTS], new: &[Slot; SLOTS]) {
-        let gone = old.iter().zip(new.iter()).filter(|(old, new)| old.at != 0 && old.at != new.at);
-        gone.for_each(|(old, _)| self.kill(all_seen(origin), old.at, 1, old.birth));
+        for (ix, (was, is)) in old.iter().zip(new.iter()).enumerate() {
+            if was.at == 0 || was.at == is.at {
+                continue;
+            }
+            // Of a pack once, and only if the newer tree has none of it.
+            let before = &old[unit(ix as u64).start as usize..ix];
+            let room = was.left_by(unit_of(new, ix).iter().chain(before));
+            if !room.is_empty() {
+                self.kill(all_seen(origin), room.start, room.end - room.start, was.birth);
+            }
+        }
     }
 }
 

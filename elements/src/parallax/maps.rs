@@ -19,7 +19,7 @@ impl Body {
         let part = |ix: u64, each: u64| if ptr.is_hole() { 0 } else { ptr.at[0] + ix * each };
         match (level, format) {
             (0, _) => {
-                let slot = |ix| Slot { at: part(ix as u64, 1), birth: ptr.birth, crc: 0 };
+                let slot = |ix| Slot::new(part(ix as u64, 1), ptr.birth);
                 Body::Leaf(Box::new(std::array::from_fn(slot)))
             }
             (1, Format::Two) => {
@@ -105,7 +105,7 @@ pub(super) fn slots_of(runs: impl Iterator<Item = MapRun>) -> Slots {
     for run in runs {
         for ix in 0..run.len {
             let at = if run.at == 0 { 0 } else { run.at + ix };
-            slots[((run.first + ix) % EXTENT) as usize] = Slot { at, birth: run.birth, crc: 0 };
+            slots[((run.first + ix) % EXTENT) as usize] = Slot::new(at, run.birth);
         }
     }
     slots
@@ -154,7 +154,8 @@ impl Map {
 }
 
 impl Merge<'_> {
-    /// Brings runs into a map: into its leaves where there are some, or where blocks have checksums, else into its runs.
+    /// Brings runs into a map: into its leaves where there are some, or where blocks have checksums or are in packs, else into its
+    /// runs.
     pub(super) async fn merge_map(
         &mut self,
         who: Who,
@@ -177,7 +178,7 @@ impl Merge<'_> {
                 let part = run.part(at - (first - index * Map::BLOCKS), blocks_of(leaf).end.min(end) - at);
                 if !open.contains_key(&leaf) {
                     let slots = self.open_leaf(who, &mut map, leaf, index).await?;
-                    let as_leaf = part.has_checksums() || usize::from(busy[usize::from(leaf)]) > FEW;
+                    let as_leaf = part.needs_leaf() || usize::from(busy[usize::from(leaf)]) > FEW;
                     let slots = slots.or_else(|| as_leaf.then(|| take(&mut runs, leaf)));
                     open.extend(slots.map(|slots| (leaf, slots)));
                 }
@@ -187,7 +188,7 @@ impl Merge<'_> {
                     None => {
                         self.place_data(who, &part);
                         for old in runs.put(at, part) {
-                            self.kill_data(who, old.slot(0), old.len);
+                            self.kill_data(who, old.slot(0), old.len, old.room());
                         }
                     }
                 }
@@ -222,8 +223,8 @@ impl Merge<'_> {
         let mut full = Vec::new();
         for (leaf, slots) in open {
             let few = runs_of(&slots, blocks_of(leaf).start);
-            let has_checksums = slots.iter().any(|slot| slot.crc != 0);
-            if has_checksums || few.len() > FEW { full.push((leaf, slots)) } else { parts.extend(few) }
+            let needs_leaf = slots.iter().any(|slot| slot.crc != 0 || slot.pack.is_some());
+            if needs_leaf || few.len() > FEW { full.push((leaf, slots)) } else { parts.extend(few) }
         }
         parts.sort_by_key(|run| run.first);
         parts.into_iter().for_each(|run| join(&mut map.runs, run));

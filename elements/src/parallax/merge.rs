@@ -1,7 +1,9 @@
 //! Brings changes into trees: writes the nodes that change to new places, and finds out what nothing leads to any more.
 
 use super::below::Below;
-use super::format::{Body, DEAD, Dead, Entry, Format, NODE, Node, Ptr, RECORDS, SLOTS, Slot, damaged};
+use super::format::{
+    Body, DEAD, Dead, Entry, Format, NODE, Node, Ptr, RECORDS, SLOTS, Slot, damaged, unit_of,
+};
 use super::items::Item;
 use super::nodes::{Nodes, Place, Tree};
 use super::pool::Pool;
@@ -131,11 +133,13 @@ impl<'a> Merge<'a> {
         }
     }
 
-    /// A line lets go of blocks of a volume.
-    pub(super) fn kill_data(&mut self, who: Who, slot: Slot, len: u64) {
+    /// A line lets go of so many blocks of a volume, and with them of what nothing of it leads to then.
+    pub(super) fn kill_data(&mut self, who: Who, slot: Slot, len: u64, room: Range<u64>) {
         if slot.at != 0 {
             self.counted.add(who, slot.birth, -(len as i64));
-            self.kill(who, slot.at, len, slot.birth);
+        }
+        if !room.is_empty() {
+            self.kill(who, room.start, room.end - room.start, slot.birth);
         }
     }
 
@@ -143,7 +147,7 @@ impl<'a> Merge<'a> {
     pub(super) fn place_data(&mut self, who: Who, run: &Run) {
         if run.at != 0 {
             self.counted.add(who, run.birth, run.len as i64);
-            self.difference.add(run.at..run.at + run.len);
+            self.difference.add(run.room());
         }
     }
 
@@ -240,8 +244,10 @@ impl<'a> Merge<'a> {
     /// Brings a run into the blocks of a leaf, from the `first` on.
     pub(super) fn merge_slots(&mut self, who: Who, slots: &mut [Slot; SLOTS], first: u64, run: &Run) {
         for ix in 0..run.len {
-            let old = std::mem::replace(&mut slots[(first + ix) as usize], run.slot(ix));
-            self.kill_data(who, old, 1);
+            let at = (first + ix) as usize;
+            let old = std::mem::replace(&mut slots[at], run.slot(ix));
+            let room = old.left_by(unit_of(slots, at));
+            self.kill_data(who, old, 1, room);
         }
         self.place_data(who, run);
     }
@@ -293,7 +299,7 @@ impl<'a> Merge<'a> {
             };
             for item in items {
                 match item {
-                    Item::Run { len, slot, .. } => self.kill_data(who, slot, len),
+                    Item::Run { len, slot, room, .. } => self.kill_data(who, slot, len, room),
                     Item::Node(Place { ptr, level, index, .. }) => {
                         self.drop_tree(who, ptr, level, index).await?;
                     }

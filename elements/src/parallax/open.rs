@@ -7,7 +7,7 @@ use super::format::{
     BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Format, Id, Label, Owner, Owners, Ptr,
     RECORDS, Record, Root, SLOTS, damaged, is_sound, short, u32_at, u64_at,
 };
-use super::lease::Lease;
+use super::lease::{self, Ask, Free, Lease};
 use super::log::Log;
 use super::merge::span;
 use super::nodes::{Nodes, Place, Tree};
@@ -246,7 +246,7 @@ async fn find_trees(
     (blocks, nodes): (&Arc<Blocks>, &Arc<Nodes>),
     below: Below<'_>,
 ) -> Result<Found> {
-    owner.features.allow(Features::STREAMS | Features::HOLDS, writable, "what the pool holds")?;
+    owner.features.allow(Features::OWNERS, writable, "what the pool holds")?;
     let label = blocks.label();
     let root = read_root(&label, owner, below).await?;
     let journal = read_journal(&label, &root, below).await?;
@@ -370,11 +370,18 @@ pub(super) async fn add_owner(format: Format, key: &str, blocks: &Blocks, below:
 
 /// Whoever opens these trees has to know that feature from now on, durably.
 pub(super) async fn need_feature(trees: &Pool, feature: u64, below: Below<'_>) -> Result<()> {
-    let blocks = &trees.space.blocks;
+    if trees.space.lease().is_some() {
+        return lease::ask::<Free>(Ask::Need { feature }, below).await.map(drop);
+    }
+    let number = trees.core().root.owner;
+    note_feature(&trees.space.blocks, number, feature, below).await
+}
+
+/// The list of owners says that this one's trees have a feature from now on, durably.
+pub(super) async fn note_feature(blocks: &Blocks, owner: u32, feature: u64, below: Below<'_>) -> Result<()> {
     let _alone = blocks.naming.lock().await;
     let mut owners = read_owners(&blocks.label(), below).await?;
-    let number = trees.core().root.owner;
-    let ours = owners.all.iter_mut().find(|owner| owner.number == number);
+    let ours = owners.all.iter_mut().find(|one| one.number == owner);
     let features = ours.map(|owner| &mut owner.features.incompatible);
     if let Some(features) = features.filter(|features| **features & feature == 0) {
         *features |= feature;
@@ -630,9 +637,7 @@ async fn replay(core: &mut Core, space: &Space, below: Below<'_>) -> Result<()> 
                 ended.insert(volume);
             }
             if has_happened {
-                if let Change::Map { at: at @ 1.., len, .. } = change {
-                    space.mark(at..at + u64::from(len))?;
-                }
+                space.mark(change.room())?;
                 happened.push(change);
             }
         }
@@ -666,9 +671,9 @@ async fn next_record(core: &Core, id: &Id, below: Below<'_>) -> Result<Option<(R
 /// It says something of blocks that a volume or the pool does not have, or of a snapshot that is there already.
 fn fits(core: &Core, space: &Space, change: &Change) -> Result<u32> {
     let (volume, end, is_new) = match change {
-        Change::Map { volume, first, len, at, .. } => {
-            let inside = at + u64::from(*len) <= space.label().extents * EXTENT;
-            (volume, first + u64::from(*len), *len > 0 && (*at == 0 || inside))
+        Change::Map { volume, first, len, .. } => {
+            let inside = change.room().end <= space.label().extents * EXTENT;
+            (volume, first + u64::from(*len), *len > 0 && inside)
         }
         Change::Snapshot { number, volume, .. } => {
             (volume, 0, *number < u32::MAX / 2 && !core.catalog.contains_key(number))
@@ -688,11 +693,12 @@ const PIECE: u64 = 256;
 async fn has_happened(change: &Change, settled: bool, below: Below<'_>) -> Result<bool> {
     match change {
         Change::Map { at: 1.., .. } if settled => Ok(true),
-        Change::Map { at: at @ 1.., len, crc, .. } => {
+        Change::Map { at: 1.., crc, .. } => {
+            let room = change.room();
             let mut hasher = crc32fast::Hasher::new();
             // A damaged record may speak of the whole pool.
-            for first in (*at..at + u64::from(*len)).step_by(PIECE as usize) {
-                let blocks = PIECE.min(at + u64::from(*len) - first);
+            for first in room.clone().step_by(PIECE as usize) {
+                let blocks = PIECE.min(room.end - first);
                 hasher.update(&below.read(first * BLOCK, blocks * BLOCK).await?.to_vec());
             }
             Ok(hasher.finalize() == *crc)

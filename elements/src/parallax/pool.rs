@@ -1,7 +1,7 @@
 //! A pool that is open: what is known of its volumes, and how changes become findable.
 
 use super::below::Below;
-use super::format::{BLOCK, Change, Entry, EntryKind, Format, Id, Map, NODE, Root};
+use super::format::{BLOCK, Change, Compress, Entry, EntryKind, Format, Id, Map, NODE, Root};
 use super::log::{Fate, Log, Part, Written};
 use super::nodes::Nodes;
 use super::runs::{Run, Runs};
@@ -230,6 +230,11 @@ impl Core {
         }
     }
 
+    /// How what is written to a volume is compressed.
+    pub(super) fn compress(&self, volume: u32) -> Option<Compress> {
+        self.catalog.get(&volume).map(|entry| entry.compress)
+    }
+
     /// The birth of a snapshot.
     pub(super) fn birth(&self, snapshot: u32) -> Option<u64> {
         match self.catalog.get(&snapshot).map(|entry| &entry.kind) {
@@ -240,11 +245,7 @@ impl Core {
 
     /// Blocks were taken for changes which have not happened.
     pub(super) fn let_go(&mut self, changes: Vec<Change>) {
-        let blocks = changes.into_iter().filter_map(|change| match change {
-            Change::Map { at: at @ 1.., len, .. } => Some(at..at + u64::from(len)),
-            Change::Map { .. } | Change::Snapshot { .. } => None,
-        });
-        self.loose.extend(blocks);
+        self.loose.extend(changes.iter().map(Change::room).filter(|room| !room.is_empty()));
     }
 
     /// Applies a record that has been written.
@@ -253,15 +254,13 @@ impl Core {
             // Each of them: a snapshot may be among the changes of others.
             let birth = self.births;
             match change {
-                Change::Map { volume, first, len, at, crcs, .. } => {
+                Change::Map { volume, first, len, at, crcs, pack, .. } => {
                     let Some(line) = self.lines.get_mut(&volume) else { continue };
                     let before = line.active.len();
-                    let over = line.active.put(first, Run::new(u64::from(len), at, birth, number, &crcs));
-                    self.runs = self.runs + line.active.len() - before;
+                    let run = Run::new(u64::from(len), at, birth, number, &crcs).packed(pack);
                     // Of the same layer, so no snapshot sees them.
-                    self.loose.extend(
-                        over.into_iter().filter(|run| run.at != 0).map(|run| run.at..run.at + run.len),
-                    );
+                    self.loose.extend(line.active.replace(first, run));
+                    self.runs = self.runs + line.active.len() - before;
                 }
                 Change::Snapshot { number, volume, made, name } => {
                     self.take_snapshot(number, volume, made, name)

@@ -1,8 +1,8 @@
 //! A volume of a pool on the disk below.
 
-use super::admin::{Settings, check_name, check_size};
+use super::admin::{NewSettings, Settings, check_name, check_size};
 use super::below::{Below, block_on};
-use super::format::{BLOCK, Format};
+use super::format::{BLOCK, Compress, Format};
 use super::lease::{self, Ask, Lease};
 use super::open::{Opening, add_trees, create, is_empty, open, open_leased, read_label};
 use super::parallax::HANDLERS;
@@ -38,6 +38,9 @@ blockmason::params! {
         /// version (`block`), or what the whole volume was at some instant since the last flush (`prefix`), for which
         /// blocks are never written in place either.
         order: Order = "block",
+        /// How what is written is compressed from now on: `no`, `lz4` or `zstd`. Without it, as it was; at first not at all. What is
+        /// compressed is never written in place.
+        compress: Option<Compress>,
         /// The format of the trees that the volume is in, 1 or 2. A pool may have both.
         format: Format = "1",
         /// What a write does for which there is no room: it fails (`error`), or waits (`queue`).
@@ -175,7 +178,7 @@ impl Radix {
             let _ = known.announced.set(());
             return Ok(volume);
         }
-        let Params { volume, size, checksums, order, memory, .. } = &self.params;
+        let Params { volume, size, checksums, order, memory, compress, .. } = &self.params;
         let pool = Arc::new(match lease {
             Some(lease) => open_leased(lease, memory.0, below).await?,
             None => self.open_alone(known.size, cx).await?,
@@ -191,6 +194,15 @@ impl Radix {
             let ordered = *order == Order::Prefix;
             let settings = Settings { checksums: *checksums, ordered, ..Settings::default() };
             pool.make_volume(volume, size.0, settings, below).await?;
+        }
+        let has = {
+            let core = pool.core();
+            core.volume(volume).and_then(|volume| core.compress(volume))
+        };
+        if let Some(wanted) = compress.filter(|wanted| Some(*wanted) != has && self.params.snapshot.is_none())
+        {
+            let new = NewSettings { compress: Some(wanted), ..NewSettings::default() };
+            pool.set(volume, new, below).await?;
         }
         let volume = Volume::open(pool, self.params.full(), None, |core| self.find(core)).await?;
         let _ = known.announced.set(());

@@ -4,8 +4,8 @@ use super::account::Account;
 pub use super::admin::{NewSettings, Settings};
 use super::below::{Below, block_on};
 use super::check::{Findings, check};
-pub use super::format::Format;
 use super::format::{BLOCK, Entry, EntryKind, Receiving, SnapshotId};
+pub use super::format::{Compress, Format};
 use super::open::Lacking;
 use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
@@ -315,7 +315,7 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let trees = shared.having(volume)?;
             let number = trees.core().find(volume, snapshot.as_deref())?;
             let account = block_on(trees.account(number, below))?;
-            let Account { mapped, shared, freed } = account;
+            let Account { mapped, shared, freed, packed } = account;
             let entry = trees.core().catalog.get(&number).cloned();
             let mut said = entry.map_or(Value::Null, |entry| settings_of(&entry));
             if snapshot.is_none() {
@@ -325,6 +325,7 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             said["mapped"] = json!(mapped * BLOCK);
             said["shared"] = json!(shared * BLOCK);
             said["freed_if_deleted"] = json!(freed * BLOCK);
+            said["compressed"] = json!({ "data": packed[0] * BLOCK, "takes": packed[1] * BLOCK });
             return Ok(said);
         }
         Operation::Read { volume, snapshot, offset, len } => {
@@ -487,7 +488,7 @@ fn identity(digits: &str) -> Result<SnapshotId> {
 fn settings_of(entry: &Entry) -> Value {
     let mut said = json!({
         "name": entry.name, "size": entry.size, "made": entry.made, "checksums": entry.checksums,
-        "ordered": entry.ordered,
+        "ordered": entry.ordered, "compress": entry.compress,
     });
     if let EntryKind::Volume { limits, receiving, .. } = &entry.kind {
         (said["quota"], said["reserve"]) = (json!(limits.quota), json!(limits.reserve));

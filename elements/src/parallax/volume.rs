@@ -1,7 +1,9 @@
 //! Serves a volume, or a snapshot of one.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, Change, EntryKind, Map, Node, Ptr, SLOTS, Slot};
+use super::format::{
+    BLOCK, Body, Change, EntryKind, Map, Node, PACK, PACK_BYTES, Pack, Ptr, SLOTS, Slot, unit,
+};
 use super::log::Part;
 use super::merge::span;
 use super::nodes::{Place, Tree};
@@ -11,6 +13,7 @@ use super::promise::Promise;
 use super::runs::Run;
 use super::space::Want;
 use crate::calendar::seconds;
+use crate::compression::Algorithm;
 use blockmason::{
     Answer, Cx, Data, Error, Extent, ExtentState, Flags, Flow, Kind, Op, Reply, Request, Result,
 };
@@ -34,17 +37,59 @@ const MOST_READ: usize = 64;
 /// Bytes of a request that are written beside their record, at most.
 const MOST_BESIDE: u64 = 64 << 10;
 
-/// Blocks in a row of a volume that are in a row in the pool, or a hole.
+/// Blocks in a row of a volume that are in a row in the pool, or in one pack; or a hole.
 #[derive(Debug)]
 struct Piece {
     first: u64,
     len: u64,
-    /// 0 is a hole.
+    /// Of a pack its own first block; 0 is a hole.
     at: u64,
+    pack: Option<Pack>,
     /// Nobody else sees them, and a replay of the log does not look at them.
     own: bool,
     /// In volumes that have checksums.
     crcs: Vec<u32>,
+}
+
+impl Piece {
+    /// Blocks of the pool that have to be read for it.
+    fn room(&self) -> Range<u64> {
+        Slot { at: self.at, pack: self.pack, ..Slot::default() }.room(self.len)
+    }
+
+    /// Its bytes, of those blocks.
+    ///
+    /// # Errors
+    /// They are not what was written.
+    fn open(&self, found: Data) -> Result<Data> {
+        let damaged = |block: u64, why: &str| {
+            let at = block * BLOCK;
+            Error::new(Kind::Io, format!("the 4096 bytes at {at} are damaged: {why}"))
+        };
+        let data = match self.pack {
+            None => found,
+            Some(pack) => {
+                let skip = ((self.first - unit(self.first).start) * BLOCK) as usize;
+                let plain = pack.open(&found).map_err(|error| damaged(self.first, error.message()))?;
+                plain.slice(skip..skip + (self.len * BLOCK) as usize)
+            }
+        };
+        for (ix, crc) in self.crcs.iter().enumerate() {
+            let from = ix * BLOCK as usize;
+            if crc_of(&data.slice(from..from + BLOCK as usize)) != *crc {
+                return Err(damaged(self.first + ix as u64, "their checksum is another one"));
+            }
+        }
+        Ok(data)
+    }
+}
+
+/// Blocks of a volume that go to a new place.
+struct Load {
+    first: u64,
+    len: u64,
+    /// If they go there as a pack: its bytes.
+    packed: Option<(Pack, Data)>,
 }
 
 /// A volume or a snapshot of an open pool, being served.
@@ -259,7 +304,7 @@ impl Volume {
             if !ptr.is_node() || search.since.is_some_and(|since| ptr.birth <= since) {
                 let end = blocks.end.min((index + 1) * span(level + 1));
                 let row = if ptr.is_node() || ptr.is_hole() { 0 } else { ptr.at[0] + at % span(level + 1) };
-                let slot = Slot { at: row, birth: ptr.birth, crc: 0 };
+                let slot = Slot::new(row, ptr.birth);
                 found.add(at, slot, end - at, slot.birth > shared);
                 return Ok(end);
             }
@@ -286,7 +331,7 @@ impl Volume {
                     None => {
                         let run = map.at(at % Map::BLOCKS);
                         let len = run.len.min(blocks.end - at);
-                        let slot = Slot { at: run.at, birth: run.birth, crc: 0 };
+                        let slot = Slot::new(run.at, run.birth);
                         found.add(at, slot, len, slot.birth > shared);
                         return Ok(at + len);
                     }
@@ -341,12 +386,10 @@ impl Volume {
         let hold = |here| Hold { _era: core.era.clone(), _in_place: here };
         let found = self.resolve(&core, blocks, most, search);
         let mut pieces = found.map_err(|node| Missing { node, hold: hold(None) })?;
-        let mut here = None;
-        if in_place && pieces.iter().any(|piece| piece.own) {
-            here = core.enter_in_place(self.number);
-            if here.is_none() {
-                pieces.iter_mut().for_each(|piece| piece.own = false);
-            }
+        let any_own = in_place && pieces.iter().any(|piece| piece.own);
+        let here = any_own.then(|| core.enter_in_place(self.number)).flatten();
+        if here.is_none() {
+            pieces.iter_mut().for_each(|piece| piece.own = false);
         }
         Ok((pieces, hold(here)))
     }
@@ -355,6 +398,7 @@ impl Volume {
         if let Ok((pieces, hold)) = self.find_now(Self::blocks(&req), usize::MAX, false, &Search::default())
             && let [piece] = &pieces[..]
             && piece.crcs.is_empty()
+            && piece.pack.is_none()
         {
             if piece.at == 0 {
                 return Flow::Now(Ok(Answer::Data(Data::zeros(req.len as usize))));
@@ -371,29 +415,29 @@ impl Volume {
     pub(super) async fn read_pieces(&self, req: Request, below: Below<'_>) -> Reply {
         let (pieces, _hold) = self.find(Self::blocks(&req), usize::MAX, false, below).await?;
         let mut parts = Vec::new();
-        for piece in pieces {
-            let len = piece.len * BLOCK;
-            if piece.at == 0 {
-                parts.push(Data::zeros(len as usize));
+        // Packs of what was written in a row lie in a row, and are read at once.
+        let goes_on = |one: &Piece, other: &Piece| {
+            one.pack.is_some() && other.pack.is_some() && one.room().end == other.at
+        };
+        for row in pieces.chunk_by(goes_on) {
+            let (first, end) = (&row[0], row[row.len() - 1].room().end);
+            let from = first.first * BLOCK - req.offset;
+            if first.at == 0 {
+                parts.push(Data::zeros((first.len * BLOCK) as usize));
                 continue;
             }
-            let mut part = req.part(piece.first * BLOCK - req.offset, len, piece.at * BLOCK);
-            if !piece.crcs.is_empty() {
-                // A guest may change its own memory before it has been compared.
+            let mut part = req.part(from, first.len * BLOCK, first.at * BLOCK);
+            part.len = (end - first.at) * BLOCK;
+            if !first.crcs.is_empty() || first.pack.is_some() {
+                // A guest may change its own memory before it has been compared, and has none for what is compressed.
                 part.data = Data::empty();
             }
             let data = below.submit(part).await?.into_data()?;
-            for (ix, crc) in piece.crcs.iter().enumerate() {
-                let from = ix * BLOCK as usize;
-                if crc_of(&data.slice(from..from + BLOCK as usize)) != *crc {
-                    let at = (piece.first + ix as u64) * BLOCK;
-                    return Err(Error::new(
-                        Kind::Io,
-                        format!("the 4096 bytes at {at} are damaged: their checksum is another one"),
-                    ));
-                }
+            for piece in row {
+                let room = piece.room();
+                let at = |block: u64| ((block - first.at) * BLOCK) as usize;
+                parts.push(piece.open(data.slice(at(room.start)..at(room.end)))?);
             }
-            parts.push(data);
         }
         Ok(Answer::Data(Data::concat(parts)))
     }
@@ -403,7 +447,8 @@ impl Volume {
         if let Err(error) = self.pool.check() {
             return cx.fail(&req, error);
         }
-        let found = self.find_now(Self::blocks(&req), usize::MAX, true, &Search::default()).ok();
+        let in_place = self.may_be_in_place(&req);
+        let found = self.find_now(Self::blocks(&req), usize::MAX, in_place, &Search::default()).ok();
         let found = match found {
             Some((pieces, hold)) if !req.is_fua() && matches!(&pieces[..], [piece] if piece.own) => {
                 return below.submit(Request { offset: pieces[0].at * BLOCK, ..req }).then(move |reply| {
@@ -465,8 +510,19 @@ impl Volume {
 
     async fn try_to_write(&self, req: &Request, below: Below<'_>) -> Reply {
         self.pool.check()?;
-        let found = self.find(Self::blocks(req), usize::MAX, true, below).await?;
+        let in_place = self.may_be_in_place(req);
+        let found = self.find(Self::blocks(req), usize::MAX, in_place, below).await?;
         self.write_found(req, found, below).await
+    }
+
+    /// How what is written is compressed, if it is.
+    fn algorithm(&self) -> Option<Algorithm> {
+        self.pool.core().compress(self.number)?.algorithm()
+    }
+
+    /// False if something of it is to be compressed, which is never in place.
+    fn may_be_in_place(&self, req: &Request) -> bool {
+        packs(&Self::blocks(req)).is_empty() || self.algorithm().is_none()
     }
 
     /// Writes what is there in place where that may be, and the rest to new places.
@@ -475,44 +531,92 @@ impl Volume {
         let (mut changes, mut parts) = (Vec::new(), Vec::new());
         let mut promise = self.promise(fresh(&pieces), &Self::blocks(req), false, below).await?;
         for (own, row) in rows(&pieces) {
-            let part = |first: u64, blocks: Range<u64>| {
-                let (from, len) = (first * BLOCK - req.offset, (blocks.end - blocks.start) * BLOCK);
-                let mut part = req.part(from, len, blocks.start * BLOCK);
+            let part = |first: u64, len: u64, at: u64| {
+                let mut part = req.part(first * BLOCK - req.offset, len * BLOCK, at * BLOCK);
                 part.flags = part.flags.without(Flags::FUA);
                 part
             };
             if let Some(at) = own {
-                parts.push(part(row.start, at..at + row.end - row.start));
+                parts.push(part(row.start, row.end - row.start, at));
                 continue;
             }
-            let placed = self.place(row, &mut promise, below, |first, blocks| {
-                let part = part(first, blocks.clone());
-                changes.push(self.map(first, &part.data, blocks));
-                parts.push(part);
-            });
-            if let Err(error) = placed.await {
+            let done = async {
+                for load in self.loads(req, row).await? {
+                    self.place(load, &mut promise, below, |Load { first, len, packed }, at| {
+                        let mut part = part(first, len, at);
+                        let plain = part.data.clone();
+                        let (pack, data) =
+                            packed.map_or((None, plain.clone()), |(pack, data)| (Some(pack), data));
+                        (part.len, part.data) = (data.len() as u64, data);
+                        changes.push(self.map((first, len), &plain, (at, pack), &part.data));
+                        parts.push(part);
+                    })
+                    .await?;
+                }
+                Ok(())
+            };
+            if let Err(error) = done.await {
                 // What was taken for nothing.
                 self.pool.core().let_go(changes);
                 return Err(error);
             }
         }
-        self.write_parts(changes, parts, below).await?;
+        self.write_parts(changes, joined(parts), below).await?;
         promise.keep();
         self.end(req, below).await
     }
 
-    /// Takes room for blocks that go to new places, piece by piece.
+    /// Blocks that go to new places: packs of them where that makes them fewer, and the others as they are.
+    async fn loads(&self, req: &Request, row: Range<u64>) -> Result<Vec<Load>> {
+        let load =
+            |blocks: Range<u64>, packed| Load { first: blocks.start, len: blocks.end - blocks.start, packed };
+        let Some(algorithm) = self.algorithm() else { return Ok(vec![load(row, None)]) };
+        let (mut loads, mut plain) = (Vec::new(), row.start);
+        for unit in packs(&row).step_by(PACK as usize).map(unit) {
+            let from = (unit.start * BLOCK - req.offset) as usize;
+            let bytes = req.data.slice(from..from + PACK_BYTES);
+            let made = match bytes.as_slice() {
+                Some(bytes) => Pack::make(algorithm, bytes)?,
+                None => Pack::make(algorithm, &bytes.to_vec())?,
+            };
+            // It takes some time, which others may use.
+            blockmason::rt::pass().await;
+            if let Some(packed) = made {
+                if plain < unit.start {
+                    loads.push(load(plain..unit.start, None));
+                }
+                plain = unit.end;
+                loads.push(load(unit, Some(packed)));
+            }
+        }
+        if plain < row.end {
+            loads.push(load(plain..row.end, None));
+        }
+        Ok(loads)
+    }
+
+    /// Takes room for blocks that go to new places, piece by piece. What of them goes where is told each time.
     async fn place(
         &self,
-        row: Range<u64>,
+        mut load: Load,
         promise: &mut Promise<'_>,
         below: Below<'_>,
-        mut placed: impl FnMut(u64, Range<u64>),
+        mut placed: impl FnMut(Load, u64),
     ) -> Result<()> {
-        let mut first = row.start;
-        while first < row.end {
-            let near = self.pool.core().lines.get(&self.number).and_then(|line| line.near);
-            let want = Want { least: 1, most: row.end - first };
+        let near = || self.pool.core().lines.get(&self.number).and_then(|line| line.near);
+        if let Some((pack, data)) = load.packed.take() {
+            let blocks = u64::from(pack.blocks);
+            if let Some(room) = self.pool.space.take_now(near(), Want { least: blocks, most: blocks }) {
+                promise.placed(blocks);
+                placed(Load { packed: Some((pack, data)), ..load }, room.start);
+                return Ok(());
+            }
+            // There are not so many in a row: it was promised as much as it takes as it is, wherever that is.
+        }
+        let (mut first, end) = (load.first, load.first + load.len);
+        while first < end {
+            let near = near();
+            let want = Want { least: 1, most: end - first };
             let blocks = match self.pool.space.take_now(near, want) {
                 Some(blocks) => blocks,
                 None => {
@@ -522,7 +626,7 @@ impl Volume {
             };
             let len = blocks.end - blocks.start;
             promise.placed(len);
-            placed(first, blocks);
+            placed(Load { first, len, packed: None }, blocks.start);
             first += len;
         }
         Ok(())
@@ -562,21 +666,26 @@ impl Volume {
         data.and(logged)
     }
 
-    /// What is said of data that goes to these blocks. What comes next goes behind them.
-    fn map(&self, first: u64, data: &Data, blocks: Range<u64>) -> Change {
+    /// What is said of blocks that go to a place, in a pack or not, where they are this data. What comes next goes behind them.
+    fn map(
+        &self,
+        (first, len): (u64, u64),
+        plain: &Data,
+        (at, pack): (u64, Option<Pack>),
+        data: &Data,
+    ) -> Change {
         let checksums = {
             let mut core = self.pool.core();
             if let Some(line) = core.lines.get_mut(&self.number) {
-                line.near = Some(blocks.end);
+                line.near = Some(at + data.len() as u64 / BLOCK);
             }
             core.catalog.get(&self.number).is_some_and(|entry| entry.checksums)
         };
         let crcs = match checksums {
-            true => data.to_vec().chunks(BLOCK as usize).map(crc32fast::hash).collect(),
+            true => plain.to_vec().chunks(BLOCK as usize).map(crc32fast::hash).collect(),
             false => Vec::new(),
         };
-        let len = (blocks.end - blocks.start) as u32;
-        Change::Map { volume: self.number, first, len, at: blocks.start, crc: crc_of(data), crcs }
+        Change::Map { volume: self.number, first, len: len as u32, at, crc: crc_of(data), pack, crcs }
     }
 
     /// What has been done is made durable if that was asked for.
@@ -608,7 +717,7 @@ impl Volume {
         let starts = (row.start..row.end).step_by(u32::MAX as usize);
         let change = |first: u64| {
             let len = (row.end - first).min(u64::from(u32::MAX)) as u32;
-            Change::Map { volume: self.number, first, len, at: 0, crc: 0, crcs: Vec::new() }
+            Change::Map { volume: self.number, first, len, at: 0, crc: 0, pack: None, crcs: Vec::new() }
         };
         self.pool.log(Part::after_data(starts.map(change).collect()), below).await?;
         promise.keep();
@@ -621,15 +730,17 @@ impl Volume {
         let since = map.map(|map| self.birth_in(map)).transpose()?;
         let search = Search { since, ..Search::default() };
         let (pieces, _hold) = self.search(Self::blocks(&req), most, false, search, below).await?;
-        let extent = |piece: &Piece| {
-            let state = match (since, piece.at) {
-                (None, 0) => ExtentState::HOLE,
-                (None, _) => ExtentState::DATA,
-                (Some(_), at) => ExtentState { dirty: at != 0, ..ExtentState::default() },
-            };
-            Extent { len: piece.len * BLOCK, state }
+        let state = |piece: &Piece| match (since, piece.at) {
+            (None, 0) => ExtentState::HOLE,
+            (None, _) => ExtentState::DATA,
+            (Some(_), at) => ExtentState { dirty: at != 0, ..ExtentState::default() },
         };
-        Ok(Answer::Extents(pieces.iter().map(extent).collect()))
+        let same = pieces.chunk_by(|one, other| state(one) == state(other));
+        let extent = |same: &[Piece]| {
+            let blocks: u64 = same.iter().map(|piece| piece.len).sum();
+            Extent { len: blocks * BLOCK, state: state(&same[0]) }
+        };
+        Ok(Answer::Extents(same.map(extent).collect()))
     }
 
     /// The blocks that were born after that, in order, whether or not they are in the trees yet.
@@ -707,23 +818,25 @@ impl Found {
         if self.checksums {
             (0..run.len).for_each(|ix| self.add(first + ix, run.slot(ix), 1, own));
         } else {
-            self.add(first, Slot { at: run.at, birth: run.birth, crc: 0 }, run.len, own);
+            let slot = Slot { pack: run.pack, ..Slot::new(run.at, run.birth) };
+            self.add(first, slot, run.len, own);
         }
         first + run.len
     }
 
     fn add(&mut self, first: u64, mut slot: Slot, len: u64, own: bool) {
         if let Some(since) = self.since {
-            slot.at = u64::from(slot.birth > since);
+            slot = Slot::new(u64::from(slot.birth > since), slot.birth);
         }
-        let own = own && slot.at != 0;
+        let own = own && slot.at != 0 && slot.pack.is_none();
         let crcs = if self.checksums && slot.at != 0 { len as usize } else { 0 };
         let crcs = std::iter::repeat_n(slot.crc, crcs);
         if let Some(last) = self.pieces.last_mut() {
             let joins = match self.since {
                 Some(_) => last.at == slot.at,
                 None if last.at == 0 => slot.at == 0,
-                None => slot.at == last.at + last.len,
+                None if slot.pack.is_some() => last.pack == slot.pack && last.at == slot.at,
+                None => last.pack.is_none() && slot.at == last.at + last.len,
             };
             if joins && last.own == own {
                 last.len += len;
@@ -731,8 +844,28 @@ impl Found {
                 return;
             }
         }
-        self.pieces.push(Piece { first, len, at: slot.at, own, crcs: crcs.collect() });
+        self.pieces.push(Piece { first, len, at: slot.at, pack: slot.pack, own, crcs: crcs.collect() });
     }
+}
+
+/// Blocks among these that whole packs can be made of.
+fn packs(blocks: &Range<u64>) -> Range<u64> {
+    blocks.start.next_multiple_of(PACK)..blocks.end - blocks.end % PACK
+}
+
+/// Writes to the pool, of which those in a row become one.
+fn joined(parts: Vec<Request>) -> Vec<Request> {
+    let mut joined: Vec<Request> = Vec::with_capacity(parts.len());
+    for part in parts {
+        match joined.last_mut() {
+            Some(last) if last.end() == part.offset => {
+                last.len += part.len;
+                last.data = Data::concat(vec![std::mem::take(&mut last.data), part.data]);
+            }
+            _ => joined.push(part),
+        }
+    }
+    joined
 }
 
 /// What of these goes to new places.

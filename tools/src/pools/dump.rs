@@ -6,7 +6,7 @@
 use super::pool::number;
 use super::reach::Pool;
 use crate::failure::{Failure, Outcome};
-use blockmason_elements::parallax::tool::{Format, Operation, Settings};
+use blockmason_elements::parallax::tool::{Operation, Settings};
 use crc32fast::Hasher;
 use serde_json::Value;
 use std::io::{BufRead, Write};
@@ -105,7 +105,7 @@ fn put_changes<W: Write>(
 }
 
 /// Makes a volume of what [`dump`] has written. What has been made of it is deleted if the text is not whole.
-pub(super) fn restore(pool: &Pool<'_>, (name, format): (&str, Format), from: impl BufRead) -> Outcome {
+pub(super) fn restore(pool: &Pool<'_>, (name, kept): (&str, Settings), from: impl BufRead) -> Outcome {
     let mut reader = Reader { from, sum: Hasher::new(), number: 0 };
     if reader.line()?.as_deref() != Some(FORM) {
         return Err(Failure::new("this is no dump of a volume"));
@@ -121,7 +121,7 @@ pub(super) fn restore(pool: &Pool<'_>, (name, format): (&str, Format), from: imp
     if pool.find(name)?.is_some() {
         return Err(Failure::new(format!("there is a volume {name} already")));
     }
-    let settings = Settings { format, checksums, ordered, ..Settings::default() };
+    let settings = Settings { checksums, ordered, ..kept };
     // It has its name once it is whole: whoever ends this before that must not take it for the volume.
     let part = format!("{name}{PART}");
     pool.ask(&Operation::CreateVolume { name: part.clone(), size, settings })?;

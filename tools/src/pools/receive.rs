@@ -7,7 +7,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::progress::lines;
 use base64::prelude::{BASE64_STANDARD, Engine};
-use blockmason_elements::parallax::tool::{Format, Operation, Settings};
+use blockmason_elements::parallax::tool::{Operation, Settings};
 use serde_json::Value;
 use std::fmt;
 use std::io::Read;
@@ -78,7 +78,7 @@ enum Plan {
     GoOn(u64),
 }
 
-pub(super) fn receive(pool: &Pool<'_>, (name, format): (&str, Format), from: impl Read) -> Outcome {
+pub(super) fn receive(pool: &Pool<'_>, (name, kept): (&str, Settings), from: impl Read) -> Outcome {
     let mut reader = Reader::begin(from)?;
     let about = reader.about.clone();
     let (found, mut at) = (pool.find(name)?, about.offset);
@@ -87,12 +87,7 @@ pub(super) fn receive(pool: &Pool<'_>, (name, format): (&str, Format), from: imp
             return output::text(&format!("{name} has {} already\n", about.snapshot.name));
         }
         Plan::Make => {
-            let settings = Settings {
-                format,
-                checksums: about.checksums,
-                ordered: about.ordered,
-                ..Settings::default()
-            };
+            let settings = Settings { checksums: about.checksums, ordered: about.ordered, ..kept };
             let made = Operation::CreateVolume { name: name.to_owned(), size: about.size, settings };
             pool.ask(&made)?;
             fill(pool, name, &about, 0).inspect_err(|_| {

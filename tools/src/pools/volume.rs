@@ -10,7 +10,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::units::{Bytes, Exact};
 use blockmason::lang::value::Size;
-use blockmason_elements::parallax::tool::{Format, NewSettings, Operation, Settings};
+use blockmason_elements::parallax::tool::{Compress, Format, NewSettings, Operation, Settings};
 use std::io::{BufReader, BufWriter, IsTerminal};
 use std::path::{Path, PathBuf};
 
@@ -48,9 +48,8 @@ enum Command {
         /// Keeps a checksum of each block; blocks are then never written in place
         #[arg(long)]
         checksums: bool,
-        /// The format of its map: 2 takes next to no room for what is written in a row
-        #[arg(long, default_value_t)]
-        format: Format,
+        #[command(flatten)]
+        kept: Kept,
         #[command(flatten)]
         limits: Limits,
         #[command(flatten)]
@@ -62,6 +61,9 @@ enum Command {
         pool: PathBuf,
         /// The volume
         name: String,
+        /// How what is written from now on is compressed; what is there stays as it is
+        #[arg(long)]
+        compress: Option<Compress>,
         #[command(flatten)]
         limits: Limits,
         #[command(flatten)]
@@ -204,9 +206,8 @@ enum Command {
         pool: PathBuf,
         /// The volume
         name: String,
-        /// The format of its map
-        #[arg(long, default_value_t)]
-        format: Format,
+        #[command(flatten)]
+        kept: Kept,
         #[command(flatten)]
         control: ControlArgs,
     },
@@ -226,9 +227,8 @@ enum Command {
         /// Keeps a checksum of each block; blocks are then never written in place
         #[arg(long)]
         checksums: bool,
-        /// The format of its map
-        #[arg(long, default_value_t)]
-        format: Format,
+        #[command(flatten)]
+        kept: Kept,
         #[command(flatten)]
         control: ControlArgs,
     },
@@ -273,9 +273,8 @@ enum Command {
         pool: PathBuf,
         /// The volume
         name: String,
-        /// The format of its map, if it is made
-        #[arg(long, default_value_t)]
-        format: Format,
+        #[command(flatten)]
+        kept: Kept,
         /// Gives up what is half received: the volume is what its newest snapshot is, or gone if it has none
         #[arg(long)]
         abort: bool,
@@ -298,6 +297,23 @@ enum Command {
         #[command(flatten)]
         control: ControlArgs,
     },
+}
+
+/// How what is written to a new volume is kept.
+#[derive(clap::Args)]
+struct Kept {
+    /// The format of its map: 2 takes next to no room for what is written in a row
+    #[arg(long, default_value_t)]
+    format: Format,
+    /// How what is written is compressed, 32 KiB at a time: no, lz4 (fast) or zstd (small)
+    #[arg(long, default_value_t)]
+    compress: Compress,
+}
+
+impl Kept {
+    fn settings(&self) -> Settings {
+        Settings { format: self.format, compress: self.compress, ..Settings::default() }
+    }
 }
 
 #[derive(clap::Args)]
@@ -325,22 +341,26 @@ pub(crate) fn main(args: &Args) -> Outcome {
     let done =
         |pool: &Path, operation: Operation, control: &ControlArgs| ask(pool, &operation, control).map(drop);
     match &args.command {
-        Command::Create { pool, name, size, checksums, format, limits, control } => {
+        Command::Create { pool, name, size, checksums, kept, limits, control } => {
             let bytes = |size: Option<Size>| size.map_or(0, |size| size.0);
             let settings = Settings {
-                format: *format,
                 checksums: *checksums,
                 ordered: limits.order == Some(Order::Prefix),
                 quota: bytes(limits.quota),
                 reserve: bytes(limits.reserve),
+                ..kept.settings()
             };
             done(pool, Operation::CreateVolume { name: name.clone(), size: size.0, settings }, control)
         }
-        Command::Set { limits: Limits { quota: None, reserve: None, order: None }, .. } => {
-            Err(Failure::Usage("give what is to change: --quota, --reserve or --order".to_owned()))
+        Command::Set {
+            compress: None, limits: Limits { quota: None, reserve: None, order: None }, ..
+        } => {
+            let what = "give what is to change: --quota, --reserve, --order or --compress";
+            Err(Failure::Usage(what.to_owned()))
         }
-        Command::Set { pool, name, limits, control } => {
+        Command::Set { pool, name, compress, limits, control } => {
             let settings = NewSettings {
+                compress: *compress,
                 ordered: limits.order.map(|order| order == Order::Prefix),
                 quota: limits.quota.map(|size| size.0),
                 reserve: limits.reserve.map(|size| size.0),
@@ -395,11 +415,11 @@ pub(crate) fn main(args: &Args) -> Outcome {
             let from = Pool::reach(pool, control);
             dump::dump(&from, &volume, snapshot.as_deref(), BufWriter::new(std::io::stdout().lock()))
         }
-        Command::Restore { pool, name, format, control } => {
-            dump::restore(&Pool::reach(pool, control), (name, *format), std::io::stdin().lock())
+        Command::Restore { pool, name, kept, control } => {
+            dump::restore(&Pool::reach(pool, control), (name, kept.settings()), std::io::stdin().lock())
         }
-        Command::Import { pool, name, image, layout, checksums, format, control } => {
-            let settings = Settings { format: *format, checksums: *checksums, ..Settings::default() };
+        Command::Import { pool, name, image, layout, checksums, kept, control } => {
+            let settings = Settings { checksums: *checksums, ..kept.settings() };
             image::import(&Pool::reach(pool, control), (name, settings), image, *layout)
         }
         Command::Export { pool, name, image, layout, control } => {
@@ -423,9 +443,9 @@ pub(crate) fn main(args: &Args) -> Outcome {
         Command::Receive { pool, name, abort: true, control, .. } => {
             receive::abort(&Pool::reach(pool, control), name)
         }
-        Command::Receive { pool, name, format, control, .. } => receive::receive(
+        Command::Receive { pool, name, kept, control, .. } => receive::receive(
             &Pool::reach(pool, control),
-            (name, *format),
+            (name, kept.settings()),
             BufReader::with_capacity(1 << 20, std::io::stdin().lock()),
         ),
         Command::Diff { pool, since, until, json, control } => {
@@ -463,6 +483,14 @@ fn stat(found: &serde_json::Value) -> String {
     }
     said += &words("order", if found["ordered"] == true { "prefix" } else { "block" });
     said += &words("checksums", yes("checksums"));
+    let [data, takes] = ["data", "takes"].map(|key| pool::number(&found["compressed"][key]));
+    if data > 0 {
+        let size = |bytes: u64| Bytes(bytes).to_string();
+        said += &words("compressed", &format!("{} in {}", size(data), size(takes)));
+    }
+    if found["compress"] != "no" {
+        said += &words("compresses with", found["compress"].as_str().unwrap_or("?"));
+    }
     if let Some(token) = Token::of(&found["receiving"]) {
         said += &format!("being received, with the rest sent by --resume {token}\n");
     }

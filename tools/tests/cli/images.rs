@@ -1,8 +1,8 @@
 //! `mason volume import` and `export`: what is in an image is in the volume, and QEMU reads what comes out.
 
-use crate::harness::{Ended, Home};
+use crate::harness::{Ended, Home, MASON};
 use std::os::unix::fs::FileExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 fn qemu(home: &Home, args: &[&str]) -> Ended {
     Ended::of(Command::new("qemu-img").args(args).current_dir(home.path("")).output().unwrap())
@@ -47,6 +47,48 @@ fn images_come_and_go() {
         home.mason(&["volume", "export", "a.pool", "a@s", "snap", "--as", "qcow2"]).done();
         assert!(qemu(&home, &["compare", "-F", "qcow2", "disk.raw", "snap"]).out.contains("identical"));
         assert_eq!(home.mason(&["pool", "check", "a.pool"]).code, Some(0));
+    }
+}
+
+/// Text compresses, and noise does not; both come back, from the volume, a snapshot, a copy elsewhere, over a daemon and without one.
+#[test]
+fn what_is_compressed_takes_less_and_is_the_same() {
+    let home = Home::new();
+    let mut rng = fastrand::Rng::with_seed(4);
+    let mut bytes: Vec<u8> = b"a guest's log says the same again and again\n".repeat(24_000);
+    bytes.extend(std::iter::repeat_with(|| rng.u8(..)).take(1 << 20));
+    std::fs::write(home.path("disk.raw"), &bytes).unwrap();
+    for pool in ["a.pool", "b.pool"] {
+        home.mason(&["pool", "create", pool, "--size", "128M"]).done();
+    }
+    let same = |pool: &str, volume: &str| {
+        home.mason(&["volume", "export", pool, volume, "out.raw"]).done();
+        let found = std::fs::read(home.path("out.raw")).unwrap();
+        std::fs::remove_file(home.path("out.raw")).unwrap();
+        assert!(found.starts_with(&bytes), "{pool}, {volume}");
+    };
+    for (how, format) in [("lz4", "1"), ("zstd", "1"), ("lz4", "2"), ("zstd", "2")] {
+        let volume = format!("{how}{format}");
+        let kept = ["--compress", how, "--format", format];
+        home.mason(&[&["volume", "import", "a.pool", &volume, "disk.raw"], &kept[..]].concat()).done();
+        let stat = home.mason(&["volume", "stat", "a.pool", &volume, "--json"]).json();
+        let [data, takes] = ["data", "takes"].map(|key| stat["compressed"][key].as_u64().unwrap());
+        assert!(data >= 1 << 20 && takes * 6 <= data, "{stat}");
+        let freed = stat["freed_if_deleted"].as_u64().unwrap();
+        assert!(freed < (1 << 20) + (512 << 10), "{stat}");
+        same("a.pool", &volume);
+        home.mason(&["volume", "snapshot", "a.pool", &format!("{volume}@s")]).done();
+        let mut sender = home.command(MASON, &["volume", "send", "a.pool", &format!("{volume}@s")]);
+        let mut sender = sender.stdout(Stdio::piped()).spawn().unwrap();
+        let mut receiver = home.command(MASON, &["volume", "receive", "b.pool", &volume, "--compress", how]);
+        Ended::of(receiver.stdin(sender.stdout.take().unwrap()).output().unwrap()).done();
+        assert!(sender.wait().unwrap().success());
+        same("b.pool", &format!("{volume}@s"));
+        let there = home.mason(&["volume", "stat", "b.pool", &volume, "--json"]).json();
+        assert_eq!(there["compressed"], stat["compressed"]);
+    }
+    for pool in ["a.pool", "b.pool"] {
+        assert_eq!(home.mason(&["pool", "check", pool]).code, Some(0));
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the catalog says of volumes and snapshots.
 
 use super::store::Features;
-use super::{BLOCK, Ptr, damaged, expect_zeros, put, u32_at, u40_at, u64_at};
+use super::{BLOCK, Compress, Ptr, damaged, expect_zeros, put, u32_at, u40_at, u64_at};
 use blockmason::Result;
 
 /// Records of one page of the catalog.
@@ -77,6 +77,8 @@ pub(in super::super) struct Entry {
     pub(in super::super) ordered: bool,
     /// A snapshot that is not to be deleted.
     pub(in super::super) held: bool,
+    /// How what is written is compressed.
+    pub(in super::super) compress: Compress,
     /// Blocks that hold data.
     pub(in super::super) mapped: u64,
     /// Seconds since 1970.
@@ -96,6 +98,7 @@ impl Entry {
         let flags = [self.checksums, self.deleting, self.ordered, self.held];
         bytes[2] = flags.into_iter().zip(0..).map(|(flag, bit)| u8::from(flag) << bit).sum();
         bytes[3] = self.name.len() as u8;
+        bytes[12] = self.compress.code();
         self.root.put(bytes, 16);
         put(bytes, 32, 8, self.size);
         put(bytes, 64, 8, self.made);
@@ -151,7 +154,7 @@ impl Entry {
             }
             _ => return Err(damaged("the catalog has a record of no known kind")),
         };
-        for gap in [12..16, 31..32, 45..48, 63..64] {
+        for gap in [13..16, 31..32, 45..48, 63..64] {
             expect_zeros(&bytes[gap], "a record of the catalog")?;
         }
         let len = bytes[3] as usize;
@@ -159,6 +162,8 @@ impl Entry {
         let name = name.filter(|name| (1..=Entry::NAME).contains(&name.len()));
         let name = name.ok_or_else(|| damaged("the catalog has a name that is none"))?.to_owned();
         expect_zeros(&bytes[128 + len..], "a record of the catalog")?;
+        let compress = Compress::of(bytes[12])
+            .ok_or_else(|| damaged("the catalog names a way to compress that there is not"))?;
         let entry = Entry {
             name,
             size: u64_at(bytes, 32),
@@ -168,6 +173,7 @@ impl Entry {
             deleting: bytes[2] & 2 != 0,
             ordered: bytes[2] & 4 != 0,
             held: bytes[2] & 8 != 0,
+            compress,
             mapped: u64_at(bytes, 112),
             made: u64_at(bytes, 64),
             features: Features::at(bytes, 72),
@@ -200,6 +206,7 @@ mod tests {
                 deleting: false,
                 ordered: true,
                 held: true,
+                compress: Compress::Zstd,
                 mapped: 999,
                 made: 1_700_000_000,
                 features: Features { compatible: 1, read_only: 2, incompatible: 4 },

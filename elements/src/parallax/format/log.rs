@@ -1,6 +1,7 @@
 //! Records of the log.
 
-use super::{BLOCK, Entry, Id, is_sound, put, seal, short, u32_at, u40_at, u64_at};
+use super::{BLOCK, Entry, Id, PACK, Pack, Slot, is_sound, put, seal, short, u32_at, u40_at, u64_at};
+use std::ops::Range;
 
 const MAGIC: &[u8; 4] = b"PXLG";
 const HEADER: usize = 64;
@@ -15,8 +16,10 @@ pub(in super::super) enum Change {
         len: u32,
         /// The first block of the pool; 0 is a hole.
         at: u64,
-        /// Of all the data.
+        /// Of what is there.
         crc: u32,
+        /// The pack that they are, all of its blocks.
+        pack: Option<Pack>,
         /// Of each block, in volumes with checksums.
         crcs: Vec<u32>,
     },
@@ -25,6 +28,16 @@ pub(in super::super) enum Change {
 }
 
 impl Change {
+    /// Blocks of the pool that what has been written is in.
+    pub(in super::super) fn room(&self) -> Range<u64> {
+        match self {
+            Change::Map { at, len, pack, .. } => {
+                Slot { at: *at, pack: *pack, ..Slot::default() }.room(u64::from(*len))
+            }
+            Change::Snapshot { .. } => 0..0,
+        }
+    }
+
     /// Bytes that it takes. `checksums` says whether the volume has them.
     fn len(&self) -> usize {
         match self {
@@ -38,14 +51,14 @@ impl Change {
         to.resize(from + self.len(), 0);
         let bytes = &mut to[from..];
         match self {
-            Change::Map { volume, first, len, at, crc, crcs } => {
+            Change::Map { volume, first, len, at, crc, pack, crcs } => {
                 bytes[0] = 1;
                 put(bytes, 1, 4, u64::from(*volume));
                 put(bytes, 5, 5, *first);
                 put(bytes, 10, 4, u64::from(*len));
                 put(bytes, 14, 5, *at);
                 put(bytes, 19, 4, u64::from(*crc));
-                bytes[23] = u8::from(!crcs.is_empty());
+                bytes[23] = Pack::encode(*pack) << 1 | u8::from(!crcs.is_empty());
                 for (crc, at) in crcs.iter().zip((24..).step_by(4)) {
                     put(bytes, at, 4, u64::from(*crc));
                 }
@@ -64,10 +77,13 @@ impl Change {
     /// The change at the start of these bytes, and what is behind it.
     fn decode(bytes: &[u8]) -> Option<(Change, &[u8])> {
         match bytes.first()? {
-            1 if bytes.len() >= 24 && bytes[23] < 2 => {
+            1 if bytes.len() >= 24 => {
                 let len = u32_at(bytes, 10);
-                let sums = if bytes[23] == 1 { len as usize } else { 0 };
-                if len == 0 {
+                let sums = if bytes[23] & 1 == 1 { len as usize } else { 0 };
+                let (first, at) = (u40_at(bytes, 5), u40_at(bytes, 14));
+                let pack = Pack::decode(bytes[23] >> 1).ok()?;
+                let is_pack = at != 0 && first.is_multiple_of(PACK) && u64::from(len) == PACK;
+                if len == 0 || pack.is_some() && !is_pack {
                     return None;
                 }
                 let rest = &bytes[24..];
@@ -75,9 +91,8 @@ impl Change {
                     return None;
                 }
                 let crcs = (0..sums).map(|ix| u32_at(rest, 4 * ix)).collect();
-                let (volume, first) = (u32_at(bytes, 1), u40_at(bytes, 5));
-                let (at, crc) = (u40_at(bytes, 14), u32_at(bytes, 19));
-                Some((Change::Map { volume, first, len, at, crc, crcs }, &rest[4 * sums..]))
+                let (volume, crc) = (u32_at(bytes, 1), u32_at(bytes, 19));
+                Some((Change::Map { volume, first, len, at, crc, pack, crcs }, &rest[4 * sums..]))
             }
             2 if bytes.len() >= 18 => {
                 let len = bytes[17] as usize;
@@ -187,12 +202,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn change() -> impl Strategy<Value = Change> {
-        let map = (any::<u32>(), 0..super::super::LIMIT, 1u32..20, any::<u32>(), any::<bool>()).prop_map(
-            |(volume, first, len, crc, sums)| {
-                let crcs = if sums { (0..len).collect() } else { Vec::new() };
-                Change::Map { volume, first, len, at: first / 2, crc, crcs }
-            },
-        );
+        let numbers = (any::<u32>(), 0..super::super::LIMIT, 1u32..20, any::<u32>(), any::<bool>(), 0..4_u8);
+        let map = numbers.prop_map(|(volume, mut first, mut len, crc, sums, ix)| {
+            let pack = Pack::decode([0, 0, 0x17, 0x21][usize::from(ix)]).unwrap();
+            if pack.is_some() {
+                (first, len) = (super::super::unit(first).start, PACK as u32);
+            }
+            let crcs = if sums { (0..len).collect() } else { Vec::new() };
+            Change::Map { volume, first, len, at: first / 2 + 1, crc, pack, crcs }
+        });
         let snapshot = (any::<u32>(), "[a-zä]{1,40}").prop_map(|(number, name)| Change::Snapshot {
             number,
             volume: 1,

@@ -4,13 +4,16 @@ mod catalog;
 mod log;
 mod map;
 mod node;
+mod pack;
 mod root;
 mod store;
 
 pub(super) use catalog::{Entry, Kind as EntryKind, Limits, RECORDS, Receiving, SnapshotId};
 pub(super) use log::{Change, Record, Stamp};
 pub(super) use map::{Map, MapRun};
-pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot};
+pub(super) use node::{Body, DEAD, Dead, Node, SLOTS, Slot, unit_of};
+pub use pack::Compress;
+pub(super) use pack::{PACK, PACK_BYTES, Pack, unit};
 pub(super) use root::{Ptr, Root};
 pub(super) use store::{EXTENT_RECORD, ExtentRecord, Features, Label, MOST_KEY, Owner, Owners, is_key};
 

@@ -2,10 +2,11 @@
 
 use super::catalog::{Entry, RECORDS};
 use super::{
-    BLOCK, Id, LIMIT, Map, MapRun, NODE, Ptr, damaged, expect_zeros, is_sound, put, seal, short, u16_at,
-    u32_at, u40_at, u64_at,
+    BLOCK, Id, LIMIT, Map, MapRun, NODE, Pack, Ptr, damaged, expect_zeros, is_sound, put, seal, short,
+    u16_at, u32_at, u40_at, u64_at, unit,
 };
 use blockmason::Result;
+use std::ops::Range;
 
 const MAGIC: &[u8; 4] = b"PXND";
 /// Entries of a leaf or an inner node.
@@ -25,6 +26,38 @@ pub(in super::super) struct Slot {
     pub(in super::super) birth: u64,
     /// Of its contents, in volumes with checksums.
     pub(in super::super) crc: u32,
+    /// The pack that it is in, which begins at that block.
+    pub(in super::super) pack: Option<Pack>,
+}
+
+impl Slot {
+    /// Of a block by itself, or the first of a row of them.
+    pub(in super::super) fn new(at: u64, birth: u64) -> Slot {
+        Slot { at, birth, crc: 0, pack: None }
+    }
+
+    /// The blocks of the pool that hold it and those behind it, if it is the first of so many.
+    pub(in super::super) fn room(&self, len: u64) -> Range<u64> {
+        match self.pack {
+            _ if self.at == 0 => 0..0,
+            Some(pack) => self.at..self.at + u64::from(pack.blocks),
+            None => self.at..self.at + len,
+        }
+    }
+
+    /// What nothing in these slots of a leaf leads to, if it has been let go of by one of a pack's.
+    pub(in super::super) fn left_by<'a>(&self, unit: impl IntoIterator<Item = &'a Slot>) -> Range<u64> {
+        match self.pack.is_some() && unit.into_iter().any(|other| other.at == self.at) {
+            true => 0..0,
+            false => self.room(1),
+        }
+    }
+}
+
+/// Slots of a leaf that may be in one pack with the `ix`th.
+pub(in super::super) fn unit_of(slots: &[Slot; SLOTS], ix: usize) -> &[Slot] {
+    let unit = unit(ix as u64);
+    &slots[unit.start as usize..unit.end as usize]
 }
 
 /// Blocks in a row that a line has let go of.
@@ -128,6 +161,7 @@ impl Node {
                     put(&mut bytes, at, 5, slot.at);
                     put(&mut bytes, at + 5, 5, slot.birth);
                     put(&mut bytes, at + 10, 4, u64::from(slot.crc));
+                    bytes[at + 14] = Pack::encode(slot.pack);
                 }
             }
             Body::Inner(children) => {
@@ -185,15 +219,19 @@ impl Node {
         match bytes[8] {
             1 => {
                 rest(slots(SLOTS))?;
-                let slot = |ix: usize| Slot {
-                    at: u40_at(bytes, slots(ix)),
-                    birth: u40_at(bytes, slots(ix) + 5),
-                    crc: u32_at(bytes, slots(ix) + 10),
-                };
-                if (0..SLOTS).any(|ix| bytes[slots(ix) + 14] != 0) {
-                    return Err(damaged("a leaf has something where nothing may be"));
+                let mut leaf = Box::new([Slot::default(); SLOTS]);
+                for (ix, slot) in leaf.iter_mut().enumerate() {
+                    *slot = Slot {
+                        at: u40_at(bytes, slots(ix)),
+                        birth: u40_at(bytes, slots(ix) + 5),
+                        crc: u32_at(bytes, slots(ix) + 10),
+                        pack: Pack::decode(bytes[slots(ix) + 14])?,
+                    };
+                    if slot.at == 0 && slot.pack.is_some() {
+                        return Err(damaged("a leaf has a hole that is in a pack"));
+                    }
                 }
-                Ok(Body::Leaf(Box::new(std::array::from_fn(slot))))
+                Ok(Body::Leaf(leaf))
             }
             2 => {
                 rest(slots(SLOTS))?;
@@ -236,7 +274,9 @@ mod tests {
 
     fn body() -> impl Strategy<Value = Body> {
         let number = || 0..LIMIT;
-        let slot = (number(), number(), any::<u32>()).prop_map(|(at, birth, crc)| Slot { at, birth, crc });
+        let pack = [0, 0x11, 0x27].map(|byte| Pack::decode(byte).unwrap());
+        let slot = (1..LIMIT, number(), any::<u32>(), 0..3_usize)
+            .prop_map(move |(at, birth, crc, ix)| Slot { at, birth, crc, pack: pack[ix] });
         let ptr = || (number(), number(), number()).prop_map(|(a, b, birth)| Ptr { at: [a, b], birth });
         let dead = (number(), number(), any::<u16>()).prop_map(|(at, birth, len)| Dead { at, birth, len });
         let leaf = || (number(), 1..LIMIT, 1..LIMIT).prop_map(|(birth, a, b)| Ptr { at: [a, b], birth });

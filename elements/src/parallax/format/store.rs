@@ -38,6 +38,11 @@ impl Features {
     pub(in super::super) const STREAMS: u64 = 1;
     /// Of an owner: snapshots may be held.
     pub(in super::super) const HOLDS: u64 = 2;
+    /// Of an owner: there may be packs.
+    pub(in super::super) const PACKS: u64 = 4;
+    /// Those of an owner that this program knows.
+    pub(in super::super) const OWNERS: u64 =
+        Features::STREAMS | Features::HOLDS | if cfg!(feature = "compress") { Features::PACKS } else { 0 };
 
     /// Whether this program, which knows these of the incompatible features, may do that with it.
     pub(in super::super) fn allow(self, known: u64, write: bool, what: &str) -> Result<()> {

@@ -76,6 +76,24 @@ fn over_a_block_store_in_turn() {
     }
 }
 
+#[cfg(feature = "compress")]
+#[test]
+fn what_is_compressed_in_turn() {
+    let more =
+        ["(format 2)", "(checksums yes)", "(order prefix)", "(memory 12k)", "(format 2) (checksums yes)"];
+    for seed in seeds() {
+        let (how, more) = (["lz4", "zstd"][seed as usize % 2], more[seed as usize / 2 % more.len()]);
+        play(seed + 700_000, &format!("(compress {how}) {more}"), [false, true]);
+    }
+}
+
+#[cfg(feature = "compress")]
+#[test]
+fn what_is_compressed_over_a_block_store() {
+    let way = ["I (type isolation)", "S (type block_store)"];
+    seeds().for_each(|seed| play_over(seed + 800_000, "(compress lz4)", [false, true], &way));
+}
+
 #[test]
 fn both_in_turn_with_checksums() {
     seeds().for_each(|seed| play(seed + 200_000, "(checksums yes)", [false, true]));

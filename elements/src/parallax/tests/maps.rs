@@ -65,6 +65,7 @@ impl Mapper {
                 len: len as u32,
                 at: taken.start,
                 crc: 0,
+                pack: None,
                 crcs: Vec::new(),
             });
             first += len;
@@ -123,7 +124,8 @@ impl Mapper {
     async fn place_one(&self, block: u64, below: Below<'_>) -> Result<()> {
         let pool = self.pool();
         let at = pool.space.take(None, Want { least: 1, most: 1 }, below).await?.start;
-        let change = Change::Map { volume: 1, first: block, len: 1, at, crc: 0, crcs: Vec::new() };
+        let change =
+            Change::Map { volume: 1, first: block, len: 1, at, crc: 0, pack: None, crcs: Vec::new() };
         pool.log(Part::after_data(vec![change]), below).await?;
         if pool.core().is_due() {
             pool.checkpoint(below).await?;

@@ -256,7 +256,7 @@ fn what_is_said_to_be_freed_is_freed() {
     block_on(bench.pool.delete_snapshot("v", "s", bench.below())).unwrap();
     block_on(bench.pool.delete_all(bench.below())).unwrap();
     assert_eq!(used - bench.used(), of_snapshot.freed);
-    let Account { mapped, shared, freed } = account(volume.number());
+    let Account { mapped, shared, freed, .. } = account(volume.number());
     assert_eq!((mapped, shared), (blocks(7), 0));
     let used = bench.used();
     drop(volume);

@@ -1,12 +1,11 @@
 //! Clusters to slots and back, as docs/formats/compress.md has them. What is read is bounded by the cluster, whatever
 //! the disk below says.
 
+use crate::compression::{self, Algorithm};
 use crate::transform::label::Id;
 use crate::transform::slots::flat;
 use blockmason::data::is_zero;
 use blockmason::{Data, Error, PoolBuf, Result};
-use std::cell::RefCell;
-use zstd::bulk::{Compressor, Decompressor};
 
 /// Begins the labels.
 pub(super) const MAGIC: &[u8; 8] = b"MASONZIP";
@@ -14,16 +13,6 @@ pub(super) const MAGIC: &[u8; 8] = b"MASONZIP";
 pub(super) const HEAD: usize = 32;
 /// What of it is set.
 const USED: usize = 12;
-
-blockmason::words! {
-    /// How clusters are compressed.
-    pub(super) enum Algorithm {
-        /// The fastest.
-        Lz4 = "lz4",
-        /// Smaller, and slower.
-        Zstd = "zstd",
-    }
-}
 
 /// How a cluster is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,10 +72,7 @@ impl Codec {
         let whole = (HEAD + self.cluster).next_multiple_of(self.unit);
         let mut slot = PoolBuf::new(whole);
         let room = whole - self.unit - HEAD;
-        let packed = match self.algorithm {
-            Algorithm::Lz4 => lz4_pack(plain, &mut slot[HEAD..HEAD + room])?,
-            Algorithm::Zstd => zstd_pack(plain, &mut slot[HEAD..HEAD + room], self.level)?,
-        };
+        let packed = compression::pack(self.algorithm, self.level, plain, &mut slot[HEAD..HEAD + room])?;
         let (form, len) = match (packed, self.algorithm) {
             (Some(len), Algorithm::Lz4) => (Form::Lz4, len),
             (Some(len), Algorithm::Zstd) => (Form::Zstd, len),
@@ -138,57 +124,10 @@ impl Codec {
             return Some(used.slice(HEAD..HEAD + len));
         }
         let mut plain = PoolBuf::new(self.cluster);
-        let found = match form {
-            Form::Zstd => zstd_unpack(&bytes[HEAD..], &mut plain)?,
-            Form::Lz4 | Form::Plain => lz4_flex::block::decompress_into(&bytes[HEAD..], &mut plain).ok()?,
-        };
+        let algorithm = if form == Form::Zstd { Algorithm::Zstd } else { Algorithm::Lz4 };
+        let found = compression::unpack(algorithm, &bytes[HEAD..], &mut plain)?;
         (found == self.cluster).then(|| plain.freeze())
     }
-}
-
-thread_local! {
-    /// The library asks for room for the worst case. And a context takes longer to make than to use.
-    static LZ4: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-    static PACKER: RefCell<Option<(i32, Compressor<'static>)>> = const { RefCell::new(None) };
-    static UNPACKER: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
-}
-
-fn failed<E>(_: E) -> Error {
-    Error::internal("the library that compresses has failed")
-}
-
-/// The length of what was compressed; None if it is longer than `packed`.
-fn lz4_pack(plain: &[u8], packed: &mut [u8]) -> Result<Option<usize>> {
-    LZ4.with_borrow_mut(|room| {
-        room.resize(lz4_flex::block::get_maximum_output_size(plain.len()), 0);
-        let len = lz4_flex::block::compress_into(plain, room).map_err(failed)?;
-        Ok(packed.get_mut(..len).map(|packed| {
-            packed.copy_from_slice(&room[..len]);
-            len
-        }))
-    })
-}
-
-/// The length of what was compressed; None if it is longer than `packed`.
-fn zstd_pack(plain: &[u8], packed: &mut [u8], level: i32) -> Result<Option<usize>> {
-    PACKER.with_borrow_mut(|kept| {
-        let (_, packer) = match kept {
-            Some(packer) if packer.0 == level => packer,
-            other => other.insert((level, Compressor::new(level).map_err(failed)?)),
-        };
-        Ok(packer.compress_to_buffer(plain, packed).ok())
-    })
-}
-
-/// The length of what was compressed; None if it is longer than `plain`, or damaged.
-fn zstd_unpack(packed: &[u8], plain: &mut [u8]) -> Option<usize> {
-    UNPACKER.with_borrow_mut(|kept| {
-        let unpacker = match kept {
-            Some(unpacker) => unpacker,
-            None => kept.insert(Decompressor::new().ok()?),
-        };
-        unpacker.decompress_to_buffer(packed, plain).ok()
-    })
 }
 
 /// The level that a parameter says.

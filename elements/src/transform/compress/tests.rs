@@ -1,6 +1,7 @@
 //! The disk that it is; every byte that it stores; what it saves; damage and hostile bytes; crashes.
 
-use super::codec::{Algorithm, Codec, HEAD};
+use super::codec::{Codec, HEAD};
+use crate::compression::Algorithm;
 use blockmason::describe::Catalogue;
 use blockmason::testing::{self, CLIENT, SHARED, TestDisk, checked, play_against_model, run};
 use blockmason::{Data, Element, Extent, Host, Kind, Op, Request, Result};
