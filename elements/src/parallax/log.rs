@@ -4,6 +4,7 @@
 //! does it for all.
 
 use super::format::{Change, Record, Stamp};
+use super::moves::Window;
 use blockmason::{Error, Result};
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
@@ -45,6 +46,8 @@ pub(super) struct Part {
     pub(super) changes: Vec<Change>,
     /// Says whether their data could be written; none if it has been.
     data: Option<oneshot::Receiver<bool>>,
+    /// They are a move of blocks of this window, as far as those have not changed when the record is made.
+    pub(super) window: Option<Arc<Window>>,
 }
 
 /// What has become of the data of changes.
@@ -60,13 +63,18 @@ pub(super) enum Written {
 impl Part {
     /// Their data, if they have any, has been written.
     pub(super) fn after_data(changes: Vec<Change>) -> Part {
-        Part { changes, data: None }
+        Part { changes, data: None, window: None }
+    }
+
+    /// The same of blocks that are moved.
+    pub(super) fn of_move(changes: Vec<Change>, window: Arc<Window>) -> Part {
+        Part { changes, data: None, window: Some(window) }
     }
 
     /// Their data is being written; who is told whether it could be.
     pub(super) fn beside_data(changes: Vec<Change>) -> (oneshot::Sender<bool>, Part) {
         let (written, data) = oneshot::channel();
-        (written, Part { changes, data: Some(data) })
+        (written, Part { changes, data: Some(data), window: None })
     }
 
     /// Waits for the data.

@@ -4,7 +4,8 @@
 //! has of it. Above
 //! it is a tree store: `log` makes changes findable, `runs` keeps those that are not in a tree yet, `nodes` reads and writes
 //! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests,
-//! `promise` is the room for them; `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
+//! `promise` is the room for them; `tidy` brings
+//! order into a volume, `moves` keeps that apart from what guests do; `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
 
 mod account;
 mod admin;
@@ -24,6 +25,7 @@ mod log;
 mod lost;
 mod maps;
 mod merge;
+mod moves;
 mod nodes;
 mod open;
 #[allow(clippy::module_inception, reason = "elements are named as their types")]
@@ -38,6 +40,7 @@ mod space;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod tidy;
 pub mod tool;
 mod volume;
 

@@ -3,6 +3,7 @@
 use super::below::Below;
 use super::format::{BLOCK, Change, Compress, Entry, EntryKind, Format, Id, Map, NODE, Root};
 use super::log::{Fate, Log, Part, Written};
+use super::moves::Window;
 use super::nodes::Nodes;
 use super::runs::{Run, Runs};
 use super::space::Space;
@@ -78,8 +79,10 @@ pub(super) struct Line {
     pub(super) layers: Vec<Arc<Layer>>,
     /// A snapshot is about to be taken: nothing is written in place.
     snapping: bool,
-    /// Writes in place that are under way.
-    in_place: Arc<Count>,
+    /// Writes in place that are under way; those of them that a move waits for.
+    pub(super) in_place: [Arc<Count>; 2],
+    /// Blocks that are being moved.
+    pub(super) window: Option<Arc<Window>>,
     /// Leaves of what is active, for which room is promised.
     leaves: HashSet<u64>,
     /// Behind what was written last.
@@ -251,6 +254,7 @@ impl Core {
     /// Applies a record that has been written.
     pub(super) fn apply(&mut self, number: u64, changes: Vec<Change>) {
         for change in changes {
+            self.note_change(&change);
             // Each of them: a snapshot may be among the changes of others.
             let birth = self.births;
             match change {
@@ -278,7 +282,7 @@ impl Core {
         let (Some(line), Some(entry)) = (self.lines.get_mut(&volume), self.catalog.get_mut(&volume)) else {
             return;
         };
-        (line.snapping, line.in_place) = (false, Arc::default());
+        (line.snapping, line.in_place[0]) = (false, Arc::default());
         let dead = super::format::Ptr::default();
         let kind = EntryKind::Snapshot { before: newest.0, volume, birth, dead, id: None };
         let snapshot = Entry { name, made, kind, ..entry.clone() };
@@ -396,7 +400,7 @@ impl Core {
 
     /// Enters a write in place, unless there may be none.
     pub(super) fn enter_in_place(&self, volume: u32) -> Option<Here> {
-        self.lines.get(&volume).filter(|line| !line.snapping).map(|line| line.in_place.enter())
+        self.lines.get(&volume).filter(|line| !line.snapping).map(|line| line.in_place[0].enter())
     }
 }
 
@@ -454,6 +458,7 @@ impl Pool {
     pub(super) fn break_down(&self, error: &Error) {
         if self.broken.set(error.to_string()).is_ok() {
             tracing::error!("the pool takes no more changes until it is opened anew: {error}");
+            self.space.blocks.room.notify_waiters();
         }
     }
 
@@ -515,7 +520,11 @@ impl Pool {
 
     async fn write_record(&self, mut parts: Vec<Part>, below: Below<'_>) -> Result<()> {
         self.check()?;
-        let stamp = self.core().log.stamp();
+        let stamp = {
+            let mut core = self.core();
+            core.settle_moves(&mut parts);
+            core.log.stamp()
+        };
         let bytes = stamp.encode(&self.id, parts.iter().flat_map(|part| &part.changes));
         let blocks = bytes.len() as u64 / BLOCK;
         let (at, behind) = loop {
@@ -540,7 +549,10 @@ impl Pool {
             core.log.spoil(stamp.number);
             core.let_go(failed);
         }
-        parts.into_iter().for_each(|part| core.apply(stamp.number, part.changes));
+        for part in parts {
+            core.apply(stamp.number, part.changes);
+            part.window.iter().for_each(|window| core.close_window(window));
+        }
         if core.is_due() {
             self.due.notify_one();
         }
@@ -643,7 +655,7 @@ impl Pool {
             core.next += 1;
             if let Some(line) = core.lines.get_mut(volume) {
                 line.snapping = true;
-                counts.push(line.in_place.clone());
+                counts.extend(line.in_place.clone());
             }
             changes.push(Change::Snapshot { number, volume: *volume, made, name: name.clone() });
         }

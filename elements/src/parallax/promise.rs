@@ -67,16 +67,28 @@ impl Volume {
         makes_room: bool,
         below: Below<'_>,
     ) -> Result<Promise<'_>> {
+        self.promise_blocks(fresh.placed, fresh, row, makes_room, below).await
+    }
+
+    /// The same of so many blocks, not all of which may be more than the volume has: others lie elsewhere now.
+    pub(super) async fn promise_blocks(
+        &self,
+        blocks: u64,
+        fresh: Fresh,
+        row: &Range<u64>,
+        makes_room: bool,
+        below: Below<'_>,
+    ) -> Result<Promise<'_>> {
         let leaves = row.start / SLOTS as u64..row.end.div_ceil(SLOTS as u64);
         let none = Fresh::default();
         let mut promise =
             Promise { volume: self, leaves, ends: makes_room, nodes: 0, unplaced: 0, fresh: none };
-        if fresh.placed == 0 && !makes_room {
+        if blocks == 0 && !makes_room {
             return Ok(promise);
         }
         loop {
             let had = self.pool.space.backed();
-            if self.promise_now(&mut promise, fresh)? {
+            if self.promise_now(&mut promise, blocks, fresh)? {
                 return Ok(promise);
             }
             Box::pin(self.pool.space.back(had, below))
@@ -86,14 +98,14 @@ impl Volume {
     }
 
     /// False if more room has to be set aside first.
-    fn promise_now(&self, promise: &mut Promise<'_>, fresh: Fresh) -> Result<bool> {
+    fn promise_now(&self, promise: &mut Promise<'_>, blocks: u64, fresh: Fresh) -> Result<bool> {
         let mut core = self.pool.core();
         core.check_quota(self.number(), fresh.filled)?;
         let nodes = core.nodes_for(self.number()) * promise.leaves().count() as u64;
-        if !self.pool.space.reserve(fresh.placed + nodes, core.kept_from(self.number()), promise.ends)? {
+        if !self.pool.space.reserve(blocks + nodes, core.kept_from(self.number()), promise.ends)? {
             return Ok(false);
         }
-        (promise.nodes, promise.unplaced, promise.fresh) = (nodes, fresh.placed, fresh);
+        (promise.nodes, promise.unplaced, promise.fresh) = (nodes, blocks, fresh);
         if let Some(line) = core.lines.get_mut(&self.number()) {
             line.pending += fresh;
         }

@@ -13,6 +13,7 @@ mod rig;
 mod room;
 mod schedules;
 mod sweep;
+mod tidying;
 
 use blockmason::testing::{TestDisk, play_against_model, run};
 

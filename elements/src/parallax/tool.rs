@@ -9,6 +9,7 @@ pub use super::format::{Compress, Format};
 use super::open::Lacking;
 use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
+use super::tidy::Order;
 use super::volume::{Full, Volume};
 use crate::calendar::seconds;
 use base64::prelude::{BASE64_STANDARD, Engine};
@@ -184,6 +185,26 @@ pub enum Operation {
         /// Seconds since 1970 at which it was made.
         made: u64,
     },
+    /// Puts some of a volume in a row that lies here and there in the pool. Says what was done, and as `next` where to go on; what
+    /// takes turns with others goes on after as much time as it took.
+    Defrag {
+        /// The volume.
+        volume: String,
+        /// From there on.
+        #[serde(default)]
+        offset: u64,
+        /// What others see is copied, too.
+        #[serde(default)]
+        unshare: bool,
+    },
+    /// Makes holes of what holds only zeros, in the same way.
+    Trim {
+        /// The volume.
+        volume: String,
+        /// From there on.
+        #[serde(default)]
+        offset: u64,
+    },
     /// Makes the pool larger.
     Grow {
         /// Its new size; a device is used as it is without one.
@@ -350,6 +371,13 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let taken = (snapshot.as_str(), &identity(id)?, *made);
             block_on(shared.having(volume)?.filled(volume, taken, below))?;
         }
+        Operation::Defrag { volume, offset, unshare } => {
+            let order = Order::Rows { unshare: *unshare };
+            return tidy(&shared.having(volume)?, volume, (*offset, order), below);
+        }
+        Operation::Trim { volume, offset } => {
+            return tidy(&shared.having(volume)?, volume, (*offset, Order::Holes), below);
+        }
         Operation::Grow { size } => return shared.grow(*size).map(|size| json!({ "size": size })),
         Operation::Gc => {
             let mut given = Some(0);
@@ -465,6 +493,19 @@ fn change(pool: &Arc<Pool>, volume: &str, request: Request, below: Below<'_>) ->
         false => block_on(volume.punch(request, below)),
     };
     done.map(drop)
+}
+
+/// Puts the next part of a volume in order.
+fn tidy(pool: &Arc<Pool>, name: &str, (offset, order): (u64, Order), below: Below<'_>) -> Result<Value> {
+    let whole = |core: &Core| {
+        let number = core.find(name, None)?;
+        core.need_whole(number).map(|()| number)
+    };
+    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, None, whole))?;
+    let (done, next) = block_on(volume.tidy(offset, order, below))?;
+    let mut said = json!(done);
+    said["next"] = json!(next);
+    Ok(said)
 }
 
 fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {

@@ -39,16 +39,16 @@ const MOST_BESIDE: u64 = 64 << 10;
 
 /// Blocks in a row of a volume that are in a row in the pool, or in one pack; or a hole.
 #[derive(Debug)]
-struct Piece {
-    first: u64,
-    len: u64,
+pub(super) struct Piece {
+    pub(super) first: u64,
+    pub(super) len: u64,
     /// Of a pack its own first block; 0 is a hole.
-    at: u64,
-    pack: Option<Pack>,
+    pub(super) at: u64,
+    pub(super) pack: Option<Pack>,
     /// Nobody else sees them, and a replay of the log does not look at them.
     own: bool,
     /// In volumes that have checksums.
-    crcs: Vec<u32>,
+    pub(super) crcs: Vec<u32>,
 }
 
 impl Piece {
@@ -147,7 +147,7 @@ impl Drop for Volume {
 }
 
 /// What keeps blocks from being given to others while a request uses them.
-struct Hold {
+pub(super) struct Hold {
     _era: Arc<()>,
     _in_place: Option<Here>,
 }
@@ -342,7 +342,7 @@ impl Volume {
     }
 
     /// Where blocks are. What is found is kept from being used for something else as long as it is held.
-    async fn find(
+    pub(super) async fn find(
         &self,
         blocks: Range<u64>,
         most: usize,
@@ -386,8 +386,10 @@ impl Volume {
         let hold = |here| Hold { _era: core.era.clone(), _in_place: here };
         let found = self.resolve(&core, blocks, most, search);
         let mut pieces = found.map_err(|node| Missing { node, hold: hold(None) })?;
-        let any_own = in_place && pieces.iter().any(|piece| piece.own);
-        let here = any_own.then(|| core.enter_in_place(self.number)).flatten();
+        for piece in &mut pieces {
+            piece.own &= in_place && !core.moves(self.number, piece.first..piece.first + piece.len);
+        }
+        let here = pieces.iter().any(|piece| piece.own).then(|| core.enter_in_place(self.number)).flatten();
         if here.is_none() {
             pieces.iter_mut().for_each(|piece| piece.own = false);
         }
@@ -481,6 +483,12 @@ impl Volume {
                 Err(error) if error.kind() == Kind::NoSpace => error,
                 done => return done,
             };
+            // It may need none once what is being moved can be written in place again.
+            if self.pool.core().moves(self.number, Self::blocks(&req)) {
+                room.await;
+                tries = 0;
+                continue;
+            }
             // What is being deleted makes room.
             if self.pool.delete_some(below).await? {
                 continue;
@@ -745,11 +753,25 @@ impl Volume {
 
     /// The blocks that were born after that, in order, whether or not they are in the trees yet.
     pub(super) async fn born_after(&self, birth: u64, below: Below<'_>) -> Result<Vec<Range<u64>>> {
-        let end = self.pool.core().catalog.get(&self.number).map_or(0, |entry| entry.size / BLOCK);
-        let (mut found, mut at) = (Vec::<Range<u64>>::new(), 0);
-        while at < end {
+        self.born_after_in(0..self.blocks_of(), birth, below).await
+    }
+
+    /// How many blocks it has.
+    pub(super) fn blocks_of(&self) -> u64 {
+        self.pool.core().catalog.get(&self.number).map_or(0, |entry| entry.size / BLOCK)
+    }
+
+    /// The same of these blocks.
+    pub(super) async fn born_after_in(
+        &self,
+        blocks: Range<u64>,
+        birth: u64,
+        below: Below<'_>,
+    ) -> Result<Vec<Range<u64>>> {
+        let (mut found, mut at) = (Vec::<Range<u64>>::new(), blocks.start);
+        while at < blocks.end {
             let search = Search { since: Some(birth), ..Search::default() };
-            let (pieces, _hold) = self.search(at..end, MOST_PIECES, false, search, below).await?;
+            let (pieces, _hold) = self.search(at..blocks.end, MOST_PIECES, false, search, below).await?;
             let young = pieces.iter().filter(|piece| piece.at != 0);
             young.for_each(|piece| add_to(&mut found, piece.first..piece.first + piece.len));
             let last = pieces.last().ok_or_else(|| Error::internal("nothing was found of a volume"))?;
@@ -791,6 +813,8 @@ impl Volume {
                 Ok(Answer::Done)
             }
             "checkpoint" => self.pool.checkpoint(below).await.map(|()| Answer::Done),
+            #[cfg(test)]
+            "tidy" => self.tidy_all(&argument, below).await,
             _ => Err(Error::unsupported("a volume knows of no such thing")),
         }
     }

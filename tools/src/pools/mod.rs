@@ -7,6 +7,7 @@ mod reach;
 mod receive;
 mod send;
 mod stream;
+mod tidy;
 pub(crate) mod volume;
 
 use crate::control::find::ControlArgs;

@@ -20,6 +20,11 @@ impl<'a> Pool<'a> {
         Pool { path, control, here: tool::open(path).ok() }
     }
 
+    /// True if a daemon has it, which serves others meanwhile.
+    pub(super) fn is_served(&self) -> bool {
+        self.here.is_none()
+    }
+
     pub(super) fn ask(&self, operation: &Operation) -> Outcome<Value> {
         match &self.here {
             Some(open) => open.carry_out(operation).map_err(|error| Failure::from_error(&error)),

@@ -4,7 +4,7 @@ use super::image::{self, Layout};
 use super::reach::Pool;
 use super::receive::{self, Token};
 use super::send::{self, Wanted};
-use super::{Named, ask, dump, named, pool};
+use super::{Named, ask, dump, named, pool, tidy};
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output;
@@ -27,6 +27,8 @@ use std::path::{Path, PathBuf};
   mason volume dump vms.pool vm1 | ssh far mason volume restore other.pool vm1
   mason volume import vms.pool vm4 debian.qcow2
   mason volume send vms.pool vm1@tuesday --from monday | ssh far mason volume receive other.pool vm1
+  mason volume defrag vms.pool vm1                       while guests use it
+  mason volume trim vms.pool vm1
 
 All of it is durable when the command returns. What a daemon serves is changed by that daemon, while guests go on.")]
 pub(crate) struct Args {
@@ -281,6 +283,44 @@ enum Command {
         #[command(flatten)]
         control: ControlArgs,
     },
+    /// Put what lies here and there in the pool in a row again, so that reading it in order is fast; guests go on
+    ///
+    /// Goes through the volume by 2 MiB, copies those that are in more pieces than one for each 256 KiB, and takes at most half of the time
+    /// if a daemon serves the pool. What a snapshot or a clone sees, too, stays where it is. It may be interrupted; the next
+    /// time it finds what is in order.
+    #[command(after_help = "Examples:
+  mason volume defrag vms.pool vm1
+  mason volume defrag vms.pool vm1 --unshare     what snapshots see is copied, and takes room twice")]
+    Defrag {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// The volume
+        name: String,
+        /// Copies what snapshots and clones see, too: it takes room, and `diff` and `send` call it changed
+        #[arg(long)]
+        unshare: bool,
+        /// Writes one JSON object; sizes are in bytes
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
+    /// Make holes of blocks that hold only zeros, which then take no room; guests go on
+    ///
+    /// Reads all that only this volume sees, at most half of the time if a daemon serves the pool. It may be interrupted.
+    #[command(after_help = "Examples:
+  mason volume trim vms.pool vm1")]
+    Trim {
+        /// The pool: a file, a block device, or the folder that holds the file
+        pool: PathBuf,
+        /// The volume
+        name: String,
+        /// Writes one JSON object; sizes are in bytes
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        control: ControlArgs,
+    },
     /// Show what has changed in a volume since a snapshot: offset and length of each range
     Diff {
         /// The pool: a file, a block device, or the folder that holds the file
@@ -448,6 +488,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
             (name, kept.settings()),
             BufReader::with_capacity(1 << 20, std::io::stdin().lock()),
         ),
+        Command::Defrag { pool, name, unshare, json, control } => {
+            tidy::defrag(&Pool::reach(pool, control), name, *unshare, *json)
+        }
+        Command::Trim { pool, name, json, control } => tidy::trim(&Pool::reach(pool, control), name, *json),
         Command::Diff { pool, since, until, json, control } => {
             diff(pool, since, until.as_deref(), *json, control)
         }

@@ -27,6 +27,7 @@ mod replay;
 mod run;
 mod show;
 mod streams;
+mod tidy;
 #[cfg(feature = "tui")]
 mod top;
 mod trace;

@@ -101,6 +101,8 @@ pub(super) struct Story {
     /// Flushes, each with what was answered before it.
     flushes: Vec<(Vec<usize>, oneshot::Receiver<Reply>)>,
     snapshots: BTreeMap<String, Snapshot>,
+    /// The volume is being put in order.
+    tidying: Option<oneshot::Receiver<Reply>>,
 }
 
 pub(super) fn find(graph: &Graph, name: &str) -> Arc<Instance> {
@@ -161,6 +163,7 @@ impl Story {
             reads: Vec::new(),
             flushes: Vec::new(),
             snapshots: BTreeMap::new(),
+            tidying: None,
         }
     }
 
@@ -176,8 +179,16 @@ impl Story {
             60..68 => self.change(Op::WriteZeroes),
             68..76 => self.change(Op::Discard),
             76..86 => self.flush(),
-            86..92 => drop(self.control("checkpoint", String::new())),
+            86..90 => drop(self.control("checkpoint", String::new())),
+            90..94 => self.tidy(),
             _ => self.snapshot(),
+        }
+    }
+
+    fn tidy(&mut self) {
+        if self.tidying.is_none() {
+            let order = ["rows", "rows", "unshare", "holes"][self.rng.usize(0..4)];
+            self.tidying = Some(self.control("tidy", order.to_owned()));
         }
     }
 
@@ -190,7 +201,8 @@ impl Story {
         if range.clone().any(|block| busy(&block)) {
             return;
         }
-        let version = if op == Op::Write { self.next } else { 0 };
+        // Zeros are written, too.
+        let version = if op == Op::Write && self.rng.u8(0..8) > 0 { self.next } else { 0 };
         self.next += 1;
         self.now += 1;
         let mut data = Vec::new();
@@ -249,7 +261,11 @@ impl Story {
 
     /// Takes notice of what has been answered.
     pub(super) fn look(&mut self) {
-        let Story { sent, blocks, reads, flushes, snapshots, seed, now, .. } = self;
+        let Story { sent, blocks, reads, flushes, snapshots, tidying, seed, now, .. } = self;
+        if let Some(Ok(reply)) = tidying.as_mut().map(|reply| reply.try_recv()) {
+            reply.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            *tidying = None;
+        }
         reads.retain_mut(|(first, lowest, reply)| {
             let Ok(reply) = reply.try_recv() else { return true };
             let found = reply
@@ -297,7 +313,8 @@ impl Story {
 
     /// Waits for everything.
     pub(super) async fn settle(&mut self) {
-        while !self.sent.is_empty()
+        while self.tidying.is_some()
+            || !self.sent.is_empty()
             || !self.reads.is_empty()
             || !self.flushes.is_empty()
             || self.snapshots.values().any(|s| s.reply.is_some())
@@ -330,6 +347,7 @@ impl Story {
         self.sent.clear();
         self.reads.clear();
         self.flushes.clear();
+        self.tidying = None;
         self.snapshots.retain(|_, snapshot| snapshot.reply.is_none());
     }
 
