@@ -27,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// What is to be done.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
+pub(super) enum Tidying {
     /// Blocks lie in a row; those as well that others see, if that is wanted, which takes room.
     Rows { unshare: bool },
     /// Blocks of zeros are holes.
@@ -121,9 +121,10 @@ impl Volume {
     pub(super) async fn tidy(
         &self,
         offset: u64,
-        order: Order,
+        order: Tidying,
         below: Below<'_>,
     ) -> Result<(Tidied, Option<u64>)> {
+        self.pool.check()?;
         let (begun, mut tidied) = (blockmason::rt::now(), Tidied::default());
         let mut leaf = offset / (LEAF * BLOCK);
         while let Some(next) = self.next_leaf(leaf, below).await? {
@@ -155,13 +156,12 @@ impl Volume {
         }
     }
 
-    async fn tidy_leaf(&self, leaf: u64, order: Order, below: Below<'_>) -> Result<Tidied> {
+    async fn tidy_leaf(&self, leaf: u64, order: Tidying, below: Below<'_>) -> Result<Tidied> {
         // What others see of it does not change otherwise than by a snapshot.
         let _settled = self.pool.administering.read().await;
-        self.pool.check()?;
         match order {
-            Order::Rows { unshare } => self.to_rows(leaf, unshare, below).await,
-            Order::Holes => self.to_holes(leaf, below).await,
+            Tidying::Rows { unshare } => self.to_rows(leaf, unshare, below).await,
+            Tidying::Holes => self.to_holes(leaf, below).await,
         }
     }
 

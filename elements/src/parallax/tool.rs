@@ -9,7 +9,7 @@ pub use super::format::{Compress, Format};
 use super::open::Lacking;
 use super::pool::{Core, Pool};
 use super::shared::{self, Shared};
-use super::tidy::Order;
+use super::tidy::Tidying;
 use super::volume::{Full, Volume};
 use crate::calendar::seconds;
 use base64::prelude::{BASE64_STANDARD, Engine};
@@ -372,11 +372,11 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             block_on(shared.having(volume)?.filled(volume, taken, below))?;
         }
         Operation::Defrag { volume, offset, unshare } => {
-            let order = Order::Rows { unshare: *unshare };
+            let order = Tidying::Rows { unshare: *unshare };
             return tidy(&shared.having(volume)?, volume, (*offset, order), below);
         }
         Operation::Trim { volume, offset } => {
-            return tidy(&shared.having(volume)?, volume, (*offset, Order::Holes), below);
+            return tidy(&shared.having(volume)?, volume, (*offset, Tidying::Holes), below);
         }
         Operation::Grow { size } => return shared.grow(*size).map(|size| json!({ "size": size })),
         Operation::Gc => {
@@ -496,7 +496,7 @@ fn change(pool: &Arc<Pool>, volume: &str, request: Request, below: Below<'_>) ->
 }
 
 /// Puts the next part of a volume in order.
-fn tidy(pool: &Arc<Pool>, name: &str, (offset, order): (u64, Order), below: Below<'_>) -> Result<Value> {
+fn tidy(pool: &Arc<Pool>, name: &str, (offset, order): (u64, Tidying), below: Below<'_>) -> Result<Value> {
     let whole = |core: &Core| {
         let number = core.find(name, None)?;
         core.need_whole(number).map(|()| number)

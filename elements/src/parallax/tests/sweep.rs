@@ -8,7 +8,7 @@ use super::super::open::{Opening, open_newest};
 use super::kit::{bytes, misfit, read_all};
 use super::rig::Rig;
 use blockmason::testing::run;
-use blockmason::{Data, Flags, Host, Op, Request, Result};
+use blockmason::{Answer, Data, Flags, Host, Op, Request, Result};
 use futures::executor::block_on;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -118,6 +118,21 @@ impl Tale {
         self.change(Op::Write, first, len, false).await;
     }
 
+    /// Zeros are written as other data is.
+    async fn write_zeros(&mut self, first: usize, len: usize) {
+        let next = std::mem::take(&mut self.next);
+        self.write(first, len).await;
+        self.next = next;
+    }
+
+    async fn tidy(&mut self, order: &str) {
+        let done = self.rig.control("tidy", order).await.unwrap();
+        if let (Ok(Answer::Text(said)), 0) = (&done, self.failures) {
+            assert!(!said.contains("\"moved\":0,"), "there was nothing to be done: {said}");
+        }
+        self.note("putting it in order", done.map(drop));
+    }
+
     fn all_is_flushed(&mut self) {
         self.blocks.iter_mut().for_each(|block| block.flushed = block.answered);
     }
@@ -179,9 +194,15 @@ impl Tale {
         self.write(0, 3).await;
         self.write(500, 60).await;
         self.flush().await;
+        for block in [520, 530, 540] {
+            self.write(block, 1).await;
+        }
         self.write(1, 1).await;
         self.change(Op::Write, 590, 5, true).await;
         self.checkpoint().await;
+        self.tidy("rows").await;
+        self.write_zeros(544, 3).await;
+        self.tidy("holes").await;
         self.write(0, 5).await;
         self.snapshot("a").await;
         self.write(2, 500).await;

@@ -4,7 +4,7 @@ use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::BLOCK;
 use super::super::open::{Opening, open_newest};
-use super::super::tidy::{Order, Tidied};
+use super::super::tidy::{Tidied, Tidying};
 use super::super::volume::Volume;
 use super::rig::{Rig, failure};
 use blockmason::testing::run;
@@ -22,8 +22,8 @@ impl Volume {
     /// Puts all of it in order.
     pub(in super::super) async fn tidy_all(&self, order: &str, below: Below<'_>) -> Reply {
         let order = match order {
-            "holes" => Order::Holes,
-            order => Order::Rows { unshare: order == "unshare" },
+            "holes" => Tidying::Holes,
+            order => Tidying::Rows { unshare: order == "unshare" },
         };
         let (mut next, mut all) = (Some(0), Tidied::default());
         while let Some(offset) = next {
