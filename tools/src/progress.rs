@@ -48,6 +48,33 @@ pub(crate) fn watch<V>(
     Ok(view)
 }
 
+/// One line that says how far something is: it stays where it is on a terminal, and is written from time to time elsewhere.
+pub(crate) struct Line {
+    terminal: bool,
+    said: Instant,
+}
+
+impl Line {
+    pub(crate) fn new() -> Line {
+        Line { terminal: std::io::stderr().is_terminal(), said: rt::now() }
+    }
+
+    pub(crate) fn say(&mut self, what: &str) {
+        if self.terminal {
+            eprint!("\r\x1b[K{what}");
+        } else if due(&mut self.said) {
+            eprintln!("{what}");
+        }
+    }
+
+    /// Something else is to be said.
+    pub(crate) fn clear(&self) {
+        if self.terminal {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
 fn due(said: &mut Instant) -> bool {
     let due = rt::now() - *said >= LINES;
     if due {

@@ -1,7 +1,7 @@
 //! Whose the room of a pool is, and how it is given back to the file system that the pool is on.
 
 use super::below::Below;
-use super::format::{BLOCK, Body, EntryKind, NODE, Ptr, Slot, damaged};
+use super::format::{BLOCK, Body, Entry, EntryKind, NODE, Ptr, Slot, damaged};
 use super::items::Item;
 use super::nodes::{Place, Tree};
 use super::pool::Pool;
@@ -28,19 +28,24 @@ const AT_ONCE: usize = if cfg!(test) { 3 } else { 256 };
 
 /// Blocks of a tree.
 #[derive(Clone, Copy, Default)]
-struct Counted {
+pub(super) struct Counted {
     /// Of the volume.
-    data: u64,
+    pub(super) data: u64,
     /// Of the pool: what those take.
-    room: u64,
-    nodes: u64,
+    pub(super) room: u64,
+    pub(super) nodes: u64,
     /// What of both is in packs.
     packed: [u64; 2],
+    /// Those of the volume that were written or discarded.
+    pub(super) changed: u64,
+    /// Blocks that the volume has: a tree reaches further.
+    end: u64,
 }
 
 impl Counted {
-    fn add(&mut self, len: u64, slot: Slot, room: u64) {
-        self.data += len;
+    fn add(&mut self, first: u64, len: u64, slot: Slot, room: u64) {
+        self.changed += (first + len).min(self.end).saturating_sub(first);
+        self.data += if slot.at == 0 { 0 } else { len };
         self.room += room;
         if slot.pack.is_some() {
             self.packed = [self.packed[0] + len, self.packed[1] + room];
@@ -49,10 +54,17 @@ impl Counted {
 }
 
 /// A tree as it was at one instant, whose blocks stay what they are as long as this is held.
-struct Held {
+pub(super) struct Held {
     root: Ptr,
     height: u8,
+    end: u64,
     _era: Arc<()>,
+}
+
+impl Held {
+    pub(super) fn new(entry: &Entry, era: &Arc<()>) -> Held {
+        Held { root: entry.root, height: entry.height, end: entry.size / BLOCK, _era: era.clone() }
+    }
 }
 
 impl Pool {
@@ -66,7 +78,7 @@ impl Pool {
             let core = self.core();
             let gone = || Error::new(Kind::Unavailable, "it has just been deleted");
             let entry = core.catalog.get(&number).cloned().ok_or_else(gone)?;
-            let tree = Held { root: entry.root, height: entry.height, _era: core.era.clone() };
+            let tree = Held::new(&entry, &core.era);
             (entry, tree)
         };
         let mapped = entry.mapped;
@@ -93,7 +105,7 @@ impl Pool {
 
     fn dead_lists(&self, volume: u32) -> Vec<(u32, Ptr)> {
         let core = self.core();
-        let list = |(number, entry): (&u32, &super::format::Entry)| match entry.kind {
+        let list = |(number, entry): (&u32, &Entry)| match entry.kind {
             EntryKind::Snapshot { volume: of, dead, .. } if of == volume => Some((*number, dead)),
             _ => None,
         };
@@ -101,8 +113,8 @@ impl Pool {
     }
 
     /// Blocks of a tree that are younger than that.
-    async fn younger(&self, tree: &Held, birth: u64, below: Below<'_>) -> Result<Counted> {
-        let mut counted = Counted::default();
+    pub(super) async fn younger(&self, tree: &Held, birth: u64, below: Below<'_>) -> Result<Counted> {
+        let mut counted = Counted { end: tree.end, ..Counted::default() };
         self.count_younger((tree.root, tree.height, 0), birth, &mut counted, below).await?;
         Ok(counted)
     }
@@ -128,8 +140,8 @@ impl Pool {
             };
             for item in items {
                 match item {
-                    Item::Run { len, slot, room, .. } if slot.at != 0 && slot.birth > birth => {
-                        counted.add(len, slot, room.end - room.start);
+                    Item::Run { first, len, slot, room } if slot.birth > birth => {
+                        counted.add(first, len, slot, room.end - room.start);
                     }
                     Item::Run { .. } => {}
                     Item::Node(Place { ptr, level, index, .. }) => {
@@ -142,7 +154,13 @@ impl Pool {
     }
 
     /// Blocks of a dead list that are younger than that, and those of the list itself.
-    async fn dead(&self, snapshot: u32, mut list: Ptr, birth: u64, below: Below<'_>) -> Result<u64> {
+    pub(super) async fn dead(
+        &self,
+        snapshot: u32,
+        mut list: Ptr,
+        birth: u64,
+        below: Below<'_>,
+    ) -> Result<u64> {
         let (mut blocks, mut parts) = (0, 0);
         while !list.is_hole() {
             parts += 1;

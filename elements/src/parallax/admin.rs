@@ -3,15 +3,16 @@
 
 use super::below::Below;
 use super::checkpoint::Frozen;
-use super::format::{BLOCK, Compress, Dead, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS, damaged};
+use super::format::{BLOCK, Compress, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS};
 use super::merge::{Merge, Who, height};
 use super::open::need_feature;
 use super::pool::{Core, Pool, with_nodes};
+use super::repair::Fix;
 use super::streams::Step;
 use crate::calendar::seconds;
 use blockmason::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::iter::once;
 use std::ops::Range;
 
@@ -58,6 +59,17 @@ impl Core {
     /// What a volume is called, which its entry has this name for.
     pub(super) fn called(&self, name: &str) -> String {
         if self.key.is_empty() { name.to_owned() } else { format!("{}:{name}", self.key) }
+    }
+
+    /// What people know a volume or a snapshot as.
+    pub(super) fn title(&self, entry: &Entry) -> String {
+        match &entry.kind {
+            EntryKind::Snapshot { volume, .. } => {
+                let of = self.catalog.get(volume).map_or(String::new(), |entry| self.called(&entry.name));
+                format!("{of}@{}", entry.name)
+            }
+            EntryKind::Volume { .. } => self.called(&entry.name),
+        }
     }
 
     /// The name that the entry has of a volume that is called so.
@@ -156,13 +168,13 @@ impl Entry {
 }
 
 /// The catalog as an operation sees it and changes it. Nobody else changes it meanwhile.
-struct Catalog<'a> {
-    pool: &'a Pool,
-    changed: &'a mut BTreeMap<u32, Option<Entry>>,
+pub(super) struct Catalog<'a> {
+    pub(super) pool: &'a Pool,
+    pub(super) changed: &'a mut BTreeMap<u32, Option<Entry>>,
 }
 
 impl Catalog<'_> {
-    fn get(&self, number: u32) -> Option<Entry> {
+    pub(super) fn get(&self, number: u32) -> Option<Entry> {
         match self.changed.get(&number) {
             Some(entry) => entry.clone(),
             None => self.pool.core().catalog.get(&number).cloned(),
@@ -173,14 +185,14 @@ impl Catalog<'_> {
         self.changed.insert(number, entry);
     }
 
-    fn change(&mut self, number: u32, change: impl FnOnce(&mut Entry)) {
+    pub(super) fn change(&mut self, number: u32, change: impl FnOnce(&mut Entry)) {
         if let Some(mut entry) = self.get(number) {
             change(&mut entry);
             self.set(number, Some(entry));
         }
     }
 
-    fn volume(&self, number: u32) -> Option<(Entry, u32, (u32, u64))> {
+    pub(super) fn volume(&self, number: u32) -> Option<(Entry, u32, (u32, u64))> {
         let entry = self.get(number)?;
         match entry.kind {
             EntryKind::Volume { newest, origin, .. } => Some((entry, newest, origin)),
@@ -188,7 +200,7 @@ impl Catalog<'_> {
         }
     }
 
-    fn snapshot(&self, number: u32) -> Option<Snapshot> {
+    pub(super) fn snapshot(&self, number: u32) -> Option<Snapshot> {
         let entry = self.get(number)?;
         match entry.kind {
             EntryKind::Snapshot { before, volume, birth, dead, .. } => {
@@ -211,7 +223,7 @@ impl Catalog<'_> {
     }
 
     /// Snapshots of a line, the newest first.
-    fn line(&self, volume: u32) -> Vec<u32> {
+    pub(super) fn line(&self, volume: u32) -> Vec<u32> {
         let mut line = Vec::new();
         let mut next = self.volume(volume).map_or(0, |(_, newest, _)| newest);
         let all = self.pool.core().catalog.len();
@@ -223,12 +235,12 @@ impl Catalog<'_> {
     }
 }
 
-struct Snapshot {
+pub(super) struct Snapshot {
     before: u32,
     volume: u32,
     birth: u64,
-    dead: Ptr,
-    entry: Entry,
+    pub(super) dead: Ptr,
+    pub(super) entry: Entry,
 }
 
 /// What is to be done, by numbers.
@@ -259,6 +271,7 @@ pub(super) enum Plan {
     },
     Receive(u32, Step),
     Hold(u32, bool),
+    Repair(Box<Fix>),
 }
 
 /// Entries of the catalog that a change of it rewrites, about.
@@ -268,6 +281,11 @@ impl Plan {
     /// It may use what is kept for that.
     fn makes_room(&self) -> bool {
         matches!(self, Plan::Delete(_) | Plan::DeleteSome(_))
+    }
+
+    /// It is done to what the trees are before anything is brought into them.
+    pub(super) fn comes_first(&self) -> bool {
+        matches!(self, Plan::Repair(_))
     }
 }
 
@@ -326,6 +344,7 @@ impl Plan {
                     *limits = *new;
                 }
             }),
+            Plan::Repair(fix) => fix.carry_out(merge, &mut catalog, &mut frozen.root).await?,
             Plan::Hold(snapshot, held) => catalog.change(*snapshot, |entry| entry.held = *held),
             Plan::Receive(volume, step) => {
                 catalog.change(*volume, |entry| step.change(entry));
@@ -356,7 +375,7 @@ async fn delete_of_volume(merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, numb
 }
 
 /// What only the snapshot sees was born after the one before it, and has died since: it is in its dead list.
-async fn delete_of_snapshot(
+pub(super) async fn delete_of_snapshot(
     merge: &mut Merge<'_>,
     catalog: &mut Catalog<'_>,
     number: u32,
@@ -384,7 +403,7 @@ async fn delete_of_snapshot(
     Ok(())
 }
 
-fn set_dead(entry: &mut Entry, list: Ptr) {
+pub(super) fn set_dead(entry: &mut Entry, list: Ptr) {
     if let EntryKind::Snapshot { dead, .. } = &mut entry.kind {
         *dead = list;
     }
@@ -786,22 +805,5 @@ impl Pool {
             }
         };
         self.administer(below, plan).await
-    }
-}
-
-impl Merge<'_> {
-    /// What the first so many parts of a dead list have. Frees those parts; what is left.
-    async fn take_dead(&mut self, snapshot: u32, mut list: Ptr, most: usize) -> Result<(Ptr, Vec<Dead>)> {
-        let (mut all, mut parts) = (Vec::new(), HashSet::new());
-        while !list.is_hole() && parts.len() < most {
-            let (next, dead) = self.dead_part(list, snapshot).await?;
-            all.extend(dead);
-            if !parts.insert(list.at) {
-                return Err(damaged("a dead list leads back to itself"));
-            }
-            self.free_node(list);
-            list = next;
-        }
-        Ok((list, all))
     }
 }

@@ -31,6 +31,8 @@ pub(super) struct Owned {
     owner: u32,
     /// Both copies of its record are damaged: it counts as full, and as his who says that it is.
     doubtful: bool,
+    /// They are, and an owner was found to use it.
+    adopted: bool,
     pub(super) epoch: u64,
     pub(super) used: Map,
     pub(super) committed: Map,
@@ -44,6 +46,19 @@ impl Owned {
     /// What the table says of it.
     pub(super) fn record(&self) -> ExtentRecord {
         ExtentRecord { owner: self.owner, epoch: self.epoch, used: self.committed, backed: self.backed }
+    }
+
+    /// It is his who is sure of that, if its record does not say otherwise. False if it does.
+    fn adopt(&mut self, owner: u32) -> bool {
+        if self.doubtful {
+            (self.owner, self.doubtful, self.adopted) = (owner, false, true);
+        }
+        self.owner == owner
+    }
+
+    /// Whether both copies of its record are damaged; none if it is not known to be the owner's.
+    pub(super) fn adopted(&self) -> Option<bool> {
+        (!self.doubtful).then_some(self.adopted)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -66,6 +81,7 @@ impl Extent {
             owner if owners.contains(&owner) => Extent::Owned(Box::new(Owned {
                 owner,
                 doubtful: false,
+                adopted: false,
                 epoch: record.epoch,
                 used: record.used,
                 committed: record.used,
@@ -74,6 +90,16 @@ impl Extent {
             })),
             owner => Extent::Foreign(owner),
         }
+    }
+
+    /// One that is in use though its record says that it is nobody's: nothing of it is given out, and nothing is marked yet.
+    pub(super) fn full(owner: u32, epoch: u64) -> Extent {
+        let record = ExtentRecord { owner, epoch, used: [u64::MAX; 8], backed: false };
+        let mut extent = Extent::of(&record, &[owner]);
+        if let Extent::Owned(owned) = &mut extent {
+            owned.committed = [0; 8];
+        }
+        extent
     }
 
     /// One whose record is damaged.
@@ -101,10 +127,7 @@ impl Extent {
     /// The same, for whoever is sure that it is his.
     fn owned_by_mut(&mut self, owner: u32) -> Option<&mut Owned> {
         let Extent::Owned(owned) = self else { return None };
-        if std::mem::take(&mut owned.doubtful) {
-            owned.owner = owner;
-        }
-        (owned.owner == owner).then_some(&mut **owned)
+        owned.adopt(owner).then_some(&mut **owned)
     }
 }
 
@@ -172,6 +195,14 @@ impl State {
         let done = change(owned);
         account.add(owned);
         Some(done)
+    }
+
+    /// An extent is his, if it is or both copies of its record are damaged. False if it is another's.
+    pub(super) fn adopt(&mut self, extent: u64, owner: u32) -> bool {
+        match self.extents.get_mut(extent as usize) {
+            Some(Extent::Owned(owned)) => owned.adopt(owner),
+            _ => false,
+        }
     }
 
     /// Makes an extent something else. What it was.
@@ -546,6 +577,28 @@ impl Blocks {
         Ok(row)
     }
 
+    /// Extents both copies of whose records are damaged, and that nobody was found to use.
+    pub(super) fn doubtful(&self) -> Vec<u64> {
+        let state = self.state();
+        let is = |extent: &Extent| extent.owned().is_some_and(|owned| owned.doubtful);
+        let all = state.extents.iter().enumerate();
+        all.filter(|(_, extent)| is(extent)).map(|(at, _)| at as u64).collect()
+    }
+
+    /// Those are nobody's, durably.
+    pub(super) async fn free_doubtful(&self, extents: &[u64], below: Below<'_>) -> Result<()> {
+        if extents.is_empty() {
+            return Ok(());
+        }
+        let records: Vec<(u64, ExtentRecord)> =
+            extents.iter().map(|at| (*at, ExtentRecord::default())).collect();
+        self.write_records(&records, below).await?;
+        below.flush().await?;
+        let mut state = self.state();
+        extents.iter().for_each(|at| drop(state.replace(*at, Extent::Nobodys)));
+        Ok(())
+    }
+
     /// Free blocks, promised ones among them.
     pub(super) fn free(&self) -> u64 {
         self.state().free()
@@ -605,42 +658,51 @@ impl Blocks {
         Ok(())
     }
 
-    /// Looks at both copies of the table, and writes records anew that are damaged in one. A sentence for each.
+    /// Looks at both copies of the table from an offset on, as far as is done at once, and writes records anew that are damaged in
+    /// one. A sentence for each, and where it goes on.
     ///
     /// # Errors
     /// Neither copy can be read.
-    pub(super) async fn examine(&self, below: Below<'_>) -> Result<Vec<String>> {
+    pub(super) async fn examine(&self, at: u64, below: Below<'_>) -> Result<(Vec<String>, Option<u64>)> {
         const PIECE: u64 = 1 << 20;
         // Checkpoints of all owners write to the table.
         let _whole = self.table.lock().await;
         let label = self.label();
         let (places, bytes) = (label.record(0), label.extents * EXTENT_RECORD);
+        let len = PIECE.min(bytes.saturating_sub(at));
+        let next = Some(at + len).filter(|next| *next < bytes);
+        let copies = [below.read(places[0] + at, len).await, below.read(places[1] + at, len).await];
         let mut problems = Vec::new();
-        for at in (0..bytes).step_by(PIECE as usize) {
-            let len = PIECE.min(bytes - at);
-            let one = below.read(places[0] + at, len).await?.to_vec();
-            let other = below.read(places[1] + at, len).await?.to_vec();
-            if one == other {
+        let [one, other] = match copies {
+            [Err(error), Err(_)] => return Err(error),
+            copies => copies.map(|copy| copy.map(|copy| copy.to_vec()).unwrap_or_default()),
+        };
+        if one == other {
+            return Ok((problems, next));
+        }
+        let each = EXTENT_RECORD as usize;
+        for place in (0..len as usize).step_by(each) {
+            let extent = (at + place as u64) / EXTENT_RECORD;
+            // What others have they change by themselves, and it is not for us to mend.
+            if self.leased && self.state().extents[extent as usize].owned().is_none() {
                 continue;
             }
-            let each = EXTENT_RECORD as usize;
-            for (ix, (one, other)) in one.chunks(each).zip(other.chunks(each)).enumerate() {
-                let extent = at / EXTENT_RECORD + ix as u64;
-                let (first, second) = (ExtentRecord::decode(one), ExtentRecord::decode(other));
-                if first.is_none() && second.is_none() {
-                    problems.push(format!("both copies of the record of extent {extent} are damaged"));
-                }
-                let Some(record) = first.or(second).filter(|_| one != other) else { continue };
-                // Both are sound where a process has died between the two: nothing relies on that record yet.
-                if first.is_none() || second.is_none() {
-                    problems.push(format!(
-                        "a copy of the record of extent {extent} was damaged, and is written anew"
-                    ));
-                }
-                self.put_records(&[(extent, record)], below).await?;
+            let [one, other] = [&one, &other].map(|copy| copy.get(place..place + each));
+            let (first, second) = (one.and_then(ExtentRecord::decode), other.and_then(ExtentRecord::decode));
+            if first.is_none() && second.is_none() {
+                problems.push(format!("both copies of the record of extent {extent} are damaged"));
+            }
+            let Some(record) = first.or(second).filter(|_| one != other) else { continue };
+            let mended = self.put_records(&[(extent, record)], below).await.is_ok();
+            // Both are sound where a process has died between the two: nothing relies on that record yet.
+            if first.is_none() || second.is_none() {
+                let outcome = if mended { "is" } else { "is to be" };
+                problems.push(format!(
+                    "a copy of the record of extent {extent} was damaged, and {outcome} written anew"
+                ));
             }
         }
-        Ok(problems)
+        Ok((problems, next))
     }
 }
 

@@ -93,6 +93,9 @@ impl Pool {
     ) -> Result<()> {
         let mut merge = Merge::new(self, below);
         let mut outcome = Outcome::default();
+        if let Some(plan) = plan.filter(|plan| plan.comes_first()) {
+            plan.carry_out(&mut merge, self, &mut frozen).await?;
+        }
         for (volume, layers) in &frozen.lines {
             let trees =
                 merge_line(&mut merge, &mut frozen.entries, *volume, layers, &mut outcome.dead).await?;
@@ -106,7 +109,7 @@ impl Pool {
                 tree.enter(entry);
             }
         }
-        if let Some(plan) = plan {
+        if let Some(plan) = plan.filter(|plan| !plan.comes_first()) {
             plan.carry_out(&mut merge, self, &mut frozen).await?;
         }
         write_catalog(&mut merge, &mut frozen).await?;

@@ -1,26 +1,55 @@
-//! Compares two trees of one line: what the older one sees and the newer one does not has died.
+//! What a line has lost: its dead lists, and how one is made anew. Two trees of one line are compared: what the older one sees and the newer one does not has died. What cannot be told, because a
+//! node cannot be read, stays marked as used.
 
-use super::format::{Body, Entry, Format, Map, NODE, Ptr, SLOTS, Slot, damaged, unit, unit_of};
+use super::format::{Body, Dead, Entry, Format, Map, NODE, Ptr, SLOTS, Slot, damaged, unit, unit_of};
 use super::maps::{blocks_of, slots_of};
 use super::merge::{Merge, Who};
 use blockmason::{LocalBoxFuture, Result};
+use std::collections::HashSet;
 
 impl Merge<'_> {
+    /// What the first so many parts of a dead list have. Frees those parts; what is left. From a part on that cannot be read it is
+    /// lost room: what it lists stays marked as used.
+    pub(super) async fn take_dead(
+        &mut self,
+        snapshot: u32,
+        mut list: Ptr,
+        most: usize,
+    ) -> Result<(Ptr, Vec<Dead>)> {
+        let (mut all, mut parts) = (Vec::new(), HashSet::new());
+        while !list.is_hole() && parts.len() < most {
+            let (next, dead) = match self.dead_part(list, snapshot).await {
+                Ok(part) => part,
+                Err(error) => {
+                    tracing::warn!("what a dead list has stays marked as used: {error}");
+                    return Ok((Ptr::default(), all));
+                }
+            };
+            all.extend(dead);
+            if !parts.insert(list.at) {
+                return Err(damaged("a dead list leads back to itself"));
+            }
+            self.free_node(list);
+            list = next;
+        }
+        Ok((list, all))
+    }
     /// Finds what a snapshot sees and the tree that came from it does not, where it is younger than that: it goes to the dead.
     pub(super) async fn lost_between(&mut self, origin: u64, old: &Entry, new: &Entry) -> Result<()> {
         let lowest = u8::from(self.format == Format::Two);
         let (mut ptr, mut level) = (new.root, new.height);
         // What of a tree that has grown is where it had its root before.
         while level > old.height.max(lowest) {
-            let Body::Inner(children) = self.inside(ptr, level, 0).await? else { return Err(other_kind()) };
+            let Some(body) = self.readable(ptr, level, 0).await else { return Ok(()) };
+            let Body::Inner(children) = body else { return Err(other_kind()) };
             (ptr, level) = (children[0], level - 1);
         }
         if level == old.height {
             return self.lost(origin, (old.root, ptr), (level, 0)).await;
         }
         // A leaf, of whose blocks the newer tree has a map.
-        let bodies = (Body::above(self.format, old.root, level), self.inside(ptr, level, 0).await?);
-        self.lost_within(origin, bodies, (level, 0)).await
+        let Some(new) = self.readable(ptr, level, 0).await else { return Ok(()) };
+        self.lost_within(origin, (Body::above(self.format, old.root, level), new), (level, 0)).await
     }
 
     fn lost(
@@ -37,10 +66,19 @@ impl Merge<'_> {
             if new.is_hole() {
                 return self.drop_tree(who, old, level, index).await;
             }
-            let bodies = (self.inside(old, level, index).await?, self.inside(new, level, index).await?);
-            self.kill_node(who, old, bodies.0.blocks());
-            self.lost_within(origin, bodies, (level, index)).await
+            let (was, is) = (self.readable(old, level, index).await, self.readable(new, level, index).await);
+            self.kill_node(who, old, was.as_ref().map_or(1, Body::blocks));
+            match was.zip(is) {
+                Some(bodies) => self.lost_within(origin, bodies, (level, index)).await,
+                None => Ok(()),
+            }
         })
+    }
+
+    /// What a pointer leads to, if that can be told.
+    async fn readable(&self, ptr: Ptr, level: u8, index: u64) -> Option<Body> {
+        let found = self.inside(ptr, level, index).await;
+        found.inspect_err(|error| tracing::warn!("what a node has led to stays marked as used: {error}")).ok()
     }
 
     async fn lost_within(
@@ -75,18 +113,21 @@ impl Merge<'_> {
             let place = index * SLOTS as u64 + u64::from(leaf);
             let mut slots = Vec::new();
             for (map, ptr) in [(old, was), (new, is)] {
-                slots.push(match ptr {
-                    None => slots_of(map.within(&range)),
-                    Some(ptr) => match self.read(ptr, 0, place).await? {
-                        Body::Leaf(slots) => slots,
-                        _ => return Err(other_kind()),
+                match ptr {
+                    None => slots.push(slots_of(map.within(&range))),
+                    Some(ptr) => match self.readable(ptr, 0, place).await {
+                        Some(Body::Leaf(found)) => slots.push(found),
+                        Some(_) => return Err(other_kind()),
+                        None => {}
                     },
-                });
+                }
             }
-            if let Some(was) = was {
+            if let Some(was) = was.filter(|_| was != is) {
                 self.kill_node(all_seen(origin), was, NODE);
             }
-            self.lost_slots(origin, &slots[0], &slots[1]);
+            if let [was, is] = &slots[..] {
+                self.lost_slots(origin, was, is);
+            }
         }
         Ok(())
     }

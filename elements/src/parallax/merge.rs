@@ -64,7 +64,7 @@ pub(super) struct Merge<'a> {
     pub(super) format: Format,
     space: &'a Space,
     nodes: &'a Nodes,
-    below: Below<'a>,
+    pub(super) below: Below<'a>,
     pub(super) difference: Difference,
     /// Blocks that nothing leads to any more.
     pub(super) freed: Vec<Range<u64>>,
@@ -179,6 +179,12 @@ impl<'a> Merge<'a> {
     async fn body(&self, place: Place) -> Result<Body> {
         let node = self.nodes.get(&place, self.below).await?;
         Ok(node.body.clone())
+    }
+
+    /// The volume that wrote a node, and the blocks of each of its copies.
+    pub(super) async fn old(&self, place: &Place) -> Result<(u32, u64)> {
+        let node = self.nodes.get(place, self.below).await?;
+        Ok((node.writer, node.body.blocks()))
     }
 
     /// A part of a snapshot's dead list: the next one, and what is in this one.
@@ -329,8 +335,9 @@ impl<'a> Merge<'a> {
                 self.drop_tree(who, ptr, level, index).await?;
                 return Ok(Ptr::default());
             }
-            let Body::Inner(mut children) = self.read(ptr, level, index).await? else {
-                return Err(damaged("an inner node was expected"));
+            let Ok(Body::Inner(mut children)) = self.read(ptr, level, index).await else {
+                self.drop_tree(who, ptr, level, index).await?;
+                return Ok(Ptr::default());
             };
             for (ix, child) in children.iter_mut().enumerate() {
                 let place = (level - 1, index * SLOTS as u64 + ix as u64);
@@ -366,8 +373,9 @@ impl<'a> Merge<'a> {
             return Ok(list);
         }
         let index = u64::from(snapshot);
+        // A part that cannot be read stays where it is.
         if !list.is_hole()
-            && let (next, part) = self.dead_part(list, snapshot).await?
+            && let Ok((next, part)) = self.dead_part(list, snapshot).await
             && part.len() < DEAD
         {
             self.free_node(list);

@@ -2,7 +2,6 @@
 
 use super::below::Below;
 use super::blocks::Blocks;
-use super::check::outcome;
 use super::format::{
     BLOCK, Body, Change, EXTENT, Entry, ExtentRecord, Features, Format, Id, Label, Owner, Owners, Ptr,
     RECORDS, Record, Root, SLOTS, damaged, is_sound, short, u32_at, u64_at,
@@ -179,35 +178,71 @@ struct Found {
     journal: Vec<(u64, ExtentRecord)>,
 }
 
-/// Opens the pool on a device of that size. Trees that have damage in the way of their first checkpoint are open for reading only, and
-/// say so to whoever writes.
+/// What there is in a pool, before anything has been written.
+pub(super) struct All {
+    pub(super) blocks: Arc<Blocks>,
+    found: Vec<(Owner, Found)>,
+    pub(super) lacking: Vec<Lacking>,
+    /// Owners whose format this program does not know.
+    pub(super) unknown: usize,
+}
+
+impl All {
+    /// The trees, as they are.
+    pub(super) fn trees(&self) -> impl Iterator<Item = &Pool> {
+        self.found.iter().map(|(_, trees)| &trees.pool)
+    }
+
+    /// Brings to the table what the journals of these trees say.
+    pub(super) async fn write_journal(&self, trees: &Pool, below: Below<'_>) -> Result<()> {
+        match self.found.iter().find(|(_, found)| std::ptr::eq(&found.pool, trees)) {
+            Some((_, found)) => found.write_journal(below).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Finds all trees of the pool on a device of that size.
 ///
 /// # Errors
-/// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged, or none of its trees can be opened.
-pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Result<Opened> {
+/// [`Kind::Denied`] if there is none; [`Kind::Io`] if it is damaged.
+pub(super) async fn find_all(opening: Opening, size: u64, below: Below<'_>) -> Result<All> {
     let label = read_label(below).await?;
     label.features.allow(Features::KEYS, opening.writable, "the pool")?;
     need_size(&label, size)?;
-    let owners = read_owners(&label, below).await?.all.into_iter();
+    let owners = read_owners(&label, below).await?.all;
+    let count = owners.len();
     let known = |owner: Owner| {
         let format = Format::numbered(owner.format).filter(|_| owner.format <= opening.newest)?;
         Some((format, owner))
     };
-    let owners: Vec<(Format, Owner)> = owners.filter_map(known).collect();
+    let owners: Vec<(Format, Owner)> = owners.into_iter().filter_map(known).collect();
     let numbers: Vec<u32> = owners.iter().map(|(_, owner)| owner.number).collect();
     let nodes = Arc::new(Nodes::new(label.id, opening.memory));
     let blocks = Arc::new(Blocks::read(label, &numbers, below).await?);
-    let (mut found, mut opened) = (Vec::new(), Opened { trees: Vec::new(), lacking: Vec::new() });
+    let unknown = count - owners.len();
+    let mut all = All { blocks: blocks.clone(), found: Vec::new(), lacking: Vec::new(), unknown };
     // First whose all blocks are: only then may anybody take some.
     for (format, owner) in owners {
         match find_trees((format, &owner), opening.writable, (&blocks, &nodes), below).await {
-            Ok(trees) => found.push((owner, trees)),
+            Ok(trees) => all.found.push((owner, trees)),
             Err(why) => {
                 blocks.disown(owner.number);
-                opened.lacking.push(Lacking { format, key: owner.key, why });
+                all.lacking.push(Lacking { format, key: owner.key, why });
             }
         }
     }
+    Ok(all)
+}
+
+/// Opens the pool on a device of that size. Trees that have damage in the way of their first checkpoint are open for reading only, and
+/// say so to whoever writes.
+///
+/// # Errors
+/// As those of [`find_all`], and none of its trees can be opened.
+pub(super) async fn open(opening: Opening, size: u64, below: Below<'_>) -> Result<Opened> {
+    let All { blocks, found, lacking, .. } = find_all(opening, size, below).await?;
+    let mut opened = Opened { trees: Vec::new(), lacking };
     for (owner, trees) in found {
         let begun = if opening.writable { trees.begin(below).await } else { Ok(()) };
         match begun {
@@ -276,10 +311,14 @@ async fn find_trees(
 impl Found {
     /// Makes it writable.
     async fn begin(&self, below: Below<'_>) -> Result<()> {
-        let extents: Vec<u64> = self.journal.iter().map(|(extent, _)| *extent).collect();
-        self.pool.space.write_known(&extents, below).await?;
+        self.write_journal(below).await?;
         self.pool.checkpoint(below).await?;
         self.pool.space.back_slop(below).await
+    }
+
+    async fn write_journal(&self, below: Below<'_>) -> Result<()> {
+        let extents: Vec<u64> = self.journal.iter().map(|(extent, _)| *extent).collect();
+        self.pool.space.write_known(&extents, below).await
     }
 }
 
@@ -445,49 +484,7 @@ pub(super) async fn read_label(below: Below<'_>) -> Result<Label> {
     best.ok_or_else(|| refused.unwrap_or_else(|| Error::new(Kind::Denied, "it is no pool")))
 }
 
-/// Looks at both copies of everything of which there are two beside nodes, and writes anew what is damaged. A sentence for
-/// each of those. The caller keeps checkpoints off.
-///
-/// # Errors
-/// Neither copy of something can be read.
-pub(super) async fn examine_copies(pool: &Pool, below: Below<'_>) -> Result<Vec<String>> {
-    let label = pool.space.label();
-    let owners = copies(Owners::PLACES, below).await;
-    let is_list = |bytes: &Vec<u8>| Owners::decode(bytes, &label).is_ok();
-    let list = owners.iter().flatten().find(|bytes| is_list(bytes)).cloned();
-    let list = list.ok_or_else(|| damaged("both copies of the list of the pool's owners are damaged"))?;
-    let said = |what: &str, place: u64, mended: bool| {
-        format!("the copy of the {what} at block {place} was damaged, and {}", outcome(mended))
-    };
-    let mut problems = Vec::new();
-    for (place, found) in Label::PLACES.into_iter().zip(copies(Label::PLACES, below).await) {
-        if found.as_ref() == Some(&label.encode()) {
-            continue;
-        }
-        let mended = below.write(place * BLOCK, Data::shared(label.encode())).await.is_ok();
-        // Whoever made the pool, or made it larger, may have died between the two.
-        let is_behind = |bytes: Vec<u8>| bytes.iter().all(|byte| *byte == 0) || Label::decode(&bytes).is_ok();
-        if !mended || !found.is_some_and(is_behind) {
-            problems.push(said("label", place, mended));
-        }
-    }
-    for (place, found) in Owners::PLACES.into_iter().zip(&owners) {
-        if !found.as_ref().is_some_and(is_list) {
-            let mended = below.write(place * BLOCK, Data::shared(list.clone())).await.is_ok();
-            problems.push(said("list of owners", place, mended));
-        }
-    }
-    problems.extend(pool.space.blocks.examine(below).await?);
-    Ok(problems)
-}
-
-/// Both copies of a block, where they can be read.
-async fn copies(places: [u64; 2], below: Below<'_>) -> [Option<Vec<u8>>; 2] {
-    let copy = async |place: u64| below.read(place * BLOCK, BLOCK).await.ok().map(|data| data.to_vec());
-    [copy(places[0]).await, copy(places[1]).await]
-}
-
-async fn read_owners(label: &Label, below: Below<'_>) -> Result<Owners> {
+pub(super) async fn read_owners(label: &Label, below: Below<'_>) -> Result<Owners> {
     let mut best: Option<Owners> = None;
     for place in Owners::PLACES {
         let read = below.read(place * BLOCK, BLOCK).await;
@@ -561,7 +558,11 @@ async fn read_journal(label: &Label, root: &Root, below: Below<'_>) -> Result<Jo
 }
 
 /// One block of it: the next one, and its records.
-fn journal_part(bytes: &[u8], label: &Label, root: &Root) -> Option<(u64, Vec<(u64, ExtentRecord)>)> {
+pub(super) fn journal_part(
+    bytes: &[u8],
+    label: &Label,
+    root: &Root,
+) -> Option<(u64, Vec<(u64, ExtentRecord)>)> {
     let own = bytes.starts_with(b"PXSJ")
         && is_sound(bytes, 4)
         && [u64_at(bytes, 8), u64_at(bytes, 16)] == [short(&label.id), root.sequence];

@@ -1,24 +1,22 @@
 //! A volume of a pool in a file or on a block device.
 
 use super::below::block_on;
+use super::care::volume_params;
 use super::format::BLOCK;
 use super::pool::Core;
-use super::schedule::Schedule;
 use super::shared::{Shared, having, head_of};
-use super::volume::{Full, OnFull, Volume};
+use super::volume::Volume;
 use crate::calendar::seconds;
 use blockmason::describe::{Access, Build, Carries, ElementType, Family, Handler, Ports};
 use blockmason::heads::HeadPlace;
 use blockmason::io::Opened;
-use blockmason::lang::value::{FilePath, Service, Size, Time};
+use blockmason::lang::value::{FilePath, Service, Size};
 use blockmason::{
     Children, Cx, Element, Error, Flow, Geometry, LocalBoxFuture, Open, Ops, Prepared, Request, Result,
 };
-use futures::FutureExt;
-use futures::future::join;
 use std::sync::{Arc, OnceLock};
 
-blockmason::params! {
+volume_params! {
     /// A volume of a pool.
     struct Params {
         /// The pool: its file, its block device, or the folder that it is in.
@@ -27,28 +25,8 @@ blockmason::params! {
         volume: String,
         /// Serves this snapshot of the volume instead, for reading only.
         snapshot: Option<String>,
-        /// What a write does for which there is no room: it fails (`error`), or waits (`queue`).
-        on_full: OnFull = "error",
-        /// How long it waits, at most; then it fails.
-        full_timeout: Time = "60s",
-        /// Takes a snapshot of it whenever so much time of UTC is over, `1h` or `24h`, if it has changed since its newest one. Their names
-        /// begin with `auto-`.
-        snapshot_every: Option<Time>,
-        /// So many of those are kept; older ones are deleted, unless they are held, served, or have a clone.
-        keep: usize = "24",
         /// Memory that the pool's map may take. What the first graph says that opens the pool counts.
         memory: Size = "256M",
-    }
-}
-
-impl Params {
-    fn schedule(&self) -> Result<Option<Schedule>> {
-        let every = self.snapshot_every.as_ref().map(|every| every.0);
-        Schedule::new(every, self.keep, self.snapshot.is_none())
-    }
-
-    fn full(&self) -> Full {
-        Full { on_full: self.on_full, timeout: self.full_timeout.0 }
     }
 }
 
@@ -102,7 +80,7 @@ pub const TYPE: ElementType = ElementType {
     check: Params::check,
     build: |build: &Build<'_>| {
         let (params, graph) = (build.read(Params::from)?, build.graph.to_owned());
-        params.schedule()?;
+        params.care()?;
         Ok(Arc::new(Disk { params, graph, open: OnceLock::new() }))
     },
     ..ElementType::BASE
@@ -199,15 +177,9 @@ impl Element for Disk {
 
     fn run<'a>(&'a self, cx: Cx<'a>) -> Option<LocalBoxFuture<'a, ()>> {
         let (volume, shared) = self.open.get()?;
-        let tending = volume.pool.tend(shared.below(cx), cx);
-        Some(match self.params.schedule().ok().flatten() {
-            None => Box::pin(tending),
-            Some(schedule) => {
-                let whole = || shared.is_whole(&self.params.volume).is_ok();
-                let taking = schedule.run(volume, whole, shared.below(cx), cx);
-                Box::pin(join(tending, taking).map(drop))
-            }
-        })
+        let care = self.params.care().ok()?;
+        let whole = || shared.is_whole(&self.params.volume).is_ok();
+        Some(Box::pin(care.run(volume, whole, shared.below(cx), cx)))
     }
 
     fn may_hand_over(&self) -> Result<()> {

@@ -12,7 +12,7 @@ use futures::future::{Either, select};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::{AddAssign, Range, SubAssign};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -309,6 +309,18 @@ impl Core {
         line.leaves.clear();
     }
 
+    /// Blocks that volumes have by what the log says, in order.
+    pub(super) fn logged(&self) -> Vec<Range<u64>> {
+        let layers = |line: &Line| {
+            let runs = line.layers.iter().flat_map(|layer| layer.runs.within(0..u64::MAX));
+            let runs = line.active.within(0..u64::MAX).chain(runs).map(|(_, run)| run);
+            runs.filter(|run| run.at != 0).map(|run| run.at..run.at + run.len).collect::<Vec<_>>()
+        };
+        let mut all: Vec<Range<u64>> = self.lines.values().flat_map(layers).collect();
+        all.sort_unstable_by_key(|range| range.start);
+        all
+    }
+
     /// Blocks that are reserved for a volume and that it has not taken yet.
     fn unmet(&self, volume: u32) -> u64 {
         let Some(EntryKind::Volume { limits, own, .. }) = self.catalog.get(&volume).map(|entry| &entry.kind)
@@ -421,6 +433,8 @@ pub(super) struct Pool {
     pub(super) due: Notify,
     /// It has been said that writes wait for room; again once there is more than a little.
     pub(super) waited: AtomicBool,
+    /// When the last scrub of a schedule was due.
+    pub(super) scrubbed: AtomicU64,
     broken: OnceLock<String>,
 }
 
@@ -446,6 +460,7 @@ impl Pool {
             administering: tokio::sync::RwLock::default(),
             due: Notify::new(),
             waited: AtomicBool::new(false),
+            scrubbed: AtomicU64::new(0),
             broken: OnceLock::new(),
         }
     }

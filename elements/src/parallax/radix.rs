@@ -2,27 +2,27 @@
 
 use super::admin::{NewSettings, Settings, check_name, check_size};
 use super::below::{Below, block_on};
+use super::care::volume_params;
 use super::format::{BLOCK, Compress, Format};
 use super::lease::{self, Ask, Lease};
 use super::open::{Opening, add_trees, create, is_empty, open, open_leased, read_label};
 use super::parallax::HANDLERS;
 use super::pool::{CHECKPOINT, Core, Pool};
-use super::schedule::Schedule;
-use super::volume::{Full, OnFull, Volume};
+use super::volume::Volume;
 use blockmason::describe::{Build, ElementType, Family, Outs, Ports};
-use blockmason::lang::value::{Size, Time};
+use blockmason::lang::value::Size;
 use blockmason::{
     Children, Cx, Element, Error, Extra, Flow, Geometry, Kind, LocalBoxFuture, Op, Ops, Origin, Prepared,
     Reply, Request, Result,
 };
-use futures::future::{Either, OptionFuture, join3, select};
+use futures::future::{Either, join, select};
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::{Notify, oneshot};
 
-blockmason::params! {
+volume_params! {
     /// A volume of a pool.
     struct Params {
         /// The volume's name. It is made if there is none.
@@ -43,15 +43,6 @@ blockmason::params! {
         compress: Option<Compress>,
         /// The format of the trees that the volume is in, 1 or 2. A pool may have both.
         format: Format = "1",
-        /// What a write does for which there is no room: it fails (`error`), or waits (`queue`).
-        on_full: OnFull = "error",
-        /// How long it waits, at most; then it fails.
-        full_timeout: Time = "60s",
-        /// Takes a snapshot of it whenever so much time of UTC is over, `1h` or `24h`, if it has changed since its newest one. Their names
-        /// begin with `auto-`.
-        snapshot_every: Option<Time>,
-        /// So many of those are kept; older ones are deleted, unless they are held, served, or have a clone.
-        keep: usize = "24",
         /// Memory that the pool's map may take.
         memory: Size = "256M",
     }
@@ -64,17 +55,6 @@ blockmason::words! {
         Block = "block",
         /// All of it as it was at one instant.
         Prefix = "prefix",
-    }
-}
-
-impl Params {
-    fn schedule(&self) -> Result<Option<Schedule>> {
-        let every = self.snapshot_every.as_ref().map(|every| every.0);
-        Schedule::new(every, self.keep, self.snapshot.is_none())
-    }
-
-    fn full(&self) -> Full {
-        Full { on_full: self.on_full, timeout: self.full_timeout.0 }
     }
 }
 
@@ -99,7 +79,7 @@ pub const TYPE: ElementType = ElementType {
     ports: Ports { input: true, out: Outs::Named(&["out"]) },
     handlers: HANDLERS,
     layout: true,
-    tuning: &["on_full", "full_timeout", "memory", "snapshot_every", "keep"],
+    tuning: &["on_full", "full_timeout", "memory", "snapshot_every", "keep", "scrub_every"],
     example: "element Guest (type nbd) (listen unix:radix.sock)\n\
               element Volume (type radix) (volume vm1) (size 1G)\n\
               element Pool (type file) (path pool.img) (size 256M)\n\
@@ -143,7 +123,7 @@ struct Known {
 impl Radix {
     fn new(params: Params) -> Result<Radix> {
         check_size(params.size.0)?;
-        params.schedule()?;
+        params.care()?;
         check_name(&params.volume)?;
         let (opening, opener, volume, tries, calls, called) = Default::default();
         Ok(Radix { params, opening, opener, volume, tries, calls, called })
@@ -269,12 +249,10 @@ impl Radix {
         loop {
             match self.open(cx).await {
                 Ok(volume) => {
-                    let tending = volume.pool.tend(Below::Port(cx), cx);
-                    let schedule = self.params.schedule().ok().flatten();
-                    let taking = OptionFuture::from(
-                        schedule.map(|schedule| schedule.run(volume, || true, Below::Port(cx), cx)),
-                    );
-                    join3(tending, self.obey(volume, cx), taking).await;
+                    if let Ok(care) = self.params.care() {
+                        let caring = care.run(volume, || true, Below::Port(cx), cx);
+                        join(caring, self.obey(volume, cx)).await;
+                    }
                     return;
                 }
                 Err(error) => {

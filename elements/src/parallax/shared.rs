@@ -5,6 +5,7 @@ use super::blocks::write_size;
 use super::format::{BLOCK, EXTENT, Format, Id, Label};
 use super::open::{Lacking, Opening, add_trees, create, open, read_label};
 use super::pool::Pool;
+use super::repair::{Repaired, Repairing, repair};
 use blockmason::heads::{self, HeadPlace, Standing};
 use blockmason::io::{Access, FileIo, FileOptions, Image, Opened, Registry};
 use blockmason::{Cx, Error, Kind, Result};
@@ -199,6 +200,24 @@ impl Shared {
         let extents = make_room(image.file(), &label, size).map_err(|error| error.with_path(path))?;
         block_on(write_size(label, extents, below))?;
         Ok(extents * EXTENT * BLOCK)
+    }
+
+    /// Repairs a pool that nobody has open, or says what would be done. Blocks.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] if somebody has it open.
+    pub(super) fn repair_closed(path: &Path, how: Repairing) -> Result<Repaired> {
+        let busy = || {
+            let message = "a graph serves the pool: stop its daemon, then repair the pool";
+            Error::new(Kind::Busy, message).with_path(path)
+        };
+        let listed = find(Place::of(path)?).map_or_else(Ok, |_| Err(busy()))?;
+        let (image, size, _) = image(&listed.0.path, how.act).map_err(|error| match error.kind() {
+            Kind::Busy => busy(),
+            _ => error,
+        })?;
+        let done = block_on(repair(how, size, Below::Plain(image.file().as_fd())));
+        done.map_err(|error| error.with_path(path))
     }
 
     /// The way down of a request of a graph.

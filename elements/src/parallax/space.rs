@@ -34,6 +34,11 @@ impl Difference {
     pub(super) fn remove(&mut self, blocks: Range<u64>) {
         each_word(blocks, |extent, word, mask| self.extents.entry(extent).or_default().1[word] |= mask);
     }
+
+    /// The record of an extent is written, changed or not.
+    pub(super) fn touch(&mut self, extent: u64) {
+        self.extents.entry(extent).or_default();
+    }
 }
 
 /// Splits blocks into words of the maps of extents.
@@ -91,6 +96,10 @@ impl Space {
 
     pub(super) fn label(&self) -> Label {
         self.blocks.label()
+    }
+
+    pub(super) fn owner(&self) -> u32 {
+        self.owner
     }
 
     /// The owner, if it is a block store below that says who that is.
@@ -366,6 +375,36 @@ impl Space {
         let state = self.state();
         let maps = state.extents.iter().enumerate();
         maps.filter_map(|(ix, extent)| Some((ix as u64, extent.owned_by(self.owner)?.committed))).collect()
+    }
+
+    /// The same, and whether both copies of the record are damaged.
+    pub(super) fn marked(&self) -> Vec<(u64, Map, bool)> {
+        let state = self.state();
+        let maps = state.extents.iter().enumerate();
+        let ours = maps.filter_map(|(ix, extent)| Some((ix as u64, extent.owned_by(self.owner)?)));
+        ours.filter_map(|(ix, ours)| Some((ix, ours.committed, ours.adopted()?))).collect()
+    }
+
+    /// All of an extent of ours is in use, which has always been so. True if its record says otherwise.
+    pub(super) fn fill(&self, extent: u64) -> bool {
+        let full = [u64::MAX; 8];
+        let fill = |ours: &mut Owned| {
+            (ours.used, ours.free) = (full, 0);
+            std::mem::replace(&mut ours.committed, full) != full
+        };
+        self.state().change(self.owner, extent, fill).unwrap_or(false)
+    }
+
+    /// An extent that our trees lead into is ours, if its record does not say that it is somebody else's: one whose record is damaged,
+    /// and one that is said to be nobody's, of which nothing is given out then. False if it is another's.
+    pub(super) fn adopt(&self, extent: u64) -> bool {
+        let mut state = self.state();
+        let whose = state.extents.get(extent as usize);
+        if whose.is_some_and(|whose| matches!(whose, Extent::Nobodys)) {
+            state.replace(extent, Extent::full(self.owner, self.epoch));
+            return true;
+        }
+        state.adopt(extent, self.owner)
     }
 
     /// Blocks that are promised: after a checkpoint, while nobody writes, none.

@@ -9,9 +9,11 @@ mod lines;
 mod maps;
 mod opening;
 mod races;
+mod repair;
 mod rig;
 mod room;
 mod schedules;
+mod scrub;
 mod sweep;
 mod tidying;
 

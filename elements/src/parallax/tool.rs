@@ -4,10 +4,15 @@ use super::account::Account;
 pub use super::admin::{NewSettings, Settings};
 use super::below::{Below, block_on};
 use super::check::{Findings, check};
+use super::examine::Said;
 use super::format::{BLOCK, Entry, EntryKind, Receiving, SnapshotId};
 pub use super::format::{Compress, Format};
+use super::history::Point;
 use super::open::Lacking;
 use super::pool::{Core, Pool};
+use super::repair::Repaired;
+pub use super::repair::Repairing;
+use super::scrub::Stage;
 use super::shared::{self, Shared};
 use super::tidy::Tidying;
 use super::volume::{Full, Volume};
@@ -34,6 +39,12 @@ pub enum Operation {
     List,
     /// Looks at everything: whether what the pool says of itself is true.
     Check,
+    /// Looks at the next piece of all that can be read, and mends what is damaged in one copy.
+    Scrub {
+        /// What was said of it when the piece before was looked at; none: from the beginning on.
+        #[serde(default)]
+        at: Option<ScrubbedTo>,
+    },
     /// Makes an empty volume.
     CreateVolume {
         /// Its name.
@@ -135,6 +146,11 @@ pub enum Operation {
         #[serde(default)]
         snapshot: Option<String>,
     },
+    /// The same of a volume and each of its snapshots, with what has changed from one to the next.
+    History {
+        /// The volume.
+        volume: String,
+    },
     /// Bytes of a volume or snapshot, in base64; null if all are zero.
     Read {
         /// The volume.
@@ -214,6 +230,15 @@ pub enum Operation {
     Gc,
 }
 
+/// How far a scrub has come.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubbedTo {
+    /// The owner whose trees are looked at.
+    owner: u32,
+    stage: Stage,
+}
+
 /// Makes a pool in a new file, or on an empty block device, whose own size counts if none is given. Blocks.
 ///
 /// # Errors
@@ -249,6 +274,16 @@ pub fn grow_closed(path: &Path, size: Option<u64>) -> Result<Value> {
     Shared::grow_closed(path, size).map(|size| json!({ "size": size }))
 }
 
+/// Repairs a pool that nobody has open, or says what would be done. Blocks.
+///
+/// # Errors
+/// [`blockmason::Kind::Busy`] if somebody has it open; it cannot be opened, or written.
+pub fn repair(path: &Path, how: Repairing) -> Result<Value> {
+    let Repaired { problems, steps, left, after } = Shared::repair_closed(path, how)?;
+    let said = |said: Said| json!({ "problems": said.all, "more": said.more });
+    Ok(json!({ "found": said(problems), "steps": steps, "left": left, "after": after.map(said) }))
+}
+
 impl Open {
     /// Does something. What was found out, or null. Blocks, and not on a shard: those serve the pool meanwhile.
     ///
@@ -271,12 +306,13 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
                 }
                 all += block_on(check(&trees, below))?;
             }
-            all.problems.extend(unusable(&shared.lacking));
+            unusable(&shared.lacking).into_iter().for_each(|what| all.said.say(what));
             return Ok(json!({
-                "problems": all.problems, "volumes": all.volumes, "snapshots": all.snapshots,
+                "problems": all.said.all, "more": all.said.more, "volumes": all.volumes, "snapshots": all.snapshots,
                 "nodes": all.nodes, "bytes": all.blocks * BLOCK,
             }));
         }
+        Operation::Scrub { at } => return scrub(shared, *at),
         Operation::CreateVolume { name, size, settings } => {
             let naming = shared.name(name)?;
             block_on(shared.of_format(settings.format, &naming)?.make_volume(name, *size, *settings, below))?;
@@ -349,6 +385,12 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             said["compressed"] = json!({ "data": packed[0] * BLOCK, "takes": packed[1] * BLOCK });
             return Ok(said);
         }
+        Operation::History { volume } => {
+            let trees = shared.having(volume)?;
+            let number = trees.core().find(volume, None)?;
+            let points = block_on(trees.history(number, below))?;
+            return Ok(points.iter().map(point).collect());
+        }
         Operation::Read { volume, snapshot, offset, len } => {
             return read(
                 &shared.having(volume)?,
@@ -412,6 +454,27 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
     Ok(Value::Null)
 }
 
+/// Looks at one piece.
+fn scrub(shared: &Shared, at: Option<ScrubbedTo>) -> Result<Value> {
+    let mut trees: Vec<(u32, Arc<Pool>)> =
+        shared.trees().into_iter().map(|trees| (trees.space.owner(), trees)).collect();
+    trees.sort_by_key(|(owner, _)| *owner);
+    let (from, stage) = at.map_or((0, Stage::FIRST), |at| (at.owner, at.stage));
+    let mut left = trees.into_iter().filter(|(owner, _)| *owner >= from);
+    let Some((owner, trees)) = left.next() else { return Ok(Value::Null) };
+    let stage = if owner == from || from == 0 { stage } else { Stage::Heads };
+    let mut piece = block_on(trees.scrub(stage, shared.blocking()))?;
+    // The table is one for all.
+    let behind = left.next().map(|(owner, _)| ScrubbedTo { owner, stage: Stage::Heads });
+    let next = piece.next.map(|stage| ScrubbedTo { owner, stage }).or(behind);
+    if next.is_none() {
+        unusable(&shared.lacking).into_iter().for_each(|what| piece.said.say(what));
+    }
+    Ok(json!({
+        "problems": piece.said.all, "more": piece.said.more, "bytes": piece.bytes, "what": piece.what, "next": next,
+    }))
+}
+
 /// Where a graph serves something of the pool, it gets the room back in the background.
 fn end_deletion(pool: &Pool, below: Below<'_>) -> Result<()> {
     let served = !pool.core().served.is_empty();
@@ -441,14 +504,7 @@ fn stat(shared: &Shared) -> Value {
 
 /// Names of what is being deleted.
 fn being_deleted(core: &Core) -> Vec<String> {
-    let called = |entry: &Entry| match &entry.kind {
-        EntryKind::Snapshot { volume, .. } => {
-            let of = core.catalog.get(volume).map_or(String::new(), |entry| core.called(&entry.name));
-            format!("{of}@{}", entry.name)
-        }
-        EntryKind::Volume { .. } => core.called(&entry.name),
-    };
-    core.catalog.values().filter(|entry| entry.deleting).map(called).collect()
+    core.catalog.values().filter(|entry| entry.deleting).map(|entry| core.title(entry)).collect()
 }
 
 /// # Errors
@@ -523,6 +579,20 @@ fn identity(digits: &str) -> Result<SnapshotId> {
     let digits = digits.filter(|digits| digits.len() == 32);
     let digits = digits.ok_or_else(|| Error::invalid("an identity has 32 hexadecimal digits"))?;
     Ok(std::array::from_fn(|ix| digits[2 * ix] << 4 | digits[2 * ix + 1]))
+}
+
+/// One line of a volume's history.
+fn point(point: &Point) -> Value {
+    let Account { mapped, shared, freed, .. } = point.account;
+    let mut said = json!({
+        "mapped": mapped * BLOCK, "changed": point.changed * BLOCK, "shared": shared * BLOCK,
+        "freed_if_deleted": freed * BLOCK,
+    });
+    if let Some(entry) = &point.snapshot {
+        (said["snapshot"], said["made"], said["held"]) =
+            (json!(entry.name), json!(entry.made), json!(entry.held));
+    }
+    said
 }
 
 /// How a volume, or a snapshot, is made.

@@ -712,6 +712,13 @@ impl Volume {
             if pieces.iter().all(|piece| piece.at == 0) {
                 return self.end(&req, below).await;
             }
+        } else {
+            // What cannot be read and is not discarded as a whole is in the way of every checkpoint from then on.
+            for (edge, block) in [(row.start, row.start), (row.end, row.end - 1)] {
+                if !edge.is_multiple_of(SLOTS as u64) {
+                    self.find(block..block + 1, usize::MAX, false, below).await?;
+                }
+            }
         }
         let none = Fresh::default();
         let promise = match self.promise(none, &row, true, below).await {

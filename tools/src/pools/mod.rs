@@ -1,10 +1,13 @@
 //! `mason pool` and `mason volume`: pools of thin volumes, served or not.
 
 mod dump;
+mod history;
 mod image;
 pub(crate) mod pool;
 mod reach;
 mod receive;
+mod repair;
+mod scrub;
 mod send;
 mod stream;
 mod tidy;

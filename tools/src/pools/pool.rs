@@ -1,6 +1,7 @@
 //! `mason pool`: makes pools and looks at them.
 
-use super::ask;
+use super::repair::{self, Lost};
+use super::{ask, scrub};
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output::{self, printable};
@@ -8,7 +9,7 @@ use crate::units::{Bytes, Exact, table};
 use blockmason::lang::value::Size;
 use blockmason_elements::parallax::tool::{self, Operation};
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Make pools of thin volumes, look at them, check them.
 #[derive(clap::Args)]
@@ -16,6 +17,8 @@ use std::path::PathBuf;
   mason pool create vms.pool --size 100G
   mason pool list vms.pool
   mason pool check vms.pool && echo sound
+  mason pool scrub vms.pool            read everything while guests go on, and mend it
+  mason pool repair vms.pool           say what could be repaired that a scrub cannot mend
   mason pool grow vms.pool --size 200G
 
 A pool is a file, a block device, or a folder that holds the file. Whatever is asked of a pool that a daemon
@@ -54,7 +57,42 @@ enum Command {
     /// End what is being deleted, and give free room back to the file system that the pool is on
     Gc(Pool),
     /// Look at everything in a pool: exits with 1 if anything is not as it should be
+    ///
+    /// It does what a scrub does, and keeps account of each block besides: that exactly what is used is marked as used. That takes
+    /// memory, about 40 bytes for each block of 4096, and changes wait that do not fit into the log. It is for a pool of which
+    /// something is suspected; a scrub is for all days.
     Check(Pool),
+    /// Read all that a pool has while guests go on, and mend what is damaged in one copy: exits with 1 if anything was
+    ///
+    /// All that leads to data is kept twice: both copies are read. Data is read in volumes with checksums. What is not mended is named,
+    /// with the volume or snapshot, the oldest that has it, and the bytes: they read as an error, and all else goes on. Nothing
+    /// is remembered: interrupt it at any time, and begin anew. `(scrub_every 7d)` has a daemon do it.
+    Scrub {
+        #[command(flatten)]
+        pool: Pool,
+        /// Goes on at once after each piece; otherwise as much time is for others as it took
+        #[arg(long)]
+        full_speed: bool,
+    },
+    /// Say what can be done about what a scrub and a check only name, or do it; while nobody serves the pool
+    ///
+    /// It changes nothing that can be read. Records of extents and dead lists of which no copy is good are made anew from what the
+    /// trees lead to; what nothing leads to is free; what is in use and not marked is marked. Parts of volumes that cannot be read
+    /// stay errors, and what they led to stays in use, until `--lost zero` gives them up. It takes memory as a check does. After a crash
+    /// everything has been done or nothing, for the volumes of each format.
+    Repair {
+        /// The pool
+        pool: PathBuf,
+        /// Does it: otherwise it is only said
+        #[arg(long = "do")]
+        act: bool,
+        /// What becomes of parts of volumes that cannot be read
+        #[arg(long, value_enum, default_value = "keep")]
+        lost: Lost,
+        /// Writes one JSON object
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(clap::Args)]
@@ -96,6 +134,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
             }
         }
         Command::Check(pool) => check(pool),
+        Command::Repair { pool, act, lost, json } => repair::repair(pool, *act, *lost, *json),
+        Command::Scrub { pool, full_speed } => {
+            scrub::scrub(&pool.pool, *full_speed, pool.json, &pool.control)
+        }
     }
 }
 
@@ -103,7 +145,7 @@ pub(super) fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or(0)
 }
 
-fn word(value: &Value) -> String {
+pub(super) fn word(value: &Value) -> String {
     printable(value.as_str().unwrap_or("-"))
 }
 
@@ -166,8 +208,12 @@ fn check(pool: &Pool) -> Outcome {
         output::json(&found)?;
     } else {
         let lines: String = problems.iter().map(|problem| word(problem) + "\n").collect();
+        let more = match number(&found["more"]) {
+            0 => String::new(),
+            more => format!("and {more} more\n"),
+        };
         let said = format!(
-            "{} volumes, {} snapshots, {} nodes, {} in use\n",
+            "{more}{} volumes, {} snapshots, {} nodes, {} in use\n",
             number(&found["volumes"]),
             number(&found["snapshots"]),
             number(&found["nodes"]),
@@ -175,11 +221,14 @@ fn check(pool: &Pool) -> Outcome {
         );
         output::text(&(lines + &said))?;
     }
-    match problems.len() {
+    outcome(&pool.pool, problems.len() as u64 + number(&found["more"]))
+}
+
+/// Whether so many things are wrong.
+pub(super) fn outcome(pool: &Path, count: u64) -> Outcome {
+    match count {
         0 => Ok(()),
-        1 => Err(Failure::new(format!("{}: one thing is not as it should be", pool.pool.display()))),
-        count => {
-            Err(Failure::new(format!("{}: {count} things are not as they should be", pool.pool.display())))
-        }
+        1 => Err(Failure::new(format!("{}: one thing is not as it should be", pool.display()))),
+        count => Err(Failure::new(format!("{}: {count} things are not as they should be", pool.display()))),
     }
 }

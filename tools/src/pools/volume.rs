@@ -4,7 +4,7 @@ use super::image::{self, Layout};
 use super::reach::Pool;
 use super::receive::{self, Token};
 use super::send::{self, Wanted};
-use super::{Named, ask, dump, named, pool, tidy};
+use super::{Named, ask, dump, history, named, pool, tidy};
 use crate::control::find::ControlArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output;
@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
   mason volume clone vms.pool vm1@monday vm3
   mason volume diff vms.pool vm1@monday
   mason volume rollback vms.pool vm1@monday --keep vm1-tuesday
+  mason volume stat vms.pool vm1 --history               which snapshot takes the room
   mason volume delete vms.pool vm1@monday
   mason volume set vms.pool vm1 --quota 30G --reserve 10G
   mason volume dump vms.pool vm1 | ssh far mason volume restore other.pool vm1
@@ -75,6 +76,9 @@ enum Command {
     List {
         /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
+        /// Shows the room that each takes, as `stat --history` does
+        #[arg(long, conflicts_with = "json")]
+        long: bool,
         /// Writes one JSON object
         #[arg(long)]
         json: bool,
@@ -179,13 +183,17 @@ enum Command {
     /// Show the room that a volume or snapshot takes, and how it is made
     ///
     /// What is freed if it is deleted has the nodes that lead to it in it; of a volume it is what comes back once all its
-    /// snapshots are deleted, too.
+    /// snapshots are deleted, too. `--history` has a line for each snapshot, the oldest first, and one for now: what has changed since
+    /// the line before, and what is freed if that one alone is deleted.
     Stat {
         /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
         /// VOLUME or VOLUME@SNAPSHOT
         name: String,
-        /// Writes one JSON object
+        /// Shows how its room has come about, snapshot by snapshot
+        #[arg(long)]
+        history: bool,
+        /// Writes JSON
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -407,7 +415,8 @@ pub(crate) fn main(args: &Args) -> Outcome {
             };
             done(pool, Operation::Set { name: name.clone(), settings }, control)
         }
-        Command::List { pool, json, control } => {
+        Command::List { pool, long: true, control, .. } => history::list(&Pool::reach(pool, control)),
+        Command::List { pool, json, control, .. } => {
             let found = ask(pool, &Operation::List, control)?;
             if *json { output::json(&found) } else { output::text(&pool::list(&found)) }
         }
@@ -445,7 +454,10 @@ pub(crate) fn main(args: &Args) -> Outcome {
         Command::Resize { pool, name, size, control } => {
             done(pool, Operation::Resize { name: name.clone(), size: size.0 }, control)
         }
-        Command::Stat { pool, name, json, control } => {
+        Command::Stat { pool, name, history: true, json, control } => {
+            history::show(&Pool::reach(pool, control), name, *json)
+        }
+        Command::Stat { pool, name, json, control, .. } => {
             let (volume, snapshot) = volume_of(name);
             let found = ask(pool, &Operation::Stat { volume: Some(volume), snapshot }, control)?;
             if *json { output::json(&found) } else { output::text(&stat(&found)) }

@@ -22,6 +22,7 @@ mod live;
 mod load;
 mod metrics;
 mod moving;
+mod pools;
 mod refused;
 mod replay;
 mod run;

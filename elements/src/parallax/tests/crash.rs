@@ -1,7 +1,7 @@
 //! Crashes at any moment.
 
 use super::kit::Story;
-use blockmason::testing::run;
+use blockmason::testing::{run, set_wall_clock};
 use std::time::Duration;
 
 pub(super) fn seeds() -> std::ops::Range<u64> {
@@ -98,3 +98,33 @@ fn what_is_compressed_over_a_block_store() {
 fn both_in_turn_with_checksums() {
     seeds().for_each(|seed| play(seed + 200_000, "(checksums yes)", [false, true]));
 }
+
+/// A scrub reads everything while guests write and what it reads goes to other places: it finds nothing, and spoils nothing.
+#[test]
+fn while_the_pool_is_scrubbed() {
+    let mut scrubs = 0;
+    for seed in seeds() {
+        let more = ["", "(checksums yes)", "(format 2)", "(memory 12k)"][seed as usize % 4];
+        scrubs += run(seed, async |host| {
+            set_wall_clock(FULL_MINUTE - 1);
+            let mut story =
+                Story::begin(&host, seed + 700_000, &format!("(scrub_every 1m) {more}"), &[]).await;
+            for round in 0..3 {
+                for _ in 0..80 {
+                    story.send();
+                    blockmason::rt::sleep(Duration::from_millis(story.rng.u64(0..60))).await;
+                    story.look();
+                }
+                set_wall_clock(FULL_MINUTE - 1);
+                story.crash(round % 2 == 1).await;
+            }
+            let events = host.events().follow(1000).take(1000).events;
+            let said =
+                events.into_iter().map(|event| event.message.clone()).filter(|said| said.contains("scrub"));
+            said.inspect(|said| assert!(said.ends_with("all is well"), "seed {seed}: {said}")).count()
+        });
+    }
+    assert!(scrubs > 8, "{scrubs}");
+}
+
+const FULL_MINUTE: u64 = 1_795_996_800;

@@ -7,7 +7,7 @@ use super::super::format::{BLOCK, EXTENT, EntryKind, Format, Label, Owners, seal
 use super::super::fuzzing::{contents, pool, restore, seal_at, sealed, structures, survives};
 use super::super::open::{Opening, create, open_newest};
 use super::super::shared::{Shared, make};
-use super::super::tool::{self, Operation};
+use super::super::tool::{self, Operation, Repairing};
 use super::super::volume::Volume;
 use super::lines::Model;
 use base64::prelude::{BASE64_STANDARD, Engine};
@@ -294,13 +294,13 @@ fn a_check_finds_and_mends_any_copy_that_is_damaged() {
             };
             let before = byte(place + 20);
             file.write_all_at(&[!before], place + 20).unwrap();
-            let found = block_on(check(&pool, below)).unwrap().problems;
+            let found = block_on(check(&pool, below)).unwrap().said.all;
             assert!(
                 found.len() == 1 && found[0].contains("damaged") && found[0].contains(what),
                 "{told}: {found:?}"
             );
             assert_eq!(byte(place + 20), before, "{told}");
-            assert_eq!(block_on(check(&pool, below)).unwrap().problems, [] as [String; 0], "{told}");
+            assert_eq!(block_on(check(&pool, below)).unwrap().said.all, [] as [String; 0], "{told}");
         }
     }
 }
@@ -372,9 +372,9 @@ fn trees_that_cannot_be_opened_are_left_alone() {
     assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
 }
 
-/// Damage that is in the way of every checkpoint: what is there can be read, compared and taken elsewhere.
+/// What a dead list has lost is room, and no reason to refuse anything; a repair makes the list anew, and nothing is lost.
 #[test]
-fn trees_that_cannot_be_changed_are_open_for_reading() {
+fn a_dead_list_without_a_good_copy_is_in_nobodys_way() {
     for format in [Format::One, Format::Two] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.pool");
@@ -433,11 +433,24 @@ fn trees_that_cannot_be_changed_are_open_for_reading() {
                 pool.carry_out(&diff(Some("s"))).unwrap(),
                 serde_json::json!([[0, 3 * BLOCK], [40 * BLOCK, 2 * BLOCK]])
             );
-            let refused = pool.carry_out(&write(5, 0)).unwrap_err();
-            assert!(refused.to_string().contains("takes no more changes"), "{refused}");
+            pool.carry_out(&write(5, 0)).unwrap();
+            pool.carry_out(&write(2, 0)).unwrap();
+            pool.carry_out(&write(3, 1)).unwrap();
             let found = pool.carry_out(&Operation::Check).unwrap();
             let problems = found["problems"].as_array().unwrap();
-            assert!(problems.iter().any(|said| said.as_str().unwrap().contains("snapshot s")), "{found}");
+            assert!(problems.iter().any(|said| said.as_str().unwrap().contains("v@s")), "{found}");
         }
+        let done = tool::repair(&path, Repairing { act: true, zero: false }).unwrap();
+        assert_eq!(done["after"]["problems"], serde_json::json!([]), "{done}");
+        let pool = tool::open(&path).unwrap();
+        let list =
+            |pool: &tool::Open| pool.carry_out(&Operation::Stat { volume: None, snapshot: None }).unwrap();
+        let before = list(&pool)["free"].as_u64().unwrap();
+        pool.carry_out(&Operation::DeleteSnapshot { volume: "v".into(), name: "s".into() }).unwrap();
+        pool.carry_out(&Operation::Check).unwrap();
+        pool.carry_out(&Operation::Gc).unwrap();
+        // What was written over, its leaf and what leads to that, and the list.
+        assert!(list(&pool)["free"].as_u64().unwrap() >= before + 4 * BLOCK);
+        assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
     }
 }

@@ -22,7 +22,7 @@ async fn two_leaves(host: &Arc<Host>, way: &[&str]) -> Rig {
 
 /// What a check finds; nothing must have changed but what is known to have.
 async fn problems(rig: &Rig) -> Vec<String> {
-    rig.look(|pool, below| block_on(check(pool, below)).unwrap().problems).await
+    rig.look(|pool, below| block_on(check(pool, below)).unwrap().said.all).await
 }
 
 async fn is_sound(rig: &Rig) {

@@ -383,7 +383,7 @@ impl Story {
             .unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
         let pool = Arc::new(pool);
         let findings = block_on(check(&pool, below)).unwrap();
-        assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
+        assert_eq!(findings.said.all, [] as [String; 0], "seed {}", self.seed);
         let unused: Vec<_> = pool.space.leaked(&pool.core().journal);
         assert_eq!(unused, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
         self.hold_snapshots(&pool, below);

@@ -42,7 +42,7 @@ fn bytes(range: Range<usize>, contents: &[u32]) -> Vec<u8> {
 }
 
 /// The trees of these formats in a pool, which are made if there are none.
-fn opened(file: &File, formats: &[Format]) -> Vec<Arc<Pool>> {
+pub(super) fn opened(file: &File, formats: &[Format]) -> Vec<Arc<Pool>> {
     let below = Below::Plain(file.as_fd());
     let opened = block_on(open(Opening::writable(100_000), file.metadata().unwrap().len(), below)).unwrap();
     assert!(opened.lacking.is_empty());
@@ -296,7 +296,7 @@ impl Model {
     fn look(&mut self) {
         let below = Below::Plain(self.file.as_fd());
         let findings = block_on(check(&self.pool, below)).unwrap();
-        assert_eq!(findings.problems, [] as [String; 0], "seed {}", self.seed);
+        assert_eq!(findings.said.all, [] as [String; 0], "seed {}", self.seed);
         let leaked = self.pool.space.leaked(&self.pool.core().journal);
         assert_eq!(leaked, [] as [u64; 0], "seed {}: used, and in no tree", self.seed);
         assert_eq!(findings.volumes as usize, self.volumes.len());
@@ -382,7 +382,7 @@ fn read_all(pool: &Arc<Pool>, number: u32, blocks: usize, below: Below<'_>) -> V
 }
 
 /// In the end everything can be deleted.
-fn delete_all(model: &mut Model) {
+pub(super) fn delete_all(model: &mut Model) {
     while !model.volumes.is_empty() {
         (0..20).for_each(|_| model.delete_snapshot());
         (0..10).for_each(|_| model.delete_volume());
@@ -391,7 +391,7 @@ fn delete_all(model: &mut Model) {
 }
 
 /// Nothing is left.
-fn is_empty(model: &Model) {
+pub(super) fn is_empty(model: &Model) {
     let used = model.pool.core().root.used;
     assert!(used <= 4 * 4, "seed {}: {used} blocks are left, and nothing is there", model.seed);
 }

@@ -92,10 +92,10 @@ impl Mapper {
                 }
                 self.pool().checkpoint(below).await?;
             }
-            "check" => assert_eq!(check(&self.pool(), below).await?.problems, [] as [String; 0]),
+            "check" => assert_eq!(check(&self.pool(), below).await?.said.all, [] as [String; 0]),
             "check_other" => {
                 let other = self.other.lock().unwrap().clone().unwrap();
-                assert_eq!(check(&other, below).await?.problems, [] as [String; 0]);
+                assert_eq!(check(&other, below).await?.said.all, [] as [String; 0]);
             }
             // Where the second copy of the table is.
             "table" => return Ok(Answer::Text((self.pool().space.label().record(0)[1] / BLOCK).to_string())),

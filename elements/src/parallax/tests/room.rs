@@ -82,7 +82,7 @@ impl Bench {
     /// Another process finds everything sound.
     fn reopen(&mut self) {
         self.pool = opened(&self.file);
-        assert_eq!(block_on(check(&self.pool, self.below())).unwrap().problems, [] as [String; 0]);
+        assert_eq!(block_on(check(&self.pool, self.below())).unwrap().said.all, [] as [String; 0]);
     }
 }
 

@@ -3,7 +3,9 @@
 use super::super::tool::{self, Operation, Settings};
 use super::kit::find;
 use blockmason::testing::{TestDisk, graph, run, set_wall_clock};
-use blockmason::{Graph, Host, Kind};
+use blockmason::{Graph, Host, Kind, Op};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,5 +127,100 @@ fn a_clock_that_is_set_back_ends_nothing() {
         }
         let taken = snapshots(&graph).len() - before.len();
         assert!((2..=3).contains(&taken), "{taken}");
+    });
+}
+
+/// What has been said of the pool.
+fn said(host: &Host) -> Vec<String> {
+    let events = host.events().follow(1000).take(1000).events;
+    events.into_iter().map(|event| event.message.clone()).collect()
+}
+
+/// The first leaf that is in a file.
+fn leaf(path: &Path) -> (File, u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let is = |at: &u64| {
+        let mut head = [0; 10];
+        file.read_exact_at(&mut head, at * 4096).unwrap();
+        head.starts_with(b"PXND") && head[8..] == [1, 0]
+    };
+    let at = (0..file.metadata().unwrap().len() / 4096).find(is).unwrap();
+    (file, at * 4096 + 70)
+}
+
+/// While guests go on, what is damaged in one copy is mended, and said; and said once if several elements could.
+#[test]
+fn a_pool_is_scrubbed_when_it_is_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = pool(&folder);
+    run(1, async |host| {
+        set_wall_clock(BEGIN);
+        let text = format!("element D (type parallax) (pool {}) (volume v) (scrub_every 1h)", path.display());
+        let disk = TestDisk::serve(&host, graph(&host, crate::ALL, &text, "D").unwrap()).await;
+        disk.write(0, &[1; 4096]).await.unwrap();
+        disk.write(4 << 20, &[2; 4096]).await.unwrap();
+        let taken = Operation::Snapshot { volumes: vec!["v".into()], name: "s".into() };
+        carry_out(&path, taken).await.unwrap();
+        let second =
+            TestDisk::serve(&host, graph(&host, crate::ALL, &format!("{text} (snapshot s)"), "D").unwrap());
+        let second = second.await;
+        minutes(1).await;
+        let (file, at) = leaf(&path);
+        let mut before = [0];
+        file.read_exact_at(&mut before, at).unwrap();
+        file.write_all_at(&[!before[0]], at).unwrap();
+        let mut byte = [0];
+        for minute in 0..20 {
+            disk.write(4 << 20, &[minute; 8192]).await.unwrap();
+            assert_eq!(second.read(4 << 20, 4096).await.unwrap(), [2; 4096]);
+            file.read_exact_at(&mut byte, at).unwrap();
+            assert_eq!(byte == before, minute >= 9, "{minute}");
+            minutes(1).await;
+        }
+        let scrubs: Vec<String> = said(&host).into_iter().filter(|said| said.contains("scrub")).collect();
+        assert_eq!(scrubs.len(), 2, "{scrubs:?}");
+        assert!(
+            scrubs[0].contains("v@s") && scrubs[0].contains("was damaged, and is written anew"),
+            "{scrubs:?}"
+        );
+        assert!(scrubs[1].contains("one thing was not as it should be"), "{scrubs:?}");
+        minutes(60).await;
+        let last = said(&host).pop().unwrap();
+        assert!(last.contains("all is well"), "{last}");
+        assert_eq!(disk.read(0, 4096).await.unwrap(), [1; 4096]);
+    });
+}
+
+#[test]
+fn a_pool_says_how_little_room_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = pool(&folder);
+    run(1, async |host| {
+        let made = Operation::CreateVolume { name: "w".into(), size: 1 << 30, settings: Settings::default() };
+        carry_out(&path, made).await.unwrap();
+        let text = format!("element D (type parallax) (pool {}) (volume w)", path.display());
+        let disk = TestDisk::serve(&host, graph(&host, crate::ALL, &text, "D").unwrap()).await;
+        let mut at = 0;
+        while disk.write(at, &vec![3; 512 << 10]).await.is_ok() {
+            at += 512 << 10;
+            blockmason::rt::sleep(Duration::from_secs(6)).await;
+        }
+        blockmason::rt::sleep(Duration::from_secs(6)).await;
+        let low = || -> Vec<String> {
+            said(&host).into_iter().filter(|said| said.contains("% of its room")).collect()
+        };
+        let left = low();
+        let told = [20, 10, 2].map(|percent| format!("the pool has less than {percent} % of its room left"));
+        assert_eq!(left, told);
+        // Once there is room again it is said anew.
+        disk.op(Op::Discard, 0, at).await.unwrap();
+        blockmason::rt::sleep(Duration::from_secs(20)).await;
+        at = 0;
+        while low().len() < 4 {
+            disk.write(at, &vec![3; 512 << 10]).await.unwrap();
+            at += 512 << 10;
+            blockmason::rt::sleep(Duration::from_secs(6)).await;
+        }
+        assert!(low()[3].contains("less than 20 %"));
     });
 }

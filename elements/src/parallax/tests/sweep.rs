@@ -238,7 +238,7 @@ impl Tale {
             Err(error) => panic!("{}: {error}", self.what),
         };
         let findings = block_on(check(&pool, below)).unwrap();
-        assert_eq!(findings.problems, [] as [String; 0], "{}", self.what);
+        assert_eq!(findings.said.all, [] as [String; 0], "{}", self.what);
         let leaked = pool.space.leaked(&pool.core().journal);
         assert_eq!(leaked, [] as [u64; 0], "{}: used, and in no tree", self.what);
         let Some(number) = pool.core().volume("v") else {

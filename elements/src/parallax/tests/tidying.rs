@@ -88,7 +88,7 @@ async fn sound(rig: &Rig) {
     let image = rig.image().await;
     let (below, size) = (Below::Plain(image.as_fd()), image.metadata().unwrap().len());
     let pool = block_on(open_newest(Opening::writable(1 << 20), size, below)).unwrap();
-    assert_eq!(block_on(check(&pool, below)).unwrap().problems, [] as [String; 0]);
+    assert_eq!(block_on(check(&pool, below)).unwrap().said.all, [] as [String; 0]);
     assert_eq!(pool.space.leaked(&pool.core().journal), [] as [u64; 0]);
 }
 
