@@ -238,7 +238,7 @@ impl Catalog<'_> {
 pub(super) struct Snapshot {
     before: u32,
     volume: u32,
-    birth: u64,
+    pub(super) birth: u64,
     pub(super) dead: Ptr,
     pub(super) entry: Entry,
 }

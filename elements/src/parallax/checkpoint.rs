@@ -2,7 +2,7 @@
 //!
 //! Guests write meanwhile, into the next layer. What it writes is seen by nobody before the root is durable.
 
-use super::admin::Plan;
+use super::admin::{Catalog, Plan};
 use super::below::Below;
 use super::format::{BLOCK, EXTENT, Entry, EntryKind, ExtentRecord, Ptr, RECORDS, Root, put, seal, short};
 use super::merge::{Counted, Merge, Who, height};
@@ -29,6 +29,26 @@ pub(super) struct Frozen {
     runs: usize,
     /// What the lines had been given room for.
     fresh: Vec<(u32, Fresh)>,
+}
+
+impl Frozen {
+    /// What was written over a snapshot that is gone by now was written over the one before it.
+    fn look_at_layers(&mut self, pool: &Pool) {
+        let mut catalog = Catalog { pool, changed: &mut self.entries };
+        for (volume, layers) in &mut self.lines {
+            for layer in layers {
+                let (number, birth) = layer.newest;
+                if number == 0 || catalog.get(number).is_some() {
+                    continue;
+                }
+                let line = catalog.line(*volume).into_iter();
+                let mut older = line.filter_map(|number| Some((number, catalog.snapshot(number)?.birth)));
+                let newest = older.find(|(_, older)| *older < birth).unwrap_or_default();
+                catalog.change(newest.0, |_| ());
+                *layer = Arc::new(Layer { runs: layer.runs.clone(), newest });
+            }
+        }
+    }
 }
 
 /// What has become of the trees.
@@ -95,6 +115,7 @@ impl Pool {
         let mut outcome = Outcome::default();
         if let Some(plan) = plan.filter(|plan| plan.comes_first()) {
             plan.carry_out(&mut merge, self, &mut frozen).await?;
+            frozen.look_at_layers(self);
         }
         for (volume, layers) in &frozen.lines {
             let trees =

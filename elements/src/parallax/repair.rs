@@ -7,14 +7,15 @@ use super::below::Below;
 use super::check::{Reached, check, own, reach};
 use super::copies::{examine_copies, examine_heads};
 use super::examine::{Lost, Said, is_odd};
-use super::format::{BLOCK, Body, EXTENT, Entry, EntryKind, MapRun, Node, Ptr, Root, SLOTS};
+use super::format::{BLOCK, Body, Dead, EXTENT, Entry, EntryKind, MapRun, Node, Ptr, Root, SLOTS};
+use super::items::Item;
 use super::maps::blocks_of;
 use super::merge::Merge;
 use super::nodes::{Place, Tree};
 use super::open::{All, Opening, find_all};
 use super::pool::Pool;
 use blockmason::{Error, Kind, LocalBoxFuture, Result};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 
 /// How a pool is repaired.
@@ -133,12 +134,28 @@ async fn act(
             _ => error,
         })?;
     }
+    for trees in all.trees() {
+        free_what_is_left(trees, below).await?;
+    }
     all.blocks.free_doubtful(unowned, below).await?;
     let mut after = Said::default();
     for trees in all.trees() {
         after.append(check(trees, below).await?.said);
     }
     repaired.after = Some(after);
+    Ok(())
+}
+
+/// Frees what only a clone had of a snapshot that has become a hole, and has let go of when the log came into its tree: to a clone that
+/// is the snapshot's.
+async fn free_what_is_left(trees: &Pool, below: Below<'_>) -> Result<()> {
+    let reached = reach(trees, below).await;
+    let mut fix = Fix::default();
+    marks(trees, &reached, &mut fix);
+    if reached.lost.is_empty() && !fix.leaked.is_empty() {
+        let fix = Fix { leaked: fix.leaked, used: fix.used, ..Fix::default() };
+        trees.checkpoint_with(&Plan::Repair(Box::new(fix)), below).await?;
+    }
     Ok(())
 }
 
@@ -293,25 +310,104 @@ impl Fix {
             }
         }
         for (volume, _) in &all {
-            self.make_lists(merge, catalog, *volume).await?;
+            self.make_lists(merge, catalog, *volume, &all).await?;
         }
         Ok(())
     }
 
     /// Makes the dead lists anew of a volume's snapshots: what one of them sees and the next does not has died.
-    async fn make_lists(&self, merge: &mut Merge<'_>, catalog: &mut Catalog<'_>, volume: u32) -> Result<()> {
+    async fn make_lists(
+        &self,
+        merge: &mut Merge<'_>,
+        catalog: &mut Catalog<'_>,
+        volume: u32,
+        all: &[(u32, Entry)],
+    ) -> Result<()> {
         let Some((mut next, _, (_, origin))) = catalog.volume(volume) else { return Ok(()) };
+        let (mut later, mut newer) = (Later::default(), volume);
         for number in catalog.line(volume) {
+            if self.zero {
+                later.add(newer, (merge, catalog, all)).await?;
+                newer = number;
+            }
             let Some(snapshot) = catalog.snapshot(number) else { continue };
             if self.zero || self.lists.contains(&number) {
                 merge.take_dead(number, snapshot.dead, usize::MAX).await?;
                 merge.lost_between(origin, &snapshot.entry, &next).await?;
+                merge.dead = later.without(std::mem::take(&mut merge.dead));
                 let list = merge.add_dead(number, Ptr::default()).await?;
                 catalog.change(number, |entry| set_dead(entry, list));
             }
             next = snapshot.entry;
         }
         Ok(())
+    }
+}
+
+/// What later snapshots of a line see, and what was cloned of them. Where one in between has become a hole, that is not dead which the next
+/// one does not see: somebody may see it again.
+#[derive(Default)]
+struct Later {
+    blocks: HashSet<u64>,
+    nodes: HashSet<u64>,
+}
+
+impl Later {
+    /// Adds a volume or a snapshot, with all that was cloned of it.
+    async fn add(
+        &mut self,
+        number: u32,
+        (merge, catalog, all): (&Merge<'_>, &Catalog<'_>, &[(u32, Entry)]),
+    ) -> Result<()> {
+        let mut numbers = vec![number];
+        while let Some(number) = numbers.pop() {
+            let Some(entry) = catalog.get(number) else { continue };
+            self.tree(Item::of(merge.format, entry.root, entry.height, 0), merge).await?;
+            let is_clone =
+                |entry: &Entry| matches!(entry.kind, EntryKind::Volume { origin, .. } if origin.0 == number);
+            for (clone, _) in all.iter().filter(|(_, entry)| is_clone(entry)) {
+                numbers.push(*clone);
+                numbers.extend(catalog.line(*clone));
+            }
+        }
+        Ok(())
+    }
+
+    async fn tree(&mut self, root: Item, merge: &Merge<'_>) -> Result<()> {
+        let mut items = vec![root];
+        while let Some(item) = items.pop() {
+            match item {
+                Item::Run { room, .. } => self.blocks.extend(room),
+                Item::Node(Place { ptr, level, index, .. }) if self.nodes.insert(ptr.at[0]) => {
+                    let body = merge.read(ptr, level, index).await?;
+                    ptr.at.into_iter().for_each(|at| self.blocks.extend(at..at + body.blocks()));
+                    items.extend(Item::all(merge.format, &body, level, index));
+                }
+                Item::Node(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn without(&self, dead: Vec<Dead>) -> Vec<Dead> {
+        let each = dead.into_iter().flat_map(|dead| {
+            let blocks = dead.at..dead.at + u64::from(dead.len);
+            blocks.map(move |at| Dead { at, len: 1, ..dead })
+        });
+        let mut left: Vec<Dead> = Vec::new();
+        for dead in each.filter(|dead| !self.blocks.contains(&dead.at)) {
+            match left.last_mut() {
+                Some(last)
+                    if last.birth == dead.birth
+                        && last.at + u64::from(last.len) == dead.at
+                        && last.len < u16::MAX =>
+                {
+                    last.len += 1;
+                }
+                _ => left.push(dead),
+            }
+        }
+        left
     }
 }
 
