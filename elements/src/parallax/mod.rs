@@ -3,7 +3,7 @@
 //! `format` is what is on disk, `below` how it is reached. `blocks` is the block store: extents and their owners; `space` what one owner
 //! has of it. Above
 //! it is a tree store: `log` makes changes findable, `runs` keeps those that are not in a tree yet, `nodes` reads and writes
-//! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests,
+//! trees, `checkpoint` brings the log into the trees, `open` reads all that when a pool is opened, `volume` serves requests, `writes` those that write,
 //! `promise` is the room for them; `tidy` brings
 //! order into a volume, `moves` keeps that apart from what guests do; `shared` are the pools that this process has open, `parallax` and `radix` the elements, `tool` what administrators do.
 
@@ -49,6 +49,7 @@ mod tests;
 mod tidy;
 pub mod tool;
 mod volume;
+mod writes;
 
 pub use parallax::Snapshots;
 pub use volume::CHANGED_SINCE;
