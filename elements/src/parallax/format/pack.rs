@@ -16,19 +16,15 @@ const LEVEL: i32 = 3;
 
 blockmason::words! {
     /// How what is written to a volume is compressed.
+    #[derive(Default)]
     pub enum Compress {
         /// Not at all.
+        #[default]
         No = "no",
         /// With LZ4: the fastest.
         Lz4 = "lz4",
         /// With Zstandard: smaller, and slower.
         Zstd = "zstd",
-    }
-}
-
-impl Default for Compress {
-    fn default() -> Compress {
-        Compress::No
     }
 }
 
