@@ -154,7 +154,7 @@ impl Core {
         snapshot.or_else(|| all().next()).map(|(number, _)| *number)
     }
 
-    fn next_number(&mut self) -> u32 {
+    pub(super) fn next_number(&mut self) -> u32 {
         self.next += 1;
         self.next - 1
     }
@@ -254,11 +254,12 @@ pub(super) enum Plan {
     Delete(u32),
     /// The next piece.
     DeleteSome(u32),
-    /// The first becomes what the second is; what it was becomes the volume with that number and name.
+    /// The first becomes what the second is; what it was becomes the volume with that number and name, or is deleted.
     Rollback {
         volume: u32,
         snapshot: u32,
         old: (u32, String),
+        deleted: bool,
     },
     Promote(u32),
     Rename(u32, String),
@@ -280,7 +281,7 @@ const CHANGED: u64 = 4;
 impl Plan {
     /// It may use what is kept for that.
     fn makes_room(&self) -> bool {
-        matches!(self, Plan::Delete(_) | Plan::DeleteSome(_))
+        matches!(self, Plan::Delete(_) | Plan::DeleteSome(_) | Plan::Rollback { deleted: true, .. })
     }
 
     /// It is done to what the trees are before anything is brought into them.
@@ -332,8 +333,9 @@ impl Plan {
             Plan::Make { number, entry } => catalog.set(*number, Some((**entry).clone())),
             Plan::Delete(number) => catalog.change(*number, |entry| entry.deleting = true),
             Plan::DeleteSome(number) => delete_some(merge, &mut catalog, *number).await?,
-            Plan::Rollback { volume, snapshot, old } => {
+            Plan::Rollback { volume, snapshot, old, deleted } => {
                 rollback(merge, &mut catalog, (*volume, *snapshot), old).await?;
+                catalog.change(old.0, |entry| entry.deleting = *deleted);
             }
             Plan::Promote(number) => promote(merge, &mut catalog, *number).await?,
             Plan::Rename(number, name) => catalog.change(*number, |entry| entry.name.clone_from(name)),
@@ -347,6 +349,9 @@ impl Plan {
             Plan::Repair(fix) => fix.carry_out(merge, &mut catalog, &mut frozen.root).await?,
             Plan::Hold(snapshot, held) => catalog.change(*snapshot, |entry| entry.held = *held),
             Plan::Receive(volume, step) => {
+                if let Step::Begun { size, .. } = step {
+                    grow(merge, &mut catalog, (*volume, *size), births).await?;
+                }
                 catalog.change(*volume, |entry| step.change(entry));
                 if let Step::Whole { snapshot, .. } = step {
                     catalog.change(*snapshot, |entry| step.change(entry));
@@ -667,7 +672,10 @@ impl Pool {
             let number = core.find(name, None)?;
             core.need_free(number, name)?;
             match core.any_snapshot(number) {
-                None => Ok(Plan::Delete(number)),
+                None => {
+                    core.receivers.remove(&number);
+                    Ok(Plan::Delete(number))
+                }
                 Some(snapshot) => {
                     let snapshot = &snapshot.name;
                     Err(busy(format!("{name} has snapshots, {name}@{snapshot} for one: delete those first")))
@@ -765,9 +773,10 @@ impl Pool {
         let plan = |core: &mut Core| {
             let (volume_number, snapshot) = (core.find(volume, None)?, core.find(volume, Some(snapshot))?);
             core.need_free(volume_number, volume)?;
+            core.need_whole(volume_number)?;
             let name = core.new_name(old)?;
             let old = (core.next_number(), name);
-            Ok(Plan::Rollback { volume: volume_number, snapshot, old })
+            Ok(Plan::Rollback { volume: volume_number, snapshot, old, deleted: false })
         };
         self.administer(below, plan).await
     }
@@ -788,7 +797,9 @@ impl Pool {
         let plan = |core: &mut Core| {
             let number = core.find(name, None)?;
             core.need_free(number, name)?;
-            Ok(Plan::Rename(number, core.new_name(new)?))
+            let new = core.new_name(new)?;
+            core.receivers.remove(&number);
+            Ok(Plan::Rename(number, new))
         };
         self.administer(below, plan).await
     }
@@ -798,6 +809,7 @@ impl Pool {
         check_size(size)?;
         let plan = |core: &mut Core| {
             let number = core.find(name, None)?;
+            core.need_whole(number)?;
             let has = core.catalog.get(&number).map_or(0, |entry| entry.size);
             match size < has {
                 true => Err(Error::invalid(format!("{name} has {has} bytes already: volumes only grow"))),

@@ -164,6 +164,8 @@ pub(super) struct Core {
     pub(super) served: BTreeMap<u32, usize>,
     /// The graph that each volume is served to, and how often.
     pub(super) writers: BTreeMap<u32, (String, usize)>,
+    /// By volumes that are being received: whoever does so now.
+    pub(super) receivers: BTreeMap<u32, u64>,
     /// Volumes for which room is kept.
     reserving: Vec<u32>,
     /// Runs in lines.
@@ -202,6 +204,7 @@ impl Core {
             leaving: Vec::new(),
             served: BTreeMap::new(),
             writers: BTreeMap::new(),
+            receivers: BTreeMap::new(),
             reserving: Vec::new(),
             runs: 0,
             opened: false,
@@ -627,8 +630,18 @@ impl Pool {
         made: u64,
         below: Below<'_>,
     ) -> Result<Vec<u32>> {
-        self.check()?;
         let _together = self.administering.read().await;
+        self.take_snapshots(wanted, made, below).await
+    }
+
+    /// The same, while nobody else changes the catalog.
+    pub(super) async fn take_snapshots(
+        &self,
+        wanted: &[(u32, String)],
+        made: u64,
+        below: Below<'_>,
+    ) -> Result<Vec<u32>> {
+        self.check()?;
         if self.keep_room(wanted.len() as u64, below).await.is_err() {
             // What is promised to writes that have ended is free again.
             self.checkpoint(below).await?;

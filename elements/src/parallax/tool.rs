@@ -14,11 +14,12 @@ use super::repair::Repaired;
 pub use super::repair::Repairing;
 use super::scrub::Stage;
 use super::shared::{self, Shared};
+use super::streams::Stream;
 use super::tidy::Tidying;
 use super::volume::{Full, Volume};
 use crate::calendar::seconds;
 use base64::prelude::{BASE64_STANDARD, Engine};
-use blockmason::{Data, Error, Op, Request, Result};
+use blockmason::{Data, Error, Kind, Op, Request, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::ops::Range;
@@ -136,6 +137,12 @@ pub enum Operation {
         until: Option<String>,
         /// The snapshot.
         since: Option<String>,
+        /// The number that what has changed has in [`Operation::List`]; refused if it is another one by now.
+        #[serde(default)]
+        number: Option<u32>,
+        /// The same of the snapshot.
+        #[serde(default)]
+        since_number: Option<u32>,
     },
     /// The room that a volume or snapshot takes; or the pool.
     Stat {
@@ -162,6 +169,9 @@ pub enum Operation {
         offset: u64,
         /// How many, a multiple of 4096, at most [`MOST_BYTES`].
         len: u64,
+        /// The number that it has in [`Operation::List`]; refused if it is another one by now.
+        #[serde(default)]
+        number: Option<u32>,
     },
     /// Writes to a volume that nobody serves.
     Write {
@@ -171,6 +181,9 @@ pub enum Operation {
         offset: u64,
         /// The bytes, in base64: a multiple of 4096, at most [`MOST_BYTES`].
         data: String,
+        /// If it is being received: who does so.
+        #[serde(default)]
+        receiver: Option<u64>,
     },
     /// Makes a range of a volume zero that nobody serves; it takes no room then.
     Punch {
@@ -180,20 +193,39 @@ pub enum Operation {
         offset: u64,
         /// How many, a multiple of 4096.
         len: u64,
+        /// As in [`Operation::Write`].
+        #[serde(default)]
+        receiver: Option<u64>,
     },
-    /// Says how far a volume that nobody serves has been filled with a snapshot of another pool, durably with what was written before.
+    /// Begins to receive a snapshot of another pool, or goes on with it: `receiver` of the result is who does so from now on, and nobody
+    /// else; what comes before `offset` is there.
+    Receive {
+        /// The volume, which nobody serves.
+        volume: String,
+        /// Its number in [`Operation::List`].
+        number: u32,
+        /// The snapshot's identity, 32 hexadecimal digits.
+        id: String,
+        /// That of the volume's newest snapshot, since which it is received.
+        since: Option<String>,
+        /// The volume is made so large, if it is smaller.
+        size: u64,
+    },
+    /// What comes before that is there, durably.
     Fill {
         /// The volume.
         volume: String,
-        /// The snapshot's identity, 32 hexadecimal digits.
-        id: String,
-        /// What comes before it is there.
-        offset: u64,
+        /// Who receives it.
+        receiver: u64,
+        /// None: what is there is wrong, and can only be given up.
+        offset: Option<u64>,
     },
-    /// Such a volume has all of it, and what it is now is that snapshot.
+    /// A volume that is being received has all of it, and what it is now is that snapshot.
     Filled {
         /// The volume.
         volume: String,
+        /// Who receives it.
+        receiver: u64,
         /// The snapshot's identity.
         id: String,
         /// Its name.
@@ -220,6 +252,11 @@ pub enum Operation {
         /// From there on.
         #[serde(default)]
         offset: u64,
+    },
+    /// Gives up what is half received: the volume is what its newest snapshot is, or gone if it has none.
+    GiveUp {
+        /// The volume.
+        volume: String,
     },
     /// Makes the pool larger.
     Grow {
@@ -309,13 +346,15 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             unusable(&shared.lacking).into_iter().for_each(|what| all.said.say(what));
             return Ok(json!({
                 "problems": all.said.all, "more": all.said.more, "volumes": all.volumes, "snapshots": all.snapshots,
-                "nodes": all.nodes, "bytes": all.blocks * BLOCK,
+                "nodes": all.nodes, "bytes": all.blocks * BLOCK, "notes": half_received(&shared.trees()),
             }));
         }
         Operation::Scrub { at } => return scrub(shared, *at),
         Operation::CreateVolume { name, size, settings } => {
             let naming = shared.name(name)?;
-            block_on(shared.of_format(settings.format, &naming)?.make_volume(name, *size, *settings, below))?;
+            let trees = shared.of_format(settings.format, &naming)?;
+            let number = block_on(trees.make_volume(name, *size, *settings, below))?;
+            return Ok(json!({ "number": number }));
         }
         Operation::Set { name, settings } => block_on(shared.having(name)?.set(name, *settings, below))?,
         Operation::DeleteVolume { name } => {
@@ -391,27 +430,42 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             let points = block_on(trees.history(number, below))?;
             return Ok(points.iter().map(point).collect());
         }
-        Operation::Read { volume, snapshot, offset, len } => {
+        Operation::Read { volume, snapshot, offset, len, number } => {
             return read(
                 &shared.having(volume)?,
-                (volume, snapshot.as_deref()),
+                (volume, snapshot.as_deref(), *number),
                 *offset..offset.saturating_add(*len),
                 below,
             );
         }
-        Operation::Write { volume, offset, data } => {
+        Operation::Write { volume, offset, data, receiver } => {
             let bytes = BASE64_STANDARD.decode(data).map_err(|_| Error::invalid("the data is not base64"))?;
-            change(&shared.having(volume)?, volume, Request::write(*offset, Data::shared(bytes)), below)?;
+            let request = Request::write(*offset, Data::shared(bytes));
+            block_on(change(&shared.having(volume)?, (volume, *receiver), request, below))?;
         }
-        Operation::Punch { volume, offset, len } => {
-            change(&shared.having(volume)?, volume, Request::new(Op::Discard, *offset, *len), below)?;
+        Operation::Punch { volume, offset, len, receiver } => {
+            let request = Request::new(Op::Discard, *offset, *len);
+            block_on(change(&shared.having(volume)?, (volume, *receiver), request, below))?;
         }
-        Operation::Fill { volume, id, offset } => {
-            block_on(shared.having(volume)?.fill(volume, &identity(id)?, *offset, below))?;
+        Operation::Receive { volume, number, id, since, size } => {
+            let since = since.as_deref().map(identity).transpose()?;
+            let stream = Stream { volume, id: identity(id)?, since, size: *size };
+            let (receiver, offset) = block_on(shared.having(volume)?.receive(*number, &stream, below))?;
+            return Ok(json!({ "receiver": receiver, "offset": offset }));
         }
-        Operation::Filled { volume, id, snapshot, made } => {
+        Operation::Fill { volume, receiver, offset } => {
+            block_on(shared.having(volume)?.fill((volume, *receiver), *offset, below))?;
+        }
+        Operation::Filled { volume, receiver, id, snapshot, made } => {
             let taken = (snapshot.as_str(), &identity(id)?, *made);
-            block_on(shared.having(volume)?.filled(volume, taken, below))?;
+            block_on(shared.having(volume)?.filled((volume, *receiver), taken, below))?;
+        }
+        Operation::GiveUp { volume } => {
+            let trees = shared.having(volume)?;
+            if block_on(trees.give_up(volume, below))? {
+                shared.move_head(volume, None);
+            }
+            end_deletion(&trees, below)?;
         }
         Operation::Defrag { volume, offset, unshare } => {
             let order = Tidying::Rows { unshare: *unshare };
@@ -429,12 +483,13 @@ fn carry_out(shared: &Shared, operation: &Operation) -> Result<Value> {
             }
             return Ok(json!({ "given_back": given }));
         }
-        Operation::Diff { volume, until, since } => {
+        Operation::Diff { volume, until, since, number, since_number } => {
             let trees = shared.having(volume)?;
-            let number = trees.core().find(volume, until.as_deref())?;
-            let birth = since.as_ref().map_or(Ok(0), |since| birth_of(&trees.core(), volume, since))?;
+            let number = find_same(&trees.core(), (volume, until.as_deref()), *number)?;
+            let since_birth = |since: &String| birth_of(&trees.core(), (volume, since), *since_number);
+            let birth = since.as_ref().map_or(Ok(0), since_birth)?;
             if let (Some(until), Some(since)) = (until, since)
-                && birth_of(&trees.core(), volume, until)? < birth
+                && birth_of(&trees.core(), (volume, until), None)? < birth
             {
                 return Err(Error::invalid(format!("{volume}@{until} is older than {volume}@{since}")));
             }
@@ -473,6 +528,17 @@ fn scrub(shared: &Shared, at: Option<ScrubbedTo>) -> Result<Value> {
     Ok(json!({
         "problems": piece.said.all, "more": piece.said.more, "bytes": piece.bytes, "what": piece.what, "next": next,
     }))
+}
+
+/// What is said of volumes that are being received.
+fn half_received(trees: &[Arc<Pool>]) -> Vec<String> {
+    let of = |trees: &Arc<Pool>| {
+        let core = trees.core();
+        let there = core.catalog.iter().filter(|(_, entry)| !entry.deleting);
+        let all = there.filter_map(|(number, _)| core.need_whole(*number).err());
+        all.map(|error| error.message().to_string()).collect::<Vec<_>>()
+    };
+    trees.iter().flat_map(of).collect()
 }
 
 /// Where a graph serves something of the pool, it gets the room back in the background.
@@ -521,32 +587,56 @@ fn check_range(core: &Core, number: u32, range: &Range<u64>, most: u64) -> Resul
     }
 }
 
+/// The number of a volume or snapshot that can be read, which has that one still.
+fn find_same(core: &Core, (volume, snapshot): (&str, Option<&str>), number: Option<u32>) -> Result<u32> {
+    let found = core.find(volume, snapshot)?;
+    core.need_whole(found)?;
+    match number.is_none_or(|number| number == found) {
+        true => Ok(found),
+        false => {
+            let name = snapshot.map_or(volume.to_owned(), |snapshot| format!("{volume}@{snapshot}"));
+            let message = format!("{name} is another one by now: it has been deleted and made anew");
+            Err(Error::new(Kind::Busy, message))
+        }
+    }
+}
+
 fn read(
     pool: &Arc<Pool>,
-    (volume, snapshot): (&str, Option<&str>),
+    (volume, snapshot, number): (&str, Option<&str>, Option<u32>),
     range: Range<u64>,
     below: Below<'_>,
 ) -> Result<Value> {
-    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, None, |core| core.find(volume, snapshot)))?;
+    let same = |core: &Core| find_same(core, (volume, snapshot), number);
+    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, None, same))?;
     check_range(&pool.core(), volume.number(), &range, MOST_BYTES)?;
     let request = Request::read(range.start, range.end - range.start);
     let data = block_on(volume.read_pieces(request, below))?.into_data()?;
     Ok(if data.is_zero() { Value::Null } else { BASE64_STANDARD.encode(data.to_vec()).into() })
 }
 
-/// Changes a volume that nobody serves.
-fn change(pool: &Arc<Pool>, volume: &str, request: Request, below: Below<'_>) -> Result<()> {
-    let unserved = |core: &Core| {
+/// Changes a volume that nobody serves, and that nobody else receives, before anybody else does anything with it.
+async fn change(
+    pool: &Arc<Pool>,
+    (volume, receiver): (&str, Option<u64>),
+    request: Request,
+    below: Below<'_>,
+) -> Result<()> {
+    let _settled = pool.administering.read().await;
+    let number = {
+        let core = pool.core();
         let number = core.find(volume, None)?;
-        core.need_free(number, volume).map(|()| number)
+        core.need_free(number, volume)?;
+        core.need_receiver(number, receiver)?;
+        number
     };
-    let volume = block_on(Volume::open(pool.clone(), Full::ERROR, None, unserved))?;
+    let volume = Volume::new(pool.clone(), number);
     let range = request.offset..request.offset.saturating_add(request.len);
     let is_write = request.op == Op::Write;
     check_range(&pool.core(), volume.number(), &range, if is_write { MOST_BYTES } else { u64::MAX })?;
     let done = match is_write {
-        true => block_on(volume.write_pieces(request, below)),
-        false => block_on(volume.punch(request, below)),
+        true => volume.write_pieces(request, below).await,
+        false => volume.punch(request, below).await,
     };
     done.map(drop)
 }
@@ -564,8 +654,8 @@ fn tidy(pool: &Arc<Pool>, name: &str, (offset, order): (u64, Tidying), below: Be
     Ok(said)
 }
 
-fn birth_of(core: &Core, volume: &str, snapshot: &str) -> Result<u64> {
-    let number = core.find(volume, Some(snapshot))?;
+fn birth_of(core: &Core, (volume, snapshot): (&str, &str), number: Option<u32>) -> Result<u64> {
+    let number = find_same(core, (volume, Some(snapshot)), number)?;
     core.birth(number).ok_or_else(|| Error::internal("a snapshot was expected"))
 }
 
@@ -604,7 +694,10 @@ fn settings_of(entry: &Entry) -> Value {
     if let EntryKind::Volume { limits, receiving, .. } = &entry.kind {
         (said["quota"], said["reserve"]) = (json!(limits.quota), json!(limits.reserve));
         if let Some(Receiving { id, blocks }) = receiving {
-            said["receiving"] = json!({ "id": hex(id), "offset": blocks * BLOCK });
+            said["receiving"] = match *blocks {
+                Receiving::SPOILT => json!({ "id": hex(id), "offset": null }),
+                blocks => json!({ "id": hex(id), "offset": blocks * BLOCK }),
+            };
         }
     }
     said
@@ -641,7 +734,10 @@ fn volumes_of(trees: &Pool) -> Vec<Value> {
         let said = |(number, entry): (&u32, &Entry)| {
             let served = core.served.contains_key(number);
             let id = core.identity(*number).map(|id| hex(&id));
-            json!({ "name": entry.name, "size": entry.size, "made": entry.made, "served": served, "id": id, "held": entry.held })
+            json!({
+                "name": entry.name, "number": number, "size": entry.size, "made": entry.made, "served": served, "id": id,
+                "held": entry.held,
+            })
         };
         core.catalog.iter().filter(of).map(said).collect()
     };
@@ -650,7 +746,7 @@ fn volumes_of(trees: &Pool) -> Vec<Value> {
             let mut said = settings_of(entry);
             (said["name"], said["format"]) = (json!(core.called(&entry.name)), json!(trees.format));
             (said["mapped"], said["origin"]) = (json!(entry.mapped * BLOCK), json!(origin(from)));
-            said["served"] = json!(core.served.contains_key(number));
+            (said["number"], said["served"]) = (json!(number), json!(core.served.contains_key(number)));
             said["snapshots"] = json!(snapshots(*number));
             Some(said)
         }

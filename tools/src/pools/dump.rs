@@ -3,8 +3,8 @@
 //! The first line names the form, the second the volume. Then come changes, one a line, and between them the snapshots
 //! that were taken, the oldest first. The last line has the CRC-32 of all before it: what is cut short is noticed.
 
-use super::pool::number;
-use super::reach::Pool;
+use super::pool::{number, same};
+use super::reach::{Pool, half_received};
 use crate::failure::{Failure, Outcome};
 use blockmason_elements::parallax::tool::{Operation, Settings};
 use crc32fast::Hasher;
@@ -41,41 +41,43 @@ pub(super) fn dump(pool: &Pool<'_>, name: &str, snapshot: Option<&str>, to: impl
     let volume = pool.volume(name)?;
     let all = volume["snapshots"].as_array().into_iter().flatten();
     let mut snapshots: Vec<&Value> = all.collect();
-    let (size, mut states) = (number(&volume["size"]), Vec::new());
+    let mut states: Vec<(Option<&str>, &Value)> = Vec::new();
     match snapshot {
         Some(wanted) => {
             snapshots.retain(|snapshot| snapshot["name"] == wanted);
             let Some(found) = snapshots.first() else {
                 return Err(Failure::new(format!("there is no snapshot {name}@{wanted}")));
             };
-            states.push((Some(wanted), number(&found["size"])));
+            states.push((Some(wanted), *found));
         }
+        None if volume["receiving"].is_object() => return Err(half_received(name)),
         None if volume["served"] == true => {
             return Err(Failure::new(format!(
                 "{name} is served and changes: take a snapshot, and dump {name}@SNAPSHOT"
             )));
         }
         None => {
-            states.extend(snapshots.iter().map(|found| (found["name"].as_str(), number(&found["size"]))));
-            states.push((None, size));
+            states.extend(snapshots.iter().map(|found| (found["name"].as_str(), *found)));
+            states.push((None, &volume));
         }
     }
     let mut lines = Lines { to, sum: Hasher::new() };
     lines.put(FORM)?;
     let (checksums, ordered) = (volume["checksums"] == true, volume["ordered"] == true);
-    let mut has = states.first().map_or(size, |(_, size)| *size);
+    let mut has = number(&states.first().map_or(&volume, |(_, first)| *first)["size"]);
     lines.put(&format!("volume {has} checksums {checksums} ordered {ordered}"))?;
     let mut since = None;
-    for (state, size) in states {
+    for (state, found) in states {
+        let size = number(&found["size"]);
         if size != has {
             lines.put(&format!("size {size}"))?;
             has = size;
         }
-        put_changes(pool, (name, state, since), &mut lines)?;
+        put_changes(pool, (name, (state, found), since), &mut lines)?;
         if let (Some(taken), None) = (state, snapshot) {
             lines.put(&format!("snapshot {taken}"))?;
         }
-        since = state;
+        since = Some(found);
     }
     let sum = lines.sum.clone().finalize();
     lines.put(&format!("end {sum:08x}"))?;
@@ -84,17 +86,23 @@ pub(super) fn dump(pool: &Pool<'_>, name: &str, snapshot: Option<&str>, to: impl
 
 fn put_changes<W: Write>(
     pool: &Pool<'_>,
-    (volume, until, since): (&str, Option<&str>, Option<&str>),
+    (volume, (until, found), since): (&str, (Option<&str>, &Value), Option<&Value>),
     lines: &mut Lines<W>,
 ) -> Outcome {
-    let (volume, until) = (volume.to_owned(), until.map(str::to_owned));
-    let since = since.map(str::to_owned);
-    let changed = pool.ask(&Operation::Diff { volume: volume.clone(), until: until.clone(), since })?;
+    let (volume, until, number_of) = (volume.to_owned(), until.map(str::to_owned), same(found));
+    let changed = pool.ask(&Operation::Diff {
+        volume: volume.clone(),
+        until: until.clone(),
+        since: since.and_then(|since| since["name"].as_str()).map(str::to_owned),
+        number: number_of,
+        since_number: since.and_then(same),
+    })?;
     for range in changed.as_array().into_iter().flatten() {
         let (start, len) = (number(&range[0]), number(&range[1]));
         for offset in (start..start + len).step_by(PIECE as usize) {
             let len = PIECE.min(start + len - offset);
-            let read = Operation::Read { volume: volume.clone(), snapshot: until.clone(), offset, len };
+            let (volume, snapshot) = (volume.clone(), until.clone());
+            let read = Operation::Read { volume, snapshot, offset, len, number: number_of };
             match pool.ask(&read)?.as_str() {
                 Some(data) => lines.put(&format!("data {offset} {data}"))?,
                 None => lines.put(&format!("zero {offset} {len}"))?,
@@ -155,11 +163,11 @@ fn fill<R: BufRead>(
         let volume = name.to_owned();
         match (words[0], words.get(1).and_then(|word| word.parse::<u64>().ok()), &words[1..]) {
             ("data", Some(offset), [_, data]) => {
-                pool.ask(&Operation::Write { volume, offset, data: (*data).to_owned() })?;
+                pool.ask(&Operation::Write { volume, offset, data: (*data).to_owned(), receiver: None })?;
             }
             ("zero", Some(offset), [_, len]) => {
                 let len = len.parse().map_err(|_| reader.bad())?;
-                pool.ask(&Operation::Punch { volume, offset, len })?;
+                pool.ask(&Operation::Punch { volume, offset, len, receiver: None })?;
             }
             ("snapshot", _, [taken]) => {
                 let name = (*taken).to_owned();

@@ -1,7 +1,8 @@
 //! `mason volume import` and `export`: volumes from and to image files, raw or qcow2.
 
-use super::pool::number;
-use super::reach::Pool;
+use super::pool::{number, same};
+use super::reach::{Pool, half_received};
+use super::send::snapshot_of;
 use super::stream::MOST_DATA;
 use crate::failure::{Failure, Outcome};
 use crate::progress::lines;
@@ -109,7 +110,7 @@ fn put(pool: &Pool<'_>, name: &str, at: u64, bytes: &[u8]) -> Outcome {
     for run in blocks.chunk_by(|one, other| is_zero(one) == is_zero(other)) {
         if !run.first().is_some_and(is_zero) {
             let data = BASE64_STANDARD.encode(run.concat());
-            pool.ask(&Operation::Write { volume: name.to_owned(), offset: at, data })?;
+            pool.ask(&Operation::Write { volume: name.to_owned(), offset: at, data, receiver: None })?;
         }
         at += run.len() as u64 * BLOCK;
     }
@@ -160,7 +161,12 @@ pub(super) fn export(
     layout: Option<Layout>,
 ) -> Outcome {
     let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", path.display()));
-    let found = pool.volume(name)?;
+    let volume = pool.volume(name)?;
+    let found = match snapshot {
+        None if volume["receiving"].is_object() => return Err(half_received(name)),
+        None => volume,
+        Some(snapshot) => snapshot_of(&volume, name, snapshot)?,
+    };
     if snapshot.is_none() && found["served"] == true {
         let message = format!("{name} is served and changes: take a snapshot, and export {name}@SNAPSHOT");
         return Err(Failure::new(message));
@@ -168,10 +174,9 @@ pub(super) fn export(
     if path.symlink_metadata().is_ok() {
         return Err(Failure::new(format!("{} is there already", path.display())));
     }
+    let (size, number) = (number(&found["size"]), same(&found));
     let (volume, until) = (name.to_owned(), snapshot.map(str::to_owned));
-    let stat = Operation::Stat { volume: Some(volume.clone()), snapshot: until.clone() };
-    let size = number(&pool.ask(&stat)?["size"]);
-    let has = pool.ask(&Operation::Diff { volume, until, since: None })?;
+    let has = pool.ask(&Operation::Diff { volume, until, since: None, number, since_number: None })?;
     let is_qcow2 = path.extension().is_some_and(|extension| extension == "qcow2");
     let layout = layout.unwrap_or(if is_qcow2 { Layout::Qcow2 } else { Layout::Raw });
     // It has its name once it is whole.
@@ -179,7 +184,7 @@ pub(super) fn export(
     part.push(".part");
     let part = PathBuf::from(part);
     let target = Target::make(&part, layout, size).map_err(failed)?;
-    let done = copy(pool, (name, snapshot), &has, &target, failed);
+    let done = copy(pool, (name, snapshot, number), &has, &target, failed);
     let done = done.and_then(|()| target.end().map_err(failed));
     let done = done.and_then(|()| std::fs::rename(&part, path).map_err(failed));
     done.inspect_err(|_| _ = std::fs::remove_file(&part))
@@ -187,7 +192,7 @@ pub(super) fn export(
 
 fn copy(
     pool: &Pool<'_>,
-    (name, snapshot): (&str, Option<&str>),
+    (name, snapshot, same): (&str, Option<&str>, Option<u32>),
     has: &serde_json::Value,
     target: &Target,
     failed: impl Fn(std::io::Error) -> Failure,
@@ -199,7 +204,7 @@ fn copy(
         for offset in (start..start + len).step_by(MOST_DATA as usize) {
             let len = MOST_DATA.min(start + len - offset);
             let (volume, snapshot) = (name.to_owned(), snapshot.map(str::to_owned));
-            let read = Operation::Read { volume, snapshot, offset, len };
+            let read = Operation::Read { volume, snapshot, offset, len, number: same };
             if let Some(data) = pool.ask(&read)?.as_str() {
                 let bytes = BASE64_STANDARD.decode(data).map_err(Failure::new)?;
                 target.write(&bytes, offset).map_err(&failed)?;

@@ -145,6 +145,11 @@ pub(super) fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or(0)
 }
 
+/// The number of a volume or snapshot, which no other one will ever have.
+pub(super) fn same(of: &Value) -> Option<u32> {
+    of["number"].as_u64().and_then(|number| number.try_into().ok())
+}
+
 pub(super) fn word(value: &Value) -> String {
     printable(value.as_str().unwrap_or("-"))
 }
@@ -153,7 +158,11 @@ pub(super) fn list(found: &Value) -> String {
     let (size, free) = (number(&found["size"]), number(&found["free"]));
     let mut rows = Vec::new();
     for volume in found["volumes"].as_array().into_iter().flatten() {
-        let serving = if volume["served"] == true { "served" } else { "-" };
+        let serving = match &volume["receiving"] {
+            Value::Object(_) => "half received",
+            _ if volume["served"] == true => "served",
+            _ => "-",
+        };
         let row = [
             word(&volume["name"]),
             Exact(number(&volume["size"])).to_string(),
@@ -207,7 +216,8 @@ fn check(pool: &Pool) -> Outcome {
     if pool.json {
         output::json(&found)?;
     } else {
-        let lines: String = problems.iter().map(|problem| word(problem) + "\n").collect();
+        let notes = found["notes"].as_array().into_iter().flatten();
+        let lines: String = problems.iter().chain(notes).map(|line| word(line) + "\n").collect();
         let more = match number(&found["more"]) {
             0 => String::new(),
             more => format!("and {more} more\n"),

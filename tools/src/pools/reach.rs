@@ -44,3 +44,10 @@ impl<'a> Pool<'a> {
         self.find(name)?.ok_or_else(|| Failure::new(format!("there is no volume {name}")))
     }
 }
+
+/// Why nothing is done with what was no disk at any time.
+pub(super) fn half_received(name: &str) -> Failure {
+    Failure::new(format!(
+        "{name} is being received: send the rest, or give it up with mason volume receive --abort"
+    ))
+}

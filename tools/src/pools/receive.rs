@@ -1,6 +1,6 @@
 //! `mason volume receive`: makes a volume of a stream, or brings one up to the snapshot that the stream is of.
 
-use super::pool::number;
+use super::pool::{number as number_of, same};
 use super::reach::Pool;
 use super::stream::{About, Change, Reader};
 use crate::failure::{Failure, Outcome};
@@ -16,6 +16,9 @@ use std::str::FromStr;
 /// Bytes after which what is there is made durable, and said to be there.
 const STEP: u64 = 64 << 20;
 
+/// Of an identity that are in a token.
+const DIGITS: usize = 20;
+
 /// How far a snapshot has been received, as people carry it from one pool to the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Token {
@@ -25,9 +28,9 @@ pub(super) struct Token {
 }
 
 impl Token {
-    /// Of a volume that is being received.
+    /// Of a volume that is being received, unless what it has is wrong.
     pub(super) fn of(receiving: &Value) -> Option<Token> {
-        Some(Token { id: receiving["id"].as_str()?.to_owned(), offset: number(&receiving["offset"]) })
+        Some(Token { id: receiving["id"].as_str()?.to_owned(), offset: receiving["offset"].as_u64()? })
     }
 
     /// Where to go on with a snapshot of that identity.
@@ -57,7 +60,7 @@ impl FromStr for Token {
     fn from_str(text: &str) -> Result<Token, String> {
         let parts = text.split_once(':');
         let parts =
-            parts.filter(|(id, _)| id.len() == 20 && id.bytes().all(|digit| digit.is_ascii_hexdigit()));
+            parts.filter(|(id, _)| id.len() == DIGITS && id.bytes().all(|digit| digit.is_ascii_hexdigit()));
         let token =
             parts.and_then(|(id, offset)| Some(Token { id: id.to_owned(), offset: offset.parse().ok()? }));
         token.ok_or_else(|| {
@@ -74,52 +77,126 @@ enum Plan {
     Make,
     /// It is to be filled from the start.
     Begin,
-    /// It has what comes before that.
-    GoOn(u64),
+    /// It has something of it.
+    GoOn,
+}
+
+/// A volume that this process receives, until somebody else does.
+struct Target<'a> {
+    pool: &'a Pool<'a>,
+    name: &'a str,
+    receiver: u64,
+    /// What it comes before that is there.
+    at: u64,
+}
+
+impl<'a> Target<'a> {
+    /// Takes over from whoever has received it so far.
+    fn begin(pool: &'a Pool<'a>, name: &'a str, number: u32, about: &About) -> Outcome<Target<'a>> {
+        let begun = pool.ask(&Operation::Receive {
+            volume: name.to_owned(),
+            number,
+            id: about.snapshot.id.clone(),
+            since: about.since.as_ref().map(|since| since.id.clone()),
+            size: about.size,
+        })?;
+        let at = number_of(&begun["offset"]);
+        match about.offset <= at {
+            true => Ok(Target { pool, name, receiver: number_of(&begun["receiver"]), at }),
+            false => Err(Failure::new(format!("{name} has what comes before {at} only by now: begin anew"))),
+        }
+    }
+
+    fn ask(&self, operation: &Operation) -> Outcome {
+        self.pool.ask(operation).map(drop)
+    }
+
+    /// So much is there, durably; or what is there is wrong.
+    fn fill(&self, offset: Option<u64>) -> Outcome {
+        self.ask(&Operation::Fill { volume: self.name.to_owned(), receiver: self.receiver, offset })
+    }
+
+    fn put(&mut self, change: Change) -> Outcome {
+        let (end, volume, receiver) = (change.range().end, self.name.to_owned(), Some(self.receiver));
+        self.ask(&match change {
+            Change::Data { offset, bytes } => {
+                Operation::Write { volume, offset, data: BASE64_STANDARD.encode(bytes), receiver }
+            }
+            Change::Zeros { offset, len } => Operation::Punch { volume, offset, len, receiver },
+        })?;
+        // What is sent a second time is there already.
+        self.at = end.max(self.at);
+        Ok(())
+    }
+
+    /// Writes what comes.
+    fn write_all<R: Read>(&mut self, reader: &mut Reader<R>) -> Outcome {
+        let (all, said) = (reader.about.bytes, lines("bytes are received"));
+        let (mut done, mut since) = (0, 0);
+        while let Some(change) = reader.next()? {
+            let range = change.range();
+            let len = range.end - range.start;
+            self.put(change)?;
+            (done, since) = (done + len, since + len);
+            if since >= STEP {
+                self.fill(Some(self.at))?;
+                since = 0;
+            }
+            said(done, all);
+        }
+        Ok(())
+    }
+
+    /// What is to be done about a failure. What is there need not come again, if it is right.
+    fn failed(&self, failure: Failure, spoilt: bool, about: &About) -> Failure {
+        if spoilt {
+            let _ = self.fill(None);
+            return Failure::new(format!(
+                "{failure}; what {} has of it is wrong: give it up with mason volume receive --abort, and have it sent anew",
+                self.name
+            ));
+        }
+        match self.fill(Some(self.at)) {
+            Ok(()) => {
+                let id = about.snapshot.id.chars().take(DIGITS).collect();
+                let token = Token { id, offset: self.at };
+                Failure::new(format!("{failure}; send the rest with --resume {token}"))
+            }
+            // There is another receiver by now, or there will be one that knows how far it is.
+            Err(_) => failure,
+        }
+    }
 }
 
 pub(super) fn receive(pool: &Pool<'_>, (name, kept): (&str, Settings), from: impl Read) -> Outcome {
     let mut reader = Reader::begin(from)?;
     let about = reader.about.clone();
-    let (found, mut at) = (pool.find(name)?, about.offset);
-    match plan(&about, name, found.as_ref())? {
-        Plan::Nothing => {
+    let found = pool.find(name)?;
+    let mut target = match (plan(&about, name, found.as_ref())?, found.as_ref().and_then(same)) {
+        (Plan::Nothing, _) => {
             return output::text(&format!("{name} has {} already\n", about.snapshot.name));
         }
-        Plan::Make => {
+        (Plan::Begin | Plan::GoOn, Some(number)) => Target::begin(pool, name, number, &about)?,
+        (Plan::Make | Plan::Begin | Plan::GoOn, _) => {
             let settings = Settings { checksums: about.checksums, ordered: about.ordered, ..kept };
             let made = Operation::CreateVolume { name: name.to_owned(), size: about.size, settings };
-            pool.ask(&made)?;
-            fill(pool, name, &about, 0).inspect_err(|_| {
+            let number = same(&pool.ask(&made)?).unwrap_or(0);
+            Target::begin(pool, name, number, &about).inspect_err(|_| {
                 let _ = pool.ask(&Operation::DeleteVolume { name: name.to_owned() });
-            })?;
+            })?
         }
-        Plan::Begin => {
-            unchanged(pool, name, &about)?;
-            fill(pool, name, &about, 0)?;
-        }
-        Plan::GoOn(has) => at = at.max(has),
+    };
+    if let Err(failure) = target.write_all(&mut reader) {
+        return Err(target.failed(failure, reader.spoilt, &about));
     }
-    if found.is_some_and(|found| number(&found["size"]) < about.size) {
-        pool.ask(&Operation::Resize { name: name.to_owned(), size: about.size })?;
-    }
-    if let Err(failure) = write_all(pool, name, &mut reader, &mut at) {
-        // What is there need not come again.
-        let _ = fill(pool, name, &about, at);
-        let token = pool.find(name).ok().flatten().and_then(|found| Token::of(&found["receiving"]));
-        return Err(match token {
-            Some(token) => Failure::new(format!("{failure}; send the rest with --resume {token}")),
-            None => failure,
-        });
-    }
-    fill(pool, name, &about, about.size)?;
-    let whole = Operation::Filled {
+    target.fill(Some(about.size))?;
+    target.ask(&Operation::Filled {
         volume: name.to_owned(),
+        receiver: target.receiver,
         id: about.snapshot.id.clone(),
         snapshot: about.snapshot.name.clone(),
         made: about.snapshot.made,
-    };
-    pool.ask(&whole).map(drop)
+    })
 }
 
 /// Whether the stream is of any use to the volume.
@@ -144,7 +221,12 @@ fn plan(about: &About, name: &str, found: Option<&Value>) -> Outcome<Plan> {
     if found["served"] == true {
         return refused(format!("{name} is in use: a graph serves it"));
     }
-    if let Some(token) = Token::of(&found["receiving"]) {
+    if found["receiving"].is_object() {
+        let Some(token) = Token::of(&found["receiving"]) else {
+            return refused(format!(
+                "what {name} has received is wrong: give it up with mason volume receive --abort, and have it sent anew"
+            ));
+        };
         // What no record speaks of is what it is in that snapshot, or zeros: the same for all of what is received.
         let since = about.since.as_ref().map(|since| since.id.as_str());
         let begun = snapshots.last().and_then(|last| last["id"].as_str());
@@ -154,7 +236,7 @@ fn plan(about: &About, name: &str, found: Option<&Value>) -> Outcome<Plan> {
             return refused(format!("{name} is being filled with {what}, and the stream is something else"));
         }
         return match (token.is_of(&about.snapshot.id), about.offset <= token.offset) {
-            (true, true) => Ok(Plan::GoOn(token.offset)),
+            (true, true) => Ok(Plan::GoOn),
             (true, false) => refused(format!(
                 "the stream begins at {}: send what is missing with --resume {token}",
                 about.offset
@@ -181,66 +263,7 @@ fn plan(about: &About, name: &str, found: Option<&Value>) -> Outcome<Plan> {
     }
 }
 
-/// Nothing may be lost by what is received.
-fn unchanged(pool: &Pool<'_>, name: &str, about: &About) -> Outcome {
-    let snapshots = pool.volume(name)?["snapshots"].clone();
-    let since = snapshots.as_array().and_then(|all| all.last()).and_then(|last| last["name"].as_str());
-    let changed =
-        pool.ask(&Operation::Diff { volume: name.to_owned(), until: None, since: since.map(str::to_owned) })?;
-    match changed.as_array().is_some_and(Vec::is_empty) {
-        true => Ok(()),
-        false => {
-            let since = since.unwrap_or(&about.volume);
-            Err(Failure::new(format!(
-                "{name} has changed since {name}@{since}: go back to that first, with mason volume rollback"
-            )))
-        }
-    }
-}
-
-fn fill(pool: &Pool<'_>, name: &str, about: &About, offset: u64) -> Outcome {
-    let (volume, id) = (name.to_owned(), about.snapshot.id.clone());
-    pool.ask(&Operation::Fill { volume, id, offset }).map(drop)
-}
-
-/// Writes what comes. `at` is what it comes before that is there.
-fn write_all<R: Read>(pool: &Pool<'_>, name: &str, reader: &mut Reader<R>, at: &mut u64) -> Outcome {
-    let (about, said) = (reader.about.clone(), lines("bytes are received"));
-    let (mut done, mut since) = (0, 0);
-    while let Some(change) = reader.next()? {
-        let (range, volume) = (change.range(), name.to_owned());
-        match change {
-            Change::Data { offset, bytes } => {
-                let data = BASE64_STANDARD.encode(bytes);
-                pool.ask(&Operation::Write { volume, offset, data })?;
-            }
-            Change::Zeros { offset, len } => {
-                pool.ask(&Operation::Punch { volume, offset, len })?;
-            }
-        }
-        // What is sent a second time is there already.
-        *at = range.end.max(*at);
-        (done, since) = (done + range.end - range.start, since + range.end - range.start);
-        if since >= STEP {
-            fill(pool, name, &about, *at)?;
-            since = 0;
-        }
-        said(done, about.bytes);
-    }
-    Ok(())
-}
-
 /// Gives up what is half received: the volume is what its newest snapshot is, or gone if it has none.
 pub(super) fn abort(pool: &Pool<'_>, name: &str) -> Outcome {
-    let found = pool.volume(name)?;
-    if Token::of(&found["receiving"]).is_none() {
-        return Err(Failure::new(format!("{name} is not being received")));
-    }
-    let last = found["snapshots"].as_array().and_then(|all| all.last());
-    let Some(snapshot) = last.and_then(|last| last["name"].as_str()) else {
-        return pool.ask(&Operation::DeleteVolume { name: name.to_owned() }).map(drop);
-    };
-    let (volume, keep) = (name.to_owned(), format!("{name}.aborted"));
-    pool.ask(&Operation::Rollback { volume, snapshot: snapshot.to_owned(), keep: keep.clone() })?;
-    pool.ask(&Operation::DeleteVolume { name: keep }).map(drop)
+    pool.ask(&Operation::GiveUp { volume: name.to_owned() }).map(drop)
 }

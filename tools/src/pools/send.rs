@@ -1,6 +1,6 @@
 //! `mason volume send`: a snapshot, or what has changed since an older one, as a stream.
 
-use super::pool::number;
+use super::pool::{number, same};
 use super::reach::Pool;
 use super::stream::{About, Change, MOST_DATA, Since, Taken, Writer};
 use super::{Named, receive::Token};
@@ -30,6 +30,8 @@ pub(super) fn send(pool: &Pool<'_>, wanted: &Wanted<'_>, to: impl Write) -> Outc
         volume: volume.clone(),
         until: Some(snapshot.clone()),
         since: wanted.since.map(str::to_owned),
+        number: same(&taken),
+        since_number: since.as_ref().and_then(same),
     };
     let changed = ranges(&pool.ask(&diff)?, offset);
     let about = About {
@@ -48,8 +50,13 @@ pub(super) fn send(pool: &Pool<'_>, wanted: &Wanted<'_>, to: impl Write) -> Outc
     for (start, end) in changed {
         for offset in (start..end).step_by(MOST_DATA as usize) {
             let len = MOST_DATA.min(end - offset);
-            let read =
-                Operation::Read { volume: volume.clone(), snapshot: Some(snapshot.clone()), offset, len };
+            let read = Operation::Read {
+                volume: volume.clone(),
+                snapshot: Some(snapshot.clone()),
+                offset,
+                len,
+                number: same(&taken),
+            };
             let change = match pool.ask(&read)?.as_str() {
                 Some(data) => {
                     let bytes = BASE64_STANDARD.decode(data).map_err(Failure::new)?;
@@ -66,7 +73,7 @@ pub(super) fn send(pool: &Pool<'_>, wanted: &Wanted<'_>, to: impl Write) -> Outc
 }
 
 /// What is known of a snapshot.
-fn snapshot_of(volume: &Value, of: &str, name: &str) -> Outcome<Value> {
+pub(super) fn snapshot_of(volume: &Value, of: &str, name: &str) -> Outcome<Value> {
     let mut all = volume["snapshots"].as_array().into_iter().flatten();
     let found = all.find(|snapshot| snapshot["name"] == name).cloned();
     found.ok_or_else(|| Failure::new(format!("there is no snapshot {of}@{name}")))

@@ -4,7 +4,7 @@ use crate::failure::{Failure, Outcome};
 use serde::{Deserialize, Serialize};
 use std::io::{ErrorKind, Read, Write};
 
-const MAGIC: &[u8; 8] = b"MASONVS1";
+const MAGIC: &[u8; 8] = b"MASONVS2";
 /// Bytes of a description, at most.
 const MOST_TEXT: usize = 64 << 10;
 /// Bytes of data of one record, at most.
@@ -60,33 +60,41 @@ impl Change {
     }
 }
 
-/// The head of a record, with the checksum of all of it.
-fn head(kind: u8, numbers: [u64; 2], data: &[u8]) -> [u8; HEAD] {
+/// The head of a record, with the checksum of all of it and of what came before it.
+fn head(before: [u8; 4], kind: u8, numbers: [u64; 2], data: &[u8]) -> [u8; HEAD] {
     let mut head = [0; HEAD];
     head[0] = kind;
     head[8..16].copy_from_slice(&numbers[0].to_le_bytes());
     head[16..24].copy_from_slice(&numbers[1].to_le_bytes());
     let mut sum = crc32fast::Hasher::new();
+    sum.update(&before);
     sum.update(&head);
     sum.update(data);
     head[4..8].copy_from_slice(&sum.finalize().to_le_bytes());
     head
 }
 
+fn checksum(head: &[u8; HEAD]) -> [u8; 4] {
+    std::array::from_fn(|ix| head[4 + ix])
+}
+
 /// Writes a stream.
 pub(super) struct Writer<W> {
     to: W,
     sum: blake3::Hasher,
+    /// The checksum of the last record, or of the description.
+    last: [u8; 4],
     records: u64,
 }
 
 impl<W: Write> Writer<W> {
     pub(super) fn begin(to: W, about: &About) -> Outcome<Writer<W>> {
         let text = serde_json::to_vec(about).map_err(Failure::new)?;
-        let mut writer = Writer { to, sum: blake3::Hasher::new(), records: 0 };
+        let last = crc32fast::hash(&text).to_le_bytes();
+        let mut writer = Writer { to, sum: blake3::Hasher::new(), last, records: 0 };
         writer.put(MAGIC)?;
         writer.put(&(text.len() as u32).to_le_bytes())?;
-        writer.put(&crc32fast::hash(&text).to_le_bytes())?;
+        writer.put(&last)?;
         writer.put(&text)?;
         Ok(writer)
     }
@@ -98,21 +106,24 @@ impl<W: Write> Writer<W> {
             .map_err(|error| Failure::new(format!("the stream cannot be written: {error}")))
     }
 
+    fn record(&mut self, kind: u8, numbers: [u64; 2], data: &[u8]) -> Outcome {
+        let head = head(self.last, kind, numbers, data);
+        self.last = checksum(&head);
+        self.put(&head)?;
+        self.put(data)
+    }
+
     pub(super) fn change(&mut self, change: &Change) -> Outcome {
         self.records += 1;
         match change {
-            Change::Data { offset, bytes } => {
-                self.put(&head(1, [*offset, bytes.len() as u64], bytes))?;
-                self.put(bytes)
-            }
-            Change::Zeros { offset, len } => self.put(&head(2, [*offset, *len], &[])),
+            Change::Data { offset, bytes } => self.record(1, [*offset, bytes.len() as u64], bytes),
+            Change::Zeros { offset, len } => self.record(2, [*offset, *len], &[]),
         }
     }
 
     pub(super) fn end(mut self) -> Outcome {
         let sum = *self.sum.finalize().as_bytes();
-        self.put(&head(3, [self.records, SUM as u64], &sum))?;
-        self.put(&sum)?;
+        self.record(3, [self.records, SUM as u64], &sum)?;
         self.to.flush().map_err(|error| Failure::new(format!("the stream cannot be written: {error}")))
     }
 }
@@ -121,9 +132,13 @@ impl<W: Write> Writer<W> {
 pub(super) struct Reader<R> {
     from: R,
     sum: blake3::Hasher,
+    /// As in [`Writer`].
+    last: [u8; 4],
     records: u64,
     /// Where the last record ended.
     at: u64,
+    /// What has been read is not what was sent, though each record is.
+    pub(super) spoilt: bool,
     pub(super) about: About,
 }
 
@@ -132,19 +147,24 @@ impl<R: Read> Reader<R> {
         let mut sum = blake3::Hasher::new();
         let magic = take::<8>(&mut from, &mut sum)?;
         if magic != *MAGIC {
-            return Err(Failure::new(match magic.starts_with(b"MASONVS") {
-                true => "the stream is of a newer form: a newer program can receive it",
-                false => "this is no stream of a volume",
+            return Err(Failure::new(match magic {
+                [b'M', b'A', b'S', b'O', b'N', b'V', b'S', b'1'] => {
+                    "the stream is of an older form: have it sent anew, by this program"
+                }
+                [b'M', b'A', b'S', b'O', b'N', b'V', b'S', _] => {
+                    "the stream is of a newer form: a newer program can receive it"
+                }
+                _ => "this is no stream of a volume",
             }));
         }
         let len = u32::from_le_bytes(take(&mut from, &mut sum)?) as usize;
-        let said = u32::from_le_bytes(take(&mut from, &mut sum)?);
+        let last = take(&mut from, &mut sum)?;
         if len > MOST_TEXT {
             return Err(changed());
         }
         let mut text = vec![0; len];
         fill(&mut from, &mut sum, &mut text)?;
-        if crc32fast::hash(&text) != said {
+        if crc32fast::hash(&text).to_le_bytes() != last {
             return Err(changed());
         }
         let about: About = serde_json::from_slice(&text)
@@ -154,7 +174,7 @@ impl<R: Read> Reader<R> {
             return Err(changed());
         }
         let at = about.offset;
-        Ok(Reader { from, sum, records: 0, at, about })
+        Ok(Reader { from, sum, last, records: 0, at, spoilt: false, about })
     }
 
     /// The next change; none at the end, when all of it is known to be as it was sent.
@@ -177,9 +197,10 @@ impl<R: Read> Reader<R> {
         }
         let mut data = vec![0; if kind == 2 { 0 } else { len as usize }];
         fill(&mut self.from, &mut self.sum, &mut data)?;
-        if head(kind, [offset, len], &data) != bytes {
+        if head(self.last, kind, [offset, len], &data) != bytes {
             return Err(changed());
         }
+        self.last = checksum(&bytes);
         if kind == 3 {
             return self.end(offset, &data, &before).map(|()| None);
         }
@@ -192,6 +213,7 @@ impl<R: Read> Reader<R> {
 
     fn end(&mut self, records: u64, sum: &[u8], before: &[u8]) -> Outcome {
         if records != self.records || sum != before {
+            self.spoilt = true;
             return Err(changed());
         }
         match self.from.read(&mut [0]) {
@@ -288,8 +310,67 @@ mod tests {
     #[test]
     fn a_newer_form_is_called_that() {
         let mut bytes = stream();
-        bytes[7] = b'2';
+        bytes[7] = b'3';
         assert!(read(&bytes).err().unwrap().to_string().contains("newer"));
+    }
+
+    /// The bytes of a stream: its header, its records, its end.
+    fn parts() -> Vec<Vec<u8>> {
+        let mut bytes = stream();
+        let data = |change: &Change| if let Change::Data { bytes, .. } = change { bytes.len() } else { 0 };
+        let records = changes().iter().map(|change| HEAD + data(change)).sum::<usize>();
+        let header = bytes.len() - (HEAD + SUM) - records;
+        let mut parts = Vec::new();
+        for len in [header].into_iter().chain(changes().iter().map(|change| HEAD + data(change))) {
+            parts.push(bytes.drain(..len).collect());
+        }
+        parts.push(bytes);
+        parts
+    }
+
+    /// What comes out before a failure.
+    fn until_it_fails(bytes: &[u8]) -> (Vec<Change>, bool) {
+        let mut reader = Reader::begin(bytes).ok().unwrap();
+        let mut all = Vec::new();
+        loop {
+            match reader.next() {
+                Ok(Some(change)) => all.push(change),
+                Ok(None) => panic!("it is believed"),
+                Err(_) => return (all, reader.spoilt),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_exchanged_is_noticed_before_what_follows_is_believed() {
+        for missing in 1..4 {
+            let mut parts = parts();
+            parts.remove(missing);
+            assert_eq!(
+                until_it_fails(&parts.concat()),
+                (changes().into_iter().take(missing - 1).collect(), false)
+            );
+        }
+        for first in 1..4 {
+            let mut parts = parts();
+            parts.swap(first, first + 1);
+            assert_eq!(
+                until_it_fails(&parts.concat()),
+                (changes().into_iter().take(first - 1).collect(), false)
+            );
+        }
+    }
+
+    /// A stream of which each record is right, and all of it is not.
+    #[test]
+    fn what_only_the_end_notices_is_called_spoilt() {
+        let mut bytes = Vec::new();
+        let mut writer = Writer::begin(&mut bytes, &about()).ok().unwrap();
+        for change in changes() {
+            assert!(writer.change(&change).is_ok());
+        }
+        assert!(writer.record(3, [3, SUM as u64], &[1; SUM]).is_ok());
+        assert_eq!(until_it_fails(&bytes), (changes().into(), true));
     }
 
     proptest! {

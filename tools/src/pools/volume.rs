@@ -547,8 +547,12 @@ fn stat(found: &serde_json::Value) -> String {
     if found["compress"] != "no" {
         said += &words("compresses with", found["compress"].as_str().unwrap_or("?"));
     }
-    if let Some(token) = Token::of(&found["receiving"]) {
-        said += &format!("being received, with the rest sent by --resume {token}\n");
+    match Token::of(&found["receiving"]) {
+        Some(token) => said += &format!("being received, with the rest sent by --resume {token}\n"),
+        None if found["receiving"].is_object() => {
+            said += "what has been received is wrong: give it up with mason volume receive --abort\n";
+        }
+        None => {}
     }
     said + &words("format", found["format"].as_str().unwrap_or("1"))
 }
@@ -558,6 +562,8 @@ fn diff(pool: &Path, since: &Named, until: Option<&str>, json: bool, control: &C
         volume: since.volume.clone(),
         until: until.map(|until| volume_of(until).1.unwrap_or_else(|| until.to_owned())),
         since: Some(since.snapshot.clone()),
+        number: None,
+        since_number: None,
     };
     let found = ask(pool, &operation, control)?;
     if json {

@@ -23,6 +23,7 @@ mod load;
 mod metrics;
 mod moving;
 mod pools;
+mod receivers;
 mod refused;
 mod replay;
 mod run;

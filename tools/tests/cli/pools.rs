@@ -135,7 +135,7 @@ fn a_history_says_which_snapshot_takes_the_room() {
         use blockmason_elements::parallax::tool::{self, Operation};
         // 64 KiB of something else.
         let data = "AAEC".repeat(21_845) + "AA==";
-        let write = Operation::Write { volume: "v".into(), offset, data };
+        let write = Operation::Write { volume: "v".into(), offset, data, receiver: None };
         tool::open(&home.path("a.pool")).unwrap().carry_out(&write).unwrap();
     };
     write(0);

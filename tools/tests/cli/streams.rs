@@ -51,10 +51,10 @@ impl Pair {
             self.now[range.clone()].fill(if zero { 0 } else { self.next });
             let (volume, offset) = ("v".to_owned(), first * BLOCK);
             let done = open.carry_out(&match zero {
-                true => Operation::Punch { volume, offset, len: len * BLOCK },
+                true => Operation::Punch { volume, offset, len: len * BLOCK, receiver: None },
                 false => {
                     let bytes: Vec<u8> = range.flat_map(|ix| block(self.now[ix])).collect();
-                    Operation::Write { volume, offset, data: BASE64_STANDARD.encode(bytes) }
+                    Operation::Write { volume, offset, data: BASE64_STANDARD.encode(bytes), receiver: None }
                 }
             });
             done.unwrap();
@@ -87,7 +87,8 @@ impl Pair {
         for first in (0..BLOCKS).step_by(200) {
             let len = 200.min(BLOCKS - first);
             let (volume, snapshot) = (name.to_owned(), snapshot.clone());
-            let read = Operation::Read { volume, snapshot, offset: first * BLOCK, len: len * BLOCK };
+            let read =
+                Operation::Read { volume, snapshot, offset: first * BLOCK, len: len * BLOCK, number: None };
             let found = match self.ask("b.pool", &read).as_str() {
                 Some(data) => BASE64_STANDARD.decode(data).unwrap(),
                 None => vec![0; (len * BLOCK) as usize],
@@ -177,7 +178,7 @@ fn a_stream_that_is_cut_is_gone_on_with() {
         pair.expect("w", Some("a"), &first);
         pair.home.file("w.mason", "element G (type nbd) (listen unix:w.nbd) element D (type parallax) (pool b.pool) (volume w) G -> D");
         let refused = pair.home.mason(&["run", "w.mason"]).failed();
-        assert!(refused.contains("it is being received"), "{refused}");
+        assert!(refused.contains("w is being received"), "{refused}");
         let other = pair.send(&["v@a"]);
         assert!(pair.receive("x", &other).done().is_empty());
         pair.home.mason(&["volume", "delete", "b.pool", "x@a"]).done();
@@ -242,7 +243,12 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     refused(&pair, "none", &changes, "there is no volume none");
     refused(&pair, "w", b"", "the stream ends early");
     refused(&pair, "w", b"mason-volume 1\nvolume", "this is no stream of a volume");
-    let write = Operation::Write { volume: "w".into(), offset: 0, data: BASE64_STANDARD.encode([1; 4096]) };
+    let write = Operation::Write {
+        volume: "w".into(),
+        offset: 0,
+        data: BASE64_STANDARD.encode([1; 4096]),
+        receiver: None,
+    };
     pair.ask("b.pool", &write);
     refused(&pair, "w", &changes, "w has changed since w@a");
     pair.home.mason(&["volume", "rollback", "b.pool", "w@a", "--keep", "mine"]).done();
@@ -288,7 +294,7 @@ fn what_has_begun_as_changes_goes_on_as_changes() {
     pair.receive("w", &changes[..400]).failed();
     assert_eq!(pair.token(), token);
     let taken = pair.home.mason(&["volume", "snapshot", "b.pool", "w@mine"]).failed();
-    assert!(taken.contains("it is being received"), "{taken}");
+    assert!(taken.contains("w is being received"), "{taken}");
     pair.receive("x", &half(&whole)).failed();
     let failed = pair.receive("x", &changes).failed();
     assert!(failed.contains("the stream is something else"), "{failed}");

@@ -29,6 +29,9 @@ pub(in super::super) struct Receiving {
 }
 
 impl Receiving {
+    /// So many blocks stand for what is no part of that snapshot: no volume has as many.
+    pub(in super::super) const SPOILT: u64 = (1 << 40) - 2;
+
     fn put(self, bytes: &mut [u8]) {
         put(bytes, 48, 5, self.blocks + 1);
         bytes[53..63].copy_from_slice(&self.id);
@@ -194,9 +197,16 @@ mod tests {
         let limits = Limits { quota: 1 << 40, reserve: 12345 };
         let volume = |receiving| Kind::Volume { newest: 3, origin: (4, 99), limits, own: 77, receiving };
         let receiving = Receiving { id: [9; 10], blocks: 1 << 36 };
+        let spoilt = Receiving { id: [9; 10], blocks: Receiving::SPOILT };
         let dead = Ptr { at: [5, 6], birth: 7 };
         let snapshot = |id| Kind::Snapshot { before: 1, volume: 2, birth: 1 << 39, dead, id };
-        for kind in [volume(None), volume(Some(receiving)), snapshot(None), snapshot(Some([3; 16]))] {
+        for kind in [
+            volume(None),
+            volume(Some(receiving)),
+            volume(Some(spoilt)),
+            snapshot(None),
+            snapshot(Some([3; 16])),
+        ] {
             let entry = Entry {
                 name: "vm1/ä".to_owned(),
                 size: 1 << 30,

@@ -318,7 +318,8 @@ fn trees_that_cannot_be_opened_are_left_alone() {
             let settings = Settings { format, ..Settings::default() };
             let made = Operation::CreateVolume { name: name.into(), size: 1 << 30, settings };
             pool.carry_out(&made).unwrap();
-            let write = Operation::Write { volume: name.into(), offset: 4096, data: data.clone() };
+            let write =
+                Operation::Write { volume: name.into(), offset: 4096, data: data.clone(), receiver: None };
             pool.carry_out(&write).unwrap();
         }
     }
@@ -342,8 +343,13 @@ fn trees_that_cannot_be_opened_are_left_alone() {
         assert!(found["problems"][0].as_str().unwrap().starts_with(said), "{found}");
         let stat = pool.carry_out(&Operation::Stat { volume: None, snapshot: None }).unwrap();
         assert!(stat["foreign"].as_u64().unwrap() >= 4 << 20, "{stat}");
-        let read =
-            |volume: &str| Operation::Read { volume: volume.into(), snapshot: None, offset: 4096, len: 8192 };
+        let read = |volume: &str| Operation::Read {
+            volume: volume.into(),
+            snapshot: None,
+            offset: 4096,
+            len: 8192,
+            number: None,
+        };
         assert_eq!(pool.carry_out(&read("old")).unwrap(), data.as_str());
         let error = pool.carry_out(&read("new")).unwrap_err();
         assert!(
@@ -357,7 +363,7 @@ fn trees_that_cannot_be_opened_are_left_alone() {
         let mut offset = 1 << 20;
         let full = BASE64_STANDARD.encode(vec![5; 1 << 20]);
         let error = loop {
-            let write = Operation::Write { volume: "old".into(), offset, data: full.clone() };
+            let write = Operation::Write { volume: "old".into(), offset, data: full.clone(), receiver: None };
             match pool.carry_out(&write) {
                 Ok(_) => offset += 1 << 20,
                 Err(error) => break error,
@@ -367,7 +373,8 @@ fn trees_that_cannot_be_opened_are_left_alone() {
     }
     places.iter().zip(&roots).for_each(|(at, root)| file.write_all_at(root, at * BLOCK).unwrap());
     let pool = tool::open(&path).unwrap();
-    let read = Operation::Read { volume: "new".into(), snapshot: None, offset: 4096, len: 8192 };
+    let read =
+        Operation::Read { volume: "new".into(), snapshot: None, offset: 4096, len: 8192, number: None };
     assert_eq!(pool.carry_out(&read).unwrap(), data.as_str());
     assert_eq!(pool.carry_out(&Operation::Check).unwrap()["problems"], serde_json::json!([]));
 }
@@ -383,6 +390,7 @@ fn a_dead_list_without_a_good_copy_is_in_nobodys_way() {
             volume: "v".into(),
             offset: at * BLOCK,
             data: BASE64_STANDARD.encode([byte; 2 * BLOCK as usize]),
+            receiver: None,
         };
         let snapshot = |name: &str| Operation::Snapshot { volumes: vec!["v".into()], name: name.into() };
         let list = {
@@ -411,12 +419,15 @@ fn a_dead_list_without_a_good_copy_is_in_nobodys_way() {
             volume: "v".into(),
             until: None,
             since: since.map(str::to_owned),
+            number: None,
+            since_number: None,
         };
         let read = |at: u64| Operation::Read {
             volume: "v".into(),
             snapshot: None,
             offset: at * BLOCK,
             len: 2 * BLOCK,
+            number: None,
         };
         list.iter().for_each(|at| file.write_all_at(&[1; 8192], at * BLOCK).unwrap());
         {

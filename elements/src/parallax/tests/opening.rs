@@ -75,8 +75,14 @@ fn what_has_changed_ends_with_the_volume() {
     });
     let open = tool::open(&path).unwrap();
     open.carry_out(&Operation::Snapshot { volumes: vec!["v".into()], name: "s".into() }).unwrap();
-    open.carry_out(&Operation::Punch { volume: "v".into(), offset: 0, len: size }).unwrap();
-    let diff = Operation::Diff { volume: "v".into(), until: None, since: Some("s".into()) };
+    open.carry_out(&Operation::Punch { volume: "v".into(), offset: 0, len: size, receiver: None }).unwrap();
+    let diff = Operation::Diff {
+        volume: "v".into(),
+        until: None,
+        since: Some("s".into()),
+        number: None,
+        since_number: None,
+    };
     assert_eq!(open.carry_out(&diff).unwrap(), serde_json::json!([[0, size]]));
 }
 

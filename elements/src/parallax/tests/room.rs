@@ -317,7 +317,7 @@ fn what_one_format_gives_back_the_other_may_use() {
     let fill = |name: &str| {
         let mut offset = 0;
         loop {
-            let write = Operation::Write { volume: name.into(), offset, data: data.clone() };
+            let write = Operation::Write { volume: name.into(), offset, data: data.clone(), receiver: None };
             match pool.carry_out(&write) {
                 Ok(_) => offset += MIB,
                 Err(error) if error.kind() == Kind::NoSpace => return offset / MIB,
@@ -327,10 +327,12 @@ fn what_one_format_gives_back_the_other_may_use() {
     };
     let (all, left) = (fill("old"), fill("new"));
     assert!(all > 60 && left < 20, "{all} MiB, then {left}");
-    pool.carry_out(&Operation::Punch { volume: "old".into(), offset: 0, len: 1 << 40 }).unwrap();
+    pool.carry_out(&Operation::Punch { volume: "old".into(), offset: 0, len: 1 << 40, receiver: None })
+        .unwrap();
     // A checkpoint, whose journal says of all these extents that they are the first ones'.
     pool.carry_out(&Operation::Check).unwrap();
-    pool.carry_out(&Operation::Punch { volume: "new".into(), offset: 0, len: 1 << 40 }).unwrap();
+    pool.carry_out(&Operation::Punch { volume: "new".into(), offset: 0, len: 1 << 40, receiver: None })
+        .unwrap();
     let more = fill("new");
     let copy = folder.path().join("b.pool");
     std::fs::copy(&path, &copy).unwrap();
