@@ -20,9 +20,10 @@ macro_rules! volume_params {
                 /// How long it waits, at most; then it fails.
                 full_timeout: blockmason::lang::value::Time = "60s",
                 /// Takes a snapshot of it whenever so much time of UTC is over, `1h` or `24h`, if it has changed since its newest one. Their names
-                /// begin with `auto-`.
+                /// begin with `auto-`, which no others may. The first one is taken when the graph starts, if none was taken before.
                 snapshot_every: Option<blockmason::lang::value::Time>,
-                /// So many of those are kept; older ones are deleted, unless they are held, served, or have a clone.
+                /// So many of those are kept; older ones are deleted, unless they are served or have a clone. What is held is not
+                /// deleted, and does not count.
                 keep: usize = "24",
                 /// Reads all that the volume's pool has whenever so much time of UTC is over, `7d`, and mends what is damaged in one
                 /// copy, as `mason pool scrub` does. One of several volumes of a pool does it for all.
@@ -35,6 +36,22 @@ macro_rules! volume_params {
                 let of = |time: &Option<blockmason::lang::value::Time>| time.as_ref().map(|time| time.0);
                 let snapshots = (of(&self.snapshot_every), self.keep);
                 $crate::parallax::care::Care::new(snapshots, of(&self.scrub_every), self.snapshot.is_none())
+            }
+
+            /// What is wrong with what is said, all of it.
+            fn check_all(
+                given: &blockmason::lang::Params,
+            ) -> std::result::Result<(), Vec<blockmason::lang::ParamError>> {
+                let params = $name::from(given)?;
+                params.care().map(drop).map_err(|error| {
+                    let scrubs = $crate::parallax::scrub::Scrubbing::new(params.scrub_every.as_ref().map(|time| time.0));
+                    let key = match (params.keep, scrubs) {
+                        (0, _) => "keep",
+                        (_, Err(_)) => "scrub_every",
+                        (_, Ok(_)) => "snapshot_every",
+                    };
+                    vec![given.error(key, error.message().to_string())]
+                })
             }
 
             fn full(&self) -> $crate::parallax::volume::Full {

@@ -4,6 +4,7 @@ use super::below::block_on;
 use super::care::volume_params;
 use super::format::BLOCK;
 use super::pool::Core;
+use super::schedule::check_taken_name;
 use super::shared::{Shared, having, head_of};
 use super::volume::Volume;
 use crate::calendar::seconds;
@@ -77,7 +78,7 @@ pub const TYPE: ElementType = ElementType {
         _ => Carries::ALL,
     },
     provides: &[Snapshots::NAME],
-    check: Params::check,
+    check: Params::check_all,
     build: |build: &Build<'_>| {
         let (params, graph) = (build.read(Params::from)?, build.graph.to_owned());
         params.care()?;
@@ -200,7 +201,7 @@ impl Element for Disk {
         let (pool, below, volume) = (&served.pool, shared.blocking(), &self.params.volume);
         match handler {
             "snapshot" => {
-                super::admin::check_name(argument)?;
+                check_taken_name(argument)?;
                 let number = pool.core().find(volume, None)?;
                 block_on(pool.snapshot(&[(number, argument.to_owned())], seconds(), below))?;
                 Ok(format!("{volume}@{argument}"))

@@ -8,6 +8,7 @@ use super::lease::{self, Ask, Lease};
 use super::open::{Opening, add_trees, create, is_empty, open, open_leased, read_label};
 use super::parallax::HANDLERS;
 use super::pool::{CHECKPOINT, Core, Pool};
+use super::schedule::check_taken_name;
 use super::volume::Volume;
 use blockmason::describe::{Build, ElementType, Family, Outs, Ports};
 use blockmason::lang::value::Size;
@@ -84,7 +85,7 @@ pub const TYPE: ElementType = ElementType {
               element Volume (type radix) (volume vm1) (size 1G)\n\
               element Pool (type file) (path pool.img) (size 256M)\n\
               Guest -> Volume -> Pool\n",
-    check: Params::check,
+    check: Params::check_all,
     build: |build: &Build<'_>| Ok(Arc::new(Radix::new(build.read(Params::from)?)?)),
     ..ElementType::BASE
 };
@@ -319,7 +320,7 @@ impl Element for Radix {
         let volume = &self.params.volume;
         let done = match handler {
             "snapshot" => {
-                check_name(argument)?;
+                check_taken_name(argument)?;
                 format!("{volume}@{argument}")
             }
             "delete_snapshot" => format!("{volume}@{argument} is deleted"),

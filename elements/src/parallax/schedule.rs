@@ -1,7 +1,7 @@
 //! Snapshots that are taken from time to time, and deleted when there are enough newer ones.
 
 use super::below::Below;
-use super::format::EntryKind;
+use super::format::{Entry, EntryKind};
 use super::pool::Core;
 use super::volume::Volume;
 use crate::calendar::{clock, seconds};
@@ -10,7 +10,7 @@ use futures::future::{Either, select};
 use std::pin::pin;
 use std::time::Duration;
 
-/// What their names begin with.
+/// What their names begin with, and what nobody else may call a snapshot.
 const PREFIX: &str = "auto-";
 
 /// The time of day is looked at again after so long: it may jump.
@@ -49,7 +49,7 @@ impl Schedule {
             let due =
                 last.filter(|last| *last <= now).map_or(now, |last| (last / self.every + 1) * self.every);
             if due <= now && may() {
-                match self.take(volume, now, below).await {
+                match self.take(volume, now, below, cx).await {
                     Ok(()) => told = false,
                     Err(error) if !told => {
                         cx.notice(format!("no snapshot is taken: {error}"));
@@ -67,18 +67,26 @@ impl Schedule {
         }
     }
 
-    async fn take(self, volume: &Volume, now: u64, below: Below<'_>) -> Result<()> {
-        let (pool, number) = (&volume.pool, volume.number());
+    async fn take(self, volume: &Volume, now: u64, below: Below<'_>, cx: Cx<'_>) -> Result<()> {
+        let (pool, number, of) = (&volume.pool, volume.number(), volume.name());
         if pool.core().has_changed(number) {
             pool.snapshot(&[(number, name(now))], now, below).await?;
+            cx.notice(format!("the snapshot {of}@{} has been taken", name(now)));
         }
-        let scheduled = pool.core().scheduled(number);
+        let scheduled: Vec<String> = {
+            let core = pool.core();
+            let all = core.scheduled(number).filter(|entry| !entry.held);
+            all.map(|entry| entry.name.clone()).collect()
+        };
         let spare = scheduled.len().saturating_sub(self.keep);
         for name in &scheduled[..spare] {
-            match pool.delete_snapshot(&volume.name(), name, below).await {
-                // It is held, served, or has a clone: later, then.
+            match pool.delete_snapshot(&of, name, below).await {
+                // It is served, or has a clone, or has just been held: later, then.
                 Err(error) if error.kind() == Kind::Busy => {}
-                done => done?,
+                done => {
+                    done?;
+                    cx.notice(format!("the snapshot {of}@{name} has been deleted: {} are kept", self.keep));
+                }
             }
         }
         Ok(())
@@ -92,18 +100,38 @@ fn name(now: u64) -> String {
     format!("{PREFIX}{}Z", time.replace(' ', "T").replace(':', "-"))
 }
 
+/// Whether it is exactly such a name.
+fn is_name(name: &str) -> bool {
+    let form = b"0000-00-00T00-00-00Z";
+    let fits = |(is, should): (u8, &u8)| if *should == b'0' { is.is_ascii_digit() } else { is == *should };
+    name.strip_prefix(PREFIX).is_some_and(|time| time.len() == form.len() && time.bytes().zip(form).all(fits))
+}
+
+/// Whether somebody may call a snapshot that.
+///
+/// # Errors
+/// It is no name, or a schedule might take it for one of its own.
+pub(super) fn check_taken_name(name: &str) -> Result<()> {
+    super::admin::check_name(name)?;
+    match name.starts_with(PREFIX) {
+        true => Err(Error::invalid(format!(
+            "`{name}`: what begins with {PREFIX} is taken and deleted by schedules; call it something else"
+        ))),
+        false => Ok(()),
+    }
+}
+
 impl Core {
-    /// Names of a volume's snapshots that were taken by a schedule, the oldest first.
-    fn scheduled(&self, volume: u32) -> Vec<String> {
-        let of = |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume: of, .. } if *of == volume);
-        let is = self.catalog.values().filter(|entry| of(&entry.kind) && !entry.deleting);
-        is.map(|entry| entry.name.clone()).filter(|name| name.starts_with(PREFIX)).collect()
+    /// A volume's snapshots that were taken by a schedule, wherever that was, the oldest first.
+    fn scheduled(&self, volume: u32) -> impl DoubleEndedIterator<Item = &Entry> {
+        let of =
+            move |kind: &EntryKind| matches!(kind, EntryKind::Snapshot { volume: of, .. } if *of == volume);
+        self.catalog.values().filter(move |entry| of(&entry.kind) && !entry.deleting && is_name(&entry.name))
     }
 
     /// When the newest of them was taken.
     fn last_scheduled(&self, volume: u32) -> Option<u64> {
-        let newest = self.scheduled(volume).pop()?;
-        Some(self.catalog.get(&self.snapshot(volume, &newest)?)?.made)
+        self.scheduled(volume).next_back().map(|entry| entry.made)
     }
 
     /// True if a volume may have changed since its newest snapshot.
@@ -123,6 +151,13 @@ mod tests {
     fn a_name_says_when() {
         assert_eq!(name(1_795_996_799), "auto-2026-11-29T23-59-59Z");
         super::super::admin::check_name(&name(0)).unwrap();
+        assert!(is_name(&name(0)) && is_name(&name(u64::MAX)));
+        for other in
+            ["auto-", "auto-before-upgrade", "auto-2026-11-29T23-59-59Z2", "auto-2026-11-29T23:59:59Z"]
+        {
+            assert!(!is_name(other) && check_taken_name(other).is_err(), "{other}");
+        }
+        assert!(check_taken_name("automatic").is_ok());
     }
 
     #[test]

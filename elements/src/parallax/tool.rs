@@ -303,6 +303,14 @@ pub fn open(path: &Path) -> Result<Open> {
     Shared::open(path, MEMORY).map(Open)
 }
 
+/// Whether people may call a snapshot that, and no schedule takes it for one of its own.
+///
+/// # Errors
+/// Why not.
+pub fn check_snapshot_name(name: &str) -> Result<()> {
+    super::schedule::check_taken_name(name)
+}
+
 /// Makes a pool larger that is so full that [`open`] fails. Its new size. Blocks.
 ///
 /// # Errors

@@ -3,6 +3,7 @@
 //! The first line names the form, the second the volume. Then come changes, one a line, and between them the snapshots
 //! that were taken, the oldest first. The last line has the CRC-32 of all before it: what is cut short is noticed.
 
+use super::image::unfinished;
 use super::pool::{number, same};
 use super::reach::{Pool, half_received};
 use crate::failure::{Failure, Outcome};
@@ -132,6 +133,9 @@ pub(super) fn restore(pool: &Pool<'_>, (name, kept): (&str, Settings), from: imp
     let settings = Settings { checksums, ordered, ..kept };
     // It has its name once it is whole: whoever ends this before that must not take it for the volume.
     let part = format!("{name}{PART}");
+    if pool.find(&part)?.is_some() {
+        return Err(unfinished(&part));
+    }
     pool.ask(&Operation::CreateVolume { name: part.clone(), size, settings })?;
     let mut snapshots = Vec::new();
     let done = fill(pool, &part, &mut reader, &mut snapshots);

@@ -1,23 +1,27 @@
 //! `mason volume import` and `export`: volumes from and to image files, raw or qcow2.
 
 use super::pool::{number, same};
+use super::qcow2;
 use super::reach::{Pool, half_received};
 use super::send::snapshot_of;
 use super::stream::MOST_DATA;
 use crate::failure::{Failure, Outcome};
+use crate::output;
 use crate::progress::lines;
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blockmason_elements::parallax::tool::{Operation, Settings};
 use imago::file::File as ImageFile;
 use imago::qcow2::Qcow2;
-use imago::raw::Raw;
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping, Storage,
     StorageOpenOptions,
 };
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read};
-use std::os::unix::fs::FileExt;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 const BLOCK: u64 = 4096;
@@ -41,63 +45,203 @@ pub(super) fn import(
     path: &Path,
     layout: Option<Layout>,
 ) -> Outcome {
-    let failed = |error: std::io::Error| Failure::new(format!("{}: {error}", path.display()));
-    let layout = layout.map_or_else(|| layout_of(path), Ok).map_err(failed)?;
+    let source = Source::open(path, layout)?;
+    let size = match source.size()? {
+        0 => return Err(named(path, "it is empty")),
+        size => size.div_ceil(BLOCK).saturating_mul(BLOCK),
+    };
+    let part = format!("{name}{PART}");
+    for there in [name, &part] {
+        if pool.find(there)?.is_some() {
+            return Err(match there == part {
+                true => unfinished(&part),
+                false => Failure::new(format!("there is a volume {name} already")),
+            });
+        }
+    }
+    pool.ask(&Operation::CreateVolume { name: part.clone(), size, settings })?;
+    let done = fill(pool, &part, &source).and_then(|()| {
+        let (name, to) = (part.clone(), name.to_owned());
+        pool.ask(&Operation::Rename { name, to }).map(drop)
+    });
+    done.inspect_err(|_| _ = pool.ask(&Operation::DeleteVolume { name: part }))?;
+    match source.size()? {
+        exact if exact == size => Ok(()),
+        odd => output::text(&format!("{name} has {size} bytes: the {odd} of the image, rounded up\n")),
+    }
+}
+
+/// What somebody has left who was ended, or is about to make.
+pub(super) fn unfinished(part: &str) -> Failure {
+    Failure::new(format!(
+        "there is {part}, which an interrupted command has left, unless one is at work: delete it with mason volume delete, and try again"
+    ))
+}
+
+fn named(path: &Path, what: impl std::fmt::Display) -> Failure {
+    Failure::new(format!("{}: {what}", path.display()))
+}
+
+/// Where an image has something: from there to there. None to the end.
+type Next = Option<(u64, u64)>;
+
+/// An image that is being read.
+struct Source<'a> {
+    path: &'a Path,
+    reader: Reader,
+}
+
+enum Reader {
+    /// The file, and whether its file system knows of holes.
+    Raw(File, Cell<bool>),
+    Qcow2(FormatAccess<ImageFile>),
+}
+
+impl<'a> Source<'a> {
+    fn open(path: &'a Path, layout: Option<Layout>) -> Outcome<Source<'a>> {
+        let failed = |error| named(path, error);
+        let found = path.metadata().map_err(failed)?.file_type();
+        if !found.is_file() && !found.is_block_device() {
+            return Err(named(path, "it is neither a file nor a block device"));
+        }
+        let file = File::open(path).map_err(failed)?;
+        let layout = layout.map_or_else(|| layout_of(&file, path), Ok)?;
+        let reader = match layout {
+            Layout::Raw => Reader::Raw(file, Cell::new(true)),
+            Layout::Qcow2 => {
+                let image = open_qcow2(path)?;
+                qcow2::check(&file).map_err(|failure| named(path, failure))?;
+                Reader::Qcow2(image)
+            }
+        };
+        Ok(Source { path, reader })
+    }
+
+    fn size(&self) -> Outcome<u64> {
+        match &self.reader {
+            Reader::Raw(file, _) => {
+                seek(file, SeekFrom::End(0)).map_err(|errno| named(self.path, std::io::Error::from(errno)))
+            }
+            Reader::Qcow2(image) => Ok(image.size()),
+        }
+    }
+
+    /// The next of it that may be no zeros.
+    fn next(&self, at: u64, size: u64) -> std::io::Result<Next> {
+        match &self.reader {
+            Reader::Raw(file, holes) if holes.get() => match next_data(file, at) {
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                    holes.set(false);
+                    Ok(Some((at, size)))
+                }
+                found => Ok(found?),
+            },
+            Reader::Raw(..) => Ok(Some((at, size))),
+            Reader::Qcow2(image) => {
+                let mut at = at;
+                while at < size {
+                    let (mapping, len) = image.get_mapping(at, size - at)?;
+                    if !matches!(mapping, Mapping::Zero { .. }) || len == 0 {
+                        return Ok(Some((at, at + len.max(1))));
+                    }
+                    at += len;
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+        match &self.reader {
+            Reader::Raw(file, _) => file.read_exact_at(bytes, at),
+            Reader::Qcow2(image) => image.read(bytes, at),
+        }
+    }
+}
+
+fn next_data(file: &File, at: u64) -> rustix::io::Result<Next> {
+    match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => Ok(Some((start, seek(file, SeekFrom::Hole(start))?))),
+        // There is nothing behind that.
+        Err(Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn open_qcow2(path: &Path) -> Outcome<FormatAccess<ImageFile>> {
+    let failed = |error: std::io::Error| named(path, error);
     let file = ImageFile::open(StorageOpenOptions::new().filename(path).write(false)).map_err(failed)?;
     // What an image names is not opened: it may have come from a guest, and name anything.
     let none = DenyImplicitOpenGate::default();
-    let image = match layout {
-        Layout::Raw => Raw::builder(file).write(false).open(none).map(FormatAccess::new),
-        Layout::Qcow2 => Qcow2::<ImageFile>::builder(file).write(false).open(none).map(FormatAccess::new),
-    };
-    let image = image.map_err(|error| match error.kind() {
+    let image = Qcow2::<ImageFile>::builder(file).write(false).open(none).map(FormatAccess::new);
+    image.map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied => {
             let message = "it needs other files: make one image of them with qemu-img convert";
             Failure::new(format!("{}: {message} ({error})", path.display()))
         }
         _ => failed(error),
-    })?;
-    if pool.find(name)?.is_some() {
-        return Err(Failure::new(format!("there is a volume {name} already")));
-    }
-    let size = image.size().div_ceil(BLOCK).saturating_mul(BLOCK);
-    let part = format!("{name}{PART}");
-    pool.ask(&Operation::CreateVolume { name: part.clone(), size, settings })?;
-    let done = fill(pool, &part, &image, failed).and_then(|()| {
-        let (name, to) = (part.clone(), name.to_owned());
-        pool.ask(&Operation::Rename { name, to }).map(drop)
-    });
-    done.inspect_err(|_| _ = pool.ask(&Operation::DeleteVolume { name: part }))
+    })
 }
+
+/// What images of other programs have somewhere, which would be taken for the bytes of a disk otherwise.
+const OTHERS: [(u64, &[u8], &str); 8] = [
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"QED\0", "qed"),
+    (0, b"LUKS\xba\xbe", "LUKS"),
+];
 
 /// What an image begins with says what it is.
-fn layout_of(path: &Path) -> std::io::Result<Layout> {
-    let mut begins = Vec::new();
-    File::open(path)?.take(4).read_to_end(&mut begins)?;
-    Ok(if begins == *b"QFI\xfb" { Layout::Qcow2 } else { Layout::Raw })
+fn layout_of(file: &File, path: &Path) -> Outcome<Layout> {
+    let failed = |error| named(path, error);
+    let size = seek(file, SeekFrom::End(0)).map_err(|errno| failed(errno.into()))?;
+    let has = |at: u64, what: &[u8]| {
+        let mut found = vec![0; what.len()];
+        Ok::<bool, Failure>(
+            size >= at + what.len() as u64 && {
+                file.read_exact_at(&mut found, at).map_err(failed)?;
+                found == what
+            },
+        )
+    };
+    if has(0, b"QFI\xfb")? {
+        return Ok(Layout::Qcow2);
+    }
+    let last = (size.saturating_sub(512), &b"conectix"[..], "vpc");
+    for (at, what, called) in OTHERS.into_iter().chain([last]) {
+        if has(at, what)? {
+            let message = format!(
+                "it is {called}, which is not read: make qcow2 of it with qemu-img convert; --as raw takes it as the bytes of the disk"
+            );
+            return Err(named(path, message));
+        }
+    }
+    Ok(Layout::Raw)
 }
 
-fn fill(
-    pool: &Pool<'_>,
-    name: &str,
-    image: &FormatAccess<ImageFile>,
-    failed: impl Fn(std::io::Error) -> Failure,
-) -> Outcome {
-    let (size, said, mut at) = (image.size(), lines("bytes are imported"), 0);
-    while at < size {
-        let (mapping, len) = image.get_mapping(at, size - at).map_err(&failed)?;
-        let end = at + len / BLOCK * BLOCK;
-        if matches!(mapping, Mapping::Zero { .. }) && end > at {
-            at = end;
-            continue;
+fn fill(pool: &Pool<'_>, name: &str, source: &Source<'_>) -> Outcome {
+    let failed = |error| named(source.path, error);
+    let (size, said, mut at) = (source.size()?, lines("bytes are imported"), 0);
+    while let Some((start, end)) = source.next(at, size).map_err(failed)? {
+        // Whole blocks: what is around them is zeros.
+        let start = (start / BLOCK * BLOCK).max(at);
+        if start >= size {
+            return Ok(());
         }
-        let len = MOST_DATA.min(size - at);
-        let mut bytes = vec![0; len as usize];
-        image.read(&mut bytes, at).map_err(&failed)?;
-        bytes.resize(len.next_multiple_of(BLOCK) as usize, 0);
-        put(pool, name, at, &bytes)?;
-        at += len;
+        let end = end.div_ceil(BLOCK).saturating_mul(BLOCK).min(start + MOST_DATA).min(size);
+        let mut bytes = vec![0; (end - start) as usize];
+        source.read(&mut bytes, start).map_err(failed)?;
+        bytes.resize(bytes.len().next_multiple_of(BLOCK as usize), 0);
+        put(pool, name, start, &bytes)?;
+        at = end;
         said(at, size);
+        if at >= size {
+            return Ok(());
+        }
     }
     Ok(())
 }
@@ -183,7 +327,13 @@ pub(super) fn export(
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let part = PathBuf::from(part);
-    let target = Target::make(&part, layout, size).map_err(failed)?;
+    let target = Target::make(&part, layout, size).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => Failure::new(format!(
+            "there is {}, which an interrupted export has left, unless one is at work: delete it, and try again",
+            part.display()
+        )),
+        _ => failed(error),
+    })?;
     let done = copy(pool, (name, snapshot, number), &has, &target, failed);
     let done = done.and_then(|()| target.end().map_err(failed));
     let done = done.and_then(|()| std::fs::rename(&part, path).map_err(failed));

@@ -4,6 +4,7 @@ mod dump;
 mod history;
 mod image;
 pub(crate) mod pool;
+mod qcow2;
 mod reach;
 mod receive;
 mod repair;

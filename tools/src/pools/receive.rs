@@ -2,7 +2,7 @@
 
 use super::pool::{number as number_of, same};
 use super::reach::Pool;
-use super::stream::{About, Change, Reader};
+use super::stream::{About, BLOCK, Change, Reader, Since};
 use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::progress::lines;
@@ -34,11 +34,17 @@ impl Token {
     }
 
     /// Where to go on with a snapshot of that identity.
-    pub(super) fn offset_in(&self, id: &Value, volume: &str, snapshot: &str) -> Outcome<u64> {
-        match self.is_of(id.as_str().unwrap_or_default()) {
+    pub(super) fn offset_in(&self, taken: &Value, volume: &str) -> Outcome<u64> {
+        let (size, name) = (number_of(&taken["size"]), taken["name"].as_str().unwrap_or_default());
+        if !self.is_of(taken["id"].as_str().unwrap_or_default()) {
+            let message = format!("what is to be resumed is another snapshot than {volume}@{name}");
+            return Err(Failure::new(message));
+        }
+        match self.offset.is_multiple_of(BLOCK) && self.offset <= size {
             true => Ok(self.offset),
             false => Err(Failure::new(format!(
-                "what is to be resumed is another snapshot than {volume}@{snapshot}"
+                "{volume}@{name} has no {} to be resumed at: it has {size} bytes, in blocks of {BLOCK}",
+                self.offset
             ))),
         }
     }
@@ -174,7 +180,9 @@ pub(super) fn receive(pool: &Pool<'_>, (name, kept): (&str, Settings), from: imp
     let found = pool.find(name)?;
     let mut target = match (plan(&about, name, found.as_ref())?, found.as_ref().and_then(same)) {
         (Plan::Nothing, _) => {
-            return output::text(&format!("{name} has {} already\n", about.snapshot.name));
+            output::text(&format!("{name} has {} already\n", about.snapshot.name))?;
+            // Whoever sends it has done nothing wrong.
+            return reader.skip();
         }
         (Plan::Begin | Plan::GoOn, Some(number)) => Target::begin(pool, name, number, &about)?,
         (Plan::Make | Plan::Begin | Plan::GoOn, _) => {
@@ -256,10 +264,24 @@ fn plan(about: &About, name: &str, found: Option<&Value>) -> Outcome<Plan> {
             0 => Ok(Plan::Begin),
             _ => refused(format!("{name} has received nothing of that yet: send all of it")),
         },
-        (Some(since), _) => refused(format!(
-            "the stream has what has changed since {} ({}), which is not the newest snapshot of {name}",
-            since.name, since.id
-        )),
+        (Some(since), Some(last)) if snapshots.iter().any(|snapshot| snapshot["id"] == since.id.as_str()) => {
+            let last = last["name"].as_str().unwrap_or_default();
+            refused(format!(
+                "the stream has what has changed since {0}, and {name} has {last} since then: send what has changed \
+                 since {last}, or go back to {0} with mason volume rollback",
+                since.name
+            ))
+        }
+        (Some(since), last) => {
+            let last = last.and_then(|last| last["name"].as_str());
+            let way = last.map_or("send all of it to another volume".to_owned(), |last| {
+                format!("send what has changed since its newest snapshot, {last}")
+            });
+            let Since { name: base, id } = since;
+            refused(format!(
+                "the stream has what has changed since {base} ({id}), which {name} does not have: {way}"
+            ))
+        }
     }
 }
 

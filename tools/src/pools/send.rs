@@ -25,7 +25,7 @@ pub(super) fn send(pool: &Pool<'_>, wanted: &Wanted<'_>, to: impl Write) -> Outc
     let found = pool.volume(volume)?;
     let taken = snapshot_of(&found, volume, snapshot)?;
     let since = wanted.since.map(|since| snapshot_of(&found, volume, since)).transpose()?;
-    let offset = wanted.resume.map_or(Ok(0), |token| token.offset_in(&taken["id"], volume, snapshot))?;
+    let offset = wanted.resume.map_or(Ok(0), |token| token.offset_in(&taken, volume))?;
     let diff = Operation::Diff {
         volume: volume.clone(),
         until: Some(snapshot.clone()),

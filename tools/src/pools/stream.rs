@@ -9,7 +9,7 @@ const MAGIC: &[u8; 8] = b"MASONVS2";
 const MOST_TEXT: usize = 64 << 10;
 /// Bytes of data of one record, at most.
 pub(super) const MOST_DATA: u64 = 1 << 20;
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 const HEAD: usize = 24;
 const SUM: usize = 32;
 
@@ -209,6 +209,11 @@ impl<R: Read> Reader<R> {
             1 => Change::Data { offset, bytes: data },
             _ => Change::Zeros { offset, len },
         }))
+    }
+
+    /// Reads the rest of it and forgets it.
+    pub(super) fn skip(mut self) -> Outcome {
+        std::io::copy(&mut self.from, &mut std::io::sink()).map(drop).map_err(|error| unread(&error))
     }
 
     fn end(&mut self, records: u64, sum: &[u8], before: &[u8]) -> Outcome {

@@ -10,7 +10,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::units::{Bytes, Exact};
 use blockmason::lang::value::Size;
-use blockmason_elements::parallax::tool::{Compress, Format, NewSettings, Operation, Settings};
+use blockmason_elements::parallax::tool::{self, Compress, Format, NewSettings, Operation, Settings};
 use std::io::{BufReader, BufWriter, IsTerminal};
 use std::path::{Path, PathBuf};
 
@@ -223,7 +223,9 @@ enum Command {
     },
     /// Make a volume of an image, raw or qcow2, that nobody writes meanwhile
     ///
-    /// What is zero in it takes no room. An image that needs others is refused: whoever made it may have named any file.
+    /// What is zero in it takes no room. An image that needs others is refused: whoever made it may have named any file. So is
+    /// one that is encrypted, that is compressed with zstd or has extended L2 entries, or of which the end is missing; snapshots
+    /// inside an image are ignored. What another program's image begins with is taken for a disk with --as raw only.
     Import {
         /// The pool: a file, a block device, or the folder that holds the file
         pool: PathBuf,
@@ -429,6 +431,7 @@ pub(crate) fn main(args: &Args) -> Outcome {
         }
         Command::Snapshot { pool, names, control } => {
             let name = names.first().map(|first| first.snapshot.clone()).unwrap_or_default();
+            tool::check_snapshot_name(&name).map_err(|error| Failure::from_error(&error))?;
             if names.iter().any(|other| other.snapshot != name) {
                 return Err(Failure::Usage("snapshots that are taken together have one name".to_owned()));
             }

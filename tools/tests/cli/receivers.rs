@@ -273,3 +273,44 @@ fn a_record_that_is_missing_is_missed() {
     far.volume(&["receive", "b.pool", "w", "--abort"]).done();
     far.receive(&stream).done();
 }
+
+#[test]
+fn what_can_be_done_is_said() {
+    let far = Far::new();
+    let stream = far.send(&["v@s"]);
+    far.receive(&stream).done();
+    // Whoever sends it a second time can send all of it.
+    let mut command = far.home.command(MASON, &["volume", "receive", "b.pool", "w"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&stream).unwrap();
+    assert_eq!(run_to_end(child).done(), "w has s already\n");
+    let id = far.listed("w")["snapshots"][0]["id"].as_str().unwrap()[..20].to_owned();
+    for offset in ["4097", "8392704"] {
+        let token = format!("{id}:{offset}");
+        let failed = far.volume(&["send", "a.pool", "v@s", "--resume", &token]).failed();
+        assert!(failed.contains(&format!("v@s has no {offset} to be resumed at")), "{failed}");
+    }
+    far.volume(&["snapshot", "b.pool", "w@later"]).done();
+    far.volume(&["snapshot", "a.pool", "v@t"]).done();
+    let failed = far.receive(&far.send(&["v@t", "--from", "s"])).failed();
+    assert!(
+        failed.contains("w has later since then") && failed.contains("mason volume rollback"),
+        "{failed}"
+    );
+    for snapshot in ["a.pool v@auto-mine", "a.pool keep@auto-2026-11-30T00-00-00Z"] {
+        let (pool, name) = snapshot.split_once(' ').unwrap();
+        let failed = far.volume(&["snapshot", pool, name]).failed();
+        assert!(failed.contains("what begins with auto- is taken and deleted by schedules"), "{failed}");
+    }
+    let failed = far.home.mason(&["call", "Da.snapshot", "auto-mine"]).failed();
+    assert!(failed.contains("call it something else"), "{failed}");
+    for (said, why) in
+        [("(snapshot_every 1h) (keep 0)", "`keep`"), ("(snapshot_every 0s)", "`snapshot_every`")]
+    {
+        let graph = format!(
+            "element G (type nbd) (listen unix:k.nbd) element D (type parallax) (pool a.pool) (volume v) {said} G -> D"
+        );
+        let ended = far.home.mason(&["check", far.home.file("k.mason", &graph).to_str().unwrap()]);
+        assert!(ended.code == Some(1) && ended.err.contains(why), "{ended:?}");
+    }
+}

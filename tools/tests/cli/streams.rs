@@ -267,7 +267,12 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     let failed = pair.home.mason(&other).failed();
     assert!(failed.contains("is another snapshot than v@c"), "{failed}");
     pair.home.mason(&["volume", "receive", "b.pool", "w", "--abort"]).done();
-    refused(&pair, "w", &pair.send(&["v@c", "--from", "b"]), "which is not the newest snapshot of w");
+    refused(
+        &pair,
+        "w",
+        &pair.send(&["v@c", "--from", "b"]),
+        "which w does not have: send what has changed since its newest snapshot, a",
+    );
     pair.receive("w", &changes).done();
     pair.expect("w", None, &contents);
     let failed = pair.home.mason(&["volume", "receive", "b.pool", "w", "--abort"]).failed();

@@ -73,13 +73,18 @@ fn so_many_are_kept() {
     run(1, async |host| {
         set_wall_clock(BEGIN);
         let (graph, disk) = serve(&host, &path, 2).await;
+        let mut events = host.events().follow(0);
         let hour = async |byte: u8| {
             disk.write(0, &[byte; 4096]).await.unwrap();
             minutes(60).await;
         };
         hour(1).await;
-        let taken = Operation::Snapshot { volumes: vec!["v".into()], name: "mine".into() };
-        carry_out(&path, taken).await.unwrap();
+        for name in ["mine", "auto-mine"] {
+            let taken = Operation::Snapshot { volumes: vec!["v".into()], name: name.into() };
+            carry_out(&path, taken).await.unwrap();
+        }
+        let refused = find(&graph, "D").element.call("snapshot", "auto-mine-too").unwrap_err();
+        assert!(refused.to_string().contains("call it something else"), "{refused}");
         hour(2).await;
         let held = snapshots(&graph).pop().unwrap();
         let hold = |held_now| Operation::Hold { volume: "v".into(), name: held.clone(), held: held_now };
@@ -91,11 +96,25 @@ fn so_many_are_kept() {
             hour(byte).await;
         }
         let names = snapshots(&graph);
-        assert!(names.contains(&"mine".to_owned()) && names.contains(&held), "{names:?}");
-        assert_eq!(names.len(), 4, "two, the held one, and mine: {names:?}");
+        for kept in ["mine", "auto-mine", &held] {
+            assert!(names.iter().any(|name| name == kept), "{kept}: {names:?}");
+        }
+        assert_eq!(names.len(), 5, "two, the held one, and mine: {names:?}");
+        // The newest one does not count either, once it is held.
+        let newest = names.last().unwrap().clone();
+        let hold_newest = Operation::Hold { volume: "v".into(), name: newest.clone(), held: true };
+        carry_out(&path, hold_newest).await.unwrap();
+        hour(10).await;
+        let names = snapshots(&graph);
+        assert_eq!(names.len(), 6, "{names:?}");
+        carry_out(&path, Operation::Hold { volume: "v".into(), name: newest, held: false }).await.unwrap();
         carry_out(&path, hold(false)).await.unwrap();
         hour(9).await;
         assert!(!snapshots(&graph).contains(&held));
+        let told: Vec<String> = events.take(1000).events.iter().map(|event| event.message.clone()).collect();
+        let taken = told.iter().filter(|told| told.ends_with("has been taken")).count();
+        assert!((9..=10).contains(&taken), "{told:?}");
+        assert!(told.contains(&format!("the snapshot v@{held} has been deleted: 2 are kept")), "{told:?}");
     });
     // A restart does not take one before it is time.
     run(2, async |host| {
