@@ -3,15 +3,15 @@
 
 use super::below::Below;
 use super::checkpoint::Frozen;
-use super::format::{BLOCK, Compress, Entry, EntryKind, Features, Format, Limits, Ptr, SLOTS};
+use super::format::{BLOCK, Compress, Entry, EntryKind, Features, Limits, Ptr, SLOTS};
 use super::merge::{Merge, Who, height};
 use super::open::need_feature;
 use super::pool::{Core, Pool, with_nodes};
 use super::repair::Fix;
+use super::settings::{NewSettings, Settings};
 use super::streams::Step;
 use crate::calendar::seconds;
 use blockmason::{Error, Kind, Result};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::iter::once;
 use std::ops::Range;
@@ -288,35 +288,6 @@ impl Plan {
     pub(super) fn comes_first(&self) -> bool {
         matches!(self, Plan::Repair(_))
     }
-}
-
-/// How a volume is made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Settings {
-    /// The format of its tree.
-    pub format: Format,
-    /// Each block has a checksum.
-    pub checksums: bool,
-    /// After a loss of power it is what it was at some instant since the last flush.
-    pub ordered: bool,
-    /// How what is written to it is compressed.
-    pub compress: Compress,
-    /// Bytes of it that may hold data, 0 any.
-    pub quota: u64,
-    /// Bytes that can be written to it since its newest snapshot, whatever others do.
-    pub reserve: u64,
-}
-
-/// What changes of it; what is none stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[allow(missing_docs, reason = "as in Settings")]
-pub struct NewSettings {
-    pub ordered: Option<bool>,
-    pub compress: Option<Compress>,
-    pub quota: Option<u64>,
-    pub reserve: Option<u64>,
 }
 
 impl Plan {

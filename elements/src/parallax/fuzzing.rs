@@ -2,7 +2,6 @@
 //! makes a pool panic, or answer for ever.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "for tests, which panic")]
 
-use super::admin::Settings;
 use super::below::{Below, block_on};
 use super::check::check;
 use super::format::{
@@ -11,6 +10,7 @@ use super::format::{
 };
 use super::open::{Opening, add_trees, create, open};
 use super::pool::Pool;
+use super::settings::Settings;
 use super::volume::Volume;
 use blockmason::{Data, Op, Request, Result};
 use std::fs::File;

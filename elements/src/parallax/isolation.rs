@@ -2,10 +2,10 @@
 
 use super::below::Below;
 use super::blocks::read_table;
+use super::count::Count;
 use super::format::{BLOCK, EXTENT, EXTENT_RECORD, ExtentRecord, Label, MOST_KEY, is_key};
 use super::lease::{Ask, Door, Lease, Letter, Row, VERB, answer, letter, text};
 use super::open::read_label;
-use super::pool::Count;
 use blockmason::describe::{Access, Build, ElementType, Family, Handler, Ports};
 use blockmason::{Answer, Children, Cx, Element, Error, Flow, Kind, Op, Prepared, Reply, Request, Result};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};

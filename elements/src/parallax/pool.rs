@@ -1,6 +1,7 @@
 //! A pool that is open: what is known of its volumes, and how changes become findable.
 
 use super::below::Below;
+use super::count::{Count, Here};
 use super::format::{BLOCK, Change, Compress, Entry, EntryKind, Format, Id, Map, NODE, Root};
 use super::log::{Fate, Log, Part, Written};
 use super::moves::Window;
@@ -12,7 +13,7 @@ use futures::future::{Either, select};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::{AddAssign, Range, SubAssign};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -25,42 +26,6 @@ const LOW: [u64; 3] = [2, 10, 20];
 
 /// Runs in memory after which they are brought into the trees.
 const MOST_RUNS: usize = 200_000;
-
-/// Counts who is there; resolves when nobody is.
-#[derive(Default)]
-pub(super) struct Count {
-    here: AtomicUsize,
-    none: Notify,
-}
-
-/// Somebody who is there.
-pub(super) struct Here(Arc<Count>);
-
-impl Count {
-    pub(super) fn enter(self: &Arc<Count>) -> Here {
-        self.here.fetch_add(1, Ordering::AcqRel);
-        Here(self.clone())
-    }
-
-    pub(super) async fn none(&self) {
-        loop {
-            let mut woken = std::pin::pin!(self.none.notified());
-            woken.as_mut().enable();
-            if self.here.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            woken.await;
-        }
-    }
-}
-
-impl Drop for Here {
-    fn drop(&mut self) {
-        if self.0.here.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.none.notify_waiters();
-        }
-    }
-}
 
 /// What was written while one snapshot was the newest, and is in no tree.
 #[derive(Default)]

@@ -1,6 +1,6 @@
 //! A volume of a pool on the disk below.
 
-use super::admin::{NewSettings, Settings, check_name, check_size};
+use super::admin::{check_name, check_size};
 use super::below::{Below, block_on};
 use super::care::volume_params;
 use super::format::{BLOCK, Compress, Format};
@@ -9,6 +9,7 @@ use super::open::{Opening, add_trees, create, is_empty, open, open_leased, read_
 use super::parallax::HANDLERS;
 use super::pool::{CHECKPOINT, Core, Pool};
 use super::schedule::check_taken_name;
+use super::settings::{NewSettings, Settings};
 use super::volume::Volume;
 use blockmason::describe::{Build, ElementType, Family, Outs, Ports};
 use blockmason::lang::value::Size;

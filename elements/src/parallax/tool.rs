@@ -1,7 +1,6 @@
 //! What administrators do with pools: the same in the process that serves a pool and where nobody does.
 
 use super::account::Account;
-pub use super::admin::{NewSettings, Settings};
 use super::below::{Below, block_on};
 use super::check::{Findings, check};
 use super::examine::Said;
@@ -13,6 +12,7 @@ use super::pool::{Core, Pool};
 use super::repair::Repaired;
 pub use super::repair::Repairing;
 use super::scrub::Stage;
+pub use super::settings::{NewSettings, Settings};
 use super::shared::{self, Shared};
 use super::streams::Stream;
 use super::tidy::Tidying;

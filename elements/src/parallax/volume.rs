@@ -1,11 +1,12 @@
 //! Serves a volume, or a snapshot of one.
 
 use super::below::Below;
+use super::count::Here;
 use super::format::{BLOCK, Body, EntryKind, Map, Node, Pack, Ptr, SLOTS, Slot, unit};
 use super::merge::span;
 use super::nodes::{Place, Tree};
 use super::open::crc_of;
-use super::pool::{Core, Here, Pool};
+use super::pool::{Core, Pool};
 use super::runs::Run;
 use crate::calendar::seconds;
 use blockmason::{

@@ -1,11 +1,11 @@
 //! Pools that are damaged: they end in an error, in findings, or in what was there, and never in other contents.
 
-use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, EXTENT, EntryKind, Format, Label, Owners, seal};
 use super::super::fuzzing::{contents, pool, restore, seal_at, sealed, structures, survives};
 use super::super::open::{Opening, create, open_newest};
+use super::super::settings::Settings;
 use super::super::shared::{Shared, make};
 use super::super::tool::{self, Operation, Repairing};
 use super::super::volume::Volume;

@@ -2,12 +2,12 @@
 //! anew from a copy, as after the death of its process, and everything is looked at: contents, and that exactly what is
 //! reachable is marked as used.
 
-use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, EntryKind, Format};
 use super::super::open::{Opening, add_trees, create, open};
 use super::super::pool::Pool;
+use super::super::settings::Settings;
 use super::super::volume::{CHANGED_SINCE, Volume};
 use blockmason::{Answer, Data, Extra, Kind, Op, Request};
 use futures::executor::block_on;

@@ -1,12 +1,12 @@
 //! How much room the maps of trees take: a tree is told where blocks are, and nobody writes them.
 
-use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, Change, EXTENT_RECORD, ExtentRecord, Format};
 use super::super::log::Part;
 use super::super::open::{Opening, add_trees, create, open};
 use super::super::pool::Pool;
+use super::super::settings::Settings;
 use super::super::space::Want;
 use super::kit::find;
 use super::rig::HOLD;

@@ -1,13 +1,13 @@
 //! Repairs: what could be read before can be read after, byte for byte, also where a repair is cut short; and what a repair has ended
 //! is a sound pool.
 
-use super::super::admin::Settings;
 use super::super::below::Below;
 use super::super::check::{Meaning, reach};
 use super::super::format::{BLOCK, EXTENT_RECORD, Format, Label, seal};
 use super::super::fuzzing::{contents, restore};
 use super::super::open::{Opening, create, open};
 use super::super::repair::{Repaired, Repairing, repair};
+use super::super::settings::Settings;
 use super::super::volume::Volume;
 use super::crash::seeds;
 use super::kit::find;

@@ -1,12 +1,12 @@
 //! Whose the room of a pool is: quotas, reserves, what waits where there is none, what comes back, pools that grow.
 
 use super::super::account::Account;
-use super::super::admin::{NewSettings, Settings};
 use super::super::below::Below;
 use super::super::check::check;
 use super::super::format::{BLOCK, EntryKind, Format};
 use super::super::open::{Opening, create, open_newest};
 use super::super::pool::Pool;
+use super::super::settings::{NewSettings, Settings};
 use super::super::shared::make;
 use super::super::tool::{self, Operation};
 use super::super::volume::Volume;
