@@ -2,10 +2,12 @@
 
 use crate::harness::{Ended, Home, MASON};
 use base64::prelude::{BASE64_STANDARD, Engine};
+use blockmason::Kind;
 use blockmason_elements::parallax::tool::{self, Format, Operation, Settings};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::io::Write;
+use std::path::Path;
 use std::process::Stdio;
 
 const BLOCK: u64 = 4096;
@@ -35,12 +37,12 @@ impl Pair {
     }
 
     fn ask(&mut self, pool: &str, operation: &Operation) -> Value {
-        tool::open(&self.home.path(pool)).unwrap().carry_out(operation).unwrap()
+        open(&self.home.path(pool)).carry_out(operation).unwrap()
     }
 
     /// Writes and discards here and there.
     fn change(&mut self) {
-        let open = tool::open(&self.home.path("a.pool")).unwrap();
+        let open = open(&self.home.path("a.pool"));
         for _ in 0..self.rng.usize(5..40) {
             self.next += 1;
             let first = self.rng.u64(0..BLOCKS);
@@ -111,6 +113,16 @@ impl Pair {
     fn token(&self) -> String {
         let said = self.home.mason(&["volume", "stat", "b.pool", "w"]).done();
         said.lines().find_map(|line| line.split_once("--resume ")).unwrap().1.to_owned()
+    }
+}
+
+/// A process that another test is just starting has the locks of this one until it is its own program.
+fn open(path: &Path) -> tool::Open {
+    loop {
+        match tool::open(path) {
+            Err(error) if error.kind() == Kind::Busy => std::thread::yield_now(),
+            opened => return opened.unwrap(),
+        }
     }
 }
 

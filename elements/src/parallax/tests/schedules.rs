@@ -118,7 +118,7 @@ fn so_many_are_kept() {
     });
     // A restart does not take one before it is time.
     run(2, async |host| {
-        set_wall_clock(BEGIN + 9 * 3600 + 60);
+        set_wall_clock(BEGIN + 10 * 3600 + 60);
         let (graph, disk) = serve(&host, &path, 2).await;
         let before = snapshots(&graph);
         disk.write(0, &[77; 4096]).await.unwrap();
