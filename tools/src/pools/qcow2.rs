@@ -84,6 +84,6 @@ mod tests {
         // Three sectors: the one it begins in, and two more.
         assert_eq!(end(COMPRESSED | 2 << 54 | 1000, 16), 512 + 2 * 512 + 1);
         assert_eq!(end(COMPRESSED | 1000, 16), 1001);
-        assert!(end(u64::MAX, 21) < u64::MAX / 2 && end(u64::MAX & !COMPRESSED & !ZERO, 21) > 1 << 55);
+        assert!(end(u64::MAX, 21) < u64::MAX / 2 && end(!COMPRESSED & !ZERO, 21) > 1 << 55);
     }
 }

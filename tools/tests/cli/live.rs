@@ -201,6 +201,36 @@ fn the_session_of_parallax_md_is_what_happens() {
     session("docs/parallax.md", 30);
 }
 
+/// What a table says shows something is there.
+#[test]
+fn the_tests_that_parallax_md_names_are_there() {
+    let text = std::fs::read_to_string(repository().join("docs/parallax.md")).unwrap();
+    let (_, table) = text.split_once("## What the papers describe").unwrap();
+    let mut sources = String::new();
+    let mut folders = ["elements", "tools"].map(|folder| repository().join(folder)).to_vec();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.extension().and_then(|extension| extension.to_str()) {
+                _ if path.is_dir() => folders.push(path),
+                Some("rs") => sources += &std::fs::read_to_string(&path).unwrap(),
+                _ => {}
+            }
+        }
+    }
+    let shown = table.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let names: Vec<&str> =
+        shown.flat_map(|line| line.rsplit('|').nth(1).unwrap().split('`').skip(1).step_by(2)).collect();
+    assert!(names.len() > 30, "{names:?}");
+    for name in names {
+        let there = match name.contains('/') {
+            true => repository().join(name).is_file(),
+            false => sources.contains(&format!("fn {name}() {{")),
+        };
+        assert!(there, "{name}");
+    }
+}
+
 #[test]
 fn the_session_of_backup_md_is_what_happens() {
     ["bash", "qemu-io", "cmp"].into_iter().for_each(needs);
