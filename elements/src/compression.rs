@@ -1,7 +1,5 @@
 //! The libraries that compress, behind one door. A build without them has none of what they do.
 
-use blockmason::Result;
-
 blockmason::words! {
     /// How bytes are compressed.
     pub enum Algorithm {
@@ -12,23 +10,7 @@ blockmason::words! {
     }
 }
 
-/// Compresses into `packed`. The length of what was compressed; None if it is longer than that. LZ4 has no levels.
-///
-/// # Errors
-/// The library has failed, or is not there.
-pub(crate) fn pack(
-    algorithm: Algorithm,
-    level: i32,
-    plain: &[u8],
-    packed: &mut [u8],
-) -> Result<Option<usize>> {
-    libraries::pack(algorithm, level, plain, packed)
-}
-
-/// Undoes that. The length of what was compressed; None if it is longer than `plain`, or damaged.
-pub(crate) fn unpack(algorithm: Algorithm, packed: &[u8], plain: &mut [u8]) -> Option<usize> {
-    libraries::unpack(algorithm, packed, plain)
-}
+pub(crate) use libraries::{pack, unpack};
 
 #[cfg(feature = "compress")]
 mod libraries {
@@ -48,7 +30,11 @@ mod libraries {
         Error::internal("the library that compresses has failed")
     }
 
-    pub(super) fn pack(
+    /// Compresses into `packed`. The length of what was compressed; None if it is longer than that. LZ4 has no levels.
+    ///
+    /// # Errors
+    /// The library has failed.
+    pub(crate) fn pack(
         algorithm: Algorithm,
         level: i32,
         plain: &[u8],
@@ -73,7 +59,8 @@ mod libraries {
         }
     }
 
-    pub(super) fn unpack(algorithm: Algorithm, packed: &[u8], plain: &mut [u8]) -> Option<usize> {
+    /// Undoes that. The length of what was compressed; None if it is longer than `plain`, or damaged.
+    pub(crate) fn unpack(algorithm: Algorithm, packed: &[u8], plain: &mut [u8]) -> Option<usize> {
         match algorithm {
             Algorithm::Lz4 => lz4_flex::block::decompress_into(packed, plain).ok(),
             Algorithm::Zstd => UNPACKER.with_borrow_mut(|kept| {
@@ -92,11 +79,11 @@ mod libraries {
     use super::Algorithm;
     use blockmason::{Error, Result};
 
-    pub(super) fn pack(_: Algorithm, _: i32, _: &[u8], _: &mut [u8]) -> Result<Option<usize>> {
+    pub(crate) fn pack(_: Algorithm, _: i32, _: &[u8], _: &mut [u8]) -> Result<Option<usize>> {
         Err(Error::unsupported("this program was built without what compresses"))
     }
 
-    pub(super) fn unpack(_: Algorithm, _: &[u8], _: &mut [u8]) -> Option<usize> {
+    pub(crate) fn unpack(_: Algorithm, _: &[u8], _: &mut [u8]) -> Option<usize> {
         None
     }
 }
