@@ -70,6 +70,19 @@ impl Volume {
         self.promise_blocks(fresh.placed, fresh, row, makes_room, below).await
     }
 
+    /// The same for holes, which make room.
+    pub(super) async fn promise_to_punch(&self, row: &Range<u64>, below: Below<'_>) -> Result<Promise<'_>> {
+        let none = Fresh::default();
+        match self.promise(none, row, true, below).await {
+            Ok(promise) => Ok(promise),
+            Err(_) => {
+                // What is promised to writes is free again, or theirs.
+                self.pool.checkpoint(below).await?;
+                self.promise(none, row, true, below).await
+            }
+        }
+    }
+
     /// The same of so many blocks, not all of which may be more than the volume has: others lie elsewhere now.
     pub(super) async fn promise_blocks(
         &self,

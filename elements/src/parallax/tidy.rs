@@ -386,15 +386,7 @@ impl Volume {
         }
         tidied.damaged.clear();
         let row = leaf * LEAF..(leaf + 1) * LEAF;
-        let none = Fresh::default();
-        let promise = match self.promise(none, &row, true, below).await {
-            Ok(promise) => promise,
-            Err(_) => {
-                // As for whoever discards.
-                self.pool.checkpoint(below).await?;
-                self.promise(none, &row, true, below).await?
-            }
-        };
+        let promise = self.promise_to_punch(&row, below).await?;
         let mover = self.mover(leaf).await?;
         let seen = self.see(leaf, below).await?;
         let zeros = self.zeros(seen, &mut tidied.damaged, below).await;

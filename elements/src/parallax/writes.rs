@@ -304,15 +304,7 @@ impl Volume {
                 }
             }
         }
-        let none = Fresh::default();
-        let promise = match self.promise(none, &row, true, below).await {
-            Ok(promise) => promise,
-            Err(_) => {
-                // What is promised to writes is free again, or theirs.
-                self.pool.checkpoint(below).await?;
-                self.promise(none, &row, true, below).await?
-            }
-        };
+        let promise = self.promise_to_punch(&row, below).await?;
         let starts = (row.start..row.end).step_by(u32::MAX as usize);
         let change = |first: u64| {
             let len = (row.end - first).min(u64::from(u32::MAX)) as u32;
